@@ -1,0 +1,164 @@
+"""One file on disk to and from (model, optimizer, step): written whole or not, read without running code.
+
+nanoGPT's keys: model, optimizer, model_args, iter_num, best_val_loss, config. Beside them stand scaler (of
+fp16 training) and meta (the dataset's, with its tokenizer). nanoGPT's own files are read too.
+"""
+
+import difflib
+import os
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from errors import MachineError, UserError
+from model import GPT, GPTConfig
+
+BEST, NEWEST = "ckpt.pt", "last.pt"
+GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+
+
+def open_out_dir(out_dir: Path) -> None:
+    """Make the folder and try that it takes files, before hours are spent. Raises UserError."""
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        probe = out_dir / "writable.tmp"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"out_dir={out_dir} cannot be written ({error.strerror}); choose another") from None
+
+
+def save_checkpoint(path: Path, contents: dict[str, Any]) -> None:
+    """Write beside `path`, flush to disk, rename: at each moment `path` is a whole file, the old or the new.
+
+    Raises MachineError where the disk does not take it; then `path` is the old one.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(contents, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # RuntimeError is torch's, when the disk is full
+        try:
+            temporary.unlink(missing_ok=True)
+        except OSError:
+            pass
+        raise MachineError(f"{path} cannot be written ({error}); what stood there before is intact") from None
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """What is in the file, on the CPU. Raises UserError where it is no whole, harmless checkpoint."""
+    if not path.is_file():
+        raise UserError(f"{path} is missing; train first, or point --out_dir at a run's folder")
+    try:
+        contents = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # cut off, foreign or hostile bytes can fail in any way
+        raise UserError(f"{path} is damaged or not a checkpoint ({first_line(error)}); use another") from None
+    needed = {"model": dict, "model_args": dict, "iter_num": int}
+    for key, kind in needed.items():
+        if not isinstance(contents, dict) or not isinstance(contents.get(key), kind):
+            raise UserError(f"{path} is no checkpoint of this project or nanoGPT (no {key}); use another one")
+    return contents
+
+
+def newest_checkpoint(out_dir: Path) -> Path | None:
+    """The file to resume from: last.pt, or else ckpt.pt, which is all that nanoGPT writes."""
+    return next((out_dir / name for name in (NEWEST, BEST) if (out_dir / name).is_file()), None)
+
+
+def best_checkpoint(out_dir: Path) -> Path:
+    """The file to sample from: ckpt.pt, or last.pt where a run was stopped before its first evaluation."""
+    return next((out_dir / name for name in (BEST, NEWEST) if (out_dir / name).is_file()), out_dir / BEST)
+
+
+def restore_model(contents: dict[str, Any], path: Path, dropout: float = 0.0) -> GPT:
+    """The network of a checkpoint, with its weights, on the CPU. Raises UserError where they do not fit."""
+    args = {"activation": "gelu", **contents["model_args"], "dropout": dropout}  # nanoGPT's is the exact one
+    known = {field.name: type(field.default) for field in fields(GPTConfig)}
+    for name, value in args.items():
+        if name not in known or not isinstance(value, known[name]):
+            raise UserError(f"{path} has {name}={str(value)[:40]}, not known here; use another, or update")
+    weights = {
+        name.removeprefix("_orig_mod."): tensor
+        for name, tensor in contents["model"].items()
+        if not name.endswith(".attn.bias")  # the causal mask, in files from nanoGPT on torch before 2.0
+    }
+    try:
+        model = GPT(GPTConfig(**args))
+        model.load_state_dict(weights)
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise UserError(f"{path}: weights and model_args do not fit ({reason}); use another one") from None
+    return model
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, contents: dict[str, Any], out_dir: Path) -> None:
+    """Load the moments; the settings stay those of this run. Raises UserError where they do not fit."""
+    try:
+        state = contents["optimizer"]
+        for saved, ours in zip(state["param_groups"], optimizer.param_groups, strict=True):
+            saved.update({key: value for key, value in ours.items() if key != "params"})
+        optimizer.load_state_dict(state)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{out_dir}: the optimizer state does not fit ({error}); use another one") from None
+
+
+def training_state(
+    model: GPT, optimizer: torch.optim.Optimizer, iter_num: int, best_val_loss: float, **more: Any
+) -> dict[str, Any]:
+    """The contents of a checkpoint. `model` is the plain GPT, not its compiled or distributed face."""
+    return {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "model_args": asdict(model.config),
+        "iter_num": iter_num,
+        "best_val_loss": best_val_loss,
+        **more,
+    }
+
+
+def load_pretrained(name: str, dropout: float = 0.0) -> tuple[GPT, dict[str, Any]]:
+    """A network to start from, on the CPU, and the checkpoint that it stood in, {} where it is transformers'.
+
+    `name` is gpt2, gpt2-medium, gpt2-large, gpt2-xl, a hub name, a folder in transformers' format, or a
+    run's. Raises UserError.
+    """
+    folder = Path(name)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        path = best_checkpoint(folder)
+        contents = load_checkpoint(path)
+        return restore_model(contents, path, dropout), contents
+    if not folder.is_dir() and name not in GPT2_NAMES and "/" not in name:
+        near = difflib.get_close_matches(name, ("scratch", "resume", "auto", *GPT2_NAMES), n=1)
+        hint = f"did you mean {near[0]}?" if near else f"use a folder, or one of {', '.join(GPT2_NAMES)}"
+        raise UserError(f"init_from={name} is neither a way to start nor a folder; {hint}")
+    try:
+        return GPT.from_pretrained(name, {"dropout": dropout}), {}
+    except ImportError:
+        raise UserError(
+            f"init_from={name} needs transformers; run: pip install transformers safetensors"
+        ) from None
+    except Exception as error:  # no network, no such name, a damaged file: transformers raises many kinds
+        raise UserError(
+            f"init_from={name} cannot be loaded ({first_line(error)}); without a network, copy its folder here "
+            "(config.json, model.safetensors) and give the folder"
+        ) from None
+
+
+def set_aside(out_dir: Path) -> list[str]:
+    """Rename another run's checkpoints to *.previous.pt, so that a start too many loses nothing."""
+    moved = []
+    for name in (BEST, NEWEST):
+        if (out_dir / name).is_file():
+            os.replace(out_dir / name, out_dir / name.replace(".pt", ".previous.pt"))
+            moved.append(name.replace(".pt", ".previous.pt"))
+    return moved
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, cut to 100 characters; its kind where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:100]

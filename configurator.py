@@ -1,0 +1,196 @@
+"""Settings of a command: a dataclass's defaults, then config files, then --key=value flags; with --help.
+
+A setting is a dataclass field made by `setting(default, "explanation", ...)`; its annotation is its type.
+"""
+
+import dataclasses
+import difflib
+import inspect
+import math
+import sys
+import types
+import typing
+from pathlib import Path
+from typing import Any, TypeVar
+
+from errors import UserError, one_line_errors
+
+REPO = Path(__file__).resolve().parent
+Settings = TypeVar("Settings")
+
+
+def setting(default: Any, explanation: str, **limits: Any) -> Any:
+    """A dataclass field with its line for --help and its limits: at_least, above, below, choices."""
+    return dataclasses.field(default=default, metadata={"explanation": explanation, **limits})
+
+
+def configure(cls: type[Settings], argv: list[str] | None = None) -> Settings:
+    """The settings of a command line (by default this process's); --help and mistakes end the process."""
+    argv = sys.argv[1:] if argv is None else argv
+    with one_line_errors():
+        if "--help" in argv or "-h" in argv:
+            print(help_text(cls))
+            sys.exit(0)
+        return read_settings(cls, argv)
+
+
+def read_settings(cls: type[Settings], argv: list[str]) -> Settings:
+    """Config files first, in their order, then the flags, left to right. Raises UserError."""
+    values = {field.name: field.default for field in dataclasses.fields(cls)}
+    for name in (word for word in argv if not word.startswith("-")):
+        path = find_config(name)
+        for key, value in run_config_file(path, values).items():
+            values[key] = checked(cls, key, value, f"{path}: ")
+    for word in (word for word in argv if word.startswith("-")):
+        key, equals, text = word.lstrip("-").partition("=")
+        if not equals and key in values:
+            raise UserError(f"{word} has no value; write --{key}=VALUE, without a space")
+        values[key] = checked(cls, key, text, text=True)
+    try:
+        return cls(**values)
+    except ValueError as error:  # what the dataclass itself finds wrong between settings
+        raise UserError(error) from None
+
+
+def check_settings(settings: Any) -> None:
+    """Check and convert every field of a dataclass in place; for its __post_init__. Raises ValueError."""
+    for field in dataclasses.fields(settings):
+        try:
+            value = checked(type(settings), field.name, getattr(settings, field.name))
+        except UserError as error:
+            raise ValueError(error) from None
+        setattr(settings, field.name, value)
+
+
+def find_config(name: str) -> Path:
+    """A path as given, from here or from the repository; a bare name means config/NAME.py."""
+    bare = f"config/{name}.py"
+    for path in (Path(name), REPO / name, Path(bare), REPO / bare):
+        if path.is_file():
+            return path
+    known = sorted(path.stem for path in (REPO / "config").glob("*.py"))
+    near = difflib.get_close_matches(Path(name).stem, known, n=1)
+    hint = f"did you mean config/{near[0]}.py?" if near else f"config/ has {', '.join(known)}"
+    raise UserError(f"no config file {name}; {hint} (settings are written --key=value)")
+
+
+def run_config_file(path: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """Run a config file with the settings as its globals and return those that it set, unchecked."""
+    scope = {"__file__": str(path), "__name__": path.stem, **values}
+    try:
+        exec(compile(path.read_text(encoding="utf-8"), str(path), "exec"), scope)
+    except Exception as error:
+        trace = error.__traceback__
+        while trace and trace.tb_next:
+            trace = trace.tb_next
+        line = getattr(error, "lineno", None) or (trace.tb_lineno if trace else "?")
+        raise UserError(
+            f"{path}, line {line}: {type(error).__name__}: {error}; mend the config file"
+        ) from None
+
+    changed = {key: value for key, value in scope.items() if key not in values or value is not values[key]}
+    helpers = {
+        key
+        for key, value in changed.items()
+        if key.startswith("_") or (key not in values and (inspect.ismodule(value) or callable(value)))
+    }
+    return {key: value for key, value in changed.items() if key not in helpers}
+
+
+def checked(cls: type, key: str, value: Any, where: str = "", *, text: bool = False) -> Any:
+    """`value` in the type of the field `key` and within its limits. Raises UserError that names the mend."""
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    if key not in fields:
+        near = difflib.get_close_matches(key.replace("-", "_"), fields, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else "--help lists all (a name of your own begins with _)"
+        raise UserError(f"{where}unknown setting {key}; {hint}")
+    kinds, limits = kinds_of(cls)[key], fields[key].metadata
+    try:
+        value = from_text(value, kinds) if text else from_python(value, kinds)
+    except ValueError:
+        wanted = " or ".join(kind_name(kind) for kind in kinds)
+        raise UserError(f"{where}{key}={value!r} does not fit; give it {wanted}") from None
+    wrong = limit_broken(value, limits)
+    if wrong:
+        raise UserError(f"{where}{key}={value} is out of range; it must be {wrong}")
+    return value
+
+
+def limit_broken(value: Any, limits: typing.Mapping[str, Any]) -> str | None:
+    """What `value` must be and is not, in words; None where it is within its limits."""
+    if "choices" in limits and value not in limits["choices"]:
+        return "one of " + ", ".join(str(choice) for choice in limits["choices"])
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    tests = {
+        "a finite number": math.isfinite(value),
+        f"at least {limits.get('at_least')}": value >= limits.get("at_least", value),
+        f"above {limits.get('above')}": value > limits.get("above", -math.inf),
+        f"below {limits.get('below')}": value < limits.get("below", math.inf),
+    }
+    return next((words for words, passed in tests.items() if not passed), None)
+
+
+def kinds_of(cls: type) -> dict[str, tuple[type, ...]]:
+    """The types that each field takes: (int,) for `int`, (float, NoneType) for `float | None`."""
+    hints = typing.get_type_hints(cls)
+    return {name: typing.get_args(hint) or (hint,) for name, hint in hints.items()}
+
+
+def kind_name(kind: type) -> str:
+    names = {
+        bool: "True or False",
+        int: "a whole number",
+        float: "a number",
+        str: "text",
+        types.NoneType: "None",
+    }
+    return names[kind]
+
+
+def from_text(text: str, kinds: tuple[type, ...]) -> Any:
+    """A flag's text as the first of `kinds` that it can be. Raises ValueError."""
+    words = {"true": True, "false": False, "1": True, "0": False}
+    if types.NoneType in kinds and text.lower() == "none":
+        return None
+    if bool in kinds and text.lower() in words:
+        return words[text.lower()]
+    for kind in (int, float):
+        if kind in kinds:
+            try:
+                return from_python(
+                    float(text) if any(mark in text for mark in ".eEn") else int(text), (kind,)
+                )
+            except ValueError:
+                pass
+    if str in kinds:
+        return text
+    raise ValueError(text)
+
+
+def from_python(value: Any, kinds: tuple[type, ...]) -> Any:
+    """A value as one of `kinds`: 1 does for a float or a bool, 5e3 for an int. Raises ValueError."""
+    if type(value) in kinds:
+        return value
+    if bool in kinds and isinstance(value, int) and value in (0, 1):
+        return bool(value)
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if int in kinds and math.isfinite(value) and value == int(value):
+            return int(value)
+        if float in kinds:
+            return float(value)
+    if str in kinds and isinstance(value, Path):
+        return str(value)
+    raise ValueError(value)
+
+
+def help_text(cls: type) -> str:
+    """The dataclass's docstring, then a line for each setting: name, default, type, explanation."""
+    lines = [inspect.getdoc(cls) or "", "", "settings (--name=default, type, meaning):", ""]
+    for field in dataclasses.fields(cls):
+        limits = field.metadata
+        kinds = [kind.__name__.replace("NoneType", "None") for kind in kinds_of(cls)[field.name]]
+        kind = " | ".join(map(str, limits["choices"])) if "choices" in limits else " | ".join(kinds)
+        default = field.default if str(field.default).isprintable() else repr(field.default)
+        lines.append(f"  --{field.name}={default}".ljust(36) + f" {limits['explanation']}  [{kind}]")
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""Datasets, one folder each, and what they share: tokenizer.py (text), tokens.py (ids on disk)."""

@@ -1,0 +1,72 @@
+"""Where the text of a dataset comes from: --input, a copy on disk, or else a download that is checked."""
+
+import argparse
+import hashlib
+import os
+import urllib.request
+from pathlib import Path
+
+from errors import UserError, stop
+
+TINY_SHAKESPEARE = (
+    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+    "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+)
+
+
+def argument_parser(script: str, about: str, input_help: str) -> argparse.ArgumentParser:
+    """The options that every prepare.py has; mistakes end in one line."""
+    parser = argparse.ArgumentParser(prog=f"python {script}", description=about)
+    parser.add_argument("--input", type=Path, metavar="PATH", help=input_help)
+    folder = Path(script).resolve().parent
+    parser.add_argument(
+        "--output", type=Path, default=folder, metavar="FOLDER", help="default: the script's folder"
+    )
+    parser.error = lambda message: stop(2, f"{message}; --help lists the options")
+    return parser
+
+
+def tiny_shakespeare(given: Path | None, folder: Path) -> tuple[str, dict[str, str]]:
+    """The text, from `given` or else downloaded into `folder`, and what meta.json says of it. UserError."""
+    url, sha256 = TINY_SHAKESPEARE
+    path = given or download(url, sha256, folder / "input.txt")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--input {path} cannot be read ({error.strerror}); give a text file") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start}); convert it") from None
+    found = hash_of(path)
+    if found != sha256:
+        print(f"note: {path} is not tiny Shakespeare as published, but another text; it is used as it is")
+    return text, {"source": str(given or url), "sha256": found}
+
+
+def download(url: str, sha256: str, path: Path) -> Path:
+    """Fetch `url` to `path`, unless the file is there; either way it has this sha256. Raises UserError."""
+    if not path.is_file():
+        print(f"downloads {url}")
+        temporary = path.with_name(path.name + ".tmp")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with urllib.request.urlopen(url, timeout=30) as answer:
+                temporary.write_bytes(answer.read())
+            if hash_of(temporary) == sha256:
+                os.replace(temporary, path)
+        except OSError as error:  # what urllib raises is one, too
+            reason = getattr(error, "reason", error)
+            raise UserError(f"no download ({reason}); fetch {url} elsewhere and give --input PATH") from None
+        finally:
+            temporary.unlink(missing_ok=True)
+    if not path.is_file() or hash_of(path) != sha256:
+        what = path if path.is_file() else url
+        raise UserError(
+            f"{what} is not the file expected (sha256 {sha256}); fetch {url} and give --input PATH"
+        )
+    return path
+
+
+def hash_of(path: Path) -> str:
+    """The file's sha256, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

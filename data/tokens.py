@@ -1,0 +1,198 @@
+"""Token ids on disk: `write_dataset` writes train.bin, val.bin and meta.json, `TokenStream` maps them.
+
+A .bin file is raw little-endian ids without header, uint16 unless meta.json says uint32. A split is one file,
+train.bin, or many, train_000000.bin, train_000001.bin, ..., read as one stream.
+"""
+
+import difflib
+import json
+import os
+import pickle
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.tokenizer import Tokenizer
+from errors import UserError
+
+DATA = Path(__file__).resolve().parent
+CHECKED_AT_START = 1 << 28  # ids of a split; those beyond are checked batch by batch, as they are read
+GPT2_META = {"tokenizer": {"kind": "gpt2"}, "vocab_size": 50257, "dtype": "uint16"}
+
+
+@contextmanager
+def write_dataset(
+    folder: Path, tokenizer: Tokenizer, **about: Any
+) -> Iterator[Callable[[str, np.ndarray | list[int]], None]]:
+    """Yields add(split, ids), which appends to "train" or "val"; the files appear when the block ends well.
+
+    `about` goes into meta.json: where the text came from, its sha256.
+    """
+    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
+    folder.mkdir(parents=True, exist_ok=True)
+    names = {"train": "train.bin", "val": "val.bin"}
+    files = {split: open(folder / f"{name}.tmp", "wb") for split, name in names.items()}
+    counts = dict.fromkeys(names, 0)
+
+    def add(split: str, ids: np.ndarray | list[int]) -> None:
+        files[split].write(np.asarray(ids).astype(dtype).tobytes())
+        counts[split] += len(ids)
+
+    try:
+        yield add
+        for split, file in files.items():
+            if not counts[split]:
+                raise UserError(f"the text is too short: nothing is left for {split}; give a longer one")
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+    except BaseException:
+        for split, file in files.items():
+            file.close()
+            (folder / f"{names[split]}.tmp").unlink()
+        raise
+    meta = {
+        "version": 1,
+        "tokenizer": tokenizer.describe(),
+        "vocab_size": tokenizer.vocab_size,
+        "dtype": "uint16" if dtype.itemsize == 2 else "uint32",
+        "tokens": counts,
+        **about,
+    }
+    (folder / "meta.json.tmp").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+    for name in (*names.values(), "meta.json"):
+        os.replace(folder / f"{name}.tmp", folder / name)
+    for split, count in counts.items():
+        print(f"{folder / names[split]}: {count:,} tokens")
+
+
+class TokenStream:
+    """All ids of one split, mapped from disk and checked: `len(stream)`, `stream.windows(starts, length)`."""
+
+    def __init__(self, folder: Path, split: str, meta: dict[str, Any], block_size: int) -> None:
+        """Raises UserError where no window of block_size + 1 ids in meta's vocabulary can be read."""
+        self.name = str(folder / split)
+        self.vocab_size = meta["vocab_size"]
+        paths = [folder / f"{split}.bin"]
+        if not paths[0].is_file():
+            paths = sorted(folder.glob(f"{split}_*.bin"))
+        if not paths:
+            raise UserError(f"{folder / split}.bin is missing; {how_to_prepare(folder)}")
+        self.shards = [map_file(path, np.dtype(meta["dtype"]).newbyteorder("<")) for path in paths]
+        self.begins = np.cumsum([0, *(len(shard) for shard in self.shards)])  # (shards + 1,)
+        if len(self) <= block_size:
+            raise UserError(
+                f"{self.name} has {len(self):,} tokens, too few for block_size={block_size}; "
+                f"set --block_size={max(len(self) - 1, 1)} or less, or prepare more text"
+            )
+        for shard in self.shards:
+            self.check(shard[: CHECKED_AT_START // len(self.shards)])
+
+    def __len__(self) -> int:
+        return int(self.begins[-1])
+
+    def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """The ids from each start on: (N, length), int64. Raises UserError as `check` does."""
+        places = starts[:, None] + np.arange(length)  # (N, length)
+        if len(self.shards) == 1:
+            ids = self.shards[0][places]
+        else:
+            shard_of = np.searchsorted(self.begins, places, side="right") - 1
+            ids = np.empty(places.shape, self.shards[0].dtype)
+            for i in np.unique(shard_of):
+                here = shard_of == i
+                ids[here] = self.shards[i][places[here] - self.begins[i]]
+        self.check(ids)
+        return ids.astype(np.int64)
+
+    def check(self, ids: np.ndarray) -> None:
+        """Raises UserError where an id is not in the vocabulary, which a GPU could not say."""
+        if ids.max() >= self.vocab_size:
+            raise UserError(
+                f"{self.name} has the id {ids.max()}, but the vocabulary ends at {self.vocab_size - 1}; "
+                "file and vocabulary do not belong together: run the dataset's prepare.py again"
+            )
+
+
+def map_file(path: Path, dtype: np.dtype) -> np.ndarray:
+    """The ids of one file, mapped. Raises UserError where it is empty or cut off within an id."""
+    size = path.stat().st_size
+    if size == 0 or size % dtype.itemsize:
+        raise UserError(f"{path} has {size:,} bytes, not whole {dtype.name} ids; run its prepare.py again")
+    return np.memmap(path, dtype=dtype, mode="r")
+
+
+def random_starts(seed: int, step: int, count: int, end: int, purpose: int = 0) -> np.ndarray:
+    """`count` random numbers below `end`, (count,): a function of the arguments, not of earlier draws.
+
+    Philox is a counter-based generator ("Parallel random numbers: as easy as 1, 2, 3", Salmon et al., 2011).
+    """
+    philox = np.random.Philox(key=seed, counter=[0, 0, purpose, step])
+    return np.random.Generator(philox).integers(0, end, size=count)
+
+
+def find_dataset(name: str) -> Path:
+    """The folder of a dataset: data/NAME here or in the repository, or NAME as a path. Raises UserError."""
+    for folder in (Path("data") / name, DATA / name, Path(name)):
+        if folder.is_dir():
+            return folder
+    known = sorted(path.parent.name for path in DATA.glob("*/prepare.py"))
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"data/ has {', '.join(known)}"
+    raise UserError(f"no dataset {name}; {hint}")
+
+
+def how_to_prepare(folder: Path) -> str:
+    """What to run where a dataset's files are missing."""
+    script = folder / "prepare.py"
+    return f"run: python {script}" if script.is_file() else "write it with a prepare.py"
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """What is known of a dataset: tokenizer (a description or None), vocab_size, dtype. Raises UserError.
+
+    From meta.json, or else from nanoGPT's meta.pkl; without either it is GPT-2's BPE, as in nanoGPT.
+    """
+    if (folder / "meta.json").is_file():
+        path, read = folder / "meta.json", read_meta_json
+    elif (folder / "meta.pkl").is_file():
+        path, read = folder / "meta.pkl", read_meta_pickle
+    else:
+        return GPT2_META
+    try:
+        meta = read(path)
+    except Exception as error:  # bytes from anywhere can fail in any way
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{path} cannot be read ({reason}); run the dataset's prepare.py again") from None
+    return meta
+
+
+def read_meta_json(path: Path) -> dict[str, Any]:
+    meta = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(meta["tokenizer"], dict) or meta["dtype"] not in ("uint16", "uint32"):
+        raise ValueError("tokenizer or dtype is not what this version writes")
+    if type(meta["vocab_size"]) is not int or meta["vocab_size"] < 1:
+        raise ValueError("vocab_size is not a positive number")
+    return meta
+
+
+def read_meta_pickle(path: Path) -> dict[str, Any]:
+    with open(path, "rb") as file:
+        meta = PlainUnpickler(file).load()
+    vocab_size, itos = int(meta["vocab_size"]), meta.get("itos")
+    tokenizer = None
+    if itos:
+        tokenizer = {"kind": "char", "chars": "".join(itos[i] for i in range(vocab_size))}
+        if len(set(tokenizer["chars"])) != vocab_size:
+            raise ValueError("itos does not name one character for each id")
+    return {"tokenizer": tokenizer, "vocab_size": vocab_size, "dtype": "uint16"}
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """Reads dicts, lists, str, int and the like; refuses whatever would import or call something."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which a vocabulary does not need")

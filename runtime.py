@@ -1,0 +1,214 @@
+"""Where a run happens: device, arithmetic, ranks; and what the machine can do at most."""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from errors import UserError
+
+# Dense bf16 (V100, T4: fp16) tensor-core peaks in FLOP/s, from the vendor's data sheets.
+# The first whose words stand in the device's name is taken.
+PEAK_FLOPS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "A40": 150e12,
+    "A10": 125e12,
+    "V100": 125e12,
+    "T4": 65e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """One process's place: its device, its arithmetic, and its rank among world_size processes."""
+
+    device: torch.device
+    dtype: torch.dtype
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """True in the one process that logs and writes."""
+        return self.rank == 0
+
+    def autocast(self) -> AbstractContextManager:
+        """The context of a forward pass: matrix products in `dtype`, what needs the range in fp32."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def to_device(self, array: np.ndarray) -> torch.Tensor:
+        """A numpy array as a tensor on the device, without waiting for the copy."""
+        tensor = torch.from_numpy(array)
+        if self.device.type == "cuda":
+            return tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor.to(self.device)
+
+    def total(self, *values: float) -> list[float]:
+        """The sum of each value over all ranks."""
+        if self.world_size == 1:
+            return list(values)
+        sums = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(sums)  # on the CPU, over gloo: nothing waits for a GPU
+        return sums.tolist()
+
+    def describe(self) -> str:
+        """The machine, in words."""
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+        threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
+        ranks = f", {self.world_size} ranks" if self.world_size > 1 else ""
+        return f"{name}{threads}{ranks}, {str(self.dtype).removeprefix('torch.')}"
+
+
+def start(device: str = "auto", dtype: str = "auto", backend: str = "auto") -> Runtime:
+    """Take this process's place; under torchrun, join the other ranks. Raises UserError."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    place = find_device(device)
+    if world_size > 1 and place.type == "cuda":
+        local_rank = int(os.environ["LOCAL_RANK"])
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(f"rank {rank} has no GPU of its own; start no more processes than GPUs per node")
+        place = torch.device("cuda", local_rank)
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+        torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32
+    if world_size > 1 and not dist.is_initialized():
+        on_gpu = "nccl" if backend == "auto" else backend
+        dist.init_process_group("gloo" if place.type == "cpu" else f"cpu:gloo,cuda:{on_gpu}")
+    return Runtime(place, find_dtype(dtype, place), rank, world_size)
+
+
+def stop() -> None:
+    """Leave the other ranks."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def find_device(name: str) -> torch.device:
+    """The device of that name; 'auto' is cuda, else mps, else cpu. Raises UserError where it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"device={name} is no device; use auto, cpu, cuda, cuda:1 or mps") from None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError(
+                f"device={name}, but torch {torch.__version__} finds no CUDA here; use --device=cpu"
+            )
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise UserError(
+                f"device={name}, but there are {torch.cuda.device_count()} GPUs; count from cuda:0"
+            )
+    elif device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError("device=mps, but this is no Apple GPU; use --device=cpu")
+    elif device.type not in ("cpu", "mps"):
+        raise UserError(f"device={name} is not supported; use auto, cpu, cuda or mps")
+    return device
+
+
+def find_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The arithmetic of that name; 'auto' is bfloat16 on GPUs (float16 before Ampere), else float32."""
+    if name == "auto":
+        if device.type != "cuda":
+            return torch.float32
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+
+
+def maybe_compile(
+    model: torch.nn.Module, wanted: bool | str, device: torch.device, say: Callable[[str], None]
+) -> torch.nn.Module:
+    """The model, compiled where that is wanted ('auto': on CUDA) and works here; says why where not."""
+    if wanted == "auto":
+        wanted = device.type == "cuda"
+        if not wanted:
+            say("compile=auto: off, as compiling for the CPU takes longer than a short run gains")
+    if not wanted:
+        return model
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
+    except Exception as error:  # no compiler, no triton, an unsupported Python: all end here
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        say(f"compile: not possible here, goes on without ({reason})")
+        return model
+    return torch.compile(model)
+
+
+def peak_flops(runtime: Runtime) -> float:
+    """FLOP/s of one rank's device at most: its data sheet's, or else a matrix product's, measured now."""
+    if runtime.device.type == "cuda" and runtime.dtype != torch.float32:
+        words = f" {torch.cuda.get_device_name(runtime.device).replace('-', ' ')} "
+        for name, peak in PEAK_FLOPS.items():
+            if f" {name} " in words:
+                return peak
+    return measured_flops(runtime)
+
+
+@torch.no_grad()
+def measured_flops(runtime: Runtime, seconds: float = 0.2) -> float:
+    """FLOP/s of the best of several square matrix products in the run's arithmetic."""
+    n = 1024 if runtime.device.type == "cpu" else 4096
+    a = torch.ones(n, n, device=runtime.device, dtype=runtime.dtype)
+    best, end = float("inf"), time.perf_counter() + seconds
+    while best == float("inf") or time.perf_counter() < end:
+        start = time.perf_counter()
+        (a @ a)[0, 0].item()
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best
+
+
+@contextmanager
+def signals_caught() -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM, so that a step is finished first; a second Ctrl-C ends at once."""
+    caught: list[int] = []
+
+    def collect(number: int, frame: object) -> None:
+        if number == signal.SIGINT and number in caught:
+            raise KeyboardInterrupt
+        caught.append(number)
+
+    try:
+        before = {number: signal.signal(number, collect) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not in the main thread, where Python takes no signals
+        before = {}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def progress_bar(
+    first: int, last: int, runtime: Runtime, say: Callable[[str], None]
+) -> Iterator[tuple[Callable[[str], None], Callable[[], object]]]:
+    """Yields say(line) and advance(): tqdm's bar with the time left under the lines, on a terminal.
+
+    In a file, on other ranks and without tqdm: the given `say`, and no bar.
+    """
+    tqdm = None
+    if runtime.is_main and sys.stderr.isatty() and first < last:
+        try:
+            from tqdm import tqdm
+        except ImportError:
+            pass
+    if tqdm is None:
+        yield say, lambda: None
+        return
+    with tqdm(total=last, initial=first, unit="step", dynamic_ncols=True) as bar:
+        yield bar.write, bar.update

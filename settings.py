@@ -1,0 +1,132 @@
+"""Every setting of every command: name, type, default, limits and meaning. Nothing here needs torch."""
+
+from dataclasses import dataclass
+
+from configurator import check_settings, setting
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+COMPILE = ("auto", True, False)
+
+
+@dataclass
+class TrainConfig:
+    """Train a GPT, or go on with one, or evaluate one.
+
+    usage: python train.py [config/NAME.py ...] [--setting=value ...]
+           torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
+
+    Config files come first, flags override them. The defaults are GPT-2 124M on OpenWebText.
+    """
+
+    # where things are and come from
+    out_dir: str = setting("out", "folder of the checkpoints: ckpt.pt (best), last.pt (newest)")
+    dataset: str = setting("openwebtext", "a folder of data/, or a path to one, made by a prepare.py")
+    init_from: str = setting(
+        "scratch", "scratch, resume, auto (resume if possible), gpt2[-medium|-large|-xl], a folder"
+    )
+    seed: int = setting(1337, "of weights, batches and dropout", at_least=0)
+
+    # evaluation and logging
+    eval_interval: int = setting(2000, "steps between evaluations", at_least=1)
+    eval_iters: int = setting(
+        200, "batches per evaluation and split; 0 is every token of val once", at_least=0
+    )
+    eval_only: bool = setting(False, "evaluate once and stop")
+    log_interval: int = setting(1, "steps between log lines", at_least=1)
+    always_save_checkpoint: bool = setting(True, "write ckpt.pt at each evaluation, not only at the best")
+    wandb_log: bool = setting(False, "log to Weights & Biases too")
+    wandb_project: str = setting("owt", "its project")
+    wandb_run_name: str = setting("gpt2", "its run")
+
+    # batches: a step trains on gradient_accumulation_steps * batch_size * block_size tokens, over all ranks
+    gradient_accumulation_steps: int = setting(40, "micro-steps per step, shared among the ranks", at_least=1)
+    batch_size: int = setting(12, "sequences per micro-step", at_least=1)
+    block_size: int = setting(1024, "tokens per sequence, the longest context", at_least=1)
+
+    # model
+    n_layer: int = setting(12, "transformer blocks", at_least=1)
+    n_head: int = setting(12, "attention heads", at_least=1)
+    n_embd: int = setting(768, "width; a multiple of n_head", at_least=1)
+    dropout: float = setting(
+        0.0, "for pretraining 0, for small sets and finetuning 0.1 and more", at_least=0, below=1
+    )
+    bias: bool = setting(False, "biases in the linear layers and LayerNorms (GPT-2 has them)")
+
+    # AdamW and its learning rate
+    learning_rate: float = setting(6e-4, "the highest", above=0)
+    max_iters: int = setting(600_000, "optimizer steps in all", at_least=0)
+    weight_decay: float = setting(0.1, "of matrices and embeddings", at_least=0)
+    beta1: float = setting(0.9, "AdamW's averaging of gradients", at_least=0, below=1)
+    beta2: float = setting(0.95, "AdamW's averaging of squared gradients", at_least=0, below=1)
+    grad_clip: float = setting(1.0, "largest norm of the gradient; 0 is off", at_least=0)
+    decay_lr: bool = setting(True, "warm up, then decay along a cosine; False is constant")
+    warmup_iters: int = setting(2000, "steps of linear warm-up", at_least=0)
+    lr_decay_iters: int | None = setting(None, "step where min_lr is reached; None is max_iters", at_least=1)
+    min_lr: float | None = setting(
+        None, "the lowest after warm-up; None is a tenth of learning_rate", at_least=0
+    )
+
+    # the machine
+    device: str = setting("auto", "auto (cuda, else mps, else cpu), cpu, cuda, cuda:1, mps")
+    dtype: str = setting("auto", "of the arithmetic; float32 uses TF32 on a GPU", choices=DTYPES)
+    compile: bool | str = setting("auto", "torch.compile; auto is on CUDA only", choices=COMPILE)
+    backend: str = setting("auto", "between ranks: nccl, gloo, or auto")
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        check_heads(self.n_embd, self.n_head)
+
+
+@dataclass
+class BenchConfig(TrainConfig):
+    """Time a training step, as train.py does it, and name what it reaches of the machine's speed.
+
+    usage: python bench.py [config/NAME.py ...] [--setting=value ...]
+
+    Takes all settings of train.py; those that no step needs change nothing.
+    """
+
+    gradient_accumulation_steps: int = setting(1, "micro-steps per step", at_least=1)
+    batch_size: int | None = setting(
+        None, "sequences per micro-step; None is 12 on a GPU, 1 on a CPU", at_least=1
+    )
+    real_data: bool = setting(True, "read the dataset where it is there, instead of random ids")
+    bench_steps: int = setting(20, "timed steps", at_least=1)
+    warmup_steps: int = setting(3, "steps before them, compiling included", at_least=0)
+    profile: bool = setting(False, "show the costliest operations and write a trace for chrome://tracing")
+
+
+@dataclass
+class SampleConfig:
+    """Sample text from a trained GPT, or from GPT-2.
+
+    usage: python sample.py --out_dir=out-shakespeare-char [--setting=value ...]
+           python sample.py --init_from=gpt2-xl --start="What is the answer?" --num_samples=5
+    """
+
+    init_from: str = setting("resume", "resume (out_dir's checkpoint), gpt2[-medium|-large|-xl], or a folder")
+    out_dir: str = setting("out", "folder of the checkpoint")
+    start: str = setting("\n", "the prompt; FILE:path reads it from a file; empty starts a new document")
+    num_samples: int = setting(
+        10, "samples, made as one batch; a single one is shown as it is made", at_least=1
+    )
+    max_new_tokens: int = setting(500, "tokens per sample, after the prompt", at_least=1)
+    temperature: float = setting(
+        0.8, "below 1 is safer, above 1 wilder, 0 always takes the likeliest", at_least=0
+    )
+    top_k: int | None = setting(200, "choose among this many likeliest tokens; None or 0 is all", at_least=0)
+    seed: int = setting(1337, "same seed, same text", at_least=0)
+    device: str = setting("auto", "auto (cuda, else mps, else cpu), cpu, cuda, cuda:1, mps")
+    dtype: str = setting("auto", "of the arithmetic", choices=DTYPES)
+    compile: bool | str = setting(False, "torch.compile the model", choices=(True, False))
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+
+def check_heads(n_embd: int, n_head: int) -> None:
+    """Raises ValueError where the width cannot be shared among the heads."""
+    if n_embd % n_head:
+        raise ValueError(
+            f"n_embd={n_embd} is not divisible by n_head={n_head}; make it a multiple, or change n_head"
+        )

@@ -1,0 +1,366 @@
+"""Train a GPT: python train.py config/train_shakespeare_char.py --batch_size=32
+
+`train`, at the end, tells the story; the functions above it are its parts, in the order of their first use.
+One process trains on one device; under torchrun, one process per GPU trains the same model together.
+"""
+
+import sys
+
+from configurator import configure
+from settings import TrainConfig
+
+if __name__ == "__main__":
+    CONFIG = configure(TrainConfig)  # before torch is loaded, so that --help and mistakes answer at once
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from checkpoint import (
+    BEST,
+    NEWEST,
+    load_checkpoint,
+    load_pretrained,
+    newest_checkpoint,
+    open_out_dir,
+    restore_model,
+    restore_optimizer,
+    save_checkpoint,
+    set_aside,
+    training_state,
+)
+from data.tokens import TokenStream, find_dataset, random_starts, read_meta
+from errors import UserError, one_line_errors
+from model import GPT, GPTConfig
+from runtime import Runtime, maybe_compile, peak_flops, progress_bar, signals_caught, start, stop
+
+Batch = tuple[torch.Tensor, torch.Tensor, int]  # x (B, T), y (B, T), the seed of its dropout
+
+
+class TrainResult(NamedTuple):
+    """What `train` returns; `losses` has a dict with step, train and val for each evaluation."""
+
+    model: GPT
+    iter_num: int
+    best_val_loss: float
+    losses: list[dict[str, float]]
+    stopped_by: int | None  # the signal that ended the run early
+
+
+def initial_model(config: TrainConfig, meta: dict[str, Any]) -> tuple[GPT, dict[str, Any]]:
+    """The network to train, on the CPU, and the checkpoint that it goes on from, {} if none. UserError."""
+    newest = newest_checkpoint(Path(config.out_dir))
+    resumes = config.init_from == "resume" or (config.init_from == "auto" and newest is not None)
+    contents: dict[str, Any] = {}
+    if resumes:
+        path = newest or Path(config.out_dir) / NEWEST
+        contents = load_checkpoint(path)
+        model = restore_model(contents, path, config.dropout)
+    elif config.init_from in ("scratch", "auto"):
+        torch.manual_seed(config.seed)
+        shared = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
+        shape = {name: getattr(config, name) for name in shared}
+        # GPT-2's vocabulary is padded to GPTConfig's, which GPUs multiply faster
+        vocab_size = GPTConfig.vocab_size if meta["vocab_size"] == 50257 else meta["vocab_size"]
+        model = GPT(GPTConfig(vocab_size=vocab_size, **shape))
+    else:
+        model, _ = load_pretrained(config.init_from, config.dropout)
+    if meta["vocab_size"] > model.config.vocab_size:
+        raise UserError(
+            f"the dataset has {meta['vocab_size']} tokens, the model of init_from={config.init_from} only "
+            f"{model.config.vocab_size}; choose the dataset that it was trained on, or --init_from=scratch"
+        )
+    if config.block_size > model.config.block_size:
+        raise UserError(
+            f"block_size={config.block_size} is longer than the model of init_from={config.init_from} reads; "
+            f"set --block_size={model.config.block_size} or less"
+        )
+    if config.block_size < model.config.block_size:
+        model.crop_block_size(config.block_size)
+        contents.pop("optimizer", None)  # its moments have the shape of the longer table
+    return model, contents
+
+
+def get_lr(step: int, config: TrainConfig) -> float:
+    """Learning rate of a step: a linear rise over warmup_iters, half a cosine down to min_lr, then min_lr."""
+    if not config.decay_lr:
+        return config.learning_rate
+    lowest = config.learning_rate / 10 if config.min_lr is None else config.min_lr
+    last = config.max_iters if config.lr_decay_iters is None else config.lr_decay_iters
+    if step < config.warmup_iters:
+        return config.learning_rate * (step + 1) / (config.warmup_iters + 1)
+    if step >= last:
+        return lowest
+    done = (step - config.warmup_iters) / (last - config.warmup_iters)
+    return lowest + (config.learning_rate - lowest) * (1 + math.cos(math.pi * done)) / 2
+
+
+def windows_to_xy(windows: np.ndarray, runtime: Runtime) -> tuple[torch.Tensor, torch.Tensor]:
+    """Windows (B, T + 1) as inputs x (B, T) and their next tokens y (B, T), on the device."""
+    tokens = runtime.to_device(windows)
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def step_batches(stream: TokenStream, config: TrainConfig, runtime: Runtime, step: int) -> list[Batch]:
+    """This rank's micro-batches of one step.
+
+    The samples of a step are drawn as one set, by seed and step alone; ranks and micro-steps share it out.
+    """
+    B, T, micro_steps = config.batch_size, config.block_size, config.gradient_accumulation_steps
+    starts = random_starts(config.seed, step, micro_steps * B, len(stream) - T)  # (micro_steps·B,)
+    batches = []
+    for micro in range(runtime.rank, micro_steps, runtime.world_size):
+        x, y = windows_to_xy(stream.windows(starts[micro * B : (micro + 1) * B], T + 1), runtime)
+        seed = np.random.SeedSequence((config.seed, step, micro)).generate_state(1, np.uint64)
+        batches.append((x, y, int(seed[0])))
+    return batches
+
+
+def training_step(
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    batches: list[Batch],
+    grad_clip: float,
+    runtime: Runtime,
+) -> torch.Tensor:
+    """One optimizer step on this rank's micro-batches; their mean loss, still on the device."""
+    total = torch.zeros((), device=runtime.device)
+    for number, (x, y, seed) in enumerate(batches, 1):
+        torch.manual_seed(seed)  # dropout, too, depends on nothing drawn before
+        if runtime.world_size > 1:
+            model.require_backward_grad_sync = number == len(batches)  # exchange the sum, once
+        with runtime.autocast():
+            _, loss = model(x, y)
+        scaler.scale(loss / len(batches)).backward()
+        total += loss.detach()
+    if grad_clip:
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return total / len(batches)
+
+
+def evaluation_windows(
+    stream: TokenStream, config: TrainConfig, purpose: int, whole: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Where the windows of an evaluation start, and how many first targets of each do not count: (N,), (N,).
+
+    eval_iters batches at random places, the same at every evaluation. With eval_iters=0, all of the val split
+    (purpose 2), each token once, and as many windows of train (purpose 1); `whole` is val's length.
+    """
+    B, T = config.batch_size, config.block_size
+    if config.eval_iters:
+        starts = random_starts(config.seed, 0, config.eval_iters * B, len(stream) - T, purpose)
+        return starts, np.zeros_like(starts)
+    count = math.ceil((whole - 1) / T)
+    if purpose == 1:
+        starts = random_starts(config.seed, 0, count, len(stream) - T, purpose)
+        skip = np.zeros_like(starts)
+    else:
+        starts = np.minimum(np.arange(count) * T, whole - 1 - T)  # the last one overlaps the one before it
+        skip = np.arange(count) * T - starts
+    padding = -count % B  # every batch has B rows, which torch.compile likes; the added ones do not count
+    return np.pad(starts, (0, padding)), np.pad(skip, (0, padding), constant_values=T)
+
+
+@torch.no_grad()
+def evaluate(
+    model: torch.nn.Module, streams: dict[str, TokenStream], config: TrainConfig, runtime: Runtime
+) -> dict[str, float]:
+    """Mean loss per token of train and val, in nats. The ranks share the batches."""
+    losses = {}
+    B, T = config.batch_size, config.block_size
+    model.eval()
+    for purpose, split in enumerate(("train", "val"), 1):
+        starts, skip = evaluation_windows(streams[split], config, purpose, len(streams["val"]))
+        loss_sum = torch.zeros((), device=runtime.device, dtype=torch.float32)
+        count = torch.zeros((), device=runtime.device)
+        for i in range(runtime.rank * B, len(starts), runtime.world_size * B):
+            x, y = windows_to_xy(streams[split].windows(starts[i : i + B], T + 1), runtime)
+            skipped = torch.from_numpy(np.arange(T) < skip[i : i + B, None]).to(runtime.device)  # (B, T)
+            y = y.masked_fill(skipped, -1)
+            with runtime.autocast():
+                _, loss = model(x, y)
+            counted = (y >= 0).sum()
+            loss_sum += loss * counted
+            count += counted
+        all_loss, all_count = runtime.total(loss_sum.item(), count.item())
+        losses[split] = all_loss / all_count
+    model.train()
+    return losses
+
+
+def start_wandb(config: TrainConfig) -> Any:
+    """A Weights & Biases run. Raises UserError where it cannot be."""
+    try:
+        import wandb
+
+        return wandb.init(project=config.wandb_project, name=config.wandb_run_name, config=asdict(config))
+    except Exception as error:
+        raise UserError(
+            f"wandb does not start ({error}); pip install wandb and log in, or --wandb_log=False"
+        ) from None
+
+
+def describe_run(
+    config: TrainConfig,
+    runtime: Runtime,
+    folder: Path,
+    streams: dict[str, TokenStream],
+    model: GPT,
+    say: Callable[[str], None],
+) -> None:
+    """Tell before the first step what is trained, on what, where, and what will be written."""
+    shape, micro_steps = model.config, config.gradient_accumulation_steps
+    tokens = micro_steps * config.batch_size * config.block_size
+    sizes = ", ".join(f"{len(stream):,} {split}" for split, stream in streams.items())
+    say(f"data     {folder}: {sizes} tokens, vocabulary {streams['train'].vocab_size:,}")
+    say(
+        f"model    {shape.n_layer} layers, {shape.n_head} heads, {shape.n_embd} wide, "
+        f"block {shape.block_size}: {model.get_num_params(non_embedding=False):,} parameters"
+    )
+    say(f"machine  {runtime.describe()}")
+    say(
+        f"step     {config.batch_size} sequences of {config.block_size}, {micro_steps} times: {tokens:,} tokens"
+    )
+    if not config.eval_only:
+        say(
+            f"writes   {config.out_dir}/{BEST} (best) and {NEWEST} (newest), "
+            f"every {config.eval_interval} steps up to {config.max_iters}"
+        )
+
+
+def train(config: TrainConfig) -> TrainResult:
+    """Train as the settings say; returns the model and its losses. Raises UserError and MachineError."""
+    runtime = start(config.device, config.dtype, config.backend)
+    if config.gradient_accumulation_steps % runtime.world_size:
+        raise UserError(
+            f"gradient_accumulation_steps={config.gradient_accumulation_steps} cannot be shared among "
+            f"{runtime.world_size} ranks; make it a multiple"
+        )
+    folder = find_dataset(config.dataset)
+    meta = read_meta(folder)
+    streams = {split: TokenStream(folder, split, meta, config.block_size) for split in ("train", "val")}
+    model, contents = initial_model(config, meta)
+    out_dir = Path(config.out_dir)
+    if runtime.is_main and not config.eval_only:
+        open_out_dir(out_dir)
+    first = step = contents.get("iter_num", 0)
+    best_val_loss = float(contents.get("best_val_loss", math.inf))
+
+    say = print if runtime.is_main else (lambda line: None)
+    describe_run(config, runtime, folder, streams, model, say)
+    wandb = start_wandb(config) if config.wandb_log and runtime.is_main else None
+
+    model.to(runtime.device)
+    betas = (config.beta1, config.beta2)
+    optimizer = model.configure_optimizers(
+        config.weight_decay, config.learning_rate, betas, runtime.device.type
+    )
+    scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
+    if "optimizer" in contents:
+        restore_optimizer(optimizer, contents, out_dir)
+        scaler.load_state_dict(contents.get("scaler") or scaler.state_dict())
+    if contents:
+        say(f"resumes  after step {step}" + (": nothing left to do" if step >= config.max_iters else ""))
+    elif runtime.is_main and not config.eval_only:
+        for name in set_aside(out_dir):
+            say(f"note     {out_dir} held another run's checkpoint, which is {name} now")
+    del contents  # frees the copy on the CPU
+
+    compiled = maybe_compile(model, config.compile, runtime.device, say)
+    trained = compiled
+    if runtime.world_size > 1:
+        devices = [runtime.device] if runtime.device.type == "cuda" else None
+        trained = DistributedDataParallel(compiled, devices)
+    peak = peak_flops(runtime)
+
+    def save(*names: str) -> None:
+        if not all(bool(p.isfinite().all()) for p in model.parameters()):
+            raise lost(step, out_dir)
+        more = {"config": asdict(config), "scaler": scaler.state_dict(), "meta": meta}
+        for name in names if runtime.is_main else ():
+            save_checkpoint(out_dir / name, training_state(model, optimizer, step, best_val_loss, **more))
+            say(f"step {step}: wrote {out_dir / name}")
+
+    losses: list[dict[str, float]] = []
+    stopping = False
+    clock, clocked = time.perf_counter(), step
+    with progress_bar(step, config.max_iters, runtime, say) as (say, advance), signals_caught() as caught:
+        while True:
+            due = config.eval_only or step % config.eval_interval == 0 or step == config.max_iters
+            if due and (config.eval_only or step == 0 or step > first):  # else it was, before it was saved
+                found = evaluate(compiled, streams, config, runtime)
+                losses.append({"step": step, **found})
+                say(f"step {step}: train loss {found['train']:.4f}, val loss {found['val']:.4f}")
+                if wandb:
+                    wandb.log({f"{split}/loss": loss for split, loss in found.items()}, step=step)
+                if not math.isfinite(found["val"]):
+                    raise lost(step, out_dir)
+                improved = found["val"] < best_val_loss
+                best_val_loss = min(best_val_loss, found["val"])
+                if not config.eval_only and (step > 0 or step == config.max_iters):
+                    save(NEWEST, *([BEST] if improved or config.always_save_checkpoint else []))
+                clock, clocked = time.perf_counter(), step
+            elif stopping:
+                save(NEWEST)
+            if config.eval_only or stopping or step >= config.max_iters:
+                break
+
+            for group in optimizer.param_groups:
+                group["lr"] = get_lr(step, config)
+            batches = step_batches(streams["train"], config, runtime, step)
+            loss = training_step(trained, optimizer, scaler, batches, config.grad_clip, runtime)
+            step += 1
+            stopping = runtime.total(len(caught))[0] > 0  # all ranks stop at the same step
+
+            if step % config.log_interval == 0 or step == config.max_iters:
+                mean = runtime.total(loss.item())[0] / runtime.world_size  # waits for the device: once a line
+                if not math.isfinite(mean):
+                    raise lost(step, out_dir)
+                seconds = (time.perf_counter() - clock) / (step - clocked)
+                mfu = model.estimate_mfu(len(batches) * config.batch_size, seconds, peak)
+                tokens = config.gradient_accumulation_steps * config.batch_size * config.block_size
+                say(
+                    f"step {step}: loss {mean:.4f}, {seconds * 1000:.2f} ms, {tokens / seconds:,.0f} tokens/s, "
+                    f"mfu {mfu:.1%}"
+                )
+                if wandb:
+                    wandb.log({"loss": mean, "lr": get_lr(step - 1, config), "mfu": mfu}, step=step)
+                clock, clocked = time.perf_counter(), step
+            advance()
+    if wandb:
+        wandb.finish()
+    stop()
+    return TrainResult(model, step, best_val_loss, losses, caught[0] if caught else None)
+
+
+def lost(step: int, out_dir: Path) -> UserError:
+    """The error that ends a run whose loss is no number any more."""
+    path = newest_checkpoint(out_dir)
+    kept = f"{path} is the last good state" if path else "nothing was saved yet"
+    return UserError(
+        f"the loss is not finite any more at step {step}; lower --learning_rate or set --grad_clip=1.0 ({kept})"
+    )
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        result = train(CONFIG)
+        if result.stopped_by:
+            print(f"stopped after step {result.iter_num}; go on with the same command and --init_from=resume")
+            sys.exit(128 + result.stopped_by)
+        if not CONFIG.eval_only:
+            print(
+                f"done: best val loss {result.best_val_loss:.4f}; python sample.py --out_dir={CONFIG.out_dir}"
+            )
