@@ -144,8 +144,8 @@ def load_pretrained(name: str, dropout: float = 0.0) -> tuple[GPT, dict[str, Any
         ) from None
     except Exception as error:  # no network, no such name, a damaged file: transformers raises many kinds
         raise UserError(
-            f"init_from={name} cannot be loaded ({first_line(error)}); without a network, copy its folder here "
-            "(config.json, model.safetensors) and give the folder"
+            f"init_from={name} cannot be loaded ({first_line(error)}); without a network, copy its config.json "
+            "and model.safetensors into a folder and give the folder"
         ) from None
 
 

@@ -132,21 +132,21 @@ def find_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def maybe_compile(
     model: torch.nn.Module, wanted: bool | str, device: torch.device, say: Callable[[str], None]
-) -> torch.nn.Module:
-    """The model, compiled where that is wanted ('auto': on CUDA) and works here; says why where not."""
+) -> None:
+    """Compile the model in place where that is wanted ('auto': on CUDA) and works here; say why where not."""
     if wanted == "auto":
         wanted = device.type == "cuda"
         if not wanted:
-            say("compile=auto: off, as compiling for the CPU takes longer than a short run gains")
+            say("compile  off: on a CPU, compiling takes longer than a short run gains")
     if not wanted:
-        return model
+        return
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
     except Exception as error:  # no compiler, no triton, an unsupported Python: all end here
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        say(f"compile: not possible here, goes on without ({reason})")
-        return model
-    return torch.compile(model)
+        say(f"note     compile is not possible here, goes on without ({reason})")
+        return
+    model.compile()
 
 
 def peak_flops(runtime: Runtime) -> float:
@@ -160,16 +160,21 @@ def peak_flops(runtime: Runtime) -> float:
 
 
 @torch.no_grad()
-def measured_flops(runtime: Runtime, seconds: float = 0.2) -> float:
-    """FLOP/s of the best of several square matrix products in the run's arithmetic."""
-    n = 1024 if runtime.device.type == "cpu" else 4096
-    a = torch.ones(n, n, device=runtime.device, dtype=runtime.dtype)
-    best, end = float("inf"), time.perf_counter() + seconds
-    while best == float("inf") or time.perf_counter() < end:
-        start = time.perf_counter()
-        (a @ a)[0, 0].item()
-        best = min(best, time.perf_counter() - start)
-    return 2 * n**3 / best
+def measured_flops(runtime: Runtime, seconds: float = 0.3) -> float:
+    """FLOP/s of the best of many square matrix products in the run's arithmetic: small ones, which a busy
+    machine interrupts less, and larger ones, which fill a larger machine."""
+    best = 0.0
+    for n in (512, 1024, 2048) if runtime.device.type == "cpu" else (4096, 8192):
+        a = torch.ones(n, n, device=runtime.device, dtype=runtime.dtype)
+        end = time.perf_counter() + seconds / 3
+        while True:
+            begin = time.perf_counter()
+            (a @ a)[0, 0].item()  # waits for the result
+            now = time.perf_counter()
+            best = max(best, 2 * n**3 / (now - begin))
+            if now > end:
+                break
+    return best
 
 
 @contextmanager

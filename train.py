@@ -231,7 +231,7 @@ def describe_run(
     )
     say(f"machine  {runtime.describe()}")
     say(
-        f"step     {config.batch_size} sequences of {config.block_size}, {micro_steps} times: {tokens:,} tokens"
+        f"step     {tokens:,} tokens: {micro_steps} times {config.batch_size} sequences of {config.block_size}"
     )
     if not config.eval_only:
         say(
@@ -273,16 +273,18 @@ def train(config: TrainConfig) -> TrainResult:
         scaler.load_state_dict(contents.get("scaler") or scaler.state_dict())
     if contents:
         say(f"resumes  after step {step}" + (": nothing left to do" if step >= config.max_iters else ""))
+        if "optimizer" not in contents:
+            say("note     without AdamW's averages, which start anew")
     elif runtime.is_main and not config.eval_only:
         for name in set_aside(out_dir):
             say(f"note     {out_dir} held another run's checkpoint, which is {name} now")
     del contents  # frees the copy on the CPU
 
-    compiled = maybe_compile(model, config.compile, runtime.device, say)
-    trained = compiled
+    maybe_compile(model, config.compile, runtime.device, say)
+    trained: torch.nn.Module = model
     if runtime.world_size > 1:
         devices = [runtime.device] if runtime.device.type == "cuda" else None
-        trained = DistributedDataParallel(compiled, devices)
+        trained = DistributedDataParallel(model, devices)
     peak = peak_flops(runtime)
 
     def save(*names: str) -> None:
@@ -291,7 +293,7 @@ def train(config: TrainConfig) -> TrainResult:
         more = {"config": asdict(config), "scaler": scaler.state_dict(), "meta": meta}
         for name in names if runtime.is_main else ():
             save_checkpoint(out_dir / name, training_state(model, optimizer, step, best_val_loss, **more))
-            say(f"step {step}: wrote {out_dir / name}")
+        say(f"step {step}: wrote {' and '.join(str(out_dir / name) for name in names)}")
 
     losses: list[dict[str, float]] = []
     stopping = False
@@ -300,7 +302,7 @@ def train(config: TrainConfig) -> TrainResult:
         while True:
             due = config.eval_only or step % config.eval_interval == 0 or step == config.max_iters
             if due and (config.eval_only or step == 0 or step > first):  # else it was, before it was saved
-                found = evaluate(compiled, streams, config, runtime)
+                found = evaluate(model, streams, config, runtime)
                 losses.append({"step": step, **found})
                 say(f"step {step}: train loss {found['train']:.4f}, val loss {found['val']:.4f}")
                 if wandb:
@@ -331,10 +333,8 @@ def train(config: TrainConfig) -> TrainResult:
                 seconds = (time.perf_counter() - clock) / (step - clocked)
                 mfu = model.estimate_mfu(len(batches) * config.batch_size, seconds, peak)
                 tokens = config.gradient_accumulation_steps * config.batch_size * config.block_size
-                say(
-                    f"step {step}: loss {mean:.4f}, {seconds * 1000:.2f} ms, {tokens / seconds:,.0f} tokens/s, "
-                    f"mfu {mfu:.1%}"
-                )
+                speed = f"{seconds * 1000:.2f} ms, {tokens / seconds:,.0f} tokens/s, mfu {mfu:.1%}"
+                say(f"step {step}: loss {mean:.4f}, {speed}")
                 if wandb:
                     wandb.log({"loss": mean, "lr": get_lr(step - 1, config), "mfu": mfu}, step=step)
                 clock, clocked = time.perf_counter(), step
@@ -342,6 +342,11 @@ def train(config: TrainConfig) -> TrainResult:
     if wandb:
         wandb.finish()
     stop()
+    if stopping:
+        again = "" if config.init_from == "auto" else " and --init_from=resume"
+        say(f"stopped after step {step}; go on with the same command{again}")
+    elif not config.eval_only:
+        say(f"done: best val loss {best_val_loss:.4f}; python sample.py --out_dir={out_dir}")
     return TrainResult(model, step, best_val_loss, losses, caught[0] if caught else None)
 
 
@@ -349,18 +354,12 @@ def lost(step: int, out_dir: Path) -> UserError:
     """The error that ends a run whose loss is no number any more."""
     path = newest_checkpoint(out_dir)
     kept = f"{path} is the last good state" if path else "nothing was saved yet"
-    return UserError(
-        f"the loss is not finite any more at step {step}; lower --learning_rate or set --grad_clip=1.0 ({kept})"
-    )
+    what_to_do = "lower --learning_rate or set --grad_clip=1.0"
+    return UserError(f"the loss is not finite any more at step {step}; {what_to_do} ({kept})")
 
 
 if __name__ == "__main__":
     with one_line_errors():
         result = train(CONFIG)
         if result.stopped_by:
-            print(f"stopped after step {result.iter_num}; go on with the same command and --init_from=resume")
             sys.exit(128 + result.stopped_by)
-        if not CONFIG.eval_only:
-            print(
-                f"done: best val loss {result.best_val_loss:.4f}; python sample.py --out_dir={CONFIG.out_dir}"
-            )

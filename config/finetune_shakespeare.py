@@ -1,5 +1,5 @@
-# GPT-2 xl learns to write like Shakespeare. Needs its weights (6 GB, from the hub) and a GPU with 24 GB or more;
-# --init_from=gpt2 does on smaller ones.
+# GPT-2 xl learns to write like Shakespeare. It needs the weights (6 GB, from the hub) and a large GPU;
+# --init_from=gpt2 does for smaller ones.
 # python data/shakespeare/prepare.py; python train.py config/finetune_shakespeare.py
 
 out_dir = "out-shakespeare"

@@ -1,4 +1,4 @@
-# GPT-2 124M on OpenWebText, to the val loss of about 2.85 that nanoGPT reports, for 8 GPUs with 40 GB:
+# GPT-2 124M on OpenWebText, for 8 GPUs with 40 GB or more:
 # python data/openwebtext/prepare.py; torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 
 out_dir = "out-gpt2"

@@ -1,4 +1,4 @@
-# A character-level GPT on tiny Shakespeare, small enough for a laptop's CPU; the figures are nanoGPT's for it.
+# A character-level GPT on tiny Shakespeare, small enough for a laptop's CPU; nanoGPT's settings for it.
 # python data/shakespeare_char/prepare.py; python train.py config/train_shakespeare_cpu.py
 
 out_dir = "out-shakespeare-cpu"

@@ -1,0 +1,43 @@
+# make demo: train a small model on this machine and read what it writes. make test: the whole suite.
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/requirements.installed
+OUT := out-stdlib-char
+
+.PHONY: help install demo test lint clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -e 's/:[^#]*## /\t/' | awk -F'\t' '{printf "make %-8s %s\n", $$1, $$2}'
+
+install: $(INSTALLED) ## create .venv and install requirements.txt
+
+$(INSTALLED): requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+		|| { echo "error: $(PYTHON) is older than 3.10; make PYTHON=python3.12 ..." >&2; exit 2; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null \
+		|| { echo "error: $(PYTHON) cannot make a .venv; on Debian and Ubuntu: apt install python3-venv" >&2; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+data/stdlib_char/meta.json: | $(INSTALLED)
+	$(BIN)/python data/stdlib_char/prepare.py
+
+demo: $(INSTALLED) data/stdlib_char/meta.json ## prepare, train for 3 minutes, and sample: no network but the package registry
+	$(BIN)/python train.py config/train_stdlib_char.py
+	$(BIN)/python sample.py --out_dir=$(OUT) --start="def " --num_samples=3 --max_new_tokens=400
+	@echo "These are samples of $(OUT)/ckpt.pt, which train.py trained on the source of Python's standard library"
+	@echo "(data/stdlib_char). More: $(BIN)/python sample.py --out_dir=$(OUT) --start='class ' --temperature=0.5"
+
+test: $(INSTALLED) ## run all tests
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED) ## check style and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean: ## remove .venv and caches; data and checkpoints stay
+	rm -rf .venv .pytest_cache .ruff_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,181 @@
+"""Sample from a trained GPT: python sample.py --out_dir=out-shakespeare-char --start="ROMEO:"
+
+From Python: `Sampler("out-shakespeare-char")`, then its `generate` and `stream` as often as needed.
+"""
+
+import sys
+
+from configurator import configure
+from settings import SampleConfig
+
+if __name__ == "__main__":
+    CONFIG = configure(SampleConfig)  # before torch is loaded, so that --help and mistakes answer at once
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from checkpoint import best_checkpoint, load_checkpoint, load_pretrained, restore_model
+from data.tokenizer import CharTokenizer, Tokenizer, from_description
+from data.tokens import GPT2_META, find_dataset, read_meta
+from errors import UserError, one_line_errors
+from runtime import maybe_compile, start
+
+SEPARATOR = "---------------"
+
+
+class Sampler:
+    """A model and its tokenizer, loaded once. Raises UserError where they cannot be."""
+
+    def __init__(
+        self,
+        out_dir: str = "out",
+        init_from: str = "resume",
+        device: str = "auto",
+        dtype: str = "auto",
+        compile: bool = False,
+    ) -> None:
+        self.runtime = start(device, dtype)
+        if init_from == "resume":
+            path = best_checkpoint(Path(out_dir))
+            contents = load_checkpoint(path)
+            model = restore_model(contents, path)
+            self.source = f"{path}, step {contents['iter_num']}, {describe_loss(contents)}"
+        else:
+            model, contents = load_pretrained(init_from)
+            self.source = init_from
+        self.tokenizer = find_tokenizer(contents, model.config.vocab_size, self.source)
+        self.model = model.to(self.runtime.device).eval()
+        maybe_compile(self.model, compile, self.runtime.device, warn)
+
+    def encode(self, prompt: str) -> torch.Tensor:
+        """The prompt's ids (1, T), T >= 1; an empty one is the start of a document. Raises UserError."""
+        ids = self.tokenizer.encode(prompt) if prompt else [start_of_text(self.tokenizer)]
+        block_size = self.model.config.block_size
+        if len(ids) > block_size:
+            raise UserError(f"the prompt has {len(ids)} tokens, the model reads {block_size}; shorten it")
+        return torch.tensor([list(map(int, ids))], device=self.runtime.device)
+
+    def ids(
+        self,
+        prompt: str,
+        num_samples: int,
+        max_new_tokens: int,
+        temperature: float,
+        top_k: int | None,
+        seed: int,
+    ) -> Iterator[list[int]]:
+        """The next id of each sample, max_new_tokens times: what follows the prompt."""
+        idx = self.encode(prompt).expand(num_samples, -1)  # (N, T)
+        torch.manual_seed(seed)
+        stream = self.model.stream(idx, max_new_tokens, temperature, top_k, self.tokenizer.vocab_size)
+        for _ in range(max_new_tokens):
+            with self.runtime.autocast():  # around the step alone, not around what the reader does between
+                next_id = next(stream)  # (N, 1)
+            yield next_id[:, 0].tolist()
+
+    def generate(
+        self,
+        prompt: str = "\n",
+        num_samples: int = 1,
+        max_new_tokens: int = 500,
+        temperature: float = 0.8,
+        top_k: int | None = 200,
+        seed: int = 1337,
+    ) -> list[str]:
+        """num_samples texts that begin with the prompt, made as one batch. Raises UserError."""
+        columns = list(self.ids(prompt, num_samples, max_new_tokens, temperature, top_k, seed))
+        return [prompt + self.tokenizer.decode(row) for row in zip(*columns, strict=True)]
+
+    def stream(
+        self,
+        prompt: str = "\n",
+        max_new_tokens: int = 500,
+        temperature: float = 0.8,
+        top_k: int | None = 200,
+        seed: int = 1337,
+    ) -> Iterator[str]:
+        """What follows the prompt in one sample, in pieces, each as soon as it is made. Raises UserError."""
+        columns = self.ids(prompt, 1, max_new_tokens, temperature, top_k, seed)
+        return decode_stream((column[0] for column in columns), self.tokenizer)
+
+
+def decode_stream(ids: Iterable[int], tokenizer: Tokenizer) -> Iterator[str]:
+    """Text of the ids, piece by piece; a character made of several tokens comes when it is complete."""
+    waiting: list[int] = []
+    for token in ids:
+        waiting.append(token)
+        text = tokenizer.decode(waiting)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}") or len(waiting) == 8:  # 8: no character at all
+            yield text
+            waiting = []
+    yield tokenizer.decode(waiting)
+
+
+def find_tokenizer(contents: dict[str, Any], vocab_size: int, source: str) -> Tokenizer:
+    """The tokenizer of a checkpoint: its own, or that of its dataset, or else GPT-2's. Raises UserError."""
+    meta = contents.get("meta")
+    if meta is None and "dataset" in contents.get("config", {}):  # nanoGPT's checkpoints name it only
+        meta = read_meta(find_dataset(contents["config"]["dataset"]))
+    meta = meta or GPT2_META
+    if not meta["tokenizer"]:
+        raise UserError(f"the vocabulary of {source} names no characters; put its meta.json beside the data")
+    if meta["vocab_size"] > vocab_size:
+        raise UserError(
+            f"{source} has {vocab_size} tokens, its tokenizer {meta['vocab_size']}; "
+            "put the meta.json or meta.pkl that it was trained with into its dataset's folder"
+        )
+    return from_description(meta["tokenizer"])
+
+
+def start_of_text(tokenizer: Tokenizer) -> int:
+    """The id that an empty prompt stands for: a new line, or the end of the text before."""
+    if isinstance(tokenizer, CharTokenizer):
+        return max(tokenizer.chars.find("\n"), 0)
+    return tokenizer.bpe.eot_token
+
+
+def describe_loss(contents: dict[str, Any]) -> str:
+    return f"best val loss {float(contents.get('best_val_loss', float('nan'))):.4f}"
+
+
+def read_prompt(start: str) -> str:
+    """The prompt: the setting itself, or what stands in the file of FILE:path. Raises UserError."""
+    if not start.startswith("FILE:"):
+        return start
+    try:
+        return Path(start[5:]).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise UserError(f"the prompt file {start[5:]} cannot be read ({reason}); name a text file") from None
+
+
+def warn(line: str) -> None:
+    """Notes go to stderr, so that stdout has the samples alone."""
+    print(line, file=sys.stderr)
+
+
+def main(config: SampleConfig) -> None:
+    prompt = read_prompt(config.start)
+    sampler = Sampler(config.out_dir, config.init_from, config.device, config.dtype, config.compile)
+    choices = (config.max_new_tokens, config.temperature, config.top_k, config.seed)
+    warn(f"{sampler.source} ({sampler.runtime.describe()})")
+    if config.num_samples == 1:
+        pieces = sampler.stream(prompt, *choices)
+        first = next(pieces)  # a mistake in the prompt comes before its echo
+        print(prompt + first, end="", flush=True)
+        for piece in pieces:
+            print(piece, end="", flush=True)
+        print()
+        return
+    for text in sampler.generate(prompt, config.num_samples, *choices):
+        print(text)
+        print(SEPARATOR)
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows a question mark
+    with one_line_errors():
+        main(CONFIG)

@@ -1,0 +1,92 @@
+"""What the tests share: running a script as a user does, and a small dataset of real text."""
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+REPO = Path(__file__).resolve().parents[1]
+NANOGPT = Path(__file__).parent / "fixtures" / "nanogpt"  # written by nanoGPT itself: see its README
+SHARED = REPO.parent / "shared" / "data"
+TINY = (
+    "--device=cpu --compile=False --n_layer=1 --n_head=2 --n_embd=16 --block_size=16 --batch_size=4 "
+    "--gradient_accumulation_steps=1 --eval_iters=2 --eval_interval=10 --log_interval=5 --warmup_iters=2 "
+    "--learning_rate=1e-2 --max_iters=20"
+).split()
+
+
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+torch.set_num_threads(1)  # tiny models gain nothing from more, and suffer on a busy machine
+
+
+def run(*words: object, cwd: Path = REPO, env: dict[str, str] | None = None, **more):
+    """Run a script of the repository with this Python; its status, stdout and stderr."""
+    command = [sys.executable, str(REPO / str(words[0])), *map(str, words[1:])]
+    return subprocess.run(
+        command,
+        cwd=cwd,
+        env={**ENVIRONMENT, **(env or {})},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        **more,
+    )
+
+
+def assert_user_error(result: subprocess.CompletedProcess, *words: str) -> None:
+    """It ended with status 2 and one line on stderr that says what is wrong and what to do."""
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert result.returncode == 2, result
+    assert "Traceback" not in result.stderr
+    assert len(errors) == 1 and result.stderr.splitlines()[-1] == errors[0], result.stderr
+    assert ";" in errors[0], f"says not what to do: {errors[0]}"
+    for word in words:
+        assert word in errors[0], f"{word!r} is not in: {errors[0]}"
+
+
+@pytest.fixture(scope="session")
+def text() -> str:
+    """100 kB of real text, on every machine that runs Python."""
+    return Path(argparse.__file__).read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory, text: str) -> Path:
+    """A prepared character dataset of that text."""
+    folder = tmp_path_factory.mktemp("dataset")
+    (folder / "text.txt").write_text(text, encoding="utf-8")
+    done = run("data/shakespeare_char/prepare.py", "--input", folder / "text.txt", "--output", folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory, dataset: Path) -> Path:
+    """The out_dir of a finished run on it, 20 steps."""
+    out_dir = tmp_path_factory.mktemp("trained") / "out"
+    done = run("train.py", *TINY, f"--dataset={dataset}", f"--out_dir={out_dir}")
+    assert done.returncode == 0, done.stderr
+    return out_dir
+
+
+@pytest.fixture
+def gpt2_bpe(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """The environment in which tiktoken has GPT-2's vocabulary; skips where it cannot be had."""
+    cache = os.environ.get("TIKTOKEN_CACHE_DIR") or str(SHARED / "tiktoken-cache")
+    if not Path(cache).is_dir():
+        pytest.skip("no copy of GPT-2's vocabulary (set TIKTOKEN_CACHE_DIR)")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", cache)
+    return {"TIKTOKEN_CACHE_DIR": cache}
+
+
+@pytest.fixture
+def tiny_shakespeare() -> Path:
+    """The file; skips where there is no copy of it."""
+    path = SHARED / "tinyshakespeare.txt"
+    if not path.is_file():
+        pytest.skip("no copy of tiny Shakespeare beside the repository (../shared/data)")
+    return path

@@ -1,0 +1,190 @@
+"""Settings: defaults, files, flags, in this order; every mistake in one line."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import REPO, assert_user_error, run
+
+from configurator import configure, read_settings
+from errors import UserError
+from settings import BenchConfig, SampleConfig, TrainConfig
+
+
+def settings_of(*argv: str) -> TrainConfig:
+    return read_settings(TrainConfig, list(argv))
+
+
+def test_defaults_are_nanogpts():
+    config = settings_of()
+    assert (config.n_layer, config.n_head, config.n_embd, config.block_size) == (12, 12, 768, 1024)
+    assert (config.batch_size, config.gradient_accumulation_steps) == (12, 40)
+    assert (config.learning_rate, config.weight_decay, config.beta2, config.grad_clip) == (
+        6e-4,
+        0.1,
+        0.95,
+        1.0,
+    )
+
+
+def test_files_come_first_then_flags_left_to_right(tmp_path):
+    (tmp_path / "a.py").write_text("batch_size = 3\nblock_size = 4\nn_layer = 5\n")
+    (tmp_path / "b.py").write_text("block_size = 6\n")
+    config = settings_of("--n_layer=7", str(tmp_path / "a.py"), "--n_layer=8", str(tmp_path / "b.py"))
+    assert (config.batch_size, config.block_size, config.n_layer) == (3, 6, 8)
+
+
+def test_config_file_is_python_with_the_settings_as_globals(tmp_path):
+    """The kind of file that nanoGPT's users have: imports, helpers, values computed from settings."""
+    (tmp_path / "c.py").write_text(
+        "import time\n"
+        "from math import sqrt\n"
+        "def half(x):\n    return x // 2\n"
+        "_share = 4\n"
+        "out_dir = 'out-' + str(len(time.ctime()) // 100)\n"
+        "batch_size = half(batch_size)\n"
+        "max_iters = 5e3\n"
+        "lr_decay_iters = max_iters\n"
+        "learning_rate = 1\n"
+        "gradient_accumulation_steps = _share * 8\n"
+        "compile = False\n"
+        "min_lr = learning_rate / sqrt(100)\n"
+    )
+    config = settings_of(str(tmp_path / "c.py"))
+    assert config.out_dir == "out-0"
+    assert config.batch_size == 6
+    assert config.max_iters == 5000 and type(config.max_iters) is int
+    assert config.lr_decay_iters == 5000
+    assert config.learning_rate == 1.0 and type(config.learning_rate) is float
+    assert config.gradient_accumulation_steps == 32
+    assert config.compile is False
+    assert config.min_lr == 0.1
+
+
+@pytest.mark.parametrize("name", ["eval_gpt2", "config/eval_gpt2.py"])
+def test_bare_name_and_path_from_any_folder(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert settings_of(name).eval_only is True
+
+
+def test_every_config_is_valid():
+    for path in (REPO / "config").glob("*.py"):
+        settings_of(str(path))
+
+
+@pytest.mark.parametrize(
+    ("flag", "name", "value"),
+    [
+        ("--learning_rate=1", "learning_rate", 1.0),
+        ("--learning_rate=1e-3", "learning_rate", 0.001),
+        ("--max_iters=1e3", "max_iters", 1000),
+        ("--max_iters=2_000", "max_iters", 2000),
+        ("--bias=true", "bias", True),
+        ("--bias=0", "bias", False),
+        ("--compile=1", "compile", True),
+        ("--compile=auto", "compile", "auto"),
+        ("--min_lr=None", "min_lr", None),
+        ("--min_lr=0", "min_lr", 0.0),
+        ("--wandb_run_name=a=b, c", "wandb_run_name", "a=b, c"),
+        ("--wandb_run_name=5", "wandb_run_name", "5"),
+        ("--wandb_run_name=", "wandb_run_name", ""),
+    ],
+)
+def test_text_becomes_the_annotated_type(flag, name, value):
+    found = getattr(settings_of(flag), name)
+    assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("flag", "says"),
+    [
+        ("--batch_sise=3", "did you mean batch_size?"),
+        ("--batch-size=3", "did you mean batch_size?"),
+        ("--zzz=3", "--help"),
+        ("--batch_size=many", "whole number"),
+        ("--batch_size=1.5", "whole number"),
+        ("--batch_size=", "whole number"),
+        ("--batch_size=0", "at least 1"),
+        ("--block_size=-4", "at least 1"),
+        ("--n_layer=0", "at least 1"),
+        ("--n_layer=True", "whole number"),
+        ("--bias=maybe", "True or False"),
+        ("--bias=2", "True or False"),
+        ("--learning_rate=fast", "a number"),
+        ("--learning_rate=nan", "finite"),
+        ("--learning_rate=inf", "finite"),
+        ("--learning_rate=0", "above 0"),
+        ("--dropout=1", "below 1"),
+        ("--dropout=-0.1", "at least 0"),
+        ("--beta2=1.5", "below 1"),
+        ("--max_iters=-1", "at least 0"),
+        ("--dtype=float8", "one of auto, float32, bfloat16, float16"),
+        ("--compile=perhaps", "one of auto, True, False"),
+        ("--n_embd=100", "not divisible by n_head=12"),
+        ("--eval_only", "--eval_only=VALUE"),
+        ("config/nothing.py", "no config file config/nothing.py"),
+        ("config/train_gtp2.py", "did you mean config/train_gpt2.py?"),
+    ],
+)
+def test_mistakes_in_one_line(flag, says):
+    result = run("train.py", flag)
+    assert_user_error(result, says)
+    assert result.stdout == "" and len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("batchsize = 3", "did you mean batch_size?"),
+        ("batch_size = '3'", "batch_size='3' does not fit"),
+        ("batch_size = None", "batch_size=None"),
+        ("batch_size = len", "batch_size="),
+        ("dropout = 2", "below 1"),
+        ("x = = 1", "line 2: SyntaxError"),
+        ("batch_size = undefined", "line 2: NameError"),
+        ("batch_size = 1 / 0", "line 2: ZeroDivisionError"),
+    ],
+)
+def test_mistakes_in_a_config_file_name_the_file(line, says, tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(f"# a comment\n{line}\n")
+    with pytest.raises(UserError, match=re.escape(says)) as caught:
+        settings_of(str(path))
+    assert str(path) in str(caught.value)
+
+
+def test_python_face_checks_too():
+    assert TrainConfig(learning_rate=1).learning_rate == 1.0
+    with pytest.raises(ValueError, match="batch_size=0"):
+        TrainConfig(batch_size=0)
+    with pytest.raises(ValueError, match="not divisible"):
+        TrainConfig(n_embd=10, n_head=3)
+
+
+@pytest.mark.parametrize(
+    ("script", "cls"), [("train.py", TrainConfig), ("sample.py", SampleConfig), ("bench.py", BenchConfig)]
+)
+def test_help_lists_every_setting_with_its_type_and_loads_nothing_heavy(script, cls):
+    code = (
+        "import runpy, sys\n"
+        "try:\n    runpy.run_path(sys.argv[1], run_name='__main__')\n"
+        "finally:\n"
+        "    heavy = {'torch', 'numpy', 'transformers', 'tiktoken', 'datasets', 'wandb'} & set(sys.modules)\n"
+        "    print('loaded:', heavy or 'nothing')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(REPO / script), "--help"], capture_output=True, text=True, cwd=REPO
+    )
+    assert done.returncode == 0, done.stderr
+    assert "loaded: nothing" in done.stdout
+    for name in cls.__dataclass_fields__:
+        line = next(line for line in done.stdout.splitlines() if line.startswith(f"  --{name}="))
+        assert line.rstrip().endswith("]")  # ... its type
+
+
+def test_configure_ends_the_process_with_status_2(capsys):
+    with pytest.raises(SystemExit) as caught:
+        configure(SampleConfig, ["--temprature=1"])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == "error: unknown setting temprature; did you mean temperature?\n"

@@ -1,0 +1,216 @@
+"""Token files and tokenizers: what is written is what is read, and what cannot be right is refused."""
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+from conftest import NANOGPT
+
+from data.tokenizer import CharTokenizer, GPT2Tokenizer, from_description
+from data.tokens import TokenStream, random_starts, read_meta, write_dataset
+from errors import UserError
+
+META = {"tokenizer": None, "vocab_size": 100, "dtype": "uint16"}
+
+
+def write_bin(folder, ids, name="train.bin", dtype="<u2"):
+    np.asarray(ids).astype(dtype).tofile(folder / name)
+
+
+def test_windows_are_the_ids_from_each_start_on(tmp_path):
+    write_bin(tmp_path, np.arange(50))
+    stream = TokenStream(tmp_path, "train", META, block_size=8)
+    assert len(stream) == 50
+    windows = stream.windows(np.array([0, 7, 41]), 9)
+    assert windows.dtype == np.int64
+    assert windows.tolist() == [list(range(9)), list(range(7, 16)), list(range(41, 50))]
+
+
+def test_shards_read_as_one_stream(tmp_path):
+    ids = np.random.default_rng(0).integers(0, 100, 60)
+    for number, part in enumerate((ids[:10], ids[10:11], ids[11:40], ids[40:])):
+        write_bin(tmp_path, part, f"train_{number:06d}.bin")
+    stream = TokenStream(tmp_path, "train", META, block_size=8)
+    assert len(stream) == 60
+    starts = np.arange(50)
+    assert np.array_equal(stream.windows(starts, 10), ids[starts[:, None] + np.arange(10)])
+
+
+def test_uint32_where_meta_says_so(tmp_path):
+    write_bin(tmp_path, np.arange(70_000, 70_020), dtype="<u4")
+    stream = TokenStream(tmp_path, "train", {**META, "vocab_size": 80_000, "dtype": "uint32"}, 4)
+    assert stream.windows(np.array([3]), 2).tolist() == [[70_003, 70_004]]
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"", "0 bytes"),
+        (b"\x01\x00\x02", "3 bytes"),
+        (np.arange(8, dtype="<u2").tobytes(), "--block_size=7 or less"),
+        (np.full(50, 100, "<u2").tobytes(), "the id 100, but the vocabulary ends at 99"),
+    ],
+)
+def test_impossible_files_are_refused(content, says, tmp_path):
+    (tmp_path / "train.bin").write_bytes(content)
+    with pytest.raises(UserError, match=says):
+        TokenStream(tmp_path, "train", META, block_size=8)
+
+
+def test_an_id_past_the_part_checked_at_start_is_found_when_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("data.tokens.CHECKED_AT_START", 10)
+    write_bin(tmp_path, [1] * 20 + [100] * 20)
+    stream = TokenStream(tmp_path, "train", META, block_size=8)
+    stream.windows(np.array([0]), 9)
+    with pytest.raises(UserError, match="the id 100"):
+        stream.windows(np.array([15]), 9)
+
+
+def test_random_starts_depend_on_their_arguments_alone():
+    first = random_starts(1337, 5, 1000, 777)
+    random_starts(1, 2, 3, 4)
+    assert np.array_equal(first, random_starts(1337, 5, 1000, 777))
+    assert first.min() >= 0 and first.max() == 776
+    others = [(1338, 5, 0), (1337, 6, 0), (1337, 5, 1)]
+    for seed, step, purpose in others:
+        assert not np.array_equal(first, random_starts(seed, step, 1000, 777, purpose))
+
+
+def test_random_starts_are_uniform():
+    counts = np.bincount(
+        np.concatenate([random_starts(0, step, 500, 10) for step in range(200)]), minlength=10
+    )
+    assert (np.abs(counts - 10_000) < 5 * np.sqrt(10_000)).all()
+
+
+def test_written_dataset_is_read_back(tmp_path):
+    tokenizer = CharTokenizer("abc\n")
+    with write_dataset(tmp_path, tokenizer, source="test") as add:
+        add("train", tokenizer.encode("abcabc\n"))
+        add("train", [0, 1])
+        add("val", tokenizer.encode("cab"))
+    meta = read_meta(tmp_path)
+    assert meta["vocab_size"] == 4 and meta["tokens"] == {"train": 9, "val": 3} and meta["source"] == "test"
+    assert (tmp_path / "train.bin").read_bytes() == np.array([0, 1, 2, 0, 1, 2, 3, 0, 1], "<u2").tobytes()
+    stream = TokenStream(tmp_path, "val", meta, 2)
+    assert from_description(meta["tokenizer"]).decode(stream.windows(np.array([0]), 3)[0]) == "cab"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["meta.json", "train.bin", "val.bin"]
+
+
+def test_an_interrupted_writer_leaves_what_was_there(tmp_path):
+    tokenizer = CharTokenizer("ab")
+    with write_dataset(tmp_path, tokenizer) as add:
+        add("train", [0, 1, 0])
+        add("val", [1])
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(KeyboardInterrupt), write_dataset(tmp_path, tokenizer) as add:
+        add("train", [1] * 1000)
+        raise KeyboardInterrupt
+    with pytest.raises(UserError, match="nothing is left for val"), write_dataset(tmp_path, tokenizer) as add:
+        add("train", [1] * 1000)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_meta_of_nanogpt():
+    meta = read_meta(NANOGPT)
+    assert meta["vocab_size"] == 58
+    tokenizer = from_description(meta["tokenizer"])
+    ids = TokenStream(NANOGPT, "train", meta, 32).windows(np.array([0]), 14)[0]
+    assert tokenizer.decode(ids) == "First Citizen:"
+    assert tokenizer.encode("First Citizen:").tolist() == ids.tolist()
+
+
+def test_without_meta_it_is_gpt2s_vocabulary(tmp_path):
+    assert read_meta(tmp_path)["vocab_size"] == 50257
+
+
+class Hostile:
+    """A pickle of it creates a file when it is read without care."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_a_hostile_pickle_runs_nothing(protocol, tmp_path):
+    trap = tmp_path / "trap"
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": Hostile(trap)}, protocol=protocol))
+    with pytest.raises(UserError, match="cannot be read"):
+        read_meta(tmp_path)
+    assert not trap.exists()
+    pickle.loads((tmp_path / "meta.pkl").read_bytes())  # read without care, it springs
+    assert trap.exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\x80\x04garbage",
+        pickle.dumps([1, 2]),
+        pickle.dumps({}),
+        pickle.dumps({"vocab_size": 2, "itos": {0: "a"}}),
+        pickle.dumps({"vocab_size": 2, "itos": {0: "a", 1: "a"}}),
+        pickle.dumps({"vocab_size": "x"}),
+    ],
+)
+def test_a_damaged_meta_pkl_is_refused(content, tmp_path):
+    (tmp_path / "meta.pkl").write_bytes(content)
+    with pytest.raises(UserError, match=r"meta\.pkl cannot be read"):
+        read_meta(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"tokenizer": 1, "vocab_size": 5, "dtype": "uint16"}',
+        '{"tokenizer": {}, "vocab_size": 0, "dtype": "uint16"}',
+        '{"tokenizer": {}, "vocab_size": true, "dtype": "uint16"}',
+        '{"tokenizer": {}, "vocab_size": 5, "dtype": "object"}',
+    ],
+)
+def test_a_damaged_meta_json_is_refused(content, tmp_path):
+    (tmp_path / "meta.json").write_text(content)
+    with pytest.raises(UserError, match=r"meta\.json cannot be read"):
+        read_meta(tmp_path)
+
+
+def test_characters_survive_the_round_trip():
+    text = "naïve café, 日本語, 😀\n\ttabs and \x00 too"
+    tokenizer = CharTokenizer("".join(sorted(set(text))))
+    rebuilt = from_description(json.loads(json.dumps(tokenizer.describe())))
+    for each in (tokenizer, rebuilt):
+        assert each.decode(each.encode(text)) == text
+    assert sorted(set(tokenizer.encode(text).tolist())) == list(range(tokenizer.vocab_size))
+    assert tokenizer.encode("").tolist() == []
+
+
+def test_an_unknown_character_is_named():
+    with pytest.raises(UserError, match="'é' at position 3"):
+        CharTokenizer("cafe").encode("café")
+    with pytest.raises(UserError, match="'z' at position 0"):
+        CharTokenizer("abc").encode("z")
+
+
+@pytest.mark.parametrize(
+    "description", [{}, {"kind": "magic"}, {"kind": "char", "chars": "aa"}, {"kind": "char"}]
+)
+def test_an_unknown_tokenizer_is_refused(description):
+    with pytest.raises(UserError, match="is not known"):
+        from_description(description)
+
+
+def test_gpt2_bpe(gpt2_bpe):
+    tokenizer = GPT2Tokenizer()
+    assert tokenizer.encode("First Citizen").tolist() == [5962, 22307]
+    assert tokenizer.encode("a<|endoftext|>b").tolist() == [64, 50256, 65]
+    assert tokenizer.encode_document("<|endoftext|>")[-1] == 50256
+    assert 50256 not in tokenizer.encode_document("<|endoftext|>")[:-1]  # text is never a command
+    assert tokenizer.decode(tokenizer.encode("日本語 😀")) == "日本語 😀"

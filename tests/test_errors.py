@@ -1,0 +1,112 @@
+"""Wrong inputs to train.py, as subprocesses: status 2, one line, nothing written over."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, assert_user_error, run
+
+
+def train_on(dataset, *flags):
+    return run("train.py", *TINY, f"--dataset={dataset}", *flags)
+
+
+@pytest.fixture
+def copy(dataset, tmp_path):
+    """A copy of the dataset, to spoil."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for path in dataset.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+def test_datasets_that_are_not_there(tmp_path):
+    assert_user_error(
+        train_on("shakespear_char"), "no dataset shakespear_char", "did you mean shakespeare_char?"
+    )
+    assert_user_error(train_on("xyz"), "no dataset xyz", "stdlib_char")
+    (tmp_path / "empty").mkdir()
+    assert_user_error(train_on(tmp_path / "empty"), "train.bin is missing", "prepare.py")
+
+
+@pytest.mark.parametrize(
+    ("split", "content", "says"),
+    [
+        ("train", b"", "train.bin has 0 bytes"),
+        ("val", b"abc", "val.bin has 3 bytes"),
+        ("train", np.full(5000, 60_000, "<u2").tobytes(), "the id 60000"),
+        ("val", np.zeros(16, "<u2").tobytes(), "too few for block_size=16; set --block_size=15 or less"),
+    ],
+)
+def test_token_files_that_cannot_be(split, content, says, copy, tmp_path):
+    (copy / f"{split}.bin").write_bytes(content)
+    assert_user_error(train_on(copy, f"--out_dir={tmp_path / 'out'}"), says)
+    assert not (tmp_path / "out").exists()
+
+
+def test_block_longer_than_the_data(dataset):
+    assert_user_error(train_on(dataset, "--block_size=100000"), "too few for block_size=100000")
+
+
+def test_a_file_cut_off_between_two_ids_is_still_whole_ids_and_trains(copy, tmp_path):
+    (copy / "train.bin").write_bytes((copy / "train.bin").read_bytes()[:2000])
+    assert train_on(copy, f"--out_dir={tmp_path / 'out'}", "--max_iters=1").returncode == 0
+
+
+class Hostile:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_hostile_pickles_run_nothing(copy, tmp_path):
+    trap = tmp_path / "trap"
+    (copy / "meta.json").unlink()
+    (copy / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": Hostile(trap)}))
+    assert_user_error(train_on(copy, f"--out_dir={tmp_path / 'out'}"), "meta.pkl cannot be read")
+    (tmp_path / "run").mkdir()
+    torch.save({"model": Hostile(trap)}, tmp_path / "run" / "ckpt.pt")
+    for script, flags in (("train.py", [*TINY, "--init_from=resume"]), ("sample.py", [])):
+        done = run(script, *flags, f"--out_dir={tmp_path / 'run'}", *([f"--dataset={copy}"] if flags else []))
+        assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert not trap.exists()
+
+
+def test_resuming_what_cannot_be_resumed(dataset, trained, tmp_path):
+    out_dir = tmp_path / "out"
+    assert_user_error(train_on(dataset, "--init_from=resume", f"--out_dir={out_dir}"), "last.pt is missing")
+    assert_user_error(train_on(dataset, "--init_from=scrach"), "did you mean scratch?")
+    out_dir.mkdir()
+    half = (trained / "last.pt").read_bytes()[:5000]
+    (out_dir / "last.pt").write_bytes(half)
+    assert_user_error(train_on(dataset, "--init_from=resume", f"--out_dir={out_dir}"), "last.pt is damaged")
+    assert (out_dir / "last.pt").read_bytes() == half
+    too_long = train_on(dataset, "--init_from=resume", f"--out_dir={trained}", "--block_size=17")
+    assert_user_error(too_long, "block_size=17", "--block_size=16 or less")
+
+
+def test_a_model_too_small_for_the_datasets_vocabulary(copy, trained):
+    meta = (copy / "meta.json").read_text()
+    (copy / "meta.json").write_text(meta.replace('"vocab_size": 88', '"vocab_size": 200'))
+    done = train_on(copy, f"--out_dir={trained}", "--init_from=resume")
+    assert_user_error(done, "the dataset has 200 tokens", "only 88")
+
+
+def test_out_dir_that_takes_no_files(dataset, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert_user_error(
+        train_on(dataset, f"--out_dir={tmp_path / 'file'}"), "cannot be written", "choose another"
+    )
+    assert_user_error(train_on(dataset, f"--out_dir={tmp_path / 'file' / 'x'}"), "cannot be written")
+
+
+def test_devices_that_are_not_here(dataset):
+    assert_user_error(train_on(dataset, "--device=toaster"), "device=toaster is no device")
+    if not torch.cuda.is_available():
+        assert_user_error(train_on(dataset, "--device=cuda"), "finds no CUDA")
+    if not torch.backends.mps.is_available():
+        assert_user_error(train_on(dataset, "--device=mps"), "no Apple GPU")

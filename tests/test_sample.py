@@ -1,0 +1,124 @@
+"""Sampling, as a command and from Python."""
+
+import torch
+from conftest import assert_user_error, run
+
+from checkpoint import load_checkpoint, restore_model
+from data.tokenizer import GPT2Tokenizer
+from sample import SEPARATOR, Sampler, decode_stream
+
+
+def sample(out_dir, *flags, **more):
+    return run("sample.py", f"--out_dir={out_dir}", "--device=cpu", "--max_new_tokens=30", *flags, **more)
+
+
+def texts_of(done) -> list[str]:
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split(f"\n{SEPARATOR}\n")[:-1]
+
+
+def test_samples_are_as_many_and_as_long_as_asked(trained):
+    texts = texts_of(sample(trained, "--start=def ", "--num_samples=4"))
+    assert len(texts) == 4 and len(set(texts)) == 4
+    assert all(text.startswith("def ") and len(text) == 4 + 30 for text in texts)
+
+
+def test_same_seed_same_text(trained):
+    first = sample(trained, "--seed=1", "--num_samples=2").stdout
+    assert first == sample(trained, "--seed=1", "--num_samples=2").stdout
+    assert first != sample(trained, "--seed=2", "--num_samples=2").stdout
+
+
+def test_where_the_samples_come_from_is_told_beside_them(trained):
+    done = sample(trained, "--num_samples=1", "--start=class")
+    assert f"{trained}/ckpt.pt, step 20, best val loss" in done.stderr
+    assert done.stdout.startswith("class") and len(done.stdout) == 5 + 30 + 1
+
+
+def test_a_single_sample_is_the_first_of_python_too(trained):
+    sampler = Sampler(str(trained), device="cpu")
+    pieces = list(sampler.stream("def", max_new_tokens=25, seed=3))
+    assert len([piece for piece in pieces if piece]) == 25  # as it is made
+    assert ["def" + "".join(pieces)] == sampler.generate("def", 1, max_new_tokens=25, seed=3)
+
+
+def test_temperature_0_takes_the_likeliest(trained):
+    path = trained / "ckpt.pt"
+    model = restore_model(load_checkpoint(path), path).eval()
+    sampler = Sampler(str(trained), device="cpu")
+    ids = sampler.encode("import ")
+    for _ in range(30):
+        with torch.no_grad():
+            logits, _ = model(ids[:, -16:])
+        ids = torch.cat([ids, logits[:, -1].argmax(-1, keepdim=True)], 1)
+    expected = sampler.tokenizer.decode(ids[0].tolist())
+    for seed in ("1", "2"):
+        done = sample(trained, "--temperature=0", "--start=import ", "--num_samples=2", f"--seed={seed}")
+        assert texts_of(done) == [expected, expected]
+
+
+def test_prompts_from_a_file_with_equals_signs_and_empty(trained, tmp_path):
+    (tmp_path / "prompt.txt").write_text("def f(x=1):\n")
+    for flag in (f"--start=FILE:{tmp_path / 'prompt.txt'}", "--start=def f(x=1):\n"):
+        assert all(
+            text.startswith("def f(x=1):\n") for text in texts_of(sample(trained, flag, "--num_samples=2"))
+        )
+    empty = texts_of(sample(trained, "--start=", "--num_samples=2"))
+    assert [len(text) for text in empty] == [30, 30]
+
+
+def test_top_k_limits_the_choice(trained):
+    one = texts_of(sample(trained, "--top_k=1", "--temperature=5", "--num_samples=2"))
+    greedy = texts_of(sample(trained, "--temperature=0", "--num_samples=2"))
+    assert one == greedy
+    all_texts = {str(flag): sample(trained, f"--top_k={flag}").stdout for flag in ("0", "None", "1000")}
+    assert len(set(all_texts.values())) == 1
+
+
+def test_mistakes(trained, tmp_path):
+    assert_user_error(sample(trained, "--start=é"), "'é' at position 0")
+    assert_user_error(
+        sample(trained, "--start=abcdefghijklmnopq"), "the prompt has 17 tokens, the model reads 16"
+    )
+    assert_user_error(sample(trained, f"--start=FILE:{tmp_path / 'none'}"), "none", "No such file")
+    assert_user_error(sample(trained, "--temperature=-1"), "at least 0")
+    assert_user_error(sample(trained, "--num_samples=0"), "at least 1")
+    assert_user_error(sample(tmp_path / "nowhere"), "ckpt.pt is missing", "train first")
+    assert_user_error(sample(trained, "--init_from=gpt3"), "init_from=gpt3", "did you mean gpt2?")
+    assert_user_error(sample(trained, "--device=warp"), "device=warp")
+    if not torch.cuda.is_available():
+        assert_user_error(sample(trained, "--device=cuda"), "finds no CUDA", "--device=cpu")
+
+
+def test_gpt2s_weights_without_a_network(trained):
+    done = sample(trained, "--init_from=gpt2", env={"HF_HOME": "/nonexistent"})
+    assert_user_error(done, "init_from=gpt2 cannot be loaded", "give the folder")
+
+
+def test_from_a_folder_of_transformers_with_gpt2s_tokenizer(tmp_path, gpt2_bpe):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    shape = {"n_positions": 32, "n_layer": 1, "n_head": 1, "n_embd": 8}
+    GPT2LMHeadModel(GPT2Config(**shape, vocab_size=50304)).save_pretrained(
+        tmp_path
+    )  # padded: 47 ids mean nothing
+    flags = (
+        f"--init_from={tmp_path}",
+        "--start=Ärger in 日本 ",
+        "--num_samples=3",
+        "--temperature=3",
+        "--top_k=None",
+    )
+    texts = texts_of(run("sample.py", *flags, "--device=cpu", "--max_new_tokens=20", env=gpt2_bpe))
+    assert len(texts) == 3 and all(text.startswith("Ärger in 日本 ") for text in texts)
+
+
+def test_a_stream_waits_for_whole_characters(gpt2_bpe):
+    tokenizer = GPT2Tokenizer()
+    text = "a 😀 日本語 🤷🏽‍♀️ z"
+    pieces = list(decode_stream(tokenizer.encode(text).tolist(), tokenizer))
+    assert "".join(pieces) == text and len(pieces) > 5
+    assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
+    broken = tokenizer.encode("😀").tolist()[:1]
+    assert "".join(decode_stream(broken * 20, tokenizer)).count("\N{REPLACEMENT CHARACTER}") >= 20

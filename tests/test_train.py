@@ -1,0 +1,428 @@
+"""Training: against a plain loop over transformers' GPT-2, resumed, shared among ranks, interrupted."""
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ENVIRONMENT, NANOGPT, REPO, TINY, assert_user_error, run
+
+from checkpoint import load_checkpoint
+from configurator import read_settings
+from data.tokens import TokenStream, read_meta
+from model import GPT
+from runtime import Runtime
+from settings import TrainConfig
+from train import evaluate, get_lr, step_batches, train
+
+CPU = Runtime(torch.device("cpu"), torch.float32)
+
+
+def config_of(*flags: object) -> TrainConfig:
+    return read_settings(TrainConfig, [*TINY, *map(str, flags)])
+
+
+def weights_of(path) -> dict[str, torch.Tensor]:
+    return load_checkpoint(path)["model"]
+
+
+def assert_same_weights(one, other) -> None:
+    for name, tensor in weights_of(one).items():
+        assert torch.equal(tensor, weights_of(other)[name]), name
+
+
+def test_training_equals_a_plain_loop_over_transformers(tmp_path, dataset):
+    """The whole recipe, written again with other means: accumulation, clipping, AdamW groups, schedule."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(3)
+    shape = {"n_positions": 16, "vocab_size": 88, "n_layer": 2, "n_head": 2, "n_embd": 16}
+    theirs = GPT2LMHeadModel(
+        GPT2Config(**shape, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, initializer_range=0.1)
+    )
+    theirs.save_pretrained(tmp_path / "hf")
+    flags = (
+        f"--dataset={dataset}", f"--out_dir={tmp_path / 'out'}", f"--init_from={tmp_path / 'hf'}",
+        "--max_iters=12", "--gradient_accumulation_steps=3", "--grad_clip=0.5", "--weight_decay=0.3", "--beta2=0.98",
+    )  # fmt: skip
+    config = config_of(*flags)
+    result = train(config)
+
+    meta = read_meta(dataset)
+    assert meta["vocab_size"] <= 88
+    stream = TokenStream(dataset, "train", meta, 16)
+    decayed = [p for p in theirs.parameters() if p.dim() > 1]
+    others = [p for p in theirs.parameters() if p.dim() == 1]
+    groups = [{"params": decayed, "weight_decay": 0.3}, {"params": others, "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.98), foreach=False)
+    for step in range(12):
+        rate = (
+            1e-2 * (step + 1) / 3
+            if step < 2
+            else 1e-3 + 9e-3 * (0.5 + 0.5 * math.cos(math.pi * (step - 2) / 10))
+        )
+        for group in adamw.param_groups:
+            group["lr"] = rate
+        batches = step_batches(stream, config, CPU, step)
+        x, y = torch.cat([batch[0] for batch in batches]), torch.cat([batch[1] for batch in batches])
+        logits = theirs(x).logits
+        loss = torch.nn.functional.cross_entropy(logits.reshape(-1, 88), y.reshape(-1))
+        loss.backward()
+        norm = math.sqrt(sum(float(p.grad.double().square().sum()) for p in theirs.parameters()))
+        for p in theirs.parameters():
+            p.grad *= min(1.0, 0.5 / (norm + 1e-6))
+        adamw.step()
+        adamw.zero_grad()
+    x = torch.from_numpy(stream.windows(np.arange(8) * 100, 16))
+    with torch.no_grad():
+        ours_logits, _ = result.model.eval()(x, x)
+        torch.testing.assert_close(ours_logits, theirs(x).logits, atol=2e-4, rtol=0)
+
+
+def test_learning_rate_rises_and_falls_along_a_cosine():
+    config = config_of("--learning_rate=1", "--warmup_iters=10", "--lr_decay_iters=110", "--min_lr=0.2")
+    rates = [get_lr(step, config) for step in range(200)]
+    assert rates[0] == pytest.approx(1 / 11) and rates[9] == pytest.approx(10 / 11)
+    assert (
+        rates[10] == 1.0
+        and rates[60] == pytest.approx(0.6)
+        and rates[35] == pytest.approx(0.6 + 0.4 / math.sqrt(2))
+    )
+    assert rates[110:] == [0.2] * 90
+    assert all(rates[i] > rates[i + 1] for i in range(10, 110))
+    assert {get_lr(step, config_of("--decay_lr=False")) for step in range(30)} == {1e-2}
+    defaults = config_of("--max_iters=50")
+    assert get_lr(50, defaults) == pytest.approx(1e-3) and get_lr(49, defaults) > 1e-3
+
+
+def test_it_learns(tmp_path, dataset):
+    flags = (
+        f"--dataset={dataset}",
+        f"--out_dir={tmp_path}",
+        "--max_iters=150",
+        "--eval_interval=50",
+        "--n_embd=32",
+    )
+    result = train(config_of(*flags))
+    losses = [point["val"] for point in result.losses]
+    assert [point["step"] for point in result.losses] == [0, 50, 100, 150]
+    assert losses[-1] < 2.9 and result.best_val_loss == min(losses)
+    # better than any model that reads no context: the entropy of the characters
+    counts = np.bincount(np.fromfile(dataset / "val.bin", "<u2"))
+    shares = counts[counts > 0] / counts.sum()
+    assert losses[-1] < -(shares * np.log(shares)).sum()
+
+
+@pytest.mark.parametrize("more", [(), ("--dropout=0.2", "--gradient_accumulation_steps=2")])
+def test_resumed_run_ends_bit_for_bit_as_the_unbroken_one(more, tmp_path, dataset):
+    flags = (f"--dataset={dataset}", "--max_iters=20", "--lr_decay_iters=20", *more)
+    whole = train(config_of(*flags, f"--out_dir={tmp_path / 'whole'}"))
+    train(config_of(*flags, f"--out_dir={tmp_path / 'parts'}", "--max_iters=7"))
+    resumed = train(config_of(*flags, f"--out_dir={tmp_path / 'parts'}", "--init_from=resume"))
+    assert resumed.iter_num == whole.iter_num == 20
+    assert_same_weights(tmp_path / "whole" / "last.pt", tmp_path / "parts" / "last.pt")
+    assert whole.losses[-1] == resumed.losses[-1]
+
+
+def test_dropout_is_not_the_same_at_each_step(dataset):
+    config = config_of(f"--dataset={dataset}", "--gradient_accumulation_steps=2")
+    stream = TokenStream(dataset, "train", read_meta(dataset), 16)
+    seeds = [seed for step in range(50) for _, _, seed in step_batches(stream, config, CPU, step)]
+    assert len(set(seeds)) == 100
+
+
+def test_a_step_trains_on_the_same_samples_however_it_is_shared(dataset):
+    stream = TokenStream(dataset, "train", read_meta(dataset), 16)
+
+    def samples(batch_size, micro_steps, world_size):
+        flags = (f"--batch_size={batch_size}", f"--gradient_accumulation_steps={micro_steps}")
+        ranks = [Runtime(torch.device("cpu"), torch.float32, rank, world_size) for rank in range(world_size)]
+        batches = [batch for rank in ranks for batch in step_batches(stream, config_of(*flags), rank, 4)]
+        rows = torch.cat([torch.cat([x, y[:, -1:]], 1) for x, y, _ in batches])
+        return sorted(map(tuple, rows.tolist()))
+
+    expected = samples(24, 1, 1)
+    assert len(expected) == 24 and len(set(expected)) > 20
+    for shared in ((4, 6, 1), (4, 6, 2), (2, 12, 4), (1, 24, 3)):
+        assert samples(*shared) == expected
+
+
+def test_two_ranks_learn_what_one_learns(tmp_path, dataset):
+    flags = [*TINY, f"--dataset={dataset}", "--gradient_accumulation_steps=4", "--dropout=0.1"]
+    done = run("train.py", *flags, f"--out_dir={tmp_path / 'one'}")
+    assert done.returncode == 0, done.stderr
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    two = subprocess.run(
+        [*command, str(REPO / "train.py"), *flags, f"--out_dir={tmp_path / 'two'}"],
+        capture_output=True, text=True, timeout=120, cwd=REPO, env=ENVIRONMENT,
+    )  # fmt: skip
+    assert two.returncode == 0, two.stderr
+    assert two.stdout.count("step 20: loss") == 1  # one rank speaks
+    for name, tensor in weights_of(tmp_path / "one" / "last.pt").items():
+        torch.testing.assert_close(weights_of(tmp_path / "two" / "last.pt")[name], tensor, atol=2e-4, rtol=0)
+    losses = [re.findall(r"loss ([0-9.]+)", output) for output in (done.stdout, two.stdout)]
+    assert len(losses[0]) == 4 + 2 * 3 + 1
+    np.testing.assert_allclose(np.array(losses[0], float), np.array(losses[1], float), atol=5e-4)
+
+
+def test_ranks_that_cannot_share_the_micro_steps_are_told(dataset, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    flags = [*TINY, f"--dataset={dataset}", f"--out_dir={tmp_path}", "--gradient_accumulation_steps=3"]
+    done = subprocess.run(
+        [*command, str(REPO / "train.py"), *flags],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=REPO,
+        env=ENVIRONMENT,
+    )
+    assert done.returncode != 0
+    assert (
+        "error: gradient_accumulation_steps=3 cannot be shared among 2 ranks; make it a multiple"
+        in done.stderr
+    )
+
+
+def test_whole_evaluation_counts_each_token_once(dataset):
+    config = config_of(f"--dataset={dataset}", "--eval_iters=0")
+    meta = read_meta(dataset)
+    streams = {split: TokenStream(dataset, split, meta, 16) for split in ("train", "val")}
+    torch.manual_seed(0)
+    from model import GPTConfig
+
+    model = GPT(GPTConfig(block_size=16, vocab_size=meta["vocab_size"], n_layer=1, n_head=2, n_embd=16))
+    with torch.no_grad():
+        model.lm_head.weight *= 30  # losses that differ from token to token
+    ids = torch.from_numpy(np.fromfile(dataset / "val.bin", "<u2").astype(np.int64))
+    total = 0.0
+    model.eval()
+    for begin in range(0, len(ids) - 1, 16):
+        # the last window is moved back, so that it is full; what it repeats does not count
+        start = min(begin, len(ids) - 17)
+        with torch.no_grad():
+            logits, _ = model(ids[None, start : start + 16], ids[None, start + 1 : start + 17])
+        scores = torch.log_softmax(logits[0].double(), -1)
+        for place in range(begin - start, 16):
+            total -= float(scores[place, ids[start + place + 1]])
+    found = evaluate(model, streams, config, CPU)
+    assert found["val"] == pytest.approx(total / (len(ids) - 1), abs=1e-5)
+    assert model.training and found == evaluate(model, streams, config, CPU)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM to catch")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_the_step_saves_and_can_be_resumed(number, tmp_path, dataset):
+    flags = [*TINY, f"--dataset={dataset}", "--max_iters=400", "--eval_interval=300", "--log_interval=1"]
+    whole = run("train.py", *flags, f"--out_dir={tmp_path / 'whole'}")
+    assert whole.returncode == 0, whole.stderr
+    command = [sys.executable, "-u", str(REPO / "train.py"), *flags, f"--out_dir={tmp_path / 'parts'}"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPO, env=ENVIRONMENT
+    )
+    for line in process.stdout:
+        if line.startswith("step 20: loss"):
+            process.send_signal(number)
+            break
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, errors
+    assert "Traceback" not in errors
+    stopped_at = load_checkpoint(tmp_path / "parts" / "last.pt")["iter_num"]
+    assert 20 <= stopped_at < 400 and f"stopped after step {stopped_at}" in output
+    resumed = run("train.py", *flags, f"--out_dir={tmp_path / 'parts'}", "--init_from=auto")
+    assert resumed.returncode == 0 and f"resumes  after step {stopped_at}" in resumed.stdout
+    assert_same_weights(tmp_path / "whole" / "last.pt", tmp_path / "parts" / "last.pt")
+
+
+def test_a_finished_run_has_nothing_left_to_do(trained, dataset):
+    before = (trained / "last.pt").read_bytes()
+    again = run("train.py", *TINY, f"--dataset={dataset}", f"--out_dir={trained}", "--init_from=auto")
+    assert again.returncode == 0 and "nothing left to do" in again.stdout
+    assert (trained / "last.pt").read_bytes() == before
+
+
+def test_best_and_newest_checkpoints(tmp_path, dataset):
+    """With a learning rate that ruins the model after the first evaluation, ckpt.pt stays the better one."""
+    flags = (
+        f"--dataset={dataset}",
+        f"--out_dir={tmp_path}",
+        "--always_save_checkpoint=False",
+        "--decay_lr=False",
+    )
+    train(config_of(*flags, "--max_iters=10", "--learning_rate=0.01"))
+    result = train(config_of(*flags, "--max_iters=20", "--learning_rate=3", "--init_from=resume"))
+    best, newest = (load_checkpoint(tmp_path / name) for name in ("ckpt.pt", "last.pt"))
+    assert (best["iter_num"], newest["iter_num"]) == (10, 20)
+    assert best["best_val_loss"] == newest["best_val_loss"] == result.best_val_loss < result.losses[-1]["val"]
+
+
+def test_a_new_run_sets_the_old_runs_checkpoints_aside(tmp_path, dataset):
+    flags = (f"--dataset={dataset}", f"--out_dir={tmp_path}", "--max_iters=3")
+    train(config_of(*flags))
+    first = (tmp_path / "ckpt.pt").read_bytes()
+    train(config_of(*flags, "--seed=5"))
+    assert (tmp_path / "ckpt.previous.pt").read_bytes() == first != (tmp_path / "ckpt.pt").read_bytes()
+
+
+def test_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_state(tmp_path, dataset):
+    flags = [*TINY, f"--dataset={dataset}", f"--out_dir={tmp_path}", "--decay_lr=False"]
+    assert run("train.py", *flags, "--max_iters=10").returncode == 0
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    wild = run(
+        "train.py", *flags, "--init_from=resume", "--max_iters=500", "--learning_rate=1e38", "--grad_clip=0"
+    )
+    assert_user_error(wild, "not finite", "last.pt is the last good state", "--learning_rate")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert all(tensor.isfinite().all() for tensor in weights_of(tmp_path / "last.pt").values())
+
+
+def test_finetuning_from_a_run_crops_the_block_and_starts_anew(trained, dataset, tmp_path):
+    flags = (f"--dataset={dataset}", f"--out_dir={tmp_path}", f"--init_from={trained}")
+    result = train(config_of(*flags, "--block_size=8", "--max_iters=2", "--learning_rate=1e-9"))
+    assert result.model.config.block_size == 8 and result.iter_num == 2
+    old = weights_of(trained / "ckpt.pt")
+    new = result.model.state_dict()
+    torch.testing.assert_close(new["lm_head.weight"], old["lm_head.weight"], atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        new["transformer.wpe.weight"], old["transformer.wpe.weight"][:8], atol=1e-6, rtol=0
+    )
+
+
+def test_eval_only_writes_nothing(trained, dataset, tmp_path):
+    before = {path.name: path.read_bytes() for path in trained.iterdir()}
+    flags = [*TINY, f"--dataset={dataset}", "--eval_only=True", "--init_from=resume", f"--out_dir={trained}"]
+    done = run("train.py", *flags)
+    assert done.returncode == 0 and re.search(
+        r"step 20: train loss \d\.\d{4}, val loss \d\.\d{4}", done.stdout
+    )
+    assert {path.name: path.read_bytes() for path in trained.iterdir()} == before
+    new = run("train.py", *flags, f"--init_from={trained}", f"--out_dir={tmp_path / 'none'}")
+    assert new.returncode == 0 and not (tmp_path / "none").exists()
+
+
+def test_nanogpts_run_goes_on(tmp_path):
+    """nanoGPT's ckpt.pt, meta.pkl and .bin files, as they are, and nanoGPT's names of settings."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "ckpt.pt").write_bytes((NANOGPT / "ckpt_compiled.pt").read_bytes())
+    flags = (
+        "--init_from=resume --device=cpu --compile=False --eval_iters=4 --eval_interval=20 --log_interval=10 "
+        "--block_size=32 --batch_size=8 --n_layer=2 --n_head=2 --n_embd=16 --max_iters=80 "
+        "--lr_decay_iters=80 --dropout=0.0 --bias=True --warmup_iters=5 --gradient_accumulation_steps=1 --learning_rate=1e-2"
+    ).split()
+    done = run("train.py", *flags, f"--dataset={NANOGPT}", f"--out_dir={tmp_path / 'out'}")
+    assert done.returncode == 0, done.stderr
+    assert "resumes  after step 40" in done.stdout
+    losses = [float(loss) for loss in re.findall(r"val loss (\d\.\d+)", done.stdout)]
+    assert losses[-1] < 3.5  # it was 3.75
+    sampled = run(
+        "sample.py",
+        f"--out_dir={tmp_path / 'out'}",
+        "--num_samples=1",
+        "--max_new_tokens=20",
+        "--start=First",
+    )
+    assert sampled.returncode == 0 and sampled.stdout.startswith("First")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_mixed_precision_learns_too(dtype, tmp_path, dataset):
+    flags = (
+        f"--dataset={dataset}",
+        f"--out_dir={tmp_path}",
+        "--max_iters=100",
+        "--eval_interval=100",
+        f"--dtype={dtype}",
+    )
+    result = train(config_of(*flags))
+    assert result.losses[-1]["val"] < 3.3
+    assert all(p.dtype == torch.float32 for p in result.model.parameters())  # master weights
+    scaler = load_checkpoint(tmp_path / "last.pt")["scaler"]
+    assert bool(scaler) == (dtype == "float16")
+
+
+def test_compile_without_a_compiler_falls_back_and_says_so(tmp_path, dataset):
+    flags = [
+        *TINY,
+        f"--dataset={dataset}",
+        f"--out_dir={tmp_path / 'out'}",
+        "--compile=True",
+        "--max_iters=3",
+    ]
+    env = {"CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    done = run("train.py", *flags, env=env)
+    assert done.returncode == 0, done.stderr
+    assert "compile is not possible here" in done.stdout and "step 3: loss" in done.stdout
+    assert "Traceback" not in done.stderr
+
+
+def test_log_lines_say_what_they_should(trained, dataset, tmp_path):
+    done = run("train.py", *TINY, f"--dataset={dataset}", f"--out_dir={tmp_path}")
+    line = r"^step 5: loss \d+\.\d{4}, \d+\.\d\d ms, [\d,]+ tokens/s, mfu \d+\.\d%$"
+    assert re.search(line, done.stdout, re.M), done.stdout
+    for word in (
+        "parameters",
+        "float32",
+        "64 tokens: 1 times 4 sequences of 16",
+        f"{tmp_path}/ckpt.pt",
+        "last.pt",
+    ):
+        assert word in done.stdout
+    assert done.stderr == ""  # a file gets plain lines, no bar
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals")
+def test_on_a_terminal_there_is_a_bar_with_the_time_left(tmp_path, dataset):
+    import fcntl
+    import pty
+    import struct
+    import termios
+
+    parent, child = pty.openpty()
+    fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    command = [sys.executable, str(REPO / "train.py"), *TINY, f"--dataset={dataset}", f"--out_dir={tmp_path}"]
+    process = subprocess.Popen(command, stdout=child, stderr=child, cwd=REPO, env=ENVIRONMENT)
+    os.close(child)
+    shown = b""
+    deadline = time.time() + 60
+    while time.time() < deadline:
+        try:
+            part = os.read(parent, 4096)
+        except OSError:  # the other side is closed
+            break
+        if not part:
+            break
+        shown += part
+    assert process.wait(timeout=60) == 0
+    assert b"20/20" in shown and b"step 20: loss" in shown and b"\r" in shown
+    os.close(parent)
+
+
+def test_wandb_gets_losses(tmp_path, dataset):
+    """With wandb's own offline mode; the run's files are its record."""
+    env = {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true"}
+    flags = [
+        *TINY,
+        f"--dataset={dataset}",
+        f"--out_dir={tmp_path / 'out'}",
+        "--wandb_log=True",
+        "--wandb_project=p",
+    ]
+    done = run("train.py", *flags, env=env)
+    assert done.returncode == 0, done.stderr
+    files = list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    assert len(files) == 1 and b"val/loss" in files[0].read_bytes()
+
+
+def test_checkpoint_tells_its_settings_and_its_tokenizer(trained, dataset):
+    contents = load_checkpoint(trained / "ckpt.pt")
+    assert contents["config"]["dataset"] == str(dataset) and contents["config"]["learning_rate"] == 1e-2
+    assert contents["meta"] == json.loads((dataset / "meta.json").read_text())
+    assert {"n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout"} < set(
+        contents["model_args"]
+    )
