@@ -23,7 +23,7 @@ from data.tokens import TokenStream, find_dataset, read_meta
 from errors import UserError, one_line_errors
 from model import GPTConfig
 from runtime import Runtime, maybe_compile, peak_flops, start
-from train import initial_model, step_batches, training_step
+from train import initial_model, make_optimizer, step_batches, training_step
 
 TRACE = "bench_trace.json"
 
@@ -113,13 +113,8 @@ def bench(config: BenchConfig) -> dict[str, float]:
     stream, meta = open_stream(config)
     config.init_from = "scratch"
     model, _ = initial_model(config, meta)
-    model.to(runtime.device).train()
+    optimizer, scaler = make_optimizer(model.to(runtime.device).train(), config, runtime)
     maybe_compile(model, config.compile, runtime.device, print)
-    betas = (config.beta1, config.beta2)
-    optimizer = model.configure_optimizers(
-        config.weight_decay, config.learning_rate, betas, runtime.device.type
-    )
-    scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
 
     def step(number: int) -> None:
         batches = step_batches(stream, config, runtime, number)

@@ -139,13 +139,11 @@ def load_pretrained(name: str, dropout: float = 0.0) -> tuple[GPT, dict[str, Any
     try:
         return GPT.from_pretrained(name, {"dropout": dropout}), {}
     except ImportError:
-        raise UserError(
-            f"init_from={name} needs transformers; run: pip install transformers safetensors"
-        ) from None
+        raise UserError(f"init_from={name} needs transformers; run: pip install transformers") from None
     except Exception as error:  # no network, no such name, a damaged file: transformers raises many kinds
         raise UserError(
-            f"init_from={name} cannot be loaded ({first_line(error)}); without a network, copy its config.json "
-            "and model.safetensors into a folder and give the folder"
+            f"init_from={name} cannot be loaded ({first_line(error)}); without a network, copy its "
+            "config.json and model.safetensors into a folder and give the folder"
         ) from None
 
 

@@ -102,6 +102,15 @@ def get_lr(step: int, config: TrainConfig) -> float:
     return lowest + (config.learning_rate - lowest) * (1 + math.cos(math.pi * done)) / 2
 
 
+def make_optimizer(
+    model: GPT, config: TrainConfig, runtime: Runtime
+) -> tuple[torch.optim.Optimizer, torch.amp.GradScaler]:
+    """AdamW for the model where it is, and the loss scaling that fp16 needs, idle otherwise."""
+    betas, device_type = (config.beta1, config.beta2), runtime.device.type
+    optimizer = model.configure_optimizers(config.weight_decay, config.learning_rate, betas, device_type)
+    return optimizer, torch.amp.GradScaler(device_type, enabled=runtime.dtype == torch.float16)
+
+
 def windows_to_xy(windows: np.ndarray, runtime: Runtime) -> tuple[torch.Tensor, torch.Tensor]:
     """Windows (B, T + 1) as inputs x (B, T) and their next tokens y (B, T), on the device."""
     tokens = runtime.to_device(windows)
@@ -223,6 +232,7 @@ def describe_run(
     """Tell before the first step what is trained, on what, where, and what will be written."""
     shape, micro_steps = model.config, config.gradient_accumulation_steps
     tokens = micro_steps * config.batch_size * config.block_size
+    megabytes = 12 * model.get_num_params(non_embedding=False) / 1e6  # weights, and AdamW's two averages
     sizes = ", ".join(f"{len(stream):,} {split}" for split, stream in streams.items())
     say(f"data     {folder}: {sizes} tokens, vocabulary {streams['train'].vocab_size:,}")
     say(
@@ -230,13 +240,11 @@ def describe_run(
         f"block {shape.block_size}: {model.get_num_params(non_embedding=False):,} parameters"
     )
     say(f"machine  {runtime.describe()}")
-    say(
-        f"step     {tokens:,} tokens: {micro_steps} times {config.batch_size} sequences of {config.block_size}"
-    )
+    say(f"step     {tokens:,} tokens: {micro_steps} x {config.batch_size} sequences of {config.block_size}")
     if not config.eval_only:
         say(
             f"writes   {config.out_dir}/{BEST} (best) and {NEWEST} (newest), "
-            f"every {config.eval_interval} steps up to {config.max_iters}"
+            f"every {config.eval_interval} steps up to {config.max_iters}, {megabytes:,.0f} MB each"
         )
 
 
@@ -262,12 +270,7 @@ def train(config: TrainConfig) -> TrainResult:
     describe_run(config, runtime, folder, streams, model, say)
     wandb = start_wandb(config) if config.wandb_log and runtime.is_main else None
 
-    model.to(runtime.device)
-    betas = (config.beta1, config.beta2)
-    optimizer = model.configure_optimizers(
-        config.weight_decay, config.learning_rate, betas, runtime.device.type
-    )
-    scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
+    optimizer, scaler = make_optimizer(model.to(runtime.device), config, runtime)
     if "optimizer" in contents:
         restore_optimizer(optimizer, contents, out_dir)
         scaler.load_state_dict(contents.get("scaler") or scaler.state_dict())

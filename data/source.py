@@ -3,9 +3,13 @@
 import argparse
 import hashlib
 import os
+import sys
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 
+from data.tokenizer import Tokenizer
+from data.tokens import write_dataset
 from errors import UserError, stop
 
 TINY_SHAKESPEARE = (
@@ -24,6 +28,17 @@ def argument_parser(script: str, about: str, input_help: str) -> argparse.Argume
     )
     parser.error = lambda message: stop(2, f"{message}; --help lists the options")
     return parser
+
+
+def prepare_shakespeare(about: str, make_tokenizer: Callable[[str], Tokenizer]) -> None:
+    """The whole prepare.py of a tiny Shakespeare: the first nine tenths are train, the rest val."""
+    args = argument_parser(sys.argv[0], about, "a copy of the text, instead of the download").parse_args()
+    text, source = tiny_shakespeare(args.input, args.output)
+    tokenizer = make_tokenizer(text)
+    split = int(len(text) * 0.9)
+    with write_dataset(args.output, tokenizer, **source) as add:
+        add("train", tokenizer.encode(text[:split]))
+        add("val", tokenizer.encode(text[split:]))
 
 
 def tiny_shakespeare(given: Path | None, folder: Path) -> tuple[str, dict[str, str]]:

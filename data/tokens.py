@@ -88,6 +88,12 @@ class TokenStream:
                 f"{self.name} has {len(self):,} tokens, too few for block_size={block_size}; "
                 f"set --block_size={max(len(self) - 1, 1)} or less, or prepare more text"
             )
+        promised = meta.get("tokens", {}).get(split, len(self))
+        if promised != len(self):
+            raise UserError(
+                f"{self.name} has {len(self):,} tokens, but its meta.json says {promised:,}; "
+                "it was cut off or changed: run the dataset's prepare.py again"
+            )
         for shard in self.shards:
             self.check(shard[: CHECKED_AT_START // len(self.shards)])
 
@@ -174,8 +180,8 @@ def read_meta_json(path: Path) -> dict[str, Any]:
     meta = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(meta["tokenizer"], dict) or meta["dtype"] not in ("uint16", "uint32"):
         raise ValueError("tokenizer or dtype is not what this version writes")
-    if type(meta["vocab_size"]) is not int or meta["vocab_size"] < 1:
-        raise ValueError("vocab_size is not a positive number")
+    if any(type(count) is not int or count < 1 for count in (meta["vocab_size"], *meta["tokens"].values())):
+        raise ValueError("vocab_size and tokens are not positive numbers")
     return meta
 
 

@@ -171,6 +171,8 @@ def test_a_damaged_meta_pkl_is_refused(content, tmp_path):
         "[]",
         "{}",
         '{"tokenizer": 1, "vocab_size": 5, "dtype": "uint16"}',
+        '{"tokenizer": {}, "vocab_size": 5, "dtype": "uint16", "tokens": [1]}',
+        '{"tokenizer": {}, "vocab_size": 5, "dtype": "uint16", "tokens": {"train": "many"}}',
         '{"tokenizer": {}, "vocab_size": 0, "dtype": "uint16"}',
         '{"tokenizer": {}, "vocab_size": true, "dtype": "uint16"}',
         '{"tokenizer": {}, "vocab_size": 5, "dtype": "object"}',

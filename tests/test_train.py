@@ -50,7 +50,9 @@ def test_training_equals_a_plain_loop_over_transformers(tmp_path, dataset):
     theirs.save_pretrained(tmp_path / "hf")
     flags = (
         f"--dataset={dataset}", f"--out_dir={tmp_path / 'out'}", f"--init_from={tmp_path / 'hf'}",
-        "--max_iters=12", "--gradient_accumulation_steps=3", "--grad_clip=0.5", "--weight_decay=0.3", "--beta2=0.98",
+        "--max_iters=12",
+        "--gradient_accumulation_steps=3", "--grad_clip=0.5",
+        "--weight_decay=0.3", "--beta2=0.98",
     )  # fmt: skip
     config = config_of(*flags)
     result = train(config)
@@ -312,8 +314,9 @@ def test_nanogpts_run_goes_on(tmp_path):
     (tmp_path / "out" / "ckpt.pt").write_bytes((NANOGPT / "ckpt_compiled.pt").read_bytes())
     flags = (
         "--init_from=resume --device=cpu --compile=False --eval_iters=4 --eval_interval=20 --log_interval=10 "
-        "--block_size=32 --batch_size=8 --n_layer=2 --n_head=2 --n_embd=16 --max_iters=80 "
-        "--lr_decay_iters=80 --dropout=0.0 --bias=True --warmup_iters=5 --gradient_accumulation_steps=1 --learning_rate=1e-2"
+        "--block_size=32 --batch_size=8 --n_layer=2 --n_head=2 --n_embd=16 "
+        "--max_iters=80 --lr_decay_iters=80 --dropout=0.0 --bias=True --warmup_iters=5 "
+        "--gradient_accumulation_steps=1 --learning_rate=1e-2"
     ).split()
     done = run("train.py", *flags, f"--dataset={NANOGPT}", f"--out_dir={tmp_path / 'out'}")
     assert done.returncode == 0, done.stderr
@@ -332,15 +335,8 @@ def test_nanogpts_run_goes_on(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_mixed_precision_learns_too(dtype, tmp_path, dataset):
-    flags = (
-        f"--dataset={dataset}",
-        f"--out_dir={tmp_path}",
-        "--max_iters=100",
-        "--eval_interval=100",
-        f"--dtype={dtype}",
-    )
-    result = train(config_of(*flags))
-    assert result.losses[-1]["val"] < 3.3
+    result = train(config_of(f"--dataset={dataset}", f"--out_dir={tmp_path}", f"--dtype={dtype}"))
+    assert result.losses[-1]["val"] < 3.5 < result.losses[0]["val"] - 0.8
     assert all(p.dtype == torch.float32 for p in result.model.parameters())  # master weights
     scaler = load_checkpoint(tmp_path / "last.pt")["scaler"]
     assert bool(scaler) == (dtype == "float16")
@@ -368,7 +364,7 @@ def test_log_lines_say_what_they_should(trained, dataset, tmp_path):
     for word in (
         "parameters",
         "float32",
-        "64 tokens: 1 times 4 sequences of 16",
+        "64 tokens: 1 x 4 sequences of 16",
         f"{tmp_path}/ckpt.pt",
         "last.pt",
     ):
