@@ -88,14 +88,14 @@ class TokenStream:
                 f"{self.name} has {len(self):,} tokens, too few for block_size={block_size}; "
                 f"set --block_size={max(len(self) - 1, 1)} or less, or prepare more text"
             )
+        for shard in self.shards:
+            self.check(shard[: CHECKED_AT_START // len(self.shards)])
         promised = meta.get("tokens", {}).get(split, len(self))
         if promised != len(self):
             raise UserError(
                 f"{self.name} has {len(self):,} tokens, but its meta.json says {promised:,}; "
                 "it was cut off or changed: run the dataset's prepare.py again"
             )
-        for shard in self.shards:
-            self.check(shard[: CHECKED_AT_START // len(self.shards)])
 
     def __len__(self) -> int:
         return int(self.begins[-1])
