@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -340,6 +341,19 @@ def test_mixed_precision_learns_too(dtype, tmp_path, dataset):
     assert all(p.dtype == torch.float32 for p in result.model.parameters())  # master weights
     scaler = load_checkpoint(tmp_path / "last.pt")["scaler"]
     assert bool(scaler) == (dtype == "float16")
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))), reason="no C++ compiler")
+def test_compiled_training_is_the_same_training(tmp_path, dataset):
+    flags = [*TINY, f"--dataset={dataset}"]
+    plain = run("train.py", *flags, f"--out_dir={tmp_path / 'plain'}")
+    compiled = run("train.py", *flags, f"--out_dir={tmp_path / 'compiled'}", "--compile=True")
+    assert compiled.returncode == 0, compiled.stderr
+    assert "not possible" not in compiled.stdout
+    ours, theirs = (re.findall(r"loss (\d\.\d+)", done.stdout) for done in (plain, compiled))
+    np.testing.assert_allclose(np.array(ours, float), np.array(theirs, float), atol=1e-3)
+    names = weights_of(tmp_path / "compiled" / "last.pt").keys()
+    assert names == weights_of(tmp_path / "plain" / "last.pt").keys()  # no _orig_mod. before them
 
 
 def test_compile_without_a_compiler_falls_back_and_says_so(tmp_path, dataset):
