@@ -22,7 +22,7 @@ import torch
 from data.tokens import TokenStream, find_dataset, read_meta
 from errors import UserError, one_line_errors
 from model import GPTConfig
-from runtime import Runtime, maybe_compile, peak_flops, start
+from runtime import Runtime, maybe_compile, peak_flops, start_runtime
 from train import initial_model, make_optimizer, step_batches, training_step
 
 TRACE = "bench_trace.json"
@@ -107,7 +107,7 @@ def profile(step: Callable[[int], object], runtime: Runtime) -> None:
 
 def bench(config: BenchConfig) -> dict[str, float]:
     """Time the step and print what it reaches; seconds (median), tokens_per_second, flops and mfu."""
-    runtime = start(config.device, config.dtype)
+    runtime = start_runtime(config.device, config.dtype)
     if config.batch_size is None:
         config.batch_size = 1 if runtime.device.type == "cpu" else 12
     stream, meta = open_stream(config)

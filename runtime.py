@@ -73,7 +73,7 @@ class Runtime:
         return f"{name}{threads}{ranks}, {str(self.dtype).removeprefix('torch.')}"
 
 
-def start(device: str = "auto", dtype: str = "auto", backend: str = "auto") -> Runtime:
+def start_runtime(device: str = "auto", dtype: str = "auto", backend: str = "auto") -> Runtime:
     """Take this process's place; under torchrun, join the other ranks. Raises UserError."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     place = find_device(device)
@@ -91,7 +91,7 @@ def start(device: str = "auto", dtype: str = "auto", backend: str = "auto") -> R
     return Runtime(place, find_dtype(dtype, place), rank, world_size)
 
 
-def stop() -> None:
+def stop_runtime() -> None:
     """Leave the other ranks."""
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -21,7 +21,7 @@ from checkpoint import best_checkpoint, load_checkpoint, load_pretrained, restor
 from data.tokenizer import CharTokenizer, Tokenizer, from_description
 from data.tokens import GPT2_META, find_dataset, read_meta
 from errors import UserError, one_line_errors
-from runtime import maybe_compile, start
+from runtime import maybe_compile, start_runtime
 
 SEPARATOR = "---------------"
 
@@ -37,7 +37,7 @@ class Sampler:
         dtype: str = "auto",
         compile: bool = False,
     ) -> None:
-        self.runtime = start(device, dtype)
+        self.runtime = start_runtime(device, dtype)
         if init_from == "resume":
             path = best_checkpoint(Path(out_dir))
             contents = load_checkpoint(path)

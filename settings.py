@@ -70,7 +70,7 @@ class TrainConfig:
     device: str = setting("auto", "auto (cuda, else mps, else cpu), cpu, cuda, cuda:1, mps")
     dtype: str = setting("auto", "of the arithmetic; float32 uses TF32 on a GPU", choices=DTYPES)
     compile: bool | str = setting("auto", "torch.compile; auto is on CUDA only", choices=COMPILE)
-    backend: str = setting("auto", "between ranks: nccl, gloo, or auto")
+    backend: str = setting("auto", "between ranks on GPUs", choices=("auto", "nccl", "gloo"))
 
     def __post_init__(self) -> None:
         check_settings(self)

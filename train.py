@@ -39,7 +39,15 @@ from checkpoint import (
 from data.tokens import TokenStream, find_dataset, random_starts, read_meta
 from errors import UserError, one_line_errors
 from model import GPT, GPTConfig
-from runtime import Runtime, maybe_compile, peak_flops, progress_bar, signals_caught, start, stop
+from runtime import (
+    Runtime,
+    maybe_compile,
+    peak_flops,
+    progress_bar,
+    signals_caught,
+    start_runtime,
+    stop_runtime,
+)
 
 Batch = tuple[torch.Tensor, torch.Tensor, int]  # x (B, T), y (B, T), the seed of its dropout
 
@@ -250,7 +258,7 @@ def describe_run(
 
 def train(config: TrainConfig) -> TrainResult:
     """Train as the settings say; returns the model and its losses. Raises UserError and MachineError."""
-    runtime = start(config.device, config.dtype, config.backend)
+    runtime = start_runtime(config.device, config.dtype, config.backend)
     if config.gradient_accumulation_steps % runtime.world_size:
         raise UserError(
             f"gradient_accumulation_steps={config.gradient_accumulation_steps} cannot be shared among "
@@ -344,7 +352,7 @@ def train(config: TrainConfig) -> TrainResult:
             advance()
     if wandb:
         wandb.finish()
-    stop()
+    stop_runtime()
     if stopping:
         again = "" if config.init_from == "auto" else " and --init_from=resume"
         say(f"stopped after step {step}; go on with the same command{again}")

@@ -100,9 +100,11 @@ def test_from_a_folder_of_transformers_with_gpt2s_tokenizer(tmp_path, gpt2_bpe):
 
     torch.manual_seed(0)
     shape = {"n_positions": 32, "n_layer": 1, "n_head": 1, "n_embd": 8}
-    GPT2LMHeadModel(GPT2Config(**shape, vocab_size=50304)).save_pretrained(
-        tmp_path
-    )  # padded: 47 ids mean nothing
+    padded = GPT2LMHeadModel(GPT2Config(**shape, vocab_size=50304))  # its last 47 ids mean nothing,
+    with torch.no_grad():
+        padded.transformer.ln_f.bias.fill_(1)
+        padded.transformer.wte.weight[50257:] = 10  # and would always win
+    padded.save_pretrained(tmp_path)
     flags = (
         f"--init_from={tmp_path}",
         "--start=Ärger in 日本 ",

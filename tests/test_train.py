@@ -297,6 +297,15 @@ def test_finetuning_from_a_run_crops_the_block_and_starts_anew(trained, dataset,
     )
 
 
+def test_resuming_with_a_shorter_block_goes_on_without_adamws_averages(trained, dataset, tmp_path):
+    (tmp_path / "last.pt").write_bytes((trained / "last.pt").read_bytes())
+    flags = [*TINY, f"--dataset={dataset}", f"--out_dir={tmp_path}", "--init_from=resume"]
+    done = run("train.py", *flags, "--block_size=8", "--max_iters=25")
+    assert done.returncode == 0, done.stderr
+    assert "without AdamW's averages" in done.stdout and "step 25: loss" in done.stdout
+    assert load_checkpoint(tmp_path / "last.pt")["model_args"]["block_size"] == 8
+
+
 def test_eval_only_writes_nothing(trained, dataset, tmp_path):
     before = {path.name: path.read_bytes() for path in trained.iterdir()}
     flags = [*TINY, f"--dataset={dataset}", "--eval_only=True", "--init_from=resume", f"--out_dir={trained}"]
