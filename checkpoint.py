@@ -6,6 +6,8 @@ fp16 training) and meta (the dataset's, with its tokenizer). nanoGPT's own files
 
 import difflib
 import os
+import urllib.error
+import urllib.request
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -137,6 +139,8 @@ def load_pretrained(name: str, dropout: float = 0.0) -> tuple[GPT, dict[str, Any
         hint = f"did you mean {near[0]}?" if near else f"use a folder, or one of {', '.join(GPT2_NAMES)}"
         raise UserError(f"init_from={name} is neither a way to start nor a folder; {hint}")
     try:
+        if not folder.is_dir():
+            check_hub(name)
         return GPT.from_pretrained(name, {"dropout": dropout}), {}
     except ImportError:
         raise UserError(f"init_from={name} needs transformers; run: pip install transformers") from None
@@ -145,6 +149,18 @@ def load_pretrained(name: str, dropout: float = 0.0) -> tuple[GPT, dict[str, Any
             f"init_from={name} cannot be loaded ({first_line(error)}); without a network, copy its "
             "config.json and model.safetensors into a folder and give the folder"
         ) from None
+
+
+def check_hub(name: str) -> None:
+    """Raises OSError where `name` is not in the hub's cache and the hub does not answer: its client would try
+    for half a minute."""
+    import huggingface_hub
+
+    if not isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json"), str):
+        try:
+            urllib.request.urlopen(huggingface_hub.constants.ENDPOINT, timeout=10).close()
+        except urllib.error.HTTPError:
+            pass  # it answers
 
 
 def set_aside(out_dir: Path) -> list[str]:

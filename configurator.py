@@ -7,7 +7,9 @@ import dataclasses
 import difflib
 import inspect
 import math
+import signal
 import sys
+import threading
 import types
 import typing
 from pathlib import Path
@@ -27,6 +29,8 @@ def setting(default: Any, explanation: str, **limits: Any) -> Any:
 def configure(cls: type[Settings], argv: list[str] | None = None) -> Settings:
     """The settings of a command line (by default this process's); --help and mistakes end the process."""
     argv = sys.argv[1:] if argv is None else argv
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # while torch loads, Ctrl-C ends without a traceback
     with one_line_errors():
         if "--help" in argv or "-h" in argv:
             print(help_text(cls))

@@ -258,6 +258,7 @@ def describe_run(
 
 def train(config: TrainConfig) -> TrainResult:
     """Train as the settings say; returns the model and its losses. Raises UserError and MachineError."""
+    began = time.perf_counter()
     runtime = start_runtime(config.device, config.dtype, config.backend)
     if config.gradient_accumulation_steps % runtime.world_size:
         raise UserError(
@@ -357,7 +358,8 @@ def train(config: TrainConfig) -> TrainResult:
         again = "" if config.init_from == "auto" else " and --init_from=resume"
         say(f"stopped after step {step}; go on with the same command{again}")
     elif not config.eval_only:
-        say(f"done: best val loss {best_val_loss:.4f}; python sample.py --out_dir={out_dir}")
+        result = f"best val loss {best_val_loss:.4f} in {time.perf_counter() - began:.0f} s"
+        say(f"done: {result}; python sample.py --out_dir={out_dir}")
     return TrainResult(model, step, best_val_loss, losses, caught[0] if caught else None)
 
 

@@ -125,10 +125,13 @@ class TokenStream:
 
 def map_file(path: Path, dtype: np.dtype) -> np.ndarray:
     """The ids of one file, mapped. Raises UserError where it is empty or cut off within an id."""
-    size = path.stat().st_size
-    if size == 0 or size % dtype.itemsize:
-        raise UserError(f"{path} has {size:,} bytes, not whole {dtype.name} ids; run its prepare.py again")
-    return np.memmap(path, dtype=dtype, mode="r")
+    try:
+        size = path.stat().st_size
+        if size and size % dtype.itemsize == 0:
+            return np.memmap(path, dtype=dtype, mode="r")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); see its permissions") from None
+    raise UserError(f"{path} has {size:,} bytes, not whole {dtype.name} ids; run its prepare.py again")
 
 
 def random_starts(seed: int, step: int, count: int, end: int, purpose: int = 0) -> np.ndarray:

@@ -91,8 +91,10 @@ def test_mistakes(trained, tmp_path):
 
 
 def test_gpt2s_weights_without_a_network(trained):
-    done = sample(trained, "--init_from=gpt2", env={"HF_HOME": "/nonexistent"})
-    assert_user_error(done, "init_from=gpt2 cannot be loaded", "give the folder")
+    for network in ({"HF_HUB_OFFLINE": "1"}, {"HF_HUB_OFFLINE": "0", "https_proxy": "http://127.0.0.1:9"}):
+        done = sample(trained, "--init_from=gpt2", env={"HF_HOME": "/nonexistent", **network})
+        assert_user_error(done, "init_from=gpt2 cannot be loaded", "give the folder")
+        assert len(done.stderr.splitlines()) == 1
 
 
 def test_from_a_folder_of_transformers_with_gpt2s_tokenizer(tmp_path, gpt2_bpe):
