@@ -186,6 +186,8 @@ def signals_caught() -> Iterator[list[int]]:
         if number == signal.SIGINT and number in caught:
             raise KeyboardInterrupt
         caught.append(number)
+        if number == signal.SIGINT:  # print() is not safe within a signal handler
+            os.write(2, b"\nfinishes the step and saves; Ctrl-C again ends at once\n")
 
     try:
         before = {number: signal.signal(number, collect) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -15,6 +15,7 @@ if __name__ == "__main__":
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -310,7 +311,9 @@ def train(config: TrainConfig) -> TrainResult:
     losses: list[dict[str, float]] = []
     stopping = False
     clock, clocked = time.perf_counter(), step
-    with progress_bar(step, config.max_iters, runtime, say) as (say, advance), signals_caught() as caught:
+    catching = nullcontext([]) if config.eval_only else signals_caught()  # an evaluation has nothing to save
+    last = step if config.eval_only else config.max_iters
+    with progress_bar(step, last, runtime, say) as (say, advance), catching as caught:
         while True:
             due = config.eval_only or step % config.eval_interval == 0 or step == config.max_iters
             if due and (config.eval_only or step == 0 or step > first):  # else it was, before it was saved

@@ -11,6 +11,8 @@ eval_iters = 20  # batches; enough to see the trend, and cheap
 log_interval = 50
 always_save_checkpoint = False  # ckpt.pt is the best so far
 
+compile = False  # the run would be over before compiling pays
+
 gradient_accumulation_steps = 1
 batch_size = 12
 block_size = 128  # about four lines of code
