@@ -9,7 +9,7 @@ OUT := out-stdlib-char
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -e 's/:[^#]*## /\t/' | awk -F'\t' '{printf "make %-8s %s\n", $$1, $$2}'
+	@awk -F ':|## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$NF}' $(MAKEFILE_LIST)
 
 install: $(INSTALLED) ## create .venv and install requirements.txt
 

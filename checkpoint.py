@@ -5,6 +5,7 @@ fp16 training) and meta (the dataset's, with its tokenizer). nanoGPT's own files
 """
 
 import difflib
+import math
 import os
 import urllib.error
 import urllib.request
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 
+from data.tokens import GPT2_META
 from errors import MachineError, UserError
 from model import GPT, GPTConfig
 
@@ -60,10 +62,23 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         contents = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # cut off, foreign or hostile bytes can fail in any way
         raise UserError(f"{path} is damaged or not a checkpoint ({first_line(error)}); use another") from None
-    needed = {"model": dict, "model_args": dict, "iter_num": int}
-    for key, kind in needed.items():
-        if not isinstance(contents, dict) or not isinstance(contents.get(key), kind):
-            raise UserError(f"{path} is no checkpoint of this project or nanoGPT (no {key}); use another one")
+    if not isinstance(contents, dict):
+        raise UserError(f"{path} is no checkpoint of this project or nanoGPT; use another one")
+    loss = contents.get("best_val_loss", math.inf)  # nanoGPT's is a tensor
+    meta = contents.get("meta", GPT2_META)
+    sound = {
+        "model": isinstance(contents.get("model"), dict),
+        "model_args": isinstance(contents.get("model_args"), dict),
+        "iter_num": type(contents.get("iter_num")) is int and contents["iter_num"] >= 0,
+        "best_val_loss": isinstance(loss, (int, float)) or (torch.is_tensor(loss) and loss.numel() == 1),
+        "config": isinstance(contents.get("config", {}), dict),
+        "meta": isinstance(meta, dict) and set(GPT2_META) <= set(meta),
+    }
+    for key, is_sound in sound.items():
+        if not is_sound:
+            raise UserError(
+                f"{path} is no checkpoint of this project or nanoGPT (see {key}); use another one"
+            )
     return contents
 
 
@@ -146,8 +161,8 @@ def load_pretrained(name: str, dropout: float = 0.0) -> tuple[GPT, dict[str, Any
         raise UserError(f"init_from={name} needs transformers; run: pip install transformers") from None
     except Exception as error:  # no network, no such name, a damaged file: transformers raises many kinds
         raise UserError(
-            f"init_from={name} cannot be loaded ({first_line(error)}); without a network, copy its "
-            "config.json and model.safetensors into a folder and give the folder"
+            f"init_from={name} cannot be loaded ({first_line(error)}); give a folder with its "
+            "config.json and model.safetensors, or go online"
         ) from None
 
 
@@ -164,12 +179,15 @@ def check_hub(name: str) -> None:
 
 
 def set_aside(out_dir: Path) -> list[str]:
-    """Rename another run's checkpoints to *.previous.pt, so that a start too many loses nothing."""
+    """Rename another run's checkpoints to ckpt.previous-1.pt and so on: a start too many loses nothing."""
     moved = []
+    number = 1
+    while any((out_dir / name.replace(".pt", f".previous-{number}.pt")).exists() for name in (BEST, NEWEST)):
+        number += 1
     for name in (BEST, NEWEST):
         if (out_dir / name).is_file():
-            os.replace(out_dir / name, out_dir / name.replace(".pt", ".previous.pt"))
-            moved.append(name.replace(".pt", ".previous.pt"))
+            moved.append(name.replace(".pt", f".previous-{number}.pt"))
+            os.rename(out_dir / name, out_dir / moved[-1])
     return moved
 
 

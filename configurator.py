@@ -10,6 +10,7 @@ import math
 import signal
 import sys
 import threading
+import traceback
 import types
 import typing
 from pathlib import Path
@@ -84,10 +85,10 @@ def run_config_file(path: Path, values: dict[str, Any]) -> dict[str, Any]:
     try:
         exec(compile(path.read_text(encoding="utf-8"), str(path), "exec"), scope)
     except Exception as error:
-        trace = error.__traceback__
-        while trace and trace.tb_next:
-            trace = trace.tb_next
-        line = getattr(error, "lineno", None) or (trace.tb_lineno if trace else "?")
+        lines = [
+            frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)
+        ]
+        line = getattr(error, "lineno", None) or (lines or ["?"])[-1]
         raise UserError(
             f"{path}, line {line}: {type(error).__name__}: {error}; mend the config file"
         ) from None

@@ -26,9 +26,16 @@ def one_line_errors() -> Iterator[None]:
         sys.exit(130)  # 128 + SIGINT, as shells expect
     except BrokenPipeError:  # the reader of our output left (`| head`), which is no error of ours
         sys.stderr.close()
-        sys.exit(0)
-    except RuntimeError as error:
-        if "out of memory" not in str(error).lower() and "can't allocate memory" not in str(error):
+        sys.exit(141)  # 128 + SIGPIPE
+    except (RuntimeError, MemoryError) as error:
+        text = str(error).lower()
+        if "gloo" in text or "nccl" in text or type(error).__name__ == "DistBackendError":
+            stop(1, f"another rank was lost ({text[:60]}); start again with --init_from=resume")
+        if (
+            not isinstance(error, MemoryError)
+            and "out of memory" not in text
+            and "t allocate memory" not in text
+        ):
             raise
         stop(1, "out of memory; lower --batch_size (and raise --gradient_accumulation_steps) or --block_size")
 
@@ -36,5 +43,5 @@ def one_line_errors() -> Iterator[None]:
 def stop(status: int, error: object) -> None:
     """Print `error` as one line and exit with `status`."""
     sys.stdout.flush()
-    print("error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
+    sys.stderr.write(f"error: {' '.join(str(error).split())}\n")  # in one piece, as ranks share a terminal
     sys.exit(status)

@@ -188,7 +188,12 @@ class GPT(nn.Module):
 
         if set(override_args or {}) - {"dropout"}:
             raise ValueError(f"only dropout can be overridden, not {', '.join(override_args)}")
-        theirs = GPT2LMHeadModel.from_pretrained(model_type, dtype=torch.float32)
+        theirs, info = GPT2LMHeadModel.from_pretrained(
+            model_type, dtype=torch.float32, output_loading_info=True
+        )
+        missing = set(info["missing_keys"]) - {"lm_head.weight"}  # tied, so not stored
+        if missing:
+            raise ValueError(f"{len(missing)} weights are missing, such as {min(missing)}")
         model = cls(gpt2_config(theirs.config, **(override_args or {})))
         conv1d = (
             "c_attn.weight",

@@ -87,7 +87,7 @@ def start_runtime(device: str = "auto", dtype: str = "auto", backend: str = "aut
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32
     if world_size > 1 and not dist.is_initialized():
         on_gpu = "nccl" if backend == "auto" else backend
-        dist.init_process_group("gloo" if place.type == "cpu" else f"cpu:gloo,cuda:{on_gpu}")
+        dist.init_process_group(f"cpu:gloo,cuda:{on_gpu}" if place.type == "cuda" else "gloo")
     return Runtime(place, find_dtype(dtype, place), rank, world_size)
 
 
@@ -167,14 +167,26 @@ def measured_flops(runtime: Runtime, seconds: float = 0.3) -> float:
     for n in (512, 1024, 2048) if runtime.device.type == "cpu" else (4096, 8192):
         a = torch.ones(n, n, device=runtime.device, dtype=runtime.dtype)
         end = time.perf_counter() + seconds / 3
-        while True:
+        now = 0.0
+        while now < end:
             begin = time.perf_counter()
             (a @ a)[0, 0].item()  # waits for the result
             now = time.perf_counter()
             best = max(best, 2 * n**3 / (now - begin))
-            if now > end:
-                break
+        if (
+            now - begin > seconds / 8
+        ):  # slow arithmetic (fp16 on CPUs): the next size would take 8 times as long
+            break
     return best
+
+
+def speak(line: str) -> None:
+    """Print at once, also into a pipe; when its reader leaves (`| head`), the run stops as by SIGTERM."""
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")
+        signal.raise_signal(signal.SIGTERM)
 
 
 @contextmanager

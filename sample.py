@@ -11,6 +11,7 @@ from settings import SampleConfig
 if __name__ == "__main__":
     CONFIG = configure(SampleConfig)  # before torch is loaded, so that --help and mistakes answer at once
 
+import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,8 @@ class Sampler:
             path = best_checkpoint(Path(out_dir))
             contents = load_checkpoint(path)
             model = restore_model(contents, path)
-            self.source = f"{path}, step {contents['iter_num']}, {describe_loss(contents)}"
+            loss = contents.get("val_loss", contents.get("best_val_loss", math.nan))
+            self.source = f"{path}, step {contents['iter_num']}, val loss {float(loss):.4f}"
         else:
             model, contents = load_pretrained(init_from)
             self.source = init_from
@@ -125,7 +127,7 @@ def find_tokenizer(contents: dict[str, Any], vocab_size: int, source: str) -> To
     if meta["vocab_size"] > vocab_size:
         raise UserError(
             f"{source} has {vocab_size} tokens, its tokenizer {meta['vocab_size']}; "
-            "put the meta.json or meta.pkl that it was trained with into its dataset's folder"
+            "put the meta.json that it was trained with into its data folder"
         )
     return from_description(meta["tokenizer"])
 
@@ -135,10 +137,6 @@ def start_of_text(tokenizer: Tokenizer) -> int:
     if isinstance(tokenizer, CharTokenizer):
         return max(tokenizer.chars.find("\n"), 0)
     return tokenizer.bpe.eot_token
-
-
-def describe_loss(contents: dict[str, Any]) -> str:
-    return f"best val loss {float(contents.get('best_val_loss', float('nan'))):.4f}"
 
 
 def read_prompt(start: str) -> str:

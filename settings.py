@@ -24,7 +24,7 @@ class TrainConfig:
     init_from: str = setting(
         "scratch", "scratch, resume, auto (resume if possible), gpt2[-medium|-large|-xl], a folder"
     )
-    seed: int = setting(1337, "of weights, batches and dropout", at_least=0)
+    seed: int = setting(1337, "of weights, batches and dropout", at_least=0, below=2**63)
 
     # evaluation and logging
     eval_interval: int = setting(2000, "steps between evaluations", at_least=1)
@@ -75,6 +75,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_settings(self)
         check_heads(self.n_embd, self.n_head)
+        if not self.out_dir or not self.dataset:
+            raise ValueError("out_dir or dataset is empty; name a folder")
 
 
 @dataclass
@@ -115,7 +117,7 @@ class SampleConfig:
         0.8, "below 1 is safer, above 1 wilder, 0 always takes the likeliest", at_least=0
     )
     top_k: int | None = setting(200, "choose among this many likeliest tokens; None or 0 is all", at_least=0)
-    seed: int = setting(1337, "same seed, same text", at_least=0)
+    seed: int = setting(1337, "same seed, same text", at_least=0, below=2**63)
     device: str = setting("auto", "auto (cuda, else mps, else cpu), cpu, cuda, cuda:1, mps")
     dtype: str = setting("auto", "of the arithmetic", choices=DTYPES)
     compile: bool | str = setting(False, "torch.compile the model", choices=(True, False))

@@ -46,6 +46,7 @@ from runtime import (
     peak_flops,
     progress_bar,
     signals_caught,
+    speak,
     start_runtime,
     stop_runtime,
 )
@@ -81,6 +82,12 @@ def initial_model(config: TrainConfig, meta: dict[str, Any]) -> tuple[GPT, dict[
         model = GPT(GPTConfig(vocab_size=vocab_size, **shape))
     else:
         model, _ = load_pretrained(config.init_from, config.dropout)
+    trained_on = contents.get("meta", meta)["tokenizer"]
+    if None not in (trained_on, meta["tokenizer"]) and trained_on != meta["tokenizer"]:
+        raise UserError(
+            f"{config.out_dir} was trained with another tokenizer than {config.dataset} has; "
+            "choose the dataset that it was trained on, or --init_from=scratch"
+        )
     if meta["vocab_size"] > model.config.vocab_size:
         raise UserError(
             f"the dataset has {meta['vocab_size']} tokens, the model of init_from={config.init_from} only "
@@ -276,7 +283,7 @@ def train(config: TrainConfig) -> TrainResult:
     first = step = contents.get("iter_num", 0)
     best_val_loss = float(contents.get("best_val_loss", math.inf))
 
-    say = print if runtime.is_main else (lambda line: None)
+    say = speak if runtime.is_main else (lambda line: None)
     describe_run(config, runtime, folder, streams, model, say)
     wandb = start_wandb(config) if config.wandb_log and runtime.is_main else None
 
@@ -285,12 +292,14 @@ def train(config: TrainConfig) -> TrainResult:
         restore_optimizer(optimizer, contents, out_dir)
         scaler.load_state_dict(contents.get("scaler") or scaler.state_dict())
     if contents:
-        say(f"resumes  after step {step}" + (": nothing left to do" if step >= config.max_iters else ""))
+        finished = step >= config.max_iters and not config.eval_only
+        say(f"resumes  after step {step}" + (": nothing left to do" if finished else ""))
+        for name, value in contents["model_args"].items():
+            if name not in ("block_size", "dropout") and getattr(config, name, value) != value:
+                say(f"note     the checkpoint's {name}={value} holds, not {getattr(config, name)}")
         if "optimizer" not in contents:
             say("note     without AdamW's averages, which start anew")
-    elif runtime.is_main and not config.eval_only:
-        for name in set_aside(out_dir):
-            say(f"note     {out_dir} held another run's checkpoint, which is {name} now")
+    own = bool(contents)  # the checkpoints in out_dir are this run's
     del contents  # frees the copy on the CPU
 
     maybe_compile(model, config.compile, runtime.device, say)
@@ -300,10 +309,14 @@ def train(config: TrainConfig) -> TrainResult:
         trained = DistributedDataParallel(model, devices)
     peak = peak_flops(runtime)
 
-    def save(*names: str) -> None:
+    def save(*names: str, **more: float) -> None:
+        nonlocal own
         if not all(bool(p.isfinite().all()) for p in model.parameters()):
-            raise lost(step, out_dir)
-        more = {"config": asdict(config), "scaler": scaler.state_dict(), "meta": meta}
+            raise lost(step, out_dir if own else None)
+        for name in set_aside(out_dir) if runtime.is_main and not own else ():
+            say(f"note     {out_dir} held another run's checkpoint, which is {name} now")
+        own = True
+        more |= {"config": asdict(config), "scaler": scaler.state_dict(), "meta": meta}
         for name in names if runtime.is_main else ():
             save_checkpoint(out_dir / name, training_state(model, optimizer, step, best_val_loss, **more))
         say(f"step {step}: wrote {' and '.join(str(out_dir / name) for name in names)}")
@@ -323,11 +336,13 @@ def train(config: TrainConfig) -> TrainResult:
                 if wandb:
                     wandb.log({f"{split}/loss": loss for split, loss in found.items()}, step=step)
                 if not math.isfinite(found["val"]):
-                    raise lost(step, out_dir)
-                improved = found["val"] < best_val_loss
-                best_val_loss = min(best_val_loss, found["val"])
+                    raise lost(step, out_dir if own else None)
                 if not config.eval_only and (step > 0 or step == config.max_iters):
-                    save(NEWEST, *([BEST] if improved or config.always_save_checkpoint else []))
+                    improved = found["val"] < best_val_loss
+                    best_val_loss = min(best_val_loss, found["val"])
+                    # the best first: killed between the two, a run goes back to the newest before it
+                    best = [BEST] if improved or config.always_save_checkpoint else []
+                    save(*best, NEWEST, val_loss=found["val"])
                 clock, clocked = time.perf_counter(), step
             elif stopping:
                 save(NEWEST)
@@ -344,7 +359,7 @@ def train(config: TrainConfig) -> TrainResult:
             if step % config.log_interval == 0 or step == config.max_iters:
                 mean = runtime.total(loss.item())[0] / runtime.world_size  # waits for the device: once a line
                 if not math.isfinite(mean):
-                    raise lost(step, out_dir)
+                    raise lost(step, out_dir if own else None)
                 seconds = (time.perf_counter() - clock) / (step - clocked)
                 mfu = model.estimate_mfu(len(batches) * config.batch_size, seconds, peak)
                 tokens = config.gradient_accumulation_steps * config.batch_size * config.block_size
@@ -366,9 +381,9 @@ def train(config: TrainConfig) -> TrainResult:
     return TrainResult(model, step, best_val_loss, losses, caught[0] if caught else None)
 
 
-def lost(step: int, out_dir: Path) -> UserError:
-    """The error that ends a run whose loss is no number any more."""
-    path = newest_checkpoint(out_dir)
+def lost(step: int, out_dir: Path | None) -> UserError:
+    """The error of a loss that is no number any more; out_dir is None where the run has saved nothing."""
+    path = newest_checkpoint(out_dir) if out_dir else None
     kept = f"{path} is the last good state" if path else "nothing was saved yet"
     what_to_do = "lower --learning_rate or set --grad_clip=1.0"
     return UserError(f"the loss is not finite any more at step {step}; {what_to_do} ({kept})")

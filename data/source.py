@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import http.client
 import os
 import sys
 import urllib.request
@@ -68,7 +69,7 @@ def download(url: str, sha256: str, path: Path) -> Path:
                 temporary.write_bytes(answer.read())
             if hash_of(temporary) == sha256:
                 os.replace(temporary, path)
-        except OSError as error:  # what urllib raises is one, too
+        except (OSError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", error)
             raise UserError(f"no download ({reason}); fetch {url} elsewhere and give --input PATH") from None
         finally:
@@ -83,5 +84,4 @@ def download(url: str, sha256: str, path: Path) -> Path:
 
 def hash_of(path: Path) -> str:
     """The file's sha256, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -5,6 +5,7 @@ checkpoints hold of it, and `from_description` rebuilds it from.
 """
 
 from collections.abc import Iterable
+from hashlib import sha1
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,10 @@ import numpy as np
 from errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
+GPT2_FILES = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
+GPT2_CACHED = tuple(
+    sha1(f"{GPT2_FILES}{name}".encode()).hexdigest() for name in ("vocab.bpe", "encoder.json")
+)
 
 
 class CharTokenizer:
@@ -56,8 +61,9 @@ class GPT2Tokenizer:
             self.bpe = tiktoken.get_encoding("gpt2")
         except Exception as error:  # whatever its downloader meets: no network, a proxy, a broken copy
             raise UserError(
-                f"tiktoken cannot fetch GPT-2's vocabulary ({type(error).__name__}); go online once, or set "
-                "TIKTOKEN_CACHE_DIR to a folder where tiktoken left it"
+                f"no download of GPT-2's vocabulary ({type(error).__name__}); fetch vocab.bpe, encoder.json"
+                f" of {GPT2_FILES} elsewhere, name them {' and '.join(GPT2_CACHED)}, and set "
+                "TIKTOKEN_CACHE_DIR to their folder"
             ) from None
 
     def encode(self, text: str) -> np.ndarray:

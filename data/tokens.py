@@ -9,14 +9,14 @@ import json
 import os
 import pickle
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from data.tokenizer import Tokenizer
-from errors import UserError
+from errors import MachineError, UserError
 
 DATA = Path(__file__).resolve().parent
 CHECKED_AT_START = 1 << 28  # ids of a split; those beyond are checked batch by batch, as they are read
@@ -32,9 +32,12 @@ def write_dataset(
     `about` goes into meta.json: where the text came from, its sha256.
     """
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
-    folder.mkdir(parents=True, exist_ok=True)
     names = {"train": "train.bin", "val": "val.bin"}
-    files = {split: open(folder / f"{name}.tmp", "wb") for split, name in names.items()}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        files = {split: open(folder / f"{name}.tmp", "wb") for split, name in names.items()}
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written ({error.strerror}); choose another --output") from None
     counts = dict.fromkeys(names, 0)
 
     def add(split: str, ids: np.ndarray | list[int]) -> None:
@@ -49,10 +52,15 @@ def write_dataset(
             file.flush()
             os.fsync(file.fileno())
             file.close()
-    except BaseException:
+    except BaseException as error:
         for split, file in files.items():
-            file.close()
-            (folder / f"{names[split]}.tmp").unlink()
+            with suppress(OSError):  # what the disk did not take, it does not take now
+                file.close()
+            (folder / f"{names[split]}.tmp").unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise MachineError(
+                f"{folder} takes no more ({error.strerror}); nothing there was changed"
+            ) from None
         raise
     meta = {
         "version": 1,

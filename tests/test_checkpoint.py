@@ -96,7 +96,16 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
         path.write_bytes(whole[:end])
         with pytest.raises(UserError, match="damaged or not a checkpoint"):
             load_checkpoint(path)
-    for foreign in ([1, 2], {"state_dict": {}}, {"model": {}, "model_args": {}, "iter_num": "7"}):
+    for foreign in (
+        [1, 2],
+        {"state_dict": {}},
+        {"model": {}, "model_args": {}, "iter_num": "7"},
+        {**make_state(), "iter_num": -5},
+        {**make_state(), "best_val_loss": "abc"},
+        {**make_state(), "meta": 5},
+        {**make_state(), "meta": {}},
+        {**make_state(), "config": 5},
+    ):
         save_checkpoint(path, foreign)
         with pytest.raises(UserError, match="no checkpoint of this project"):
             load_checkpoint(path)
@@ -130,10 +139,12 @@ def test_an_optimizer_state_that_does_not_fit_is_refused(tmp_path):
 def test_another_runs_checkpoints_are_set_aside(tmp_path):
     assert set_aside(tmp_path) == []
     (tmp_path / "ckpt.pt").write_bytes(b"1")
-    assert set_aside(tmp_path) == ["ckpt.previous.pt"]
-    assert (tmp_path / "ckpt.previous.pt").read_bytes() == b"1" and os.listdir(tmp_path) == [
-        "ckpt.previous.pt"
-    ]
+    assert set_aside(tmp_path) == ["ckpt.previous-1.pt"]
+    (tmp_path / "ckpt.pt").write_bytes(b"2")
+    (tmp_path / "last.pt").write_bytes(b"3")
+    assert set_aside(tmp_path) == ["ckpt.previous-2.pt", "last.previous-2.pt"]
+    kept = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert kept == {"ckpt.previous-1.pt": b"1", "ckpt.previous-2.pt": b"2", "last.previous-2.pt": b"3"}
 
 
 @pytest.mark.parametrize(("name", "tag"), [("ckpt.pt", "plain"), ("ckpt_compiled.pt", "compiled")])

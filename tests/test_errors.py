@@ -1,5 +1,6 @@
 """Wrong inputs to train.py, as subprocesses: status 2, one line, nothing written over."""
 
+import json
 import pickle
 
 import numpy as np
@@ -63,16 +64,18 @@ class Hostile:
         return open, (str(self.path), "w")
 
 
-def test_hostile_pickles_run_nothing(copy, tmp_path):
+def test_hostile_pickles_run_nothing(copy, dataset, tmp_path):
     trap = tmp_path / "trap"
     (copy / "meta.json").unlink()
     (copy / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": Hostile(trap)}))
     assert_user_error(train_on(copy, f"--out_dir={tmp_path / 'out'}"), "meta.pkl cannot be read")
     (tmp_path / "run").mkdir()
     torch.save({"model": Hostile(trap)}, tmp_path / "run" / "ckpt.pt")
-    for script, flags in (("train.py", [*TINY, "--init_from=resume"]), ("sample.py", [])):
-        done = run(script, *flags, f"--out_dir={tmp_path / 'run'}", *([f"--dataset={copy}"] if flags else []))
-        assert done.returncode == 2 and "Traceback" not in done.stderr
+    for done in (
+        train_on(dataset, "--init_from=resume", f"--out_dir={tmp_path / 'run'}"),
+        run("sample.py", f"--out_dir={tmp_path / 'run'}"),
+    ):
+        assert_user_error(done, "ckpt.pt is damaged or not a checkpoint")
     assert not trap.exists()
 
 
@@ -94,6 +97,23 @@ def test_a_model_too_small_for_the_datasets_vocabulary(copy, trained):
     (copy / "meta.json").write_text(meta.replace('"vocab_size": 88', '"vocab_size": 200'))
     done = train_on(copy, f"--out_dir={trained}", "--init_from=resume")
     assert_user_error(done, "the dataset has 200 tokens", "only 88")
+
+
+def test_resuming_on_data_of_another_tokenizer(copy, trained):
+    meta = json.loads((copy / "meta.json").read_text())
+    meta["tokenizer"]["chars"] = meta["tokenizer"]["chars"][::-1]
+    (copy / "meta.json").write_text(json.dumps(meta))
+    before = (trained / "last.pt").read_bytes()
+    done = train_on(copy, f"--out_dir={trained}", "--init_from=resume", "--max_iters=30")
+    assert_user_error(done, "another tokenizer")
+    assert (trained / "last.pt").read_bytes() == before
+
+
+def test_numbers_past_all_measure(dataset):
+    assert_user_error(train_on(dataset, "--seed=99999999999999999999999999"), "below")
+    huge = train_on(dataset, "--batch_size=10000000000000")
+    assert huge.returncode == 1 and huge.stderr.startswith("error: out of memory; lower --batch_size")
+    assert_user_error(train_on(dataset, "--out_dir="), "empty")
 
 
 def test_out_dir_that_takes_no_files(dataset, tmp_path):

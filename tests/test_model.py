@@ -120,6 +120,23 @@ def test_from_pretrained_refuses_what_is_not_gpt2(tmp_path):
         GPT.from_pretrained(str(tmp_path))
 
 
+def test_from_pretrained_refuses_a_file_that_lacks_weights(hf_gpt2, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    _, folder = hf_gpt2
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    weights = load_file(folder / "model.safetensors")
+    fewer = {
+        name: tensor
+        for name, tensor in weights.items()
+        if ".h.1." not in name and not name.startswith("h.1.")
+    }
+    assert len(fewer) == len(weights) - 12
+    save_file(fewer, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="12 weights are missing"):
+        GPT.from_pretrained(str(tmp_path))
+
+
 def test_a_position_reads_none_after_it():
     model = small()
     idx = random_ids(1, 16)

@@ -112,7 +112,16 @@ def test_unreadable_inputs(tmp_path):
     assert_user_error(run(script, "--input", tmp_path / "latin1.txt", "--output", tmp_path), "byte 3")
     (tmp_path / "one.txt").write_text("a")
     assert_user_error(run(script, "--input", tmp_path / "one.txt", "--output", tmp_path), "too short")
+    assert_user_error(run(script, "--input", __file__, "--output", tmp_path / "one.txt"), "cannot be written")
     assert not (tmp_path / "train.bin").exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
+def test_a_full_disk_changes_nothing(tmp_path):
+    (tmp_path / "val.bin.tmp").symlink_to("/dev/full")
+    done = run("data/shakespeare_char/prepare.py", "--input", __file__, "--output", tmp_path)
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])

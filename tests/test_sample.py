@@ -31,7 +31,7 @@ def test_same_seed_same_text(trained):
 
 def test_where_the_samples_come_from_is_told_beside_them(trained):
     done = sample(trained, "--num_samples=1", "--start=class")
-    assert f"{trained}/ckpt.pt, step 20, best val loss" in done.stderr
+    assert f"{trained}/ckpt.pt, step 20, val loss" in done.stderr
     assert done.stdout.startswith("class") and len(done.stdout) == 5 + 30 + 1
 
 
@@ -93,7 +93,7 @@ def test_mistakes(trained, tmp_path):
 def test_gpt2s_weights_without_a_network(trained):
     for network in ({"HF_HUB_OFFLINE": "1"}, {"HF_HUB_OFFLINE": "0", "https_proxy": "http://127.0.0.1:9"}):
         done = sample(trained, "--init_from=gpt2", env={"HF_HOME": "/nonexistent", **network})
-        assert_user_error(done, "init_from=gpt2 cannot be loaded", "give the folder")
+        assert_user_error(done, "init_from=gpt2 cannot be loaded", "give a folder")
         assert len(done.stderr.splitlines()) == 1
 
 

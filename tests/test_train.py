@@ -225,7 +225,7 @@ def test_a_signal_finishes_the_step_saves_and_can_be_resumed(number, tmp_path, d
     flags = [*TINY, f"--dataset={dataset}", "--max_iters=400", "--eval_interval=300", "--log_interval=1"]
     whole = run("train.py", *flags, f"--out_dir={tmp_path / 'whole'}")
     assert whole.returncode == 0, whole.stderr
-    command = [sys.executable, "-u", str(REPO / "train.py"), *flags, f"--out_dir={tmp_path / 'parts'}"]
+    command = [sys.executable, str(REPO / "train.py"), *flags, f"--out_dir={tmp_path / 'parts'}"]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPO, env=ENVIRONMENT
     )
@@ -241,6 +241,35 @@ def test_a_signal_finishes_the_step_saves_and_can_be_resumed(number, tmp_path, d
     resumed = run("train.py", *flags, f"--out_dir={tmp_path / 'parts'}", "--init_from=auto")
     assert resumed.returncode == 0 and f"resumes  after step {stopped_at}" in resumed.stdout
     assert_same_weights(tmp_path / "whole" / "last.pt", tmp_path / "parts" / "last.pt")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM to catch")
+def test_a_reader_that_leaves_stops_the_run_with_its_state_saved(tmp_path, dataset):
+    flags = [*TINY, f"--dataset={dataset}", f"--out_dir={tmp_path}", "--max_iters=100000", "--log_interval=1"]
+    command = [sys.executable, str(REPO / "train.py"), *flags, "--eval_interval=100000"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=REPO, env=ENVIRONMENT
+    )
+    while not process.stdout.readline().startswith(b"step 3: loss"):  # lines come as they are made
+        pass
+    process.stdout.close()
+    assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    assert process.stderr.read() == b"" and load_checkpoint(tmp_path / "last.pt")["iter_num"] >= 3
+    process.stderr.close()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full on this system")
+def test_a_full_disk_ends_the_run_in_one_line_and_the_best_is_not_skipped_on_resume(tmp_path, dataset):
+    flags = [*TINY, f"--dataset={dataset}", f"--out_dir={tmp_path}", "--always_save_checkpoint=False"]
+    assert run("train.py", *flags, "--max_iters=10").returncode == 0
+    (tmp_path / "ckpt.pt.tmp").symlink_to("/dev/full")
+    full = run("train.py", *flags, "--init_from=resume")
+    assert full.returncode == 1 and full.stderr.startswith("error: ") and len(full.stderr.splitlines()) == 1
+    assert load_checkpoint(tmp_path / "last.pt")["iter_num"] == 10
+    assert run("train.py", *flags, "--init_from=resume").returncode == 0
+    best, newest = load_checkpoint(tmp_path / "ckpt.pt"), load_checkpoint(tmp_path / "last.pt")
+    assert best["iter_num"] == newest["iter_num"] == 20
+    assert best["best_val_loss"] == newest["best_val_loss"] == newest["val_loss"]
 
 
 def test_a_finished_run_has_nothing_left_to_do(trained, dataset):
@@ -270,7 +299,7 @@ def test_a_new_run_sets_the_old_runs_checkpoints_aside(tmp_path, dataset):
     train(config_of(*flags))
     first = (tmp_path / "ckpt.pt").read_bytes()
     train(config_of(*flags, "--seed=5"))
-    assert (tmp_path / "ckpt.previous.pt").read_bytes() == first != (tmp_path / "ckpt.pt").read_bytes()
+    assert (tmp_path / "ckpt.previous-1.pt").read_bytes() == first != (tmp_path / "ckpt.pt").read_bytes()
 
 
 def test_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_state(tmp_path, dataset):
@@ -347,6 +376,8 @@ def test_nanogpts_run_goes_on(tmp_path):
 def test_mixed_precision_learns_too(dtype, tmp_path, dataset):
     result = train(config_of(f"--dataset={dataset}", f"--out_dir={tmp_path}", f"--dtype={dtype}"))
     assert result.losses[-1]["val"] < 3.5 < result.losses[0]["val"] - 0.8
+    plain = train(config_of(f"--dataset={dataset}", f"--out_dir={tmp_path / 'plain'}"))
+    assert 0 < abs(result.losses[0]["val"] - plain.losses[0]["val"]) < 0.02  # it rounds, a little
     assert all(p.dtype == torch.float32 for p in result.model.parameters())  # master weights
     scaler = load_checkpoint(tmp_path / "last.pt")["scaler"]
     assert bool(scaler) == (dtype == "float16")

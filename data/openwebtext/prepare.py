@@ -45,18 +45,22 @@ def load_documents(given: Path | None) -> object:
         raise UserError(
             f"--input {given} has no field 'text', only {', '.join(documents.column_names)}; rename one"
         )
+    if documents.features["text"].dtype not in ("string", "large_string"):
+        raise UserError(f"--input {given}: its field 'text' is no text; convert it")
     return documents
 
 
 def tokenize(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
     """A batch of documents as ids, each ended by <|endoftext|>."""
     tokenizer = GPT2Tokenizer()
-    return {"ids": [tokenizer.encode_document(text) for text in batch["text"]]}
+    return {"ids": [tokenizer.encode_document(text or "") for text in batch["text"]]}
 
 
 def main() -> None:
     parser = argument_parser(
-        sys.argv[0], __doc__.splitlines()[0], "a .parquet, .jsonl or .txt file, or a folder of them"
+        sys.argv[0],
+        __doc__.splitlines()[0],
+        "a .parquet, .jsonl or .txt (a document a line) file, or a folder",
     )
     parser.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N", help="default: all cores")
     args = parser.parse_args()

@@ -24,9 +24,10 @@ def source_files(folder: Path) -> list[str]:
     texts = []
     for path in sorted(folder.rglob("*.py"), key=lambda path: path.relative_to(folder).as_posix()):
         if LEFT_OUT.isdisjoint(path.relative_to(folder).parts):
-            text = path.read_text(
-                encoding="utf-8", errors="replace"
-            )  # a foreign byte leaves the file out below
+            try:
+                text = path.read_text(encoding="utf-8", errors="replace")  # a foreign byte is not in CHARS
+            except OSError:  # such as a link that leads nowhere
+                continue
             if text.strip() and set(text) <= set(CHARS):
                 texts.append(text.strip("\n") + "\n\n\n")
     return texts
