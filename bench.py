@@ -11,6 +11,7 @@ from settings import BenchConfig
 if __name__ == "__main__":
     CONFIG = configure(BenchConfig)  # before torch is loaded, so that --help and mistakes answer at once
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -112,7 +113,7 @@ def bench(config: BenchConfig) -> dict[str, float]:
     config.init_from = "scratch"
     model, _ = initial_model(config, meta)
     optimizer, scaler = make_optimizer(model.to(runtime.device).train(), config, runtime)
-    maybe_compile(model, config.compile, runtime.device, print)
+    maybe_compile(model, config.compile, runtime.device, math.inf, print)
 
     def step(number: int) -> None:
         batches = step_batches(stream, config, runtime, number)

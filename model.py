@@ -1,4 +1,4 @@
-"""GPT-2 in one file: the network, GPT-2's weights in, AdamW's groups, generation.
+"""GPT-2 in one file: the network, GPT-2's weights in, AdamW's groups, generation with a KV cache.
 
 Shapes: B sequences, T positions, C = n_embd channels, H = n_head heads, V = vocab_size.
 Sources: "Language Models are Unsupervised Multitask Learners" (Radford et al., 2019) and the weights released
@@ -6,13 +6,15 @@ with it; the transformer (arXiv 1706.03762); GELU (arXiv 1606.08415).
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 ACTIVATIONS = {"gelu_tanh": "tanh", "gelu": "none"}  # to the name of F.gelu's approximation
 
@@ -46,6 +48,75 @@ class GPTConfig:
             raise ValueError(f"activation={self.activation!r}; it must be one of {', '.join(ACTIVATIONS)}")
 
 
+def dropout(x: torch.Tensor, p: float, training: bool) -> torch.Tensor:
+    """F.dropout (arXiv 1207.0580); on CPUs from random bytes, ten times as fast, p to the nearest 1/256."""
+    if not training or p == 0:
+        return x
+    if x.device.type != "cpu":
+        return F.dropout(x, p)
+    dropped = min(max(round(256 * p), 1), 255)  # bytes below this drop
+    noise = torch.empty((x.numel() + 7) // 8, dtype=torch.int64).random_(-(2**63), None)
+    noise = noise.view(torch.uint8)[: x.numel()].view(x.shape)
+    keep = torch.ge(noise, dropped, out=torch.empty(x.shape, dtype=x.dtype))
+    return x * keep.mul_(256 / (256 - dropped))
+
+
+@lru_cache(maxsize=64)
+def causal_bias(begin: int, end: int, dtype: torch.dtype) -> torch.Tensor:
+    """What is added to the scores of positions begin..end-1: -inf where a later one is read. (rows, end)"""
+    return torch.full((end - begin, end), -math.inf, dtype=dtype).triu(1 + begin)
+
+
+def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, p: float) -> torch.Tensor:
+    """softmax(q kᵀ/√D) v where no position reads a later one; p is the weights' dropout. All (B, H, T, D).
+
+    torch's own kernel, but on CPUs in bf16 (slow backward) or with dropout (slow random numbers).
+    """
+    if q.device.type != "cpu" or (q.dtype == torch.float32 and p == 0):
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
+    B, H, T, D = q.shape
+    q, k, v = torch.stack((q * D**-0.5, k, v)).view(3, B * H, T, D)
+    rows = max(128, T // 4)  # of queries at a time: most of what a causal model may not read is not computed
+    parts = []
+    for begin in range(0, T, rows):
+        end = min(begin + rows, T)
+        bias = causal_bias(begin, end, q.dtype)
+        scores = torch.baddbmm(bias, q[:, begin:end], k[:, :end].transpose(1, 2))  # (B·H, rows, end)
+        weights = dropout(scores.softmax(dim=-1), p, training=True)
+        parts.append(torch.bmm(weights, v[:, :end]))
+    return torch.cat(parts, dim=1).view(B, H, T, D)
+
+
+class KVCache:
+    """Keys and values of the tokens read so far, for B sequences of up to `size`, allocated once."""
+
+    def __init__(self, config: GPTConfig, B: int, size: int, like: torch.Tensor) -> None:
+        shape = (config.n_layer, 2, B, config.n_head, size, config.n_embd // config.n_head)
+        # on CPUs in fp32: torch's attention of one query is four times as fast as in bf16
+        dtype = like.dtype if like.is_cuda else torch.float32
+        self.layers = [tuple(layer) for layer in torch.zeros(shape, device=like.device, dtype=dtype)]
+        self.device = like.device
+        self.length = 0  # tokens in it
+
+    def attend(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, position: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Put in the new k and v, and read for q: (B, H, T, D). T tokens from 0 on, or one at `position`."""
+        keys, values = self.layers[layer]  # (B, H, size, D) each
+        if position is None:
+            T = q.size(2)
+            keys[:, :, :T], values[:, :, :T] = k, v  # one row of k goes into all B
+            return causal_attention(q, k, v, 0.0)
+        keys.index_copy_(2, position, k.to(keys.dtype))
+        values.index_copy_(2, position, v.to(keys.dtype))
+        if q.device.type == "cuda":  # the same shapes at every token, for CUDA graphs
+            mask = torch.arange(keys.size(2), device=q.device) <= position  # (size,)
+            return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask[None])
+        end = self.length + 1
+        y = F.scaled_dot_product_attention(q.to(keys.dtype), keys[:, :, :end], values[:, :, :end])
+        return y.to(q.dtype)
+
+
 class CausalSelfAttention(nn.Module):
     """Every position reads from itself and those before it, in n_head independent ways."""
 
@@ -56,14 +127,22 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self,
+        x: torch.Tensor,
+        cache: KVCache | None = None,
+        layer: int = 0,
+        position: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, C/H) each
-        dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)  # (B, H, T, C/H)
+        if cache is None:
+            y = causal_attention(q, k, v, self.dropout if self.training else 0.0)  # (B, H, T, C/H)
+        else:
+            y = cache.attend(layer, q, k, v, position)
         y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, T, C)
-        return F.dropout(y, self.dropout, self.training)
+        return dropout(y, self.dropout, self.training)
 
 
 class MLP(nn.Module):
@@ -78,7 +157,7 @@ class MLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = F.gelu(self.c_fc(x), approximate=self.approximate)  # (B, T, 4C)
-        return F.dropout(self.c_proj(h), self.dropout, self.training)  # (B, T, C)
+        return dropout(self.c_proj(h), self.dropout, self.training)  # (B, T, C)
 
 
 class Block(nn.Module):
@@ -91,9 +170,9 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self.attn(self.ln_1(x))
-        return x + self.mlp(self.ln_2(x))
+    def forward(self, x: torch.Tensor, *past: Any) -> torch.Tensor:
+        x = x + self.attn(self.ln_1(x), *past).to(x.dtype)  # a sum of mixed types is slow on CPUs
+        return x + self.mlp(self.ln_2(x)).to(x.dtype)
 
 
 class GPT(nn.Module):
@@ -102,6 +181,7 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
+        self.activation_checkpointing = False  # True: less memory, a third more arithmetic (arXiv 1604.06174)
         self.transformer = nn.ModuleDict(
             {
                 "wte": nn.Embedding(config.vocab_size, config.n_embd),
@@ -132,19 +212,40 @@ class GPT(nn.Module):
         idx (B, T), T <= block_size; targets (B, T), where -1 is not counted.
         With targets: logits (B, T, V) and the loss. Without: logits of the last position (B, 1, V) and None.
         """
-        T = idx.size(1)
-        if T > self.config.block_size:
-            raise ValueError(f"{T} tokens do not fit into block_size={self.config.block_size}")
-        positions = torch.arange(T, device=idx.device)
-        x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C)
-        x = F.dropout(x, self.config.dropout, self.training)
-        for block in self.transformer.h:
-            x = block(x)
-        x = self.transformer.ln_f(x)
+        x = self.hidden(idx)
         if targets is None:
             return self.lm_head(x[:, -1:]), None  # (B, 1, V): nobody asks for the other positions
         logits = self.lm_head(x)  # (B, T, V)
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+    def hidden(
+        self, idx: torch.Tensor, cache: KVCache | None = None, position: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """What lm_head reads, (B, T, C), of idx (B, T), whose first token is at position 0 or the given one."""
+        T = idx.size(1)
+        if T > self.config.block_size:
+            raise ValueError(f"{T} tokens do not fit into block_size={self.config.block_size}")
+        positions = torch.arange(T, device=idx.device) if position is None else position
+        x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C)
+        x = dropout(x, self.config.dropout, self.training)
+        for layer, block in enumerate(self.transformer.h):
+            if self.activation_checkpointing and self.training:
+                x = checkpoint(block, x, use_reentrant=False)
+            elif cache is None:
+                x = block(x)
+            else:
+                x = block(x, cache, layer, position)
+        return self.transformer.ln_f(x)
+
+    def prefill(self, idx: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        """Read idx (1 or B, T) from position 0 on into the cache; logits of what comes next (1 or B, V)."""
+        x = self.hidden(idx, cache)
+        cache.length = idx.size(1)
+        return self.lm_head(x[:, -1])
+
+    def decode(self, ids: torch.Tensor, position: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        """Read one more token of each sequence, ids (B, 1) at position (1,); logits of the next (B, V)."""
+        return self.lm_head(self.hidden(ids, cache, position)[:, -1])
 
     @torch.no_grad()
     def generate(
@@ -167,14 +268,30 @@ class GPT(nn.Module):
     ) -> Iterator[torch.Tensor]:
         """Yield the next token of each of the B sequences, (B, 1), max_new_tokens times.
 
-        Past block_size, only the last block_size tokens are read. Ids from `vocab_size` on are never drawn: a
-        padded vocabulary has them, no tokenizer can read them. The caller sets eval mode.
+        Each token is read once: keys and values are kept. Where block_size is full, the last three quarters
+        of it are read anew, as positions from 0 on, which makes room for the next quarter. Ids from
+        `vocab_size` on are never drawn: a padded vocabulary has them, no tokenizer can read them. The caller
+        sets eval mode.
         """
-        for _ in range(max_new_tokens):
+        block_size, weight = self.config.block_size, self.transformer.wte.weight
+        window = idx[:, -block_size:]  # the newest tokens, at most block_size
+        size = min(block_size, window.size(1) + max_new_tokens)
+        cache = KVCache(self.config, len(idx), size, weight)
+        decode = cuda_graph(self.decode, cache, len(idx)) if weight.is_cuda else self.decode
+        for number in range(max_new_tokens):
             with torch.no_grad():
-                logits, _ = self(idx[:, -self.config.block_size :])  # (B, 1, V)
-                next_id = sample_token(logits[:, -1, :vocab_size], temperature, top_k)  # (B, 1)
-            idx = torch.cat([idx, next_id], dim=1)
+                if number == 0:
+                    same = bool((window == window[:1]).all())  # one prompt for all samples is read once
+                    logits = self.prefill(window[:1] if same else window, cache).expand(len(idx), -1)
+                elif cache.length == block_size:
+                    window = window[:, -max(1, block_size * 3 // 4) :]
+                    logits = self.prefill(window, cache)
+                else:
+                    position = torch.full((1,), cache.length, device=idx.device)
+                    logits = decode(next_id, position, cache)  # noqa: F821
+                    cache.length += 1
+                next_id = sample_token(logits[:, :vocab_size], temperature, top_k)  # (B, 1)
+                window = torch.cat([window, next_id], dim=1)
             yield next_id
 
     @classmethod
@@ -248,15 +365,39 @@ class GPT(nn.Module):
         return self.flops_per_token() * self.config.block_size * fwdbwd_per_iter / dt / peak_flops
 
 
+@torch.no_grad()
+def cuda_graph(decode: Callable[..., torch.Tensor], cache: KVCache, B: int) -> Callable[..., torch.Tensor]:
+    """`decode` as one CUDA graph: a token costs one launch, not some hundred. The cache must be empty."""
+    ids = torch.zeros((B, 1), dtype=torch.long, device=cache.device)
+    position = torch.zeros(1, dtype=torch.long, device=cache.device)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # what kernels set up when first used must not be recorded
+        for _ in range(3):
+            decode(ids, position, cache)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        logits = decode(ids, position, cache)  # (B, V), written anew by each replay
+
+    def replay(new_ids: torch.Tensor, new_position: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        ids.copy_(new_ids)
+        position.copy_(new_position)
+        graph.replay()
+        return logits
+
+    return replay
+
+
 def sample_token(logits: torch.Tensor, temperature: float, top_k: int | None) -> torch.Tensor:
     """Draw one id for each row of logits (B, V): (B, 1). Temperature 0 takes the likeliest."""
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
     logits = logits.float() / temperature
-    if top_k:
-        kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]  # (B, 1)
-        logits = logits.masked_fill(logits < kth, -math.inf)
-    return torch.multinomial(logits.softmax(dim=-1), num_samples=1)
+    if not top_k or top_k >= logits.size(-1):
+        return torch.multinomial(logits.softmax(dim=-1), num_samples=1)
+    values, ids = logits.topk(top_k)  # (B, top_k)
+    return ids.gather(1, torch.multinomial(values.softmax(dim=-1), num_samples=1))
 
 
 def gpt2_config(theirs: Any, **overrides: Any) -> GPTConfig:

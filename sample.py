@@ -21,6 +21,7 @@ import torch
 from checkpoint import best_checkpoint, load_checkpoint, load_pretrained, restore_model
 from data.tokenizer import CharTokenizer, Tokenizer, from_description
 from data.tokens import GPT2_META, find_dataset, read_meta
+from decoding import prepare
 from errors import UserError, one_line_errors
 from runtime import maybe_compile, start_runtime
 
@@ -37,6 +38,7 @@ class Sampler:
         device: str = "auto",
         dtype: str = "auto",
         compile: bool = False,
+        int8: bool = False,
     ) -> None:
         self.runtime = start_runtime(device, dtype)
         if init_from == "resume":
@@ -49,8 +51,8 @@ class Sampler:
             model, contents = load_pretrained(init_from)
             self.source = init_from
         self.tokenizer = find_tokenizer(contents, model.config.vocab_size, self.source)
-        self.model = model.to(self.runtime.device).eval()
-        maybe_compile(self.model, compile, self.runtime.device, warn)
+        self.model = prepare(model.to(self.runtime.device), self.runtime.dtype, int8)
+        maybe_compile(self.model, compile, self.runtime.device, 0, warn)
 
     def encode(self, prompt: str) -> torch.Tensor:
         """The prompt's ids (1, T), T >= 1; an empty one is the start of a document. Raises UserError."""
@@ -73,9 +75,7 @@ class Sampler:
         idx = self.encode(prompt).expand(num_samples, -1)  # (N, T)
         torch.manual_seed(seed)
         stream = self.model.stream(idx, max_new_tokens, temperature, top_k, self.tokenizer.vocab_size)
-        for _ in range(max_new_tokens):
-            with self.runtime.autocast():  # around the step alone, not around what the reader does between
-                next_id = next(stream)  # (N, 1)
+        for next_id in stream:  # (N, 1)
             yield next_id[:, 0].tolist()
 
     def generate(
@@ -157,7 +157,8 @@ def warn(line: str) -> None:
 
 def main(config: SampleConfig) -> None:
     prompt = read_prompt(config.start)
-    sampler = Sampler(config.out_dir, config.init_from, config.device, config.dtype, config.compile)
+    where = (config.device, config.dtype, config.compile, config.int8)
+    sampler = Sampler(config.out_dir, config.init_from, *where)
     choices = (config.max_new_tokens, config.temperature, config.top_k, config.seed)
     warn(f"{sampler.source} ({sampler.runtime.describe()})")
     if config.num_samples == 1:

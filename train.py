@@ -75,7 +75,7 @@ def initial_model(config: TrainConfig, meta: dict[str, Any]) -> tuple[GPT, dict[
         model = restore_model(contents, path, config.dropout)
     elif config.init_from in ("scratch", "auto"):
         torch.manual_seed(config.seed)
-        shared = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
+        shared = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "bias", "activation")
         shape = {name: getattr(config, name) for name in shared}
         # GPT-2's vocabulary is padded to GPTConfig's, which GPUs multiply faster
         vocab_size = GPTConfig.vocab_size if meta["vocab_size"] == 50257 else meta["vocab_size"]
@@ -302,7 +302,9 @@ def train(config: TrainConfig) -> TrainResult:
     own = bool(contents)  # the checkpoints in out_dir are this run's
     del contents  # frees the copy on the CPU
 
-    maybe_compile(model, config.compile, runtime.device, say)
+    model.activation_checkpointing = config.activation_checkpointing
+    steps = 1 if config.eval_only else max(0, config.max_iters - step)
+    maybe_compile(model, config.compile, runtime.device, steps, say)
     trained: torch.nn.Module = model
     if runtime.world_size > 1:
         devices = [runtime.device] if runtime.device.type == "cuda" else None
@@ -322,6 +324,7 @@ def train(config: TrainConfig) -> TrainResult:
         say(f"step {step}: wrote {' and '.join(str(out_dir / name) for name in names)}")
 
     losses: list[dict[str, float]] = []
+    batches: list[Batch] = []
     stopping = False
     clock, clocked = time.perf_counter(), step
     catching = nullcontext([]) if config.eval_only else signals_caught()  # an evaluation has nothing to save
@@ -351,9 +354,11 @@ def train(config: TrainConfig) -> TrainResult:
 
             for group in optimizer.param_groups:
                 group["lr"] = get_lr(step, config)
-            batches = step_batches(streams["train"], config, runtime, step)
+            batches = batches or step_batches(streams["train"], config, runtime, step)
             loss = training_step(trained, optimizer, scaler, batches, config.grad_clip, runtime)
             step += 1
+            # the next batches are read and sent while a GPU still computes on these
+            batches = step_batches(streams["train"], config, runtime, step) if step < last else []
             stopping = runtime.total(len(caught))[0] > 0  # all ranks stop at the same step
 
             if step % config.log_interval == 0 or step == config.max_iters:
@@ -361,8 +366,9 @@ def train(config: TrainConfig) -> TrainResult:
                 if not math.isfinite(mean):
                     raise lost(step, out_dir if own else None)
                 seconds = (time.perf_counter() - clock) / (step - clocked)
-                mfu = model.estimate_mfu(len(batches) * config.batch_size, seconds, peak)
-                tokens = config.gradient_accumulation_steps * config.batch_size * config.block_size
+                sequences = config.gradient_accumulation_steps * config.batch_size
+                mfu = model.estimate_mfu(sequences / runtime.world_size, seconds, peak)
+                tokens = sequences * config.block_size
                 speed = f"{seconds * 1000:.2f} ms, {tokens / seconds:,.0f} tokens/s, mfu {mfu:.1%}"
                 say(f"step {step}: loss {mean:.4f}, {speed}")
                 if wandb:

@@ -19,6 +19,7 @@ block_size = 128  # about four lines of code
 n_layer = 4
 n_head = 4
 n_embd = 128  # 0.8 M parameters
+activation = "gelu"  # on a CPU, GPT-2's tanh GELU takes a tenth of the step
 dropout = 0.0  # 8 million characters are more than this model can learn by heart
 
 learning_rate = 4e-3  # a model this small bears much more than GPT-2's 6e-4; 2e-3 ends 0.06 higher
