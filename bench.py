@@ -1,6 +1,7 @@
-"""Time a training step: python bench.py config/train_shakespeare_cpu.py
+"""Measure how fast training and sampling are here: python bench.py config/train_shakespeare_cpu.py
 
-It is train.py's own step, on its own batches: bench.py measures train.py, so it imports it.
+The training step is train.py's own, on its own batches: bench.py measures train.py, so it imports it. What is
+compared takes turns, one step each, so that a busy machine slows all of it alike; medians are told.
 """
 
 import sys
@@ -11,21 +12,33 @@ from settings import BenchConfig
 if __name__ == "__main__":
     CONFIG = configure(BenchConfig)  # before torch is loaded, so that --help and mistakes answer at once
 
+import contextlib
+import copy
+import importlib.util
+import json
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
+import model as model_file
 from data.tokens import GPT2_META, TokenStream, find_dataset, read_meta
+from decoding import prepare
 from errors import UserError, one_line_errors
-from runtime import Runtime, maybe_compile, peak_flops, start_runtime
+from model import GPT
+from runtime import Runtime, maybe_compile, measured_bandwidth, measured_flops, peak_flops, start_runtime
 from train import initial_model, make_optimizer, step_batches, training_step
 
-TRACE = "bench_trace.json"
+TRACE, PLOT = "bench_trace.json", "bench_ladder.png"
+PROMPT = 16  # tokens before those that are timed
+Step = Callable[[int], object]
 
 
 class RandomStream:
@@ -62,31 +75,133 @@ def synchronize(runtime: Runtime) -> None:
         torch.mps.synchronize()
 
 
-def time_steps(step: Callable[[int], object], count: int, runtime: Runtime) -> list[float]:
-    """Seconds of each of `count` steps, the device's work included."""
-    times = []
+def alternate(steps: dict[str, Step], warmup: int, count: int, runtime: Runtime) -> dict[str, list[float]]:
+    """Seconds of `count` steps of each, taking turns, the device's work included."""
+    for number in range(warmup):
+        for step in steps.values():
+            step(number)
+    times: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(count):
-        synchronize(runtime)
-        begin = time.perf_counter()
-        step(number)
-        synchronize(runtime)
-        times.append(time.perf_counter() - begin)
+        for name, step in steps.items():
+            synchronize(runtime)
+            begin = time.perf_counter()
+            step(number)
+            synchronize(runtime)
+            times[name].append(time.perf_counter() - begin)
     return times
 
 
-def peak_memory(runtime: Runtime) -> str:
-    """The largest memory so far: the GPU's allocations, or the process's resident set."""
+def spread(values: list[float]) -> dict[str, float]:
+    """Median and quartiles."""
+    low, median, high = np.percentile(values, (25, 50, 75))
+    return {"median": float(median), "low": float(low), "high": float(high)}
+
+
+def ratio(theirs: list[float], ours: list[float]) -> dict[str, float]:
+    """How many times faster ours is: the spread of the ratios of neighbouring measurements."""
+    return spread([slow / fast for slow, fast in zip(theirs, ours, strict=True)])
+
+
+def our_step(
+    config: BenchConfig, stream: Any, meta: dict, runtime: Runtime, fused: bool = True
+) -> tuple[GPT, Step]:
+    """A model as train.py makes it, and its training step as train.py does it."""
+    model, _ = initial_model(replace(config, init_from="scratch"), meta)
+    model.activation_checkpointing = config.activation_checkpointing
+    optimizer, scaler = make_optimizer(model.to(runtime.device).train(), config, runtime)
+    for group in optimizer.param_groups:
+        group["fused"], group["foreach"] = fused, fused and None
+    maybe_compile(model, config.compile, runtime.device, math.inf, print)
+
+    def step(number: int) -> None:
+        batches = step_batches(stream, config, runtime, number)
+        training_step(model, optimizer, scaler, batches, config.grad_clip, runtime)
+
+    return model, step
+
+
+@contextlib.contextmanager
+def as_others(runtime: Runtime) -> Iterator[None]:
+    """fp32 products as torch does them by default on a CPU: what ours changed is not given to others."""
+    before = torch.get_float32_matmul_precision()
+    if runtime.device.type == "cpu":
+        torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def others_model(against: str, config: BenchConfig, vocab_size: int) -> torch.nn.Module:
+    """nanoGPT's GPT from the checkout at `against`, or transformers' GPT-2. Raises UserError."""
+    if against == "transformers":
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        shape = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd")}
+        drops = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout)
+        return GPT2LMHeadModel(
+            GPT2Config(vocab_size=vocab_size, n_positions=config.block_size, **shape, **drops)
+        )
+    path = Path(against) / "model.py"
+    if not path.is_file():
+        raise UserError(f"against={against} has no model.py; name a nanoGPT checkout, or transformers")
+    spec = importlib.util.spec_from_file_location("others", path)
+    module = sys.modules["others"] = importlib.util.module_from_spec(spec)
+    names = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
+    try:
+        with contextlib.redirect_stdout(None):
+            spec.loader.exec_module(module)
+            shape = {name: getattr(config, name) for name in names}
+            return module.GPT(module.GPTConfig(vocab_size=vocab_size, **shape))
+    except (AttributeError, TypeError, ImportError, SyntaxError) as error:
+        raise UserError(f"{path} is not nanoGPT's ({error}); name a nanoGPT checkout") from None
+
+
+def others_step(
+    against: str, config: BenchConfig, stream: Any, vocab_size: int, runtime: Runtime
+) -> tuple[torch.nn.Module, Step]:
+    """Their model, and a training step as they do it: fp32 on CPUs, autocast and compiled on a GPU."""
+    other = others_model(against, config, vocab_size).to(runtime.device).train()
+    on_gpu = runtime.device.type == "cuda"
+    lr, betas = config.learning_rate, (config.beta1, config.beta2)
+    if against == "transformers":
+        optimizer = torch.optim.AdamW(other.parameters(), lr, betas, weight_decay=config.weight_decay)
+    else:
+        with contextlib.redirect_stdout(None):
+            optimizer = other.configure_optimizers(config.weight_decay, lr, betas, runtime.device.type)
+    if on_gpu:
+        maybe_compile(other, config.compile, runtime.device, math.inf, print)
+    place = replace(runtime, dtype=runtime.dtype if on_gpu else torch.float32)
+
+    def step(number: int) -> None:
+        batches = step_batches(stream, config, runtime, number)
+        with as_others(runtime):
+            for x, y, _ in batches:
+                with place.autocast():
+                    if against == "transformers":
+                        logits = other(x, use_cache=False).logits
+                        loss = F.cross_entropy(logits.flatten(0, 1), y.flatten())
+                    else:
+                        _, loss = other(x, y.contiguous())
+                (loss / len(batches)).backward()
+            torch.nn.utils.clip_grad_norm_(other.parameters(), config.grad_clip or math.inf)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    return other, step
+
+
+def peak_memory(runtime: Runtime) -> float:
+    """Bytes of the largest memory so far: the GPU's allocations, or the process's resident set; else nan."""
     if runtime.device.type == "cuda":
-        return f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB on the GPU"
+        return float(torch.cuda.max_memory_allocated())
     try:
         import resource
     except ImportError:  # Windows
-        return "not known"
+        return math.nan
     unit = 1 if sys.platform == "darwin" else 1024
-    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.2f} GiB resident"
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
 
 
-def profile(step: Callable[[int], object], runtime: Runtime) -> None:
+def profile(step: Step, runtime: Runtime) -> None:
     """Print the costliest operations of three steps, and write all as a trace for a browser."""
     from torch.profiler import ProfilerActivity
 
@@ -104,43 +219,270 @@ def profile(step: Callable[[int], object], runtime: Runtime) -> None:
     print(f"trace    {Path(TRACE).resolve()}: open it at chrome://tracing or https://ui.perfetto.dev")
 
 
-def bench(config: BenchConfig) -> dict[str, float]:
-    """Time the step and print what it reaches; seconds (median), tokens_per_second, flops and mfu."""
-    runtime = start_runtime(config.device, config.dtype)
-    if config.batch_size is None:
-        config.batch_size = 1 if runtime.device.type == "cpu" else 12
+def bench_step(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
+    """The training step: time, speed, share of the machine's peak, memory; beside another's where asked."""
     stream, meta = open_stream(config)
-    config.init_from = "scratch"
-    model, _ = initial_model(config, meta)
-    optimizer, scaler = make_optimizer(model.to(runtime.device).train(), config, runtime)
-    maybe_compile(model, config.compile, runtime.device, math.inf, print)
-
-    def step(number: int) -> None:
-        batches = step_batches(stream, config, runtime, number)
-        training_step(model, optimizer, scaler, batches, config.grad_clip, runtime)
-
-    time_steps(step, config.warmup_steps, runtime)
-    times = time_steps(step, config.bench_steps, runtime)
+    model, step = our_step(config, stream, meta, runtime)
+    steps = {"ours": step}
+    if config.against:
+        name = "transformers" if config.against == "transformers" else Path(config.against).resolve().name
+        steps[name] = others_step(config.against, config, stream, model.config.vocab_size, runtime)[1]
+    times = alternate(steps, config.warmup_steps, config.bench_steps, runtime)
+    memory = peak_memory(runtime)  # before the peak is measured, which takes memory of its own
 
     sequences = config.batch_size * config.gradient_accumulation_steps
     tokens = sequences * config.block_size
-    memory = peak_memory(runtime)  # before the peak is measured, which takes memory of its own
-    median, peak = statistics.median(times), peak_flops(runtime)
-    flops = model.flops_per_token() * tokens / median
-    mfu = model.estimate_mfu(sequences, median, peak)
+    peak = peak_flops(runtime)
     shape = model.config
     print(
         f"model    {shape.n_layer}/{shape.n_head}/{shape.n_embd}, {model.get_num_params(False):,} parameters"
     )
-    print(f"machine  {runtime.describe()}, torch {torch.__version__}")
     print(f"step     {sequences} sequences of {config.block_size} = {tokens:,} tokens")
-    print(f"time     {median * 1000:.2f} ms median ({min(times) * 1000:.2f} to {max(times) * 1000:.2f})")
-    print(f"speed    {tokens / median:,.0f} tokens/s, {flops / 1e9:,.0f} GFLOP/s")
-    print(f"mfu      {mfu:.1%} of {peak / 1e9:,.0f} GFLOP/s")
-    print(f"memory   {memory}")
+    result: dict[str, Any] = {"tokens": tokens, "memory_bytes": memory, "peak_flops": peak, "steps": {}}
+    for name, seconds in times.items():
+        found = spread(seconds)
+        median = found["median"]
+        flops = model.flops_per_token() * tokens / median
+        mfu = model.estimate_mfu(sequences, median, peak)
+        if len(times) > 1:
+            print(f"{name}:")
+        print(
+            f"time     {median * 1000:.2f} ms median "
+            f"({found['low'] * 1000:.2f} to {found['high'] * 1000:.2f} is the middle half)"
+        )
+        print(f"speed    {tokens / median:,.0f} tokens/s, {flops / 1e9:,.0f} GFLOP/s")
+        print(f"mfu      {mfu:.1%} of {peak / 1e9:,.0f} GFLOP/s")
+        found |= {"tokens_per_second": tokens / median, "flops": flops, "mfu": mfu}
+        result["steps"][name] = found
+    if runtime.device.type == "cuda":
+        product = measured_flops(runtime)
+        share = model.estimate_mfu(sequences, result["steps"]["ours"]["median"], product)
+        result["measured_flops"] = product
+        print(f"         {share:.1%} of the {product / 1e9:,.0f} GFLOP/s that a matrix product reaches here")
+    if config.against:
+        result["ratio"] = faster = ratio(times[name], times["ours"])
+        print(f"ratio    {faster['median']:.2f} times {name}'s ({faster['low']:.2f} to {faster['high']:.2f})")
+    print(
+        f"memory   {memory / 2**30:.2f} GiB {'on the GPU' if runtime.device.type == 'cuda' else 'resident'}"
+    )
     if config.profile:
         profile(step, runtime)
-    return {"seconds": median, "tokens_per_second": tokens / median, "flops": flops, "mfu": mfu}
+    return result
+
+
+def ladder_rungs(config: BenchConfig, runtime: Runtime) -> list[tuple[str, dict[str, Any]]]:
+    """What each rung adds to the one below it; the first is plain fp32."""
+    on_gpu = runtime.device.type == "cuda"
+    rungs = [("fp32, plain", {}), ("TF32" if on_gpu else "oneDNN products", {"products": True})]
+    if runtime.dtype != torch.float32:
+        rungs.append((str(runtime.dtype).removeprefix("torch."), {"dtype": runtime.dtype}))
+    rungs.append(("attention kernel", {"attention": True}))
+    if config.dropout and not on_gpu:
+        rungs.append(("dropout by bytes", {"dropout": True}))
+    if not on_gpu:
+        rungs.append(("exact GELU", {"activation": "gelu"}))
+    if on_gpu:
+        rungs.append(("padded vocabulary", {"padded": True}))
+    rungs.append(("fused AdamW", {"fused": True}))
+    rungs.append(("compile", {"compile": True}))
+    return rungs
+
+
+def plain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, p: float) -> torch.Tensor:
+    """Attention as the formula has it: all scores, masked afterwards. All (B, H, T, D)."""
+    later = torch.ones(q.size(2), q.size(2), dtype=torch.bool, device=q.device).triu(1)
+    scores = (q @ k.transpose(-2, -1)) / math.sqrt(q.size(-1))  # (B, H, T, T)
+    return F.dropout(scores.masked_fill(later, -math.inf).softmax(dim=-1), p) @ v
+
+
+def rung_step(config: BenchConfig, stream: Any, meta: dict, runtime: Runtime, on: dict[str, Any]) -> Step:
+    """train.py's step with only the improvements in `on`; the others leave model.py for its time."""
+    config = replace(config, compile=on.get("compile", False), activation=on.get("activation", "gelu_tanh"))
+    place = replace(runtime, dtype=on.get("dtype", torch.float32))
+    if not on.get("padded") and meta["vocab_size"] == 50257 and runtime.device.type == "cuda":
+        meta = meta | {"vocab_size": 50256}  # one token less, so that initial_model pads nothing
+        stream = RandomStream(50256)
+    precision = torch.get_float32_matmul_precision() if on.get("products") else "highest"
+    ours = {"dropout": model_file.dropout, "causal_attention": model_file.causal_attention}
+    plain = {} if on.get("dropout") or runtime.device.type == "cuda" else {"dropout": F.dropout}
+    plain |= {} if on.get("attention") else {"causal_attention": plain_attention}
+    _, step = our_step(config, stream, meta, place, fused=on.get("fused", False))
+
+    def with_less(number: int) -> None:
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision(precision)
+        vars(model_file).update(ours | plain)
+        step(number)
+        vars(model_file).update(ours)
+        torch.set_float32_matmul_precision(before)
+
+    return with_less
+
+
+def bench_ladder(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
+    """The speed study: each rung beside the one below it, taking turns. Writes a plot."""
+    stream, meta = open_stream(config)
+    on: dict[str, Any] = {}
+    rungs, below, total = [], None, 1.0
+    for name, more in ladder_rungs(config, runtime):
+        on |= more
+        step = rung_step(config, stream, meta, runtime, dict(on))
+        pair = {name: step} if below is None else {"below": below, name: step}
+        times = alternate(pair, config.warmup_steps, config.bench_steps, runtime)
+        gain = ratio(times["below"], times[name])["median"] if below else 1.0
+        total *= gain
+        rungs.append({"rung": name, "ms": spread(times[name])["median"] * 1000, "gain": gain, "total": total})
+        print(
+            f"{name:18} {rungs[-1]['ms']:10.2f} ms   x {gain:.2f}   {total:6.2f} times the first", flush=True
+        )
+        below = step
+    if runtime.device.type == "cuda":
+        cpu = start_runtime("cpu")
+        small = replace(config, batch_size=1, compile=False)
+        seconds = alternate({"cpu": our_step(small, stream, meta, cpu)[1]}, 1, 2, cpu)["cpu"]
+        ms = statistics.median(seconds) * 1000 * config.batch_size
+        print(f"{'CPU, all but compile':18} {ms:10.2f} ms for as many sequences")
+        rungs.append({"rung": "CPU", "ms": ms, "gain": math.nan, "total": math.nan})
+    plot_ladder(rungs, f"{config.n_layer}/{config.n_head}/{config.n_embd}, {runtime.describe()}")
+    return {"rungs": rungs}
+
+
+def plot_ladder(rungs: list[dict[str, Any]], title: str) -> None:
+    """Bars of ms per step, each with its gain over the one above it."""
+    try:
+        import matplotlib
+    except ImportError:
+        print(f"note     no {PLOT}: pip install matplotlib")
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 0.45 * len(rungs) + 1.4), layout="constrained")
+    bars = axes.barh([rung["rung"] for rung in rungs], [rung["ms"] for rung in rungs], color="#4477aa")
+    axes.bar_label(bars, [f"{rung['ms']:.1f} ms (x {rung['gain']:.2f})" for rung in rungs], padding=4)
+    axes.invert_yaxis()
+    axes.margins(x=0.25)
+    axes.set(xlabel="ms per training step; in brackets the gain over the rung above", title=title)
+    figure.savefig(PLOT, dpi=150)
+    print(f"plot     {Path(PLOT).resolve()}")
+
+
+def others_generate(against: str, config: BenchConfig, vocab_size: int, runtime: Runtime) -> Callable:
+    """Their generation of max_new_tokens after a prompt (1, T): nanoGPT's as its sample.py does it,
+    transformers' in the arithmetic that ours runs in."""
+    other = others_model(against, config, vocab_size).to(runtime.device).eval()
+    new = config.max_new_tokens
+    if against == "transformers":
+        other.to(runtime.dtype)
+        choices = {
+            "do_sample": True,
+            "temperature": 0.8,
+            "top_k": 200,
+            "pad_token_id": 0,
+            "eos_token_id": None,
+        }
+        return lambda idx: other.generate(idx, max_new_tokens=new, min_new_tokens=new, **choices)
+    place = replace(runtime, dtype=torch.float32) if runtime.device.type == "cpu" else runtime
+
+    def generate(idx: torch.Tensor) -> None:
+        with as_others(runtime), place.autocast():
+            other.generate(idx, new, temperature=0.8, top_k=200)
+
+    return generate
+
+
+@torch.no_grad()
+def bench_generate(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
+    """Prefill and decoding with random weights, one sequence and num_samples, also with 8-bit weights."""
+    new, half = config.max_new_tokens, config.block_size // 2
+    if PROMPT + new > config.block_size:
+        raise UserError(f"max_new_tokens={new} do not fit into block_size; lower it, or raise --block_size")
+    _, meta = open_stream(config)
+    model, _ = initial_model(replace(config, init_from="scratch"), meta)
+    vocab_size = model.config.vocab_size
+    weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
+    kinds = {"ours": (False, runtime.dtype.itemsize), "ours, int8": (True, 1)}  # bytes of a weight
+    ready = {
+        name: prepare(copy.deepcopy(model).to(runtime.device), runtime.dtype, int8)
+        for name, (int8, _) in kinds.items()
+    }
+    runs = {(name, B): ready[name] for name in kinds for B in sorted({1, config.num_samples})}
+    other = others_generate(config.against, config, vocab_size, runtime) if config.against else None
+    prompt = torch.randint(vocab_size, (1, half), device=runtime.device)
+
+    def seconds(idx: torch.Tensor, m: GPT, count: int) -> tuple[float, float]:
+        """To the first token, and from there to the last."""
+        synchronize(runtime)
+        begin = time.perf_counter()
+        stream = m.stream(idx, count, 0.8, 200)
+        next(stream)
+        synchronize(runtime)
+        first = time.perf_counter()
+        for _ in stream:
+            pass
+        synchronize(runtime)
+        return first - begin, time.perf_counter() - first
+
+    decode: dict[Any, list[float]] = {run: [] for run in runs}  # tokens/s
+    prefill: dict[Any, list[float]] = {run: [] for run in runs}
+    whole: dict[str, list[float]] = {"ours": [], "other": []}  # seconds of one sequence
+    bandwidths = []
+    for number in range(config.rounds + 1):
+        for name, B in runs:
+            to_first, _ = seconds(prompt, ready[name], 1)
+            begin, rest = seconds(prompt[:, :PROMPT].expand(B, -1), ready[name], new)
+            if number == 0:  # a warm-up, for all
+                continue
+            prefill[name, B].append(half / to_first)
+            decode[name, B].append(B * (new - 1) / rest)
+            if (name, B) == ("ours", 1):
+                whole["ours"].append(begin + rest)
+        if other and number:
+            begin = time.perf_counter()
+            other(prompt[:, :PROMPT])
+            synchronize(runtime)
+            whole["other"].append(time.perf_counter() - begin)
+        bandwidths.append(measured_bandwidth(runtime.device))
+    bandwidth = statistics.median(bandwidths)
+    print(f"model    {model.get_num_params(False):,} parameters, random; prompt {PROMPT}, then {new} tokens")
+    print(f"memory   read at {bandwidth / 1e9:,.0f} GB/s")
+    result: dict[str, Any] = {"bandwidth": bandwidth, "runs": []}
+    for name, B in runs:
+        found = spread(decode[name, B])
+        share = found["median"] / B / (bandwidth / (weights * kinds[name][1]))
+        filled = statistics.median(prefill[name, B])
+        result["runs"].append({"name": name, "batch": B, "decode": found, "share": share, "prefill": filled})
+        print(
+            f"{name + ',':11} batch {B:2}: decode {found['median']:7.1f} tokens/s ({found['low']:.1f} to "
+            f"{found['high']:.1f}), {share:.0%} of the bandwidth's limit; prefill {filled:,.0f} tokens/s"
+        )
+    if other:
+        rates = {name: spread([new / s for s in times]) for name, times in whole.items()}
+        result["whole"] = rates
+        result["ratio"] = faster = ratio(whole["other"], whole["ours"])
+        mine, others = (rates[key]["median"] for key in ("ours", "other"))
+        print(f"whole    ours {mine:.1f} tokens/s, {config.against} {others:.1f}, prompt included")
+        print(f"ratio    {faster['median']:.1f} times theirs ({faster['low']:.1f} to {faster['high']:.1f})")
+    return result
+
+
+def bench(config: BenchConfig) -> dict[str, Any]:
+    """Measure what the settings ask for, print it, and return it; written to config.json too."""
+    runtime = start_runtime(config.device, config.dtype)
+    if config.batch_size is None:
+        config.batch_size = 1 if runtime.device.type == "cpu" else 12
+    print(f"machine  {runtime.describe()}, torch {torch.__version__}")
+    measure = bench_ladder if config.ladder else bench_generate if config.generate else bench_step
+    result = measure(config, runtime)
+    result |= {"device": runtime.describe(), "torch": torch.__version__, "settings": asdict(config)}
+    if config.json:
+        try:
+            Path(config.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UserError(
+                f"{config.json} cannot be written ({error.strerror}); name another file"
+            ) from None
+    return result
 
 
 if __name__ == "__main__":

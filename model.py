@@ -221,7 +221,7 @@ class GPT(nn.Module):
     def hidden(
         self, idx: torch.Tensor, cache: KVCache | None = None, position: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """What lm_head reads, (B, T, C), of idx (B, T), whose first token is at position 0 or the given one."""
+        """What lm_head reads, (B, T, C), of idx (B, T): tokens from position 0 on, or one at `position`."""
         T = idx.size(1)
         if T > self.config.block_size:
             raise ValueError(f"{T} tokens do not fit into block_size={self.config.block_size}")

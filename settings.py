@@ -92,9 +92,10 @@ class TrainConfig:
 
 @dataclass
 class BenchConfig(TrainConfig):
-    """Time a training step, as train.py does it, and name what it reaches of the machine's speed.
+    """Time a training step as train.py does it, or sampling, beside the machine's limits and others.
 
     usage: python bench.py [config/NAME.py ...] [--setting=value ...]
+           python bench.py --generate=True --against=../nanoGPT
 
     Takes all settings of train.py; those that no step needs change nothing.
     """
@@ -106,7 +107,16 @@ class BenchConfig(TrainConfig):
     real_data: bool = setting(True, "read the dataset where it is there, instead of random ids")
     bench_steps: int = setting(20, "timed steps", at_least=1)
     warmup_steps: int = setting(3, "steps before them, compiling included", at_least=0)
-    profile: bool = setting(False, "show the costliest operations and write a trace for chrome://tracing")
+    profile: bool = setting(False, "show the costliest operations and write bench_trace.json for a browser")
+    ladder: bool = setting(False, "one improvement after another: a table and bench_ladder.png")
+    generate: bool = setting(False, "time sampling instead of training")
+    max_new_tokens: int = setting(256, "with generate: tokens of a sample", at_least=2)
+    num_samples: int = setting(10, "with generate: samples at once, beside one alone", at_least=1)
+    rounds: int = setting(3, "with generate: how often each is timed, in turns", at_least=1)
+    against: str | None = setting(
+        None, "time these too, in turns: a nanoGPT checkout's folder, or transformers"
+    )
+    json: str | None = setting(None, "write the results to this file too")
 
 
 @dataclass
@@ -132,7 +142,7 @@ class SampleConfig:
     device: str = setting("auto", "auto (cuda, else mps, else cpu), cpu, cuda, cuda:1, mps")
     dtype: str = setting("auto", "of the arithmetic", choices=DTYPES)
     compile: bool | str = setting(False, "torch.compile the decoding of a token", choices=(True, False))
-    int8: bool = setting(False, "weights in 8 bits: half the memory, up to twice as fast, a little less exact")
+    int8: bool = setting(False, "weights in 8 bits: half the bytes, a little less exact")
 
     def __post_init__(self) -> None:
         check_settings(self)

@@ -13,7 +13,8 @@ REPO = Path(__file__).resolve().parents[1]
 NANOGPT = Path(__file__).parent / "fixtures" / "nanogpt"  # written by nanoGPT itself: see its README
 SHARED = REPO.parent / "shared" / "data"
 TINY = (
-    "--device=cpu --dtype=float32 --compile=False --n_layer=1 --n_head=2 --n_embd=16 --block_size=16 --batch_size=4 "
+    "--device=cpu --dtype=float32 --compile=False --n_layer=1 --n_head=2 --n_embd=16 --block_size=16 "
+    "--batch_size=4 "
     "--gradient_accumulation_steps=1 --eval_iters=2 --eval_interval=10 --log_interval=5 --warmup_iters=2 "
     "--learning_rate=1e-2 --max_iters=20"
 ).split()
