@@ -33,7 +33,15 @@ from data.tokens import GPT2_META, TokenStream, find_dataset, read_meta
 from decoding import prepare
 from errors import UserError, one_line_errors
 from model import GPT
-from runtime import Runtime, maybe_compile, measured_bandwidth, measured_flops, peak_flops, start_runtime
+from runtime import (
+    Runtime,
+    maybe_compile,
+    measured_bandwidth,
+    measured_flops,
+    peak_flops,
+    start_runtime,
+    take_fast_float32,
+)
 from train import initial_model, make_optimizer, step_batches, training_step
 
 TRACE, PLOT = "bench_trace.json", "bench_ladder.png"
@@ -320,7 +328,10 @@ def rung_step(config: BenchConfig, stream: Any, meta: dict, runtime: Runtime, on
 
 
 def bench_ladder(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
-    """The speed study: each rung beside the one below it, taking turns. Writes a plot."""
+    """The speed study: each rung beside the one below it, taking turns. Writes a plot.
+
+    A rung's ms are the first's over all gains so far: its own would show how busy the machine was just then.
+    """
     stream, meta = open_stream(config)
     on: dict[str, Any] = {}
     rungs, below, total = [], None, 1.0
@@ -331,7 +342,8 @@ def bench_ladder(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
         times = alternate(pair, config.warmup_steps, config.bench_steps, runtime)
         gain = ratio(times["below"], times[name])["median"] if below else 1.0
         total *= gain
-        rungs.append({"rung": name, "ms": spread(times[name])["median"] * 1000, "gain": gain, "total": total})
+        seconds = spread(times[name])["median"] if below is None else rungs[0]["ms"] / 1000 / total
+        rungs.append({"rung": name, "ms": seconds * 1000, "gain": gain, "total": total})
         print(
             f"{name:18} {rungs[-1]['ms']:10.2f} ms   x {gain:.2f}   {total:6.2f} times the first", flush=True
         )
@@ -473,6 +485,8 @@ def bench(config: BenchConfig) -> dict[str, Any]:
         config.batch_size = 1 if runtime.device.type == "cpu" else 12
     print(f"machine  {runtime.describe()}, torch {torch.__version__}")
     measure = bench_ladder if config.ladder else bench_generate if config.generate else bench_step
+    if not config.generate:
+        take_fast_float32(runtime)
     result = measure(config, runtime)
     result |= {"device": runtime.describe(), "torch": torch.__version__, "settings": asdict(config)}
     if config.json:

@@ -70,9 +70,9 @@ def causal_bias(begin: int, end: int, dtype: torch.dtype) -> torch.Tensor:
 def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, p: float) -> torch.Tensor:
     """softmax(q kᵀ/√D) v where no position reads a later one; p is the weights' dropout. All (B, H, T, D).
 
-    torch's own kernel, but on CPUs in bf16 (slow backward) or with dropout (slow random numbers).
+    On GPUs torch's own kernel; on CPUs plain products, which in bf16 and with dropout are several times as fast.
     """
-    if q.device.type != "cpu" or (q.dtype == torch.float32 and p == 0):
+    if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
     B, H, T, D = q.shape
     q, k, v = torch.stack((q * D**-0.5, k, v)).view(3, B * H, T, D)
@@ -94,27 +94,26 @@ class KVCache:
         shape = (config.n_layer, 2, B, config.n_head, size, config.n_embd // config.n_head)
         # on CPUs in fp32: torch's attention of one query is four times as fast as in bf16
         dtype = like.dtype if like.is_cuda else torch.float32
-        self.layers = [tuple(layer) for layer in torch.zeros(shape, device=like.device, dtype=dtype)]
-        self.device = like.device
+        self.layers = torch.zeros(shape, device=like.device, dtype=dtype).unbind(0)
+        self.device, self.dtype = like.device, dtype
         self.length = 0  # tokens in it
 
-    def attend(
-        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, position: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Put in the new k and v, and read for q: (B, H, T, D). T tokens from 0 on, or one at `position`."""
-        keys, values = self.layers[layer]  # (B, H, size, D) each
+    def attend(self, layer: int, qkv: torch.Tensor, position: torch.Tensor | None) -> torch.Tensor:
+        """Put in new keys and values, and read for the queries: qkv (3, B, H, T, D) to (B, H, T, D).
+
+        T tokens from 0 on, or one at `position` (1,).
+        """
+        past = self.layers[layer]  # (2, B, H, size, D)
         if position is None:
-            T = q.size(2)
-            keys[:, :, :T], values[:, :, :T] = k, v  # one row of k goes into all B
-            return causal_attention(q, k, v, 0.0)
-        keys.index_copy_(2, position, k.to(keys.dtype))
-        values.index_copy_(2, position, v.to(keys.dtype))
-        if q.device.type == "cuda":  # the same shapes at every token, for CUDA graphs
-            mask = torch.arange(keys.size(2), device=q.device) <= position  # (size,)
-            return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask[None])
-        end = self.length + 1
-        y = F.scaled_dot_product_attention(q.to(keys.dtype), keys[:, :, :end], values[:, :, :end])
-        return y.to(q.dtype)
+            past[:, :, :, : qkv.size(3)] = qkv[1:]  # one row of qkv goes into all B
+            return causal_attention(*qkv, 0.0)
+        qkv = qkv.to(self.dtype)
+        past.index_copy_(3, position, qkv[1:])
+        if past.is_cuda:  # the same shapes at every token, for CUDA graphs
+            mask = torch.arange(past.size(3), device=past.device) <= position  # (size,)
+            return F.scaled_dot_product_attention(qkv[0], past[0], past[1], attn_mask=mask[None])
+        keys, values = past[:, :, :, : self.length + 1]
+        return F.scaled_dot_product_attention(qkv[0], keys, values)
 
 
 class CausalSelfAttention(nn.Module):
@@ -136,11 +135,11 @@ class CausalSelfAttention(nn.Module):
     ) -> torch.Tensor:
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, C/H) each
+        qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, H, T, C/H)
         if cache is None:
-            y = causal_attention(q, k, v, self.dropout if self.training else 0.0)  # (B, H, T, C/H)
+            y = causal_attention(*qkv, self.dropout if self.training else 0.0)  # (B, H, T, C/H)
         else:
-            y = cache.attend(layer, q, k, v, position)
+            y = cache.attend(layer, qkv, position).to(x.dtype)
         y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, T, C)
         return dropout(y, self.dropout, self.training)
 

@@ -87,8 +87,6 @@ def start_runtime(device: str = "auto", dtype: str = "auto", backend: str = "aut
     if place.type == "cuda":
         torch.cuda.set_device(place)
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32
-    elif place.type == "cpu":
-        take_fast_float32()
     if world_size > 1 and not dist.is_initialized():
         on_gpu = "nccl" if backend == "auto" else backend
         dist.init_process_group(f"cpu:gloo,cuda:{on_gpu}" if place.type == "cuda" else "gloo")
@@ -138,11 +136,14 @@ def find_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 @torch.no_grad()
-def take_fast_float32() -> None:
-    """Let oneDNN multiply fp32 matrices where it does so exactly: on AMD, twice as fast as the default (MKL).
+def take_fast_float32(runtime: Runtime) -> None:
+    """Let oneDNN multiply fp32 matrices on a CPU where it does so exactly: on AMD, twice as fast as MKL.
 
-    "medium" allows oneDNN to round to bf16; on chips where it does (AMX), the default stays.
+    "medium" allows oneDNN to round to bf16; on chips where it does (AMX), the default stays. Training gains;
+    torch's attention of one query, in sampling, becomes slower by it.
     """
+    if runtime.device.type != "cpu":
+        return
     a = torch.linspace(-1, 1, 64 * 256).view(64, 256).sin()
     exact = a.double() @ a.double().T
     torch.set_float32_matmul_precision("medium")

@@ -49,6 +49,7 @@ from runtime import (
     speak,
     start_runtime,
     stop_runtime,
+    take_fast_float32,
 )
 
 Batch = tuple[torch.Tensor, torch.Tensor, int]  # x (B, T), y (B, T), the seed of its dropout
@@ -273,6 +274,7 @@ def train(config: TrainConfig) -> TrainResult:
             f"gradient_accumulation_steps={config.gradient_accumulation_steps} cannot be shared among "
             f"{runtime.world_size} ranks; make it a multiple"
         )
+    take_fast_float32(runtime)
     folder = find_dataset(config.dataset)
     meta = read_meta(folder)
     streams = {split: TokenStream(folder, split, meta, config.block_size) for split in ("train", "val")}
