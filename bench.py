@@ -296,8 +296,9 @@ def ladder_rungs(config: BenchConfig, runtime: Runtime) -> list[tuple[str, dict[
     return rungs
 
 
-def plain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, p: float) -> torch.Tensor:
-    """Attention as the formula has it: all scores, masked afterwards. All (B, H, T, D)."""
+def plain_attention(qkv: torch.Tensor, p: float) -> torch.Tensor:
+    """Attention as the formula has it: all scores, masked afterwards. (3, B, H, T, D) to (B, H, T, D)."""
+    q, k, v = qkv
     later = torch.ones(q.size(2), q.size(2), dtype=torch.bool, device=q.device).triu(1)
     scores = (q @ k.transpose(-2, -1)) / math.sqrt(q.size(-1))  # (B, H, T, T)
     return F.dropout(scores.masked_fill(later, -math.inf).softmax(dim=-1), p) @ v

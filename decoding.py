@@ -45,12 +45,15 @@ class Int8Linear(nn.Module):
 
 
 @torch.no_grad()
-def prepare(model: GPT, dtype: torch.dtype, int8: bool = False) -> GPT:
-    """The model for decoding only, changed in place: weights in `dtype`, or in 8 bits, and in fast layout."""
+def prepare(model: GPT, dtype: torch.dtype, int8: bool = False, pack: bool = True) -> GPT:
+    """The model for decoding only, changed in place: weights in `dtype`, or in 8 bits, and in fast layout.
+
+    `pack=False` leaves out the layout, which torch.compile does not know.
+    """
     model.eval().to(dtype)
     on_cpu = model.transformer.wte.weight.device.type == "cpu"
-    packs = on_cpu and dtype == torch.bfloat16 and torch.backends.mkldnn.is_available()
-    kind = Int8Linear if int8 else PackedLinear if packs else None
+    pack = pack and on_cpu and dtype == torch.bfloat16 and torch.backends.mkldnn.is_available()
+    kind = Int8Linear if int8 else PackedLinear if pack else None
     if kind:
         for module in list(model.modules()):
             for name, child in module.named_children():

@@ -67,24 +67,26 @@ def causal_bias(begin: int, end: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.full((end - begin, end), -math.inf, dtype=dtype).triu(1 + begin)
 
 
-def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, p: float) -> torch.Tensor:
-    """softmax(q kᵀ/√D) v where no position reads a later one; p is the weights' dropout. All (B, H, T, D).
+def causal_attention(qkv: torch.Tensor, p: float) -> torch.Tensor:
+    """softmax(q kᵀ/√D) v where no position reads a later one: qkv (3, B, H, T, D) to (B, H, T, D).
 
-    On GPUs torch's own kernel; on CPUs plain products, which in bf16 and with dropout are several times as fast.
+    p is the dropout of the weights. On GPUs torch's own kernel; on CPUs plain products, in bf16 and with
+    dropout several times as fast.
     """
-    if q.device.type != "cpu":
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
-    B, H, T, D = q.shape
-    q, k, v = torch.stack((q * D**-0.5, k, v)).view(3, B * H, T, D)
+    if qkv.device.type != "cpu":
+        return F.scaled_dot_product_attention(*qkv, dropout_p=p, is_causal=True)
+    _, B, H, T, D = qkv.shape
+    q, k, v = qkv.reshape(3, B * H, T, D)
     rows = max(128, T // 4)  # of queries at a time: most of what a causal model may not read is not computed
     parts = []
     for begin in range(0, T, rows):
         end = min(begin + rows, T)
         bias = causal_bias(begin, end, q.dtype)
-        scores = torch.baddbmm(bias, q[:, begin:end], k[:, :end].transpose(1, 2))  # (B·H, rows, end)
-        weights = dropout(scores.softmax(dim=-1), p, training=True)
+        scores = torch.baddbmm(bias, q[:, begin:end], k[:, :end].transpose(1, 2), alpha=D**-0.5)
+        weights = dropout(scores.softmax(dim=-1), p, training=True)  # (B·H, rows, end)
         parts.append(torch.bmm(weights, v[:, :end]))
-    return torch.cat(parts, dim=1).view(B, H, T, D)
+    y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    return y.view(B, H, T, D)
 
 
 class KVCache:
@@ -96,6 +98,7 @@ class KVCache:
         dtype = like.dtype if like.is_cuda else torch.float32
         self.layers = torch.zeros(shape, device=like.device, dtype=dtype).unbind(0)
         self.device, self.dtype = like.device, dtype
+        self.static = like.is_cuda  # the same shapes at every token, for CUDA graphs
         self.length = 0  # tokens in it
 
     def attend(self, layer: int, qkv: torch.Tensor, position: torch.Tensor | None) -> torch.Tensor:
@@ -106,10 +109,10 @@ class KVCache:
         past = self.layers[layer]  # (2, B, H, size, D)
         if position is None:
             past[:, :, :, : qkv.size(3)] = qkv[1:]  # one row of qkv goes into all B
-            return causal_attention(*qkv, 0.0)
+            return causal_attention(qkv, 0.0)
         qkv = qkv.to(self.dtype)
         past.index_copy_(3, position, qkv[1:])
-        if past.is_cuda:  # the same shapes at every token, for CUDA graphs
+        if self.static:
             mask = torch.arange(past.size(3), device=past.device) <= position  # (size,)
             return F.scaled_dot_product_attention(qkv[0], past[0], past[1], attn_mask=mask[None])
         keys, values = past[:, :, :, : self.length + 1]
@@ -137,7 +140,7 @@ class CausalSelfAttention(nn.Module):
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, H, T, C/H)
         if cache is None:
-            y = causal_attention(*qkv, self.dropout if self.training else 0.0)  # (B, H, T, C/H)
+            y = causal_attention(qkv, self.dropout if self.training else 0.0)  # (B, H, T, C/H)
         else:
             y = cache.attend(layer, qkv, position).to(x.dtype)
         y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, T, C)

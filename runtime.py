@@ -173,8 +173,12 @@ def maybe_compile(
                 if few
                 else "compile  off: on a CPU, a model of this size is as fast without"
             )
-    if not wanted:
-        return
+    if wanted and compile_works(device, say):
+        model.compile()
+
+
+def compile_works(device: torch.device, say: Callable[[str], None]) -> bool:
+    """Whether torch.compile does here; says why not. What it makes is kept on disk for later runs."""
     # beside other caches and not in /tmp, so that the next run, also after a restart, compiles in 2 s
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.expanduser("~/.cache/torchinductor"))
     warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")
@@ -183,8 +187,8 @@ def maybe_compile(
     except Exception as error:  # no compiler, no triton, an unsupported Python: all end here
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         say(f"note     compile is not possible here, goes on without ({reason})")
-        return
-    model.compile()
+        return False
+    return True
 
 
 def peak_flops(runtime: Runtime) -> float:

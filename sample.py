@@ -23,7 +23,7 @@ from data.tokenizer import CharTokenizer, Tokenizer, from_description
 from data.tokens import GPT2_META, find_dataset, read_meta
 from decoding import prepare
 from errors import UserError, one_line_errors
-from runtime import maybe_compile, start_runtime
+from runtime import compile_works, start_runtime
 
 SEPARATOR = "---------------"
 
@@ -51,8 +51,10 @@ class Sampler:
             model, contents = load_pretrained(init_from)
             self.source = init_from
         self.tokenizer = find_tokenizer(contents, model.config.vocab_size, self.source)
-        self.model = prepare(model.to(self.runtime.device), self.runtime.dtype, int8)
-        maybe_compile(self.model, compile, self.runtime.device, 0, warn)
+        compile = compile and compile_works(self.runtime.device, warn)
+        self.model = prepare(model.to(self.runtime.device), self.runtime.dtype, int8, pack=not compile)
+        if compile:
+            self.model.decode = torch.compile(self.model.decode)
 
     def encode(self, prompt: str) -> torch.Tensor:
         """The prompt's ids (1, T), T >= 1; an empty one is the start of a document. Raises UserError."""

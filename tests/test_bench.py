@@ -1,12 +1,19 @@
 """The bench measures train.py's own step."""
 
 import json
+import math
 import re
+import shutil
 from pathlib import Path
 
-from conftest import TINY, assert_user_error, run
+import pytest
+import torch
+from conftest import REPO, TINY, assert_user_error, run
 
+import model
+from bench import alternate, open_stream, rung_step
 from configurator import read_settings
+from runtime import Runtime
 from settings import BenchConfig
 
 
@@ -15,7 +22,7 @@ def test_it_tells_time_speed_share_and_memory(dataset):
     assert done.returncode == 0, done.stderr
     for line in (
         r"^step +4 sequences of 16 = 64 tokens$",
-        r"^time +\d+\.\d\d ms median \(\d+\.\d\d to \d+\.\d\d\)$",
+        r"^time +\d+\.\d\d ms median \(\d+\.\d\d to \d+\.\d\d is the middle half\)$",
         r"^speed +[\d,]+ tokens/s, [\d,]+ GFLOP/s$",
         r"^mfu +\d+\.\d% of [\d,]+ GFLOP/s$",
         r"^memory +\d+\.\d\d GiB",
@@ -50,3 +57,76 @@ def test_the_step_is_train_pys():
 
     assert bench.training_step is train.training_step and bench.step_batches is train.step_batches
     assert "def training_step" not in Path(bench.__file__).read_text()
+
+
+@pytest.mark.parametrize("against", [str(REPO), "transformers"])  # our model.py has nanoGPT's face too
+def test_others_are_timed_in_turns_and_the_results_written(against, dataset, tmp_path):
+    flags = (f"--dataset={dataset}", "--bench_steps=4", f"--against={against}", "--dropout=0.1")
+    done = run("bench.py", *TINY, *flags, f"--json={tmp_path / 'found.json'}")
+    assert done.returncode == 0, done.stderr
+    name = "transformers" if against == "transformers" else REPO.name
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert set(found["steps"]) == {"ours", name} and found["torch"] == torch.__version__
+    assert found["settings"]["n_embd"] == 16 and "cpu" in found["device"]
+    told = float(re.search(r"^ratio +(\d+\.\d+) times", done.stdout, re.M)[1])
+    assert told == pytest.approx(found["ratio"]["median"], abs=0.01)
+    times = found["steps"]
+    assert times["ours"]["low"] <= times["ours"]["median"] <= times["ours"]["high"]
+    assert times["ours"]["tokens_per_second"] == pytest.approx(64 / times["ours"]["median"])
+
+
+def test_mistakes_of_against_and_json(dataset, tmp_path):
+    (tmp_path / "model.py").write_text("GPT = 1")
+    flags = (*TINY, f"--dataset={dataset}", "--bench_steps=1", "--warmup_steps=0")
+    assert_user_error(run("bench.py", *flags, "--against=nowhere"), "no model.py", "nanoGPT checkout")
+    assert_user_error(run("bench.py", *flags, f"--against={tmp_path}"), "is not nanoGPT's")
+    assert_user_error(run("bench.py", *flags, f"--json={tmp_path}"), "cannot be written")
+    assert_user_error(run("bench.py", *flags, "--generate=True", "--max_new_tokens=20"), "block_size")
+
+
+def test_alternation_takes_turns():
+    order = []
+    steps = {name: lambda number, name=name: order.append((name, number)) for name in "ab"}
+    times = alternate(steps, 1, 2, Runtime(torch.device("cpu"), torch.float32))
+    assert order == [("a", 0), ("b", 0), ("a", 0), ("b", 0), ("a", 1), ("b", 1)]
+    assert {name: len(seconds) for name, seconds in times.items()} == {"a": 2, "b": 2}
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))), reason="no C++ compiler")
+def test_ladder_has_a_table_and_a_plot(dataset, tmp_path):
+    flags = (*TINY, f"--dataset={dataset}", "--bench_steps=2", "--dropout=0.1", "--dtype=bfloat16")
+    done = run("bench.py", *flags, "--ladder=True", "--json=found.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rungs = json.loads((tmp_path / "found.json").read_text())["rungs"]
+    names = [rung["rung"] for rung in rungs]
+    assert names[0] == "fp32, plain" and {"bfloat16", "fused AdamW", "compile"} < set(names)
+    assert all(name in done.stdout for name in names)
+    assert rungs[-1]["total"] == pytest.approx(math.prod(rung["gain"] for rung in rungs))
+    assert (tmp_path / "bench_ladder.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_ladder_leaves_the_model_as_it_was(dataset):
+    config = read_settings(BenchConfig, [*TINY, f"--dataset={dataset}"])
+    before = (model.dropout, model.causal_attention, torch.get_float32_matmul_precision())
+    runtime = Runtime(torch.device("cpu"), torch.float32)
+    stream, meta = open_stream(config)
+    rung_step(config, stream, meta, runtime, {})(0)
+    assert before == (model.dropout, model.causal_attention, torch.get_float32_matmul_precision())
+
+
+@pytest.mark.parametrize("against", [None, str(REPO), "transformers"])
+def test_generate_tells_prefill_decode_and_the_bandwidths_share(against, tmp_path):
+    shape = "--n_layer=1 --n_head=2 --n_embd=32 --block_size=64 --max_new_tokens=8 --num_samples=3".split()
+    flags = ("--generate=True", "--dataset=none", "--rounds=2", f"--json={tmp_path / 'found.json'}")
+    done = run("bench.py", *shape, *flags, *([f"--against={against}"] if against else []), "--device=cpu")
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert [(run["name"], run["batch"]) for run in found["runs"]] == [
+        (name, batch) for name in ("ours", "ours, int8") for batch in (1, 3)
+    ]
+    for one in found["runs"]:
+        weights = 12 * 32 * 32 + 50304 * 32
+        nbytes = 1 if "int8" in one["name"] else 2 if "bfloat16" in found["device"] else 4
+        limit = found["bandwidth"] / (weights * nbytes)
+        assert one["share"] == pytest.approx(one["decode"]["median"] / one["batch"] / limit)
+    assert ("ratio" in found) == (against is not None)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from model import GPT, GPTConfig, sample_token
+from model import GPT, GPTConfig, KVCache, causal_attention, dropout, sample_token
 
 SMALL = {"block_size": 32, "vocab_size": 96, "n_layer": 3, "n_head": 4, "n_embd": 32}
 
@@ -270,3 +270,116 @@ def test_mfu_counts_what_palm_counts():
     flops = (6 * parameters + attention) * 32 * 5
     assert model.estimate_mfu(5, 2.0) == pytest.approx(flops / 2 / 312e12)
     assert model.estimate_mfu(5, 2.0, peak_flops=1e9) == pytest.approx(flops / 2 / 1e9)
+
+
+@pytest.mark.parametrize("T", [1, 5, 128, 129, 300, 700])
+def test_attention_equals_torchs(T):
+    qkv = torch.randn(3, 2, 3, T, 8, generator=torch.Generator().manual_seed(T)).requires_grad_()
+    gradient = torch.randn(2, 3, T, 8, generator=torch.Generator().manual_seed(1))
+    expected = F.scaled_dot_product_attention(*qkv, is_causal=True)
+    (wanted,) = torch.autograd.grad(expected, qkv, gradient)
+    found = causal_attention(qkv, 0.0)
+    (got,) = torch.autograd.grad(found, qkv, gradient)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(got, wanted, atol=2e-5, rtol=1e-5)
+    rounded = causal_attention(qkv.detach().bfloat16(), 0.0)
+    assert rounded.dtype == torch.bfloat16
+    torch.testing.assert_close(rounded.float(), expected, atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize("p", [0.001, 0.1, 0.2, 0.5, 0.999])
+def test_dropout_drops_its_share_and_keeps_the_mean(p):
+    torch.manual_seed(0)
+    x = torch.ones(1000, 1003, requires_grad=True)
+    y = dropout(x, p, training=True)
+    dropped = (y == 0).float().mean().item()
+    assert abs(dropped - p) < 1 / 256
+    assert len(y.unique()) == 2 and y.max().item() == pytest.approx(
+        1 / (1 - round(dropped * 256) / 256), 1e-3
+    )
+    y.sum().backward()
+    assert bool((x.grad == y).all())  # the gradient passes where the value did
+    assert dropout(x, p, training=False) is x
+    torch.manual_seed(0)
+    assert bool((dropout(x, p, training=True) == y).all())
+    if 0.05 < p < 0.95:  # neighbours are dropped independently of each other
+        gone = (y == 0).float()
+        assert abs((gone[:, 1:] * gone[:, :-1]).mean().item() - dropped**2) < 0.003
+
+
+def greedy_without_cache(model: GPT, idx: torch.Tensor, count: int) -> torch.Tensor:
+    for _ in range(count):
+        with torch.no_grad():
+            logits, _ = model(idx[:, -model.config.block_size :])
+        idx = torch.cat([idx, logits[:, -1].argmax(-1, keepdim=True)], dim=1)
+    return idx
+
+
+@pytest.mark.parametrize("B", [1, 3])
+@pytest.mark.parametrize("prompt", [1, 7, 31])
+def test_greedy_with_the_cache_equals_greedy_without(B, prompt):
+    model = small(n_layer=4)
+    for parameter in model.parameters():
+        parameter.data *= 5  # so that what was read before matters
+    idx = random_ids(B, prompt)
+    expected = greedy_without_cache(model, idx, 32 - prompt)
+    assert len(expected.unique()) > 5
+    assert bool((model.generate(idx, 32 - prompt, temperature=0.0) == expected).all())
+    shared = idx[:1].expand(4, -1)  # one prompt for all: read once
+    assert bool((model.generate(shared, 32 - prompt, temperature=0.0) == expected[:1]).all())
+
+
+@pytest.mark.parametrize("static", [False, True])  # static: as on a GPU, with a mask over the whole cache
+def test_decoding_scores_each_position_as_the_whole_sequence_does(static):
+    model = small()
+    idx = random_ids(2, 32)
+    with torch.no_grad():
+        expected = model(idx, targets=idx)[0]  # (B, T, V)
+        cache = KVCache(model.config, 2, 32, model.transformer.wte.weight)
+        cache.static = static
+        torch.testing.assert_close(model.prefill(idx[:, :5], cache), expected[:, 4], atol=1e-5, rtol=1e-5)
+        for t in range(5, 32):
+            found = model.decode(idx[:, t : t + 1], torch.tensor([t]), cache)
+            cache.length += 1
+            torch.testing.assert_close(found, expected[:, t], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("prompt", [3, 32, 40])
+def test_past_the_block_three_quarters_are_read_anew(prompt):
+    model = small()
+    for parameter in model.parameters():
+        parameter.data *= 5
+    idx = random_ids(2, prompt)
+    found = model.generate(idx, 60, temperature=0.0)
+    expected = idx
+    window = idx[:, -32:]
+    for _ in range(60):  # the docstring, without a cache
+        with torch.no_grad():
+            logits, _ = model(window)
+        next_id = logits[:, -1].argmax(-1, keepdim=True)
+        expected = torch.cat([expected, next_id], dim=1)
+        window = torch.cat([window, next_id], dim=1)
+        if window.size(1) > 32:
+            window = window[:, -24:]
+    assert bool((found == expected).all())
+
+
+def test_activation_checkpointing_changes_no_gradient():
+    gradients = []
+    for saved in (False, True):
+        model = small(dropout=0.2).train()
+        model.activation_checkpointing = saved
+        torch.manual_seed(3)
+        _, loss = model(random_ids(2, 32), random_ids(2, 32))
+        loss.backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(bool((a == b).all()) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")
+def test_greedy_on_a_gpu_equals_greedy_without_a_cache():
+    model = small(n_layer=4).cuda()
+    torch.set_float32_matmul_precision("highest")
+    idx = random_ids(2, 7).cuda()
+    expected = greedy_without_cache(model, idx, 25)
+    assert bool((model.generate(idx, 25, temperature=0.0) == expected).all())

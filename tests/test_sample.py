@@ -1,10 +1,16 @@
 """Sampling, as a command and from Python."""
 
+import copy
+import shutil
+
+import pytest
 import torch
 from conftest import assert_user_error, run
 
 from checkpoint import load_checkpoint, restore_model
 from data.tokenizer import GPT2Tokenizer
+from decoding import Int8Linear, PackedLinear, prepare
+from model import GPT, GPTConfig
 from sample import SEPARATOR, Sampler, decode_stream
 
 
@@ -45,16 +51,73 @@ def test_a_single_sample_is_the_first_of_python_too(trained):
 def test_temperature_0_takes_the_likeliest(trained):
     path = trained / "ckpt.pt"
     model = restore_model(load_checkpoint(path), path).eval()
-    sampler = Sampler(str(trained), device="cpu")
+    sampler = Sampler(str(trained), device="cpu", dtype="float32")
     ids = sampler.encode("import ")
-    for _ in range(30):
+    for _ in range(9):  # up to the block's 16
         with torch.no_grad():
-            logits, _ = model(ids[:, -16:])
+            logits, _ = model(ids)
         ids = torch.cat([ids, logits[:, -1].argmax(-1, keepdim=True)], 1)
     expected = sampler.tokenizer.decode(ids[0].tolist())
     for seed in ("1", "2"):
-        done = sample(trained, "--temperature=0", "--start=import ", "--num_samples=2", f"--seed={seed}")
+        flags = ("--temperature=0", "--start=import ", "--num_samples=2", "--max_new_tokens=9")
+        done = sample(trained, *flags, "--dtype=float32", f"--seed={seed}")
         assert texts_of(done) == [expected, expected]
+
+
+@pytest.mark.parametrize(
+    "flags", [("--dtype=bfloat16",), ("--int8=True",), ("--int8=True", "--dtype=float32")]
+)
+def test_fewer_bits_write_nearly_the_same(flags, trained):
+    exact = texts_of(
+        sample(trained, "--temperature=0", "--start=import ", "--num_samples=2", "--dtype=float32")
+    )
+    found = texts_of(sample(trained, "--temperature=0", "--start=import ", "--num_samples=2", *flags))
+    assert found[0] == found[1] and len(found[0]) == len(exact[0])
+    assert found[0][:9] == exact[0][:9]  # the prompt and what follows it; later a near tie may fall otherwise
+
+
+@pytest.mark.parametrize(("kind", "error"), [(PackedLinear, 0.004), (Int8Linear, 0.012)])
+@pytest.mark.parametrize("rows", [1, 3, 20])  # few rows and many take different kernels
+@pytest.mark.parametrize("bias", [True, False])
+def test_packed_and_8_bit_products_are_nearly_the_exact_ones(kind, error, rows, bias):
+    """Errors by theory: 2^-9/sqrt(3) for each bf16 factor; for 8 bits a step of 4 sigma / 127 over sqrt(12)."""
+    torch.manual_seed(0)
+    linear, x = torch.nn.Linear(768, 300, bias=bias), torch.randn(rows, 1, 768)
+    torch.nn.init.normal_(linear.weight)
+    with torch.no_grad():
+        exact, found = linear(x), kind(copy.deepcopy(linear).bfloat16())(x.bfloat16()).float()
+    assert found.shape == exact.shape
+    assert (found - exact).norm() < error * exact.norm()
+
+
+@pytest.mark.parametrize(("int8", "dtype"), [(False, "bfloat16"), (True, "bfloat16"), (True, "float32")])
+def test_all_linear_layers_are_made_ready(int8, dtype):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=32, vocab_size=96, n_layer=2, n_head=4, n_embd=64)).eval()
+    ready, idx = prepare(copy.deepcopy(model), getattr(torch, dtype), int8), torch.randint(96, (3, 32))
+    kinds = {type(module).__name__ for module in ready.modules()}
+    assert ("Int8Linear" if int8 else "PackedLinear") in kinds and "Linear" not in kinds
+    with torch.no_grad():
+        exact, found = model(idx)[0], ready(idx)[0].float()
+    assert (found - exact).norm() < 0.03 * exact.norm()
+
+
+def test_8_bit_weights_are_rounded_to_the_nearest_step():
+    linear = torch.nn.Linear(40, 30)
+    packed = Int8Linear(linear)
+    back = packed.weight.float() * packed.scale.float()[:, None]
+    assert packed.weight.dtype == torch.int8
+    assert bool(
+        ((back - linear.weight).abs() <= packed.scale.float()[:, None] * 0.75).all()
+    )  # 127 is cut off
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))), reason="no C++ compiler")
+def test_compiled_decoding_writes_the_same(trained):
+    flags = ("--temperature=0", "--start=import ", "--num_samples=2", "--dtype=float32")
+    compiled = sample(trained, *flags, "--compile=True")
+    assert "not possible" not in compiled.stderr
+    assert texts_of(compiled) == texts_of(sample(trained, *flags))
 
 
 def test_prompts_from_a_file_with_equals_signs_and_empty(trained, tmp_path):

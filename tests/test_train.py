@@ -19,7 +19,7 @@ from checkpoint import load_checkpoint
 from configurator import read_settings
 from data.tokens import TokenStream, read_meta
 from model import GPT
-from runtime import Runtime
+from runtime import Runtime, find_dtype, maybe_compile, take_fast_float32
 from settings import TrainConfig
 from train import evaluate, get_lr, step_batches, train
 
@@ -382,6 +382,43 @@ def test_mixed_precision_learns_too(dtype, tmp_path, dataset):
     assert all(p.dtype == torch.float32 for p in result.model.parameters())  # master weights
     scaler = load_checkpoint(tmp_path / "last.pt")["scaler"]
     assert bool(scaler) == (dtype == "float16")
+
+
+def test_arithmetic_of_cpus_by_what_the_chip_has(monkeypatch):
+    cpu = torch.device("cpu")
+    for bf16, amx, expected in ((0, 0, torch.float32), (1, 0, torch.bfloat16), (0, 1, torch.bfloat16)):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda bf16=bf16: bool(bf16))
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: bool(amx))
+        assert find_dtype("auto", cpu) == expected and find_dtype("float32", cpu) == torch.float32
+
+
+def test_fast_products_are_taken_where_they_are_exact():
+    before = torch.get_float32_matmul_precision()
+    try:
+        take_fast_float32(CPU)
+        a, b = (torch.randn(n, 300, generator=torch.Generator().manual_seed(n)) for n in (200, 100))
+        exact = a.double() @ b.double().T
+        assert (a @ b.T - exact).abs().max() < 1e-5 * exact.abs().max()
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_compile_auto_weighs_the_run_and_says_why():
+    small, large = (torch.nn.Linear(n, n) for n in (10, 2000))
+    for model, steps, said in (
+        (small, 100, "100 steps would not earn back"),
+        (large, 10**6, "as fast without"),
+    ):
+        lines = []
+        maybe_compile(model, "auto", torch.device("cpu"), steps, lines.append)
+        assert len(lines) == 1 and said in lines[0] and model._compiled_call_impl is None
+
+
+def test_activation_checkpointing_is_the_same_training(tmp_path, dataset):
+    flags = (f"--dataset={dataset}", "--dropout=0.1", "--max_iters=4")
+    plain = train(config_of(*flags, f"--out_dir={tmp_path / 'a'}"))
+    saved = train(config_of(*flags, f"--out_dir={tmp_path / 'b'}", "--activation_checkpointing=True"))
+    assert plain.losses == saved.losses
 
 
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))), reason="no C++ compiler")
