@@ -87,9 +87,14 @@ def test_mistakes_of_against_and_json(dataset, tmp_path):
 def test_alternation_takes_turns():
     order = []
     steps = {name: lambda number, name=name: order.append((name, number)) for name in "ab"}
-    times = alternate(steps, 1, 2, Runtime(torch.device("cpu"), torch.float32))
+    runtime = Runtime(torch.device("cpu"), torch.float32)
+    times = alternate(steps, 1, 2, runtime)
     assert order == [("a", 0), ("b", 0), ("a", 0), ("b", 0), ("a", 1), ("b", 1)]
     assert {name: len(seconds) for name, seconds in times.items()} == {"a": 2, "b": 2}
+    order.clear()
+    times = alternate(steps, 0, 25, runtime)  # turns of three
+    assert "".join(name for name, _ in order) == 8 * "aaabbb" + "ab"
+    assert {name: len(seconds) for name, seconds in times.items()} == {"a": 25, "b": 25}
 
 
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))), reason="no C++ compiler")

@@ -80,7 +80,7 @@ def test_fewer_bits_write_nearly_the_same(flags, trained):
 @pytest.mark.parametrize("rows", [1, 3, 20])  # few rows and many take different kernels
 @pytest.mark.parametrize("bias", [True, False])
 def test_packed_and_8_bit_products_are_nearly_the_exact_ones(kind, error, rows, bias):
-    """Errors by theory: 2^-9/sqrt(3) for each bf16 factor; for 8 bits a step of 4 sigma / 127 over sqrt(12)."""
+    """By theory: 2^-9 / sqrt(3) for each bf16 factor; for 8 bits a step of 4 sigma / 127 over sqrt(12)."""
     torch.manual_seed(0)
     linear, x = torch.nn.Linear(768, 300, bias=bias), torch.randn(rows, 1, 768)
     torch.nn.init.normal_(linear.weight)
