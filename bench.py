@@ -199,16 +199,16 @@ def others_step(
     return other, step
 
 
-def peak_memory(runtime: Runtime) -> float:
-    """Bytes of the largest memory so far: the GPU's allocations, or the process's resident set; else nan."""
+def peak_memory(runtime: Runtime) -> int | None:
+    """Bytes of the largest memory so far: the GPU's allocations, or the process's resident set."""
     if runtime.device.type == "cuda":
-        return float(torch.cuda.max_memory_allocated())
+        return torch.cuda.max_memory_allocated()
     try:
         import resource
     except ImportError:  # Windows
-        return math.nan
+        return None
     unit = 1 if sys.platform == "darwin" else 1024
-    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def profile(step: Step, runtime: Runtime) -> None:
@@ -248,7 +248,12 @@ def bench_step(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
         f"model    {shape.n_layer}/{shape.n_head}/{shape.n_embd}, {model.get_num_params(False):,} parameters"
     )
     print(f"step     {sequences} sequences of {config.block_size} = {tokens:,} tokens")
-    result: dict[str, Any] = {"tokens": tokens, "memory_bytes": memory, "peak_flops": peak, "steps": {}}
+    result: dict[str, Any] = {
+        "tokens": tokens,
+        "memory_bytes": None if config.against else memory,
+        "peak_flops": peak,
+        "steps": {},
+    }
     for name, seconds in times.items():
         found = spread(seconds)
         median = found["median"]
@@ -272,15 +277,15 @@ def bench_step(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
     if config.against:
         result["ratio"] = faster = ratio(times[name], times["ours"])
         print(f"ratio    {faster['median']:.2f} times {name}'s ({faster['low']:.2f} to {faster['high']:.2f})")
-    print(
-        f"memory   {memory / 2**30:.2f} GiB {'on the GPU' if runtime.device.type == 'cuda' else 'resident'}"
-    )
+    elif memory:  # of both models, it would say nothing
+        where = "on the GPU" if runtime.device.type == "cuda" else "resident"
+        print(f"memory   {memory / 2**30:.2f} GiB {where}")
     if config.profile:
         profile(step, runtime)
     return result
 
 
-def ladder_rungs(config: BenchConfig, runtime: Runtime) -> list[tuple[str, dict[str, Any]]]:
+def ladder_rungs(config: BenchConfig, meta: dict, runtime: Runtime) -> list[tuple[str, dict[str, Any]]]:
     """What each rung adds to the one below it; the first is plain fp32."""
     on_gpu = runtime.device.type == "cuda"
     rungs = [("fp32, plain", {}), ("TF32" if on_gpu else "oneDNN products", {"products": True})]
@@ -291,7 +296,7 @@ def ladder_rungs(config: BenchConfig, runtime: Runtime) -> list[tuple[str, dict[
         rungs.append(("dropout by bytes", {"dropout": True}))
     if not on_gpu:
         rungs.append(("exact GELU", {"activation": "gelu"}))
-    if on_gpu:
+    if on_gpu and meta["vocab_size"] == 50257:
         rungs.append(("padded vocabulary", {"padded": True}))
     rungs.append(("fused AdamW", {"fused": True}))
     rungs.append(("compile", {"compile": True}))
@@ -338,7 +343,7 @@ def bench_ladder(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
     stream, meta = open_stream(config)
     on: dict[str, Any] = {}
     rungs, below, total = [], None, 1.0
-    for name, more in ladder_rungs(config, runtime):
+    for name, more in ladder_rungs(config, meta, runtime):
         on |= more
         step = rung_step(config, stream, meta, runtime, dict(on))
         pair = {name: step} if below is None else {"below": below, name: step}
@@ -357,7 +362,9 @@ def bench_ladder(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
         seconds = alternate({"cpu": our_step(small, stream, meta, cpu)[1]}, 1, 2, cpu)["cpu"]
         ms = statistics.median(seconds) * 1000 * config.batch_size
         print(f"{'CPU, all but compile':18} {ms:10.2f} ms for as many sequences")
-        rungs.append({"rung": "CPU", "ms": ms, "gain": math.nan, "total": math.nan})
+        rungs.append(
+            {"rung": "CPU", "ms": ms, "gain": 1 / (ms / rungs[-1]["ms"]), "total": rungs[0]["ms"] / ms}
+        )
     plot_ladder(rungs, f"{config.n_layer}/{config.n_head}/{config.n_embd}, {runtime.describe()}")
     return {"rungs": rungs}
 
@@ -376,7 +383,7 @@ def plot_ladder(rungs: list[dict[str, Any]], title: str) -> None:
     bars = axes.barh([rung["rung"] for rung in rungs], [rung["ms"] for rung in rungs], color="#4477aa")
     axes.bar_label(bars, [f"{rung['ms']:.1f} ms (x {rung['gain']:.2f})" for rung in rungs], padding=4)
     axes.invert_yaxis()
-    axes.margins(x=0.25)
+    axes.margins(x=0.32)
     axes.set(xlabel="ms per training step; in brackets the gain over the rung above", title=title)
     figure.savefig(PLOT, dpi=150)
     print(f"plot     {Path(PLOT).resolve()}")

@@ -53,6 +53,7 @@ def prepare(model: GPT, dtype: torch.dtype, int8: bool = False, pack: bool = Tru
     model.eval().to(dtype)
     on_cpu = model.transformer.wte.weight.device.type == "cpu"
     pack = pack and on_cpu and dtype == torch.bfloat16 and torch.backends.mkldnn.is_available()
+    pack = pack and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     kind = Int8Linear if int8 else PackedLinear if pack else None
     if kind:
         for module in list(model.modules()):

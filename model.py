@@ -30,18 +30,14 @@ class GPTConfig:
     n_embd: int = 768
     dropout: float = 0.0
     bias: bool = True
-    activation: str = (
-        "gelu_tanh"  # GPT-2's; "gelu" is the exact one, which nanoGPT's checkpoints were trained with
-    )
+    activation: str = "gelu_tanh"  # GPT-2's; "gelu" is the exact one, with which nanoGPT trains
 
     def __post_init__(self) -> None:
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}; it must be at least 1")
         if self.n_embd % self.n_head:
-            raise ValueError(
-                f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}; change one of them"
-            )
+            raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}; change one")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout}; it must be at least 0 and below 1")
         if self.activation not in ACTIVATIONS:
@@ -251,11 +247,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(
-        self,
-        idx: torch.Tensor,
-        max_new_tokens: int,
-        temperature: float = 1.0,
-        top_k: int | None = None,
+        self, idx: torch.Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None
     ) -> torch.Tensor:
         """idx (B, T) with max_new_tokens sampled ones after it: (B, T + max_new_tokens). See `stream`."""
         return torch.cat([idx, *self.stream(idx, max_new_tokens, temperature, top_k)], dim=1)
@@ -307,18 +299,13 @@ class GPT(nn.Module):
 
         if set(override_args or {}) - {"dropout"}:
             raise ValueError(f"only dropout can be overridden, not {', '.join(override_args)}")
-        theirs, info = GPT2LMHeadModel.from_pretrained(
-            model_type, dtype=torch.float32, output_loading_info=True
-        )
+        how = {"dtype": torch.float32, "output_loading_info": True}
+        theirs, info = GPT2LMHeadModel.from_pretrained(model_type, **how)
         missing = set(info["missing_keys"]) - {"lm_head.weight"}  # tied, so not stored
         if missing:
             raise ValueError(f"{len(missing)} weights are missing, such as {min(missing)}")
         model = cls(gpt2_config(theirs.config, **(override_args or {})))
-        conv1d = (
-            "c_attn.weight",
-            "c_proj.weight",
-            "c_fc.weight",
-        )  # stored (in, out), where nn.Linear has (out, in)
+        conv1d = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # stored (in, out), not (out, in)
         weights = {
             name: tensor.t() if name.endswith(conv1d) else tensor
             for name, tensor in theirs.state_dict().items()
@@ -331,13 +318,10 @@ class GPT(nn.Module):
         """Forget the positions from block_size on: a shorter context, the same weights. Raises ValueError."""
         if not 1 <= block_size <= self.config.block_size:
             longest = self.config.block_size
-            raise ValueError(
-                f"block_size={block_size} does not fit the model's {longest}; choose 1 to {longest}"
-            )
+            raise ValueError(f"block_size={block_size} does not fit the model; choose 1 to {longest}")
         self.config.block_size = block_size
-        self.transformer.wpe = nn.Embedding.from_pretrained(
-            self.transformer.wpe.weight.detach()[:block_size].clone(), freeze=False
-        )
+        kept = self.transformer.wpe.weight.detach()[:block_size].clone()
+        self.transformer.wpe = nn.Embedding.from_pretrained(kept, freeze=False)
 
     def configure_optimizers(
         self, weight_decay: float, learning_rate: float, betas: tuple[float, float], device_type: str
@@ -358,8 +342,7 @@ class GPT(nn.Module):
 
     def flops_per_token(self) -> int:
         """Floating-point operations to train on one token, counted as in PaLM (arXiv 2204.02311, B)."""
-        config = self.config
-        attention = 12 * config.n_layer * config.n_embd * config.block_size
+        attention = 12 * self.config.n_layer * self.config.n_embd * self.config.block_size
         return 6 * self.get_num_params() + attention
 
     def estimate_mfu(self, fwdbwd_per_iter: float, dt: float, peak_flops: float = 312e12) -> float:
@@ -395,11 +378,11 @@ def sample_token(logits: torch.Tensor, temperature: float, top_k: int | None) ->
     """Draw one id for each row of logits (B, V): (B, 1). Temperature 0 takes the likeliest."""
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
-    logits = logits.float() / temperature
     if not top_k or top_k >= logits.size(-1):
-        return torch.multinomial(logits.softmax(dim=-1), num_samples=1)
+        return torch.multinomial((logits.float() / temperature).softmax(dim=-1), num_samples=1)
     values, ids = logits.topk(top_k)  # (B, top_k)
-    return ids.gather(1, torch.multinomial(values.softmax(dim=-1), num_samples=1))
+    chosen = torch.multinomial((values.float() / temperature).softmax(dim=-1), num_samples=1)  # (B, 1)
+    return ids.gather(1, chosen)
 
 
 def gpt2_config(theirs: Any, **overrides: Any) -> GPTConfig:
@@ -415,16 +398,8 @@ def gpt2_config(theirs: Any, **overrides: Any) -> GPTConfig:
     }
     for key, value in as_released.items():
         if getattr(theirs, key, value) != value:
-            raise ValueError(
-                f"{key}={getattr(theirs, key)} is not GPT-2's {value}; this model cannot be loaded"
-            )
+            raise ValueError(f"{key}={getattr(theirs, key)} is not GPT-2's {value}; it cannot be loaded")
     if theirs.n_inner not in (None, 4 * theirs.n_embd):
         raise ValueError(f"n_inner={theirs.n_inner} is not four times n_embd; this model cannot be loaded")
-    return GPTConfig(
-        block_size=theirs.n_positions,
-        vocab_size=theirs.vocab_size,
-        n_layer=theirs.n_layer,
-        n_head=theirs.n_head,
-        n_embd=theirs.n_embd,
-        **overrides,
-    )
+    shape = {name: getattr(theirs, name) for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
+    return GPTConfig(block_size=theirs.n_positions, **shape, **overrides)
