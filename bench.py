@@ -143,7 +143,10 @@ def as_others(runtime: Runtime) -> Iterator[None]:
 def others_model(against: str, config: BenchConfig, vocab_size: int) -> torch.nn.Module:
     """nanoGPT's GPT from the checkout at `against`, or transformers' GPT-2. Raises UserError."""
     if against == "transformers":
-        from transformers import GPT2Config, GPT2LMHeadModel
+        try:
+            from transformers import GPT2Config, GPT2LMHeadModel
+        except ImportError:
+            raise UserError("transformers is not installed; pip install transformers") from None
 
         shape = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd")}
         drops = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout)

@@ -84,6 +84,8 @@ def test_packed_and_8_bit_products_are_nearly_the_exact_ones(kind, error, rows, 
     torch.manual_seed(0)
     linear, x = torch.nn.Linear(768, 300, bias=bias), torch.randn(rows, 1, 768)
     torch.nn.init.normal_(linear.weight)
+    if bias:
+        torch.nn.init.normal_(linear.bias, std=768**0.5)  # as large as the products
     with torch.no_grad():
         exact, found = linear(x), kind(copy.deepcopy(linear).bfloat16())(x.bfloat16()).float()
     assert found.shape == exact.shape
