@@ -403,6 +403,22 @@ def test_fast_products_are_taken_where_they_are_exact():
         torch.set_float32_matmul_precision(before)
 
 
+def test_fast_products_that_round_are_not_taken(monkeypatch):
+    product, before = torch.Tensor.__matmul__, torch.get_float32_matmul_precision()
+
+    def rounding(a, b):  # as chips with AMX do
+        c = product(a, b)
+        rounds = c.dtype == torch.float32 and torch.get_float32_matmul_precision() == "medium"
+        return c.bfloat16().float() if rounds else c
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", rounding)
+    try:
+        take_fast_float32(CPU)
+        assert torch.get_float32_matmul_precision() == "highest"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def test_compile_auto_weighs_the_run_and_says_why():
     small, large = (torch.nn.Linear(n, n) for n in (10, 2000))
     for model, steps, said in (
