@@ -79,6 +79,8 @@ class Runtime:
 def start_runtime(device: str = "auto", dtype: str = "auto", backend: str = "auto") -> Runtime:
     """Take this process's place; under torchrun, join the other ranks. Raises UserError."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    # torch 2.9 warns of set_float32_matmul_precision, which later versions keep
+    warnings.filterwarnings("ignore", "Please use the new API settings")
     place = find_device(device)
     if world_size > 1 and place.type == "cuda":
         local_rank = int(os.environ["LOCAL_RANK"])
