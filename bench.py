@@ -35,6 +35,7 @@ from errors import UserError, one_line_errors
 from model import GPT
 from runtime import (
     Runtime,
+    compile_works,
     maybe_compile,
     measured_bandwidth,
     measured_flops,
@@ -427,8 +428,9 @@ def bench_generate(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
     vocab_size = model.config.vocab_size
     weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
     kinds = {"ours": (False, runtime.dtype.itemsize), "ours, int8": (True, 1)}  # bytes of a weight
+    compiled = config.compile is True and compile_works(runtime.device, print)
     ready = {
-        name: prepare(copy.deepcopy(model).to(runtime.device), runtime.dtype, int8)
+        name: prepare(copy.deepcopy(model).to(runtime.device), runtime.dtype, int8, compiled)
         for name, (int8, _) in kinds.items()
     }
     runs = {(name, B): ready[name] for name in kinds for B in sorted({1, config.num_samples})}

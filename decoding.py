@@ -45,14 +45,17 @@ class Int8Linear(nn.Module):
 
 
 @torch.no_grad()
-def prepare(model: GPT, dtype: torch.dtype, int8: bool = False, pack: bool = True) -> GPT:
+def prepare(model: GPT, dtype: torch.dtype, int8: bool = False, compile: bool = False) -> GPT:
     """The model for decoding only, changed in place: weights in `dtype`, or in 8 bits, and in fast layout.
 
-    `pack=False` leaves out the layout, which torch.compile does not know.
+    With `compile`, one token's decoding is compiled, without the layout, which torch.compile does not know:
+    on CPUs that is faster with 8-bit weights or in fp32, slower in bf16.
     """
     model.eval().to(dtype)
+    if compile:
+        model.decode = torch.compile(model.decode)
     on_cpu = model.transformer.wte.weight.device.type == "cpu"
-    pack = pack and on_cpu and dtype == torch.bfloat16 and torch.backends.mkldnn.is_available()
+    pack = not compile and on_cpu and dtype == torch.bfloat16 and torch.backends.mkldnn.is_available()
     pack = pack and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     kind = Int8Linear if int8 else PackedLinear if pack else None
     if kind:

@@ -52,9 +52,7 @@ class Sampler:
             self.source = init_from
         self.tokenizer = find_tokenizer(contents, model.config.vocab_size, self.source)
         compile = compile and compile_works(self.runtime.device, warn)
-        self.model = prepare(model.to(self.runtime.device), self.runtime.dtype, int8, pack=not compile)
-        if compile:
-            self.model.decode = torch.compile(self.model.decode)
+        self.model = prepare(model.to(self.runtime.device), self.runtime.dtype, int8, compile)
 
     def encode(self, prompt: str) -> torch.Tensor:
         """The prompt's ids (1, T), T >= 1; an empty one is the start of a document. Raises UserError."""

@@ -141,7 +141,9 @@ class SampleConfig:
     seed: int = setting(1337, "same seed, same text", at_least=0, below=2**63)
     device: str = setting("auto", "auto (cuda, else mps, else cpu), cpu, cuda, cuda:1, mps")
     dtype: str = setting("auto", "of the arithmetic", choices=DTYPES)
-    compile: bool | str = setting(False, "torch.compile the decoding of a token", choices=(True, False))
+    compile: bool | str = setting(
+        False, "torch.compile the decoding of a token; on a CPU, it pays with int8", choices=(True, False)
+    )
     int8: bool = setting(False, "weights in 8 bits: half the bytes, a little less exact")
 
     def __post_init__(self) -> None:
