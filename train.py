@@ -326,12 +326,14 @@ def train(config: TrainConfig) -> TrainResult:
         say(f"step {step}: wrote {' and '.join(str(out_dir / name) for name in names)}")
 
     losses: list[dict[str, float]] = []
-    batches: list[Batch] = []
+    batches = step_batches(streams["train"], config, runtime, step)
     stopping = False
     clock, clocked = time.perf_counter(), step
     catching = nullcontext([]) if config.eval_only else signals_caught()  # an evaluation has nothing to save
-    last = step if config.eval_only else config.max_iters
-    with progress_bar(step, last, runtime, say) as (say, advance), catching as caught:
+    with (
+        progress_bar(step, step if config.eval_only else config.max_iters, runtime, say) as (say, advance),
+        catching as caught,
+    ):
         while True:
             due = config.eval_only or step % config.eval_interval == 0 or step == config.max_iters
             if due and (config.eval_only or step == 0 or step > first):  # else it was, before it was saved
@@ -356,11 +358,10 @@ def train(config: TrainConfig) -> TrainResult:
 
             for group in optimizer.param_groups:
                 group["lr"] = get_lr(step, config)
-            batches = batches or step_batches(streams["train"], config, runtime, step)
             loss = training_step(trained, optimizer, scaler, batches, config.grad_clip, runtime)
             step += 1
             # the next batches are read and sent while a GPU still computes on these
-            batches = step_batches(streams["train"], config, runtime, step) if step < last else []
+            batches = step_batches(streams["train"], config, runtime, step)
             stopping = runtime.total(len(caught))[0] > 0  # all ranks stop at the same step
 
             if step % config.log_interval == 0 or step == config.max_iters:

@@ -11,7 +11,7 @@ import torch
 from conftest import REPO, TINY, assert_user_error, run
 
 import model
-from bench import alternate, open_stream, rung_step
+from bench import alternate, open_stream, ratio, rung_step
 from configurator import read_settings
 from runtime import Runtime
 from settings import BenchConfig
@@ -95,6 +95,10 @@ def test_alternation_takes_turns():
     times = alternate(steps, 0, 25, runtime)  # turns of three
     assert "".join(name for name, _ in order) == 8 * "aaabbb" + "ab"
     assert {name: len(seconds) for name, seconds in times.items()} == {"a": 25, "b": 25}
+
+
+def test_a_ratio_is_how_many_times_faster_ours_is():
+    assert ratio([2.0, 6.0, 8.0], [1.0, 2.0, 2.0])["median"] == 3.0
 
 
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))), reason="no C++ compiler")

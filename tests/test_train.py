@@ -430,6 +430,16 @@ def test_compile_auto_weighs_the_run_and_says_why():
         assert len(lines) == 1 and said in lines[0] and model._compiled_call_impl is None
 
 
+def test_the_network_is_what_the_settings_say(tmp_path, dataset):
+    shape = {"block_size": 12, "n_layer": 3, "n_head": 4, "n_embd": 24, "dropout": 0.1, "bias": False}
+    shape["activation"] = "gelu"
+    flags = [f"--{name}={value}" for name, value in shape.items()]
+    result = train(config_of(f"--dataset={dataset}", f"--out_dir={tmp_path}", "--max_iters=1", *flags))
+    made = vars(result.model.config)
+    assert {name: made[name] for name in shape} == shape
+    assert load_checkpoint(tmp_path / "last.pt")["model_args"] == made
+
+
 def test_activation_checkpointing_is_the_same_training(tmp_path, dataset):
     flags = (f"--dataset={dataset}", "--dropout=0.1", "--max_iters=4")
     plain = train(config_of(*flags, f"--out_dir={tmp_path / 'a'}"))
