@@ -1,7 +1,7 @@
 """Measure how fast training and sampling are here: python bench.py config/train_shakespeare_cpu.py
 
 The training step is train.py's own, on its own batches: bench.py measures train.py, so it imports it. What is
-compared takes turns, one step each, so that a busy machine slows all of it alike; medians are told.
+compared takes turns of a few steps, so that a busy machine slows all of it alike; medians are told.
 """
 
 import sys
@@ -51,11 +51,11 @@ Step = Callable[[int], object]
 
 
 class RandomStream:
-    """Stands in for a TokenStream where there is no dataset: uniform ids, a million of them."""
+    """Stands in for a TokenStream where there is no dataset: `length` uniform ids."""
 
-    def __init__(self, vocab_size: int) -> None:
+    def __init__(self, vocab_size: int, length: int) -> None:
         self.vocab_size = vocab_size
-        self.tokens = np.random.default_rng(0).integers(0, vocab_size, 1_000_000)
+        self.tokens = np.random.default_rng(0).integers(0, vocab_size, length)
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -65,15 +65,33 @@ class RandomStream:
 
 
 def open_stream(config: BenchConfig) -> tuple[TokenStream | RandomStream, dict]:
-    """The train split of the dataset, or random ids where it is not there or not wanted; and its meta."""
+    """The train split of the dataset and its meta; random ids where real_data=False, or where the default
+    dataset is not there. Raises UserError."""
     if config.real_data:
         try:
             folder = find_dataset(config.dataset)
             meta = read_meta(folder)
             return TokenStream(folder, "train", meta, config.block_size), meta
         except UserError as error:
-            print(f"note     random ids of GPT-2's vocabulary instead of data: {error}")
-    return RandomStream(GPT2_META["vocab_size"]), GPT2_META
+            if config.dataset != BenchConfig.dataset:
+                raise UserError(
+                    f"{error}; or --real_data=False, for random ids of GPT-2's vocabulary"
+                ) from None
+    print("data     random ids of GPT-2's vocabulary")
+    return RandomStream(GPT2_META["vocab_size"], 1_000_000 + config.block_size), GPT2_META
+
+
+@contextlib.contextmanager
+def writable(path: str) -> Iterator[str]:
+    """Raises UserError where the file cannot be written."""
+    try:
+        with open(path, "a"):  # torch's trace says nothing where it cannot
+            pass
+        yield path
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written ({error.strerror}); name another, or go elsewhere"
+        ) from None
 
 
 def synchronize(runtime: Runtime) -> None:
@@ -114,19 +132,25 @@ def ratio(theirs: list[float], ours: list[float]) -> dict[str, float]:
 
 
 def our_step(
-    config: BenchConfig, stream: Any, meta: dict, runtime: Runtime, fused: bool = True
+    config: BenchConfig, stream: Any, meta: dict, runtime: Runtime, fused: bool = True, padded: bool = True
 ) -> tuple[GPT, Step]:
-    """A model as train.py makes it, and its training step as train.py does it."""
+    """A model as train.py makes it, and its training step as train.py does it; a rung may want less."""
     model, _ = initial_model(replace(config, init_from="scratch"), meta)
+    if not padded:
+        model = GPT(replace(model.config, vocab_size=meta["vocab_size"]))
     model.activation_checkpointing = config.activation_checkpointing
     optimizer, scaler = make_optimizer(model.to(runtime.device).train(), config, runtime)
-    for group in optimizer.param_groups:
-        group["fused"], group["foreach"] = fused, fused and None
-    maybe_compile(model, config.compile, runtime.device, math.inf, print)
+    if not fused:
+        groups = [{key: group[key] for key in ("params", "weight_decay")} for group in optimizer.param_groups]
+        betas = (config.beta1, config.beta2)
+        optimizer = torch.optim.AdamW(groups, config.learning_rate, betas, fused=False)
+    maybe_compile(model, config.compile, runtime.device, config.max_iters, print)
+    batches = step_batches(stream, config, runtime, 0)
 
     def step(number: int) -> None:
-        batches = step_batches(stream, config, runtime, number)
+        nonlocal batches
         training_step(model, optimizer, scaler, batches, config.grad_clip, runtime)
+        batches = step_batches(stream, config, runtime, number + 1)  # while a GPU computes, as train.py does
 
     return model, step
 
@@ -151,9 +175,8 @@ def others_model(against: str, config: BenchConfig, vocab_size: int) -> torch.nn
 
         shape = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd")}
         drops = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout)
-        return GPT2LMHeadModel(
-            GPT2Config(vocab_size=vocab_size, n_positions=config.block_size, **shape, **drops)
-        )
+        shape |= {"vocab_size": vocab_size, "n_positions": config.block_size}
+        return GPT2LMHeadModel(GPT2Config(**shape, **drops, bos_token_id=None, eos_token_id=None))
     path = Path(against) / "model.py"
     if not path.is_file():
         raise UserError(f"against={against} has no model.py; name a nanoGPT checkout, or transformers")
@@ -164,8 +187,8 @@ def others_model(against: str, config: BenchConfig, vocab_size: int) -> torch.nn
         with contextlib.redirect_stdout(None):
             spec.loader.exec_module(module)
             shape = {name: getattr(config, name) for name in names}
-            return module.GPT(module.GPTConfig(vocab_size=vocab_size, **shape))
-    except (AttributeError, TypeError, ImportError, SyntaxError) as error:
+            return module.GPT(module.GPTConfig(vocab_size=vocab_size, **shape)).train()
+    except Exception as error:  # a file of any other project
         raise UserError(f"{path} is not nanoGPT's ({error}); name a nanoGPT checkout") from None
 
 
@@ -182,11 +205,12 @@ def others_step(
         with contextlib.redirect_stdout(None):
             optimizer = other.configure_optimizers(config.weight_decay, lr, betas, runtime.device.type)
     if on_gpu:
-        maybe_compile(other, config.compile, runtime.device, math.inf, print)
+        maybe_compile(other, config.compile, runtime.device, config.max_iters, print)
     place = replace(runtime, dtype=runtime.dtype if on_gpu else torch.float32)
+    batches = step_batches(stream, config, runtime, 0)
 
     def step(number: int) -> None:
-        batches = step_batches(stream, config, runtime, number)
+        nonlocal batches
         with as_others(runtime):
             for x, y, _ in batches:
                 with place.autocast():
@@ -199,6 +223,7 @@ def others_step(
             torch.nn.utils.clip_grad_norm_(other.parameters(), config.grad_clip or math.inf)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+        batches = step_batches(stream, config, runtime, number + 1)  # theirs does so, too
 
     return other, step
 
@@ -229,7 +254,8 @@ def profile(step: Step, runtime: Runtime) -> None:
             step(number)
         synchronize(runtime)
     print(profiler.key_averages().table(sort_by=order, row_limit=15, max_name_column_width=40))
-    profiler.export_chrome_trace(TRACE)
+    with writable(TRACE) as file:
+        profiler.export_chrome_trace(file)
     print(f"trace    {Path(TRACE).resolve()}: open it at chrome://tracing or https://ui.perfetto.dev")
 
 
@@ -240,6 +266,7 @@ def bench_step(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
     steps = {"ours": step}
     if config.against:
         name = "transformers" if config.against == "transformers" else Path(config.against).resolve().name
+        name = "theirs" if name in ("", "ours") else name
         steps[name] = others_step(config.against, config, stream, model.config.vocab_size, runtime)[1]
     times = alternate(steps, config.warmup_steps, config.bench_steps, runtime)
     memory = peak_memory(runtime)  # before the peak is measured, which takes memory of its own
@@ -319,14 +346,12 @@ def rung_step(config: BenchConfig, stream: Any, meta: dict, runtime: Runtime, on
     """train.py's step with only the improvements in `on`; the others leave model.py for its time."""
     config = replace(config, compile=on.get("compile", False), activation=on.get("activation", "gelu_tanh"))
     place = replace(runtime, dtype=on.get("dtype", torch.float32))
-    if not on.get("padded") and meta["vocab_size"] == 50257 and runtime.device.type == "cuda":
-        meta = meta | {"vocab_size": 50256}  # one token less, so that initial_model pads nothing
-        stream = RandomStream(50256)
+    padded = on.get("padded", False) or runtime.device.type != "cuda"
     precision = torch.get_float32_matmul_precision() if on.get("products") else "highest"
     ours = {"dropout": model_file.dropout, "causal_attention": model_file.causal_attention}
     plain = {} if on.get("dropout") or runtime.device.type == "cuda" else {"dropout": F.dropout}
     plain |= {} if on.get("attention") else {"causal_attention": plain_attention}
-    _, step = our_step(config, stream, meta, place, fused=on.get("fused", False))
+    _, step = our_step(config, stream, meta, place, on.get("fused", False), padded)
 
     def with_less(number: int) -> None:
         before = torch.get_float32_matmul_precision()
@@ -389,15 +414,17 @@ def plot_ladder(rungs: list[dict[str, Any]], title: str) -> None:
     axes.invert_yaxis()
     axes.margins(x=0.32)
     axes.set(xlabel="ms per training step; in brackets the gain over the rung above", title=title)
-    figure.savefig(PLOT, dpi=150)
+    with writable(PLOT) as file:
+        figure.savefig(file, dpi=150)
     print(f"plot     {Path(PLOT).resolve()}")
 
 
-def others_generate(against: str, config: BenchConfig, vocab_size: int, runtime: Runtime) -> Callable:
-    """Their generation of max_new_tokens after a prompt (1, T): nanoGPT's as its sample.py does it,
+def others_generate(
+    against: str, config: BenchConfig, new: int, vocab_size: int, runtime: Runtime
+) -> Callable[[torch.Tensor], object]:
+    """Their generation of `new` tokens after a prompt (1, T): nanoGPT's as its sample.py does it,
     transformers' in the arithmetic that ours runs in."""
     other = others_model(against, config, vocab_size).to(runtime.device).eval()
-    new = config.max_new_tokens
     if against == "transformers":
         other.to(runtime.dtype)
         choices = {
@@ -420,9 +447,13 @@ def others_generate(against: str, config: BenchConfig, vocab_size: int, runtime:
 @torch.no_grad()
 def bench_generate(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
     """Prefill and decoding with random weights, one sequence and num_samples, also with 8-bit weights."""
-    new, half = config.max_new_tokens, config.block_size // 2
-    if PROMPT + new > config.block_size:
-        raise UserError(f"max_new_tokens={new} do not fit into block_size; lower it, or raise --block_size")
+    fit, half = config.block_size - PROMPT, config.block_size // 2
+    new = min(256, fit) if config.max_new_tokens is None else config.max_new_tokens
+    if not 3 <= new <= fit:
+        raise UserError(
+            f"{PROMPT} tokens of prompt and max_new_tokens={new} do not fit into "
+            f"block_size={config.block_size}; raise it, or set --max_new_tokens={fit} or less"
+        )
     _, meta = open_stream(config)
     model, _ = initial_model(replace(config, init_from="scratch"), meta)
     vocab_size = model.config.vocab_size
@@ -434,21 +465,25 @@ def bench_generate(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
         for name, (int8, _) in kinds.items()
     }
     runs = {(name, B): ready[name] for name in kinds for B in sorted({1, config.num_samples})}
-    other = others_generate(config.against, config, vocab_size, runtime) if config.against else None
+    other = others_generate(config.against, config, new, vocab_size, runtime) if config.against else None
     prompt = torch.randint(vocab_size, (1, half), device=runtime.device)
 
-    def seconds(idx: torch.Tensor, m: GPT, count: int) -> tuple[float, float]:
-        """To the first token, and from there to the last."""
+    def seconds(idx: torch.Tensor, m: GPT, count: int) -> tuple[float, float, float]:
+        """To the first token; from the second to the last; in all. At the second, a GPU records its graph."""
         synchronize(runtime)
         begin = time.perf_counter()
         stream = m.stream(idx, count, 0.8, 200)
         next(stream)
         synchronize(runtime)
         first = time.perf_counter()
+        next(stream, None)
+        synchronize(runtime)
+        second = time.perf_counter()
         for _ in stream:
             pass
         synchronize(runtime)
-        return first - begin, time.perf_counter() - first
+        end = time.perf_counter()
+        return first - begin, end - second, end - begin
 
     decode: dict[Any, list[float]] = {run: [] for run in runs}  # tokens/s
     prefill: dict[Any, list[float]] = {run: [] for run in runs}
@@ -456,14 +491,14 @@ def bench_generate(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
     bandwidths = []
     for number in range(config.rounds + 1):
         for name, B in runs:
-            to_first, _ = seconds(prompt, ready[name], 1)
-            begin, rest = seconds(prompt[:, :PROMPT].expand(B, -1), ready[name], new)
+            to_first, _, _ = seconds(prompt, ready[name], 1)
+            _, rest, all_of_it = seconds(prompt[:, :PROMPT].expand(B, -1), ready[name], new)
             if number == 0:  # a warm-up, for all
                 continue
             prefill[name, B].append(half / to_first)
-            decode[name, B].append(B * (new - 1) / rest)
+            decode[name, B].append(B * (new - 2) / rest)
             if (name, B) == ("ours", 1):
-                whole["ours"].append(begin + rest)
+                whole["ours"].append(all_of_it)
         if other and number:
             begin = time.perf_counter()
             other(prompt[:, :PROMPT])
@@ -496,6 +531,13 @@ def bench_generate(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
 def bench(config: BenchConfig) -> dict[str, Any]:
     """Measure what the settings ask for, print it, and return it; written to config.json too."""
     runtime = start_runtime(config.device, config.dtype)
+    modes = [name for name in ("ladder", "generate", "profile") if getattr(config, name)]
+    modes += ["against"] if config.against and config.ladder else []
+    if len(modes) > 1:
+        raise UserError(f"{' and '.join(modes)} do not go together; give one at a time")
+    if config.json:
+        with writable(config.json):  # before an hour of measuring
+            pass
     if config.batch_size is None:
         config.batch_size = 1 if runtime.device.type == "cpu" else 12
     print(f"machine  {runtime.describe()}, torch {torch.__version__}")
@@ -505,12 +547,8 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     result = measure(config, runtime)
     result |= {"device": runtime.describe(), "torch": torch.__version__, "settings": asdict(config)}
     if config.json:
-        try:
-            Path(config.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise UserError(
-                f"{config.json} cannot be written ({error.strerror}); name another file"
-            ) from None
+        with writable(config.json) as file:
+            Path(file).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return result
 
 

@@ -42,14 +42,15 @@ def configure(cls: type[Settings], argv: list[str] | None = None) -> Settings:
 def read_settings(cls: type[Settings], argv: list[str]) -> Settings:
     """Config files first, in their order, then the flags, left to right. Raises UserError."""
     values = {field.name: field.default for field in dataclasses.fields(cls)}
+    for word in argv:
+        if word.startswith("-") and word.lstrip("-") in values:
+            raise UserError(f"{word} has no value; write --{word.lstrip('-')}=VALUE, without a space")
     for name in (word for word in argv if not word.startswith("-")):
         path = find_config(name)
         for key, value in run_config_file(path, values).items():
             values[key] = checked(cls, key, value, f"{path}: ")
     for word in (word for word in argv if word.startswith("-")):
-        key, equals, text = word.lstrip("-").partition("=")
-        if not equals and key in values:
-            raise UserError(f"{word} has no value; write --{key}=VALUE, without a space")
+        key, _, text = word.removeprefix("--").partition("=")
         values[key] = checked(cls, key, text, text=True)
     try:
         return cls(**values)

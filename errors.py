@@ -1,5 +1,7 @@
 """How a command ends when something is wrong: one line on stderr, and an exit status."""
 
+import errno
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,9 +15,15 @@ class MachineError(Exception):
     """The machine failed (disk full, out of memory); the last good checkpoint is intact. Status 1."""
 
 
+SMALLER = "lower --batch_size (and raise --gradient_accumulation_steps), --block_size or --n_embd"
+
+
 @contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Turn errors that are not bugs into one line and an exit status; bugs keep their traceback."""
+def one_line_errors(out_of_memory: str = SMALLER) -> Iterator[None]:
+    """Turn errors that are not bugs into one line and an exit status; bugs keep their traceback.
+
+    `out_of_memory` is what to do where memory does not suffice.
+    """
     try:
         yield
     except UserError as error:
@@ -27,6 +35,11 @@ def one_line_errors() -> Iterator[None]:
     except BrokenPipeError:  # the reader of our output left (`| head`), which is no error of ours
         sys.stderr.close()
         sys.exit(141)  # 128 + SIGPIPE
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still to be printed would end likewise
+        stop(1, f"no space left for {error.filename or 'the output'}; free some")
     except (RuntimeError, MemoryError) as error:
         text = str(error).lower()
         if "gloo" in text or "nccl" in text or type(error).__name__ == "DistBackendError":
@@ -37,7 +50,7 @@ def one_line_errors() -> Iterator[None]:
             and "t allocate memory" not in text
         ):
             raise
-        stop(1, "out of memory; lower --batch_size (and raise --gradient_accumulation_steps) or --block_size")
+        stop(1, f"out of memory; {out_of_memory}")
 
 
 def stop(status: int, error: object) -> None:

@@ -89,12 +89,13 @@ class KVCache:
     """Keys and values of the tokens read so far, for B sequences of up to `size`, allocated once."""
 
     def __init__(self, config: GPTConfig, B: int, size: int, like: torch.Tensor) -> None:
+        self.static = like.is_cuda  # the same shapes at every token, for CUDA graphs
+        size += -size % 8 if self.static else 0  # a mask of another length would be copied at every reading
         shape = (config.n_layer, 2, B, config.n_head, size, config.n_embd // config.n_head)
         # on CPUs in fp32: torch's attention of one query is four times as fast as in bf16
         dtype = like.dtype if like.is_cuda else torch.float32
         self.layers = torch.zeros(shape, device=like.device, dtype=dtype).unbind(0)
         self.device, self.dtype = like.device, dtype
-        self.static = like.is_cuda  # the same shapes at every token, for CUDA graphs
         self.length = 0  # tokens in it
 
     def attend(self, layer: int, qkv: torch.Tensor, position: torch.Tensor | None) -> torch.Tensor:
@@ -109,8 +110,10 @@ class KVCache:
         qkv = qkv.to(self.dtype)
         past.index_copy_(3, position, qkv[1:])
         if self.static:
-            mask = torch.arange(past.size(3), device=past.device) <= position  # (size,)
-            return F.scaled_dot_product_attention(qkv[0], past[0], past[1], attn_mask=mask[None])
+            if layer == 0:  # what is added to the scores in all layers: -inf after `position`
+                later = torch.arange(past.size(3), device=past.device) > position
+                self.bias = torch.zeros_like(later, dtype=self.dtype).masked_fill_(later, -math.inf)[None]
+            return F.scaled_dot_product_attention(qkv[0], past[0], past[1], attn_mask=self.bias)
         keys, values = past[:, :, :, : self.length + 1]
         return F.scaled_dot_product_attention(qkv[0], keys, values)
 
@@ -203,18 +206,20 @@ class GPT(nn.Module):
                 parameter.normal_(std=residual_std if name.endswith("c_proj.weight") else 0.02)
 
     def forward(
-        self, idx: torch.Tensor, targets: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        self, idx: torch.Tensor, targets: torch.Tensor | None = None, only_loss: bool = False
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Logits and mean cross-entropy of the next token, in nats.
 
         idx (B, T), T <= block_size; targets (B, T), where -1 is not counted.
-        With targets: logits (B, T, V) and the loss. Without: logits of the last position (B, 1, V) and None.
+        With targets: logits (B, T, V), or None with only_loss, and the loss. Without: logits of the last
+        position (B, 1, V) and None.
         """
         x = self.hidden(idx)
         if targets is None:
             return self.lm_head(x[:, -1:]), None  # (B, 1, V): nobody asks for the other positions
         logits = self.lm_head(x)  # (B, T, V)
-        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        return None if only_loss else logits, loss  # compiled, returned logits cost a gradient of their size
 
     def hidden(
         self, idx: torch.Tensor, cache: KVCache | None = None, position: torch.Tensor | None = None
@@ -227,12 +232,12 @@ class GPT(nn.Module):
         x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C)
         x = dropout(x, self.config.dropout, self.training)
         for layer, block in enumerate(self.transformer.h):
-            if self.activation_checkpointing and self.training:
-                x = checkpoint(block, x, use_reentrant=False)
-            elif cache is None:
-                x = block(x)
-            else:
+            if cache is not None:
                 x = block(x, cache, layer, position)
+            elif self.activation_checkpointing and self.training:
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
         return self.transformer.ln_f(x)
 
     def prefill(self, idx: torch.Tensor, cache: KVCache) -> torch.Tensor:
@@ -271,7 +276,7 @@ class GPT(nn.Module):
         window = idx[:, -block_size:]  # the newest tokens, at most block_size
         size = min(block_size, window.size(1) + max_new_tokens)
         cache = KVCache(self.config, len(idx), size, weight)
-        decode = cuda_graph(self.decode, cache, len(idx)) if weight.is_cuda else self.decode
+        decode = self.decode
         for number in range(max_new_tokens):
             with torch.no_grad():
                 if number == 0:
@@ -282,6 +287,8 @@ class GPT(nn.Module):
                     logits = self.prefill(window, cache)
                 else:
                     position = torch.full((1,), cache.length, device=idx.device)
+                    if weight.is_cuda and decode == self.decode:
+                        decode = cuda_graph(decode, next_id, position, cache)  # noqa: F821
                     logits = decode(next_id, position, cache)  # noqa: F821
                     cache.length += 1
                 next_id = sample_token(logits[:, :vocab_size], temperature, top_k)  # (B, 1)
@@ -351,19 +358,22 @@ class GPT(nn.Module):
 
 
 @torch.no_grad()
-def cuda_graph(decode: Callable[..., torch.Tensor], cache: KVCache, B: int) -> Callable[..., torch.Tensor]:
-    """`decode` as one CUDA graph: a token costs one launch, not some hundred. The cache must be empty."""
-    ids = torch.zeros((B, 1), dtype=torch.long, device=cache.device)
-    position = torch.zeros(1, dtype=torch.long, device=cache.device)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # what kernels set up when first used must not be recorded
-        for _ in range(3):
-            decode(ids, position, cache)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        logits = decode(ids, position, cache)  # (B, V), written anew by each replay
+def cuda_graph(
+    decode: Callable[..., torch.Tensor], ids: torch.Tensor, position: torch.Tensor, cache: KVCache
+) -> Callable[..., torch.Tensor]:
+    """`decode` as one CUDA graph: one launch for a token, not some hundred. It decodes ids at position, too."""
+    ids, position = ids.clone(), position.clone()  # where each replay finds its own
+    autocast = torch.is_autocast_enabled("cuda")
+    with torch.cuda.device(cache.device), torch.autocast("cuda", enabled=autocast, cache_enabled=False):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # what kernels set up when first used must not be recorded
+            for _ in range(3):
+                decode(ids, position, cache)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = decode(ids, position, cache)  # (B, V), written anew by each replay
 
     def replay(new_ids: torch.Tensor, new_position: torch.Tensor, cache: KVCache) -> torch.Tensor:
         ids.copy_(new_ids)
@@ -376,7 +386,7 @@ def cuda_graph(decode: Callable[..., torch.Tensor], cache: KVCache, B: int) -> C
 
 def sample_token(logits: torch.Tensor, temperature: float, top_k: int | None) -> torch.Tensor:
     """Draw one id for each row of logits (B, V): (B, 1). Temperature 0 takes the likeliest."""
-    if temperature == 0:
+    if temperature < 1e-5:  # 0, or too small to divide by
         return logits.argmax(dim=-1, keepdim=True)
     if not top_k or top_k >= logits.size(-1):
         return torch.multinomial((logits.float() / temperature).softmax(dim=-1), num_samples=1)

@@ -70,13 +70,16 @@ class Sampler:
         temperature: float,
         top_k: int | None,
         seed: int,
-    ) -> Iterator[list[int]]:
-        """The next id of each sample, max_new_tokens times: what follows the prompt."""
+    ) -> Iterator[torch.Tensor]:
+        """The next id of each sample (N, 1), max_new_tokens times: what follows the prompt. UserError."""
+        choices = {"temperature": temperature, "top_k": top_k, "seed": seed}
+        try:
+            SampleConfig(start=prompt, num_samples=num_samples, max_new_tokens=max_new_tokens, **choices)
+        except ValueError as error:
+            raise UserError(error) from None
         idx = self.encode(prompt).expand(num_samples, -1)  # (N, T)
         torch.manual_seed(seed)
-        stream = self.model.stream(idx, max_new_tokens, temperature, top_k, self.tokenizer.vocab_size)
-        for next_id in stream:  # (N, 1)
-            yield next_id[:, 0].tolist()
+        return self.model.stream(idx, max_new_tokens, temperature, top_k, self.tokenizer.vocab_size)
 
     def generate(
         self,
@@ -89,7 +92,8 @@ class Sampler:
     ) -> list[str]:
         """num_samples texts that begin with the prompt, made as one batch. Raises UserError."""
         columns = list(self.ids(prompt, num_samples, max_new_tokens, temperature, top_k, seed))
-        return [prompt + self.tokenizer.decode(row) for row in zip(*columns, strict=True)]
+        rows = torch.cat(columns, dim=1).tolist()  # waits for the device once, at the end
+        return [prompt + self.tokenizer.decode(row) for row in rows]
 
     def stream(
         self,
@@ -101,7 +105,7 @@ class Sampler:
     ) -> Iterator[str]:
         """What follows the prompt in one sample, in pieces, each as soon as it is made. Raises UserError."""
         columns = self.ids(prompt, 1, max_new_tokens, temperature, top_k, seed)
-        return decode_stream((column[0] for column in columns), self.tokenizer)
+        return decode_stream((column.item() for column in columns), self.tokenizer)
 
 
 def decode_stream(ids: Iterable[int], tokenizer: Tokenizer) -> Iterator[str]:
@@ -176,5 +180,5 @@ def main(config: SampleConfig) -> None:
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows a question mark
-    with one_line_errors():
+    with one_line_errors("lower --num_samples or --max_new_tokens"):
         main(CONFIG)

@@ -104,13 +104,15 @@ class BenchConfig(TrainConfig):
     batch_size: int | None = setting(
         None, "sequences per micro-step; None is 12 on a GPU, 1 on a CPU", at_least=1
     )
-    real_data: bool = setting(True, "read the dataset where it is there, instead of random ids")
+    real_data: bool = setting(True, "read the dataset; False: random ids of GPT-2's vocabulary")
     bench_steps: int = setting(20, "timed steps", at_least=1)
     warmup_steps: int = setting(3, "steps before them, compiling included", at_least=0)
     profile: bool = setting(False, "show the costliest operations and write bench_trace.json for a browser")
     ladder: bool = setting(False, "one improvement after another: a table and bench_ladder.png")
     generate: bool = setting(False, "time sampling instead of training")
-    max_new_tokens: int = setting(256, "with generate: tokens of a sample", at_least=2)
+    max_new_tokens: int | None = setting(
+        None, "with generate: tokens of a sample; None is 256, or what fits", at_least=3
+    )
     num_samples: int = setting(10, "with generate: samples at once, beside one alone", at_least=1)
     rounds: int = setting(3, "with generate: how often each is timed, in turns", at_least=1)
     against: str | None = setting(
@@ -144,7 +146,9 @@ class SampleConfig:
     compile: bool | str = setting(
         False, "torch.compile the decoding of a token; on a CPU, it pays with int8", choices=(True, False)
     )
-    int8: bool = setting(False, "weights in 8 bits: half the bytes, a little less exact")
+    int8: bool = setting(
+        False, "weights in 8 bits: less memory, a little less exact; faster on a CPU for a few samples"
+    )
 
     def __post_init__(self) -> None:
         check_settings(self)

@@ -70,6 +70,7 @@ def initial_model(config: TrainConfig, meta: dict[str, Any]) -> tuple[GPT, dict[
     newest = newest_checkpoint(Path(config.out_dir))
     resumes = config.init_from == "resume" or (config.init_from == "auto" and newest is not None)
     contents: dict[str, Any] = {}
+    origin = contents
     if resumes:
         path = newest or Path(config.out_dir) / NEWEST
         contents = load_checkpoint(path)
@@ -82,12 +83,12 @@ def initial_model(config: TrainConfig, meta: dict[str, Any]) -> tuple[GPT, dict[
         vocab_size = GPTConfig.vocab_size if meta["vocab_size"] == 50257 else meta["vocab_size"]
         model = GPT(GPTConfig(vocab_size=vocab_size, **shape))
     else:
-        model, _ = load_pretrained(config.init_from, config.dropout)
-    trained_on = contents.get("meta", meta)["tokenizer"]
+        model, origin = load_pretrained(config.init_from, config.dropout)
+    trained_on = (contents or origin).get("meta", meta)["tokenizer"]
     if None not in (trained_on, meta["tokenizer"]) and trained_on != meta["tokenizer"]:
         raise UserError(
-            f"{config.out_dir} was trained with another tokenizer than {config.dataset} has; "
-            "choose the dataset that it was trained on, or --init_from=scratch"
+            f"{config.out_dir if contents else config.init_from} was trained with another tokenizer than "
+            f"{config.dataset} has; choose the dataset that it was trained on, or --init_from=scratch"
         )
     if meta["vocab_size"] > model.config.vocab_size:
         raise UserError(
@@ -164,7 +165,7 @@ def training_step(
         if runtime.world_size > 1:
             model.require_backward_grad_sync = number == len(batches)  # exchange the sum, once
         with runtime.autocast():
-            _, loss = model(x, y)
+            _, loss = model(x, y, only_loss=True)
         scaler.scale(loss / len(batches)).backward()
         total += loss.detach()
     if grad_clip:
@@ -213,10 +214,10 @@ def evaluate(
         count = torch.zeros((), device=runtime.device)
         for i in range(runtime.rank * B, len(starts), runtime.world_size * B):
             x, y = windows_to_xy(streams[split].windows(starts[i : i + B], T + 1), runtime)
-            skipped = torch.from_numpy(np.arange(T) < skip[i : i + B, None]).to(runtime.device)  # (B, T)
+            skipped = runtime.to_device(np.arange(T) < skip[i : i + B, None])  # (B, T)
             y = y.masked_fill(skipped, -1)
             with runtime.autocast():
-                _, loss = model(x, y)
+                _, loss = model(x, y, only_loss=True)
             counted = (y >= 0).sum()
             loss_sum += loss * counted
             count += counted
