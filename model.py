@@ -361,7 +361,7 @@ class GPT(nn.Module):
 def cuda_graph(
     decode: Callable[..., torch.Tensor], ids: torch.Tensor, position: torch.Tensor, cache: KVCache
 ) -> Callable[..., torch.Tensor]:
-    """`decode` as one CUDA graph: one launch for a token, not some hundred. It decodes ids at position, too."""
+    """`decode` as one CUDA graph: one launch for a token, not some hundred. It decodes ids, too."""
     ids, position = ids.clone(), position.clone()  # where each replay finds its own
     autocast = torch.is_autocast_enabled("cuda")
     with torch.cuda.device(cache.device), torch.autocast("cuda", enabled=autocast, cache_enabled=False):

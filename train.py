@@ -42,6 +42,7 @@ from errors import UserError, one_line_errors
 from model import GPT, GPTConfig
 from runtime import (
     Runtime,
+    crowd_watch,
     maybe_compile,
     peak_flops,
     progress_bar,
@@ -328,7 +329,7 @@ def train(config: TrainConfig) -> TrainResult:
 
     losses: list[dict[str, float]] = []
     batches = step_batches(streams["train"], config, runtime, step)
-    stopping = False
+    stopping, watch = False, crowd_watch(runtime, say)
     clock, clocked = time.perf_counter(), step
     catching = nullcontext([]) if config.eval_only else signals_caught()  # an evaluation has nothing to save
     with (
@@ -375,6 +376,7 @@ def train(config: TrainConfig) -> TrainResult:
                 tokens = sequences * config.block_size
                 speed = f"{seconds * 1000:.2f} ms, {tokens / seconds:,.0f} tokens/s, mfu {mfu:.1%}"
                 say(f"step {step}: loss {mean:.4f}, {speed}")
+                watch(seconds)
                 if wandb:
                     wandb.log({"loss": mean, "lr": get_lr(step - 1, config), "mfu": mfu}, step=step)
                 clock, clocked = time.perf_counter(), step

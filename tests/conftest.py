@@ -31,10 +31,9 @@ def run(*words: object, cwd: Path = REPO, env: dict[str, str] | None = None, **m
         command,
         cwd=cwd,
         env={**ENVIRONMENT, **(env or {})},
-        capture_output=True,
         text=True,
         timeout=120,
-        **more,
+        **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **more},
     )
 
 

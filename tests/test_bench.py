@@ -11,7 +11,7 @@ import torch
 from conftest import REPO, TINY, assert_user_error, run
 
 import model
-from bench import alternate, open_stream, ratio, rung_step
+from bench import alternate, open_stream, our_step, ratio, rung_step
 from configurator import read_settings
 from runtime import Runtime
 from settings import BenchConfig
@@ -31,9 +31,35 @@ def test_it_tells_time_speed_share_and_memory(dataset):
     assert "random ids" not in done.stdout
 
 
-def test_random_ids_where_there_is_no_dataset(tmp_path):
-    done = run("bench.py", *TINY, "--dataset=none", "--bench_steps=2", "--n_layer=1", "--warmup_steps=0")
-    assert done.returncode == 0 and "instead of data: no dataset none" in done.stdout
+def test_random_ids_where_they_are_wanted_and_not_for_a_name_that_is_wrong():
+    flags = (*TINY, "--bench_steps=2", "--n_layer=1", "--warmup_steps=0", "--dataset=none")
+    done = run("bench.py", *flags, "--real_data=False", "--profile=True", "--ladder=True")
+    assert_user_error(done, "ladder and profile do not go together")
+    assert_user_error(run("bench.py", *flags), "no dataset none", "--real_data=False")
+    done = run("bench.py", *flags, "--real_data=False")
+    assert done.returncode == 0 and "random ids of GPT-2's vocabulary" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("layers", "steps", "compiled"), [(1, 2000, False), (1, 10**6, True), (40, 10**6, False)]
+)
+def test_it_compiles_where_train_py_would(layers, steps, compiled, monkeypatch, dataset):
+    monkeypatch.setattr("runtime.compile_works", lambda device, say: True)
+    shape = (f"--n_layer={layers}", "--n_embd=96", "--compile=auto", f"--max_iters={steps}")
+    config = read_settings(BenchConfig, [*TINY, f"--dataset={dataset}", "--batch_size=2", *shape])
+    made, _ = our_step(config, *open_stream(config), Runtime(torch.device("cpu"), torch.float32))
+    assert (made._compiled_call_impl is not None) == compiled
+
+
+def test_a_rungs_vocabulary_and_optimizer_are_plain_ones(dataset):
+    config = read_settings(BenchConfig, [*TINY, "--real_data=False", "--batch_size=2", "--dtype=float16"])
+    stream, meta = open_stream(config)
+    place = Runtime(torch.device("cpu"), torch.float16)
+    for padded, size in ((True, 50304), (False, 50257)):
+        made, step = our_step(config, stream, meta, place, fused=padded, padded=padded)
+        before = made.lm_head.weight.clone()
+        step(0)  # fp16's loss scaling goes with either optimizer
+        assert made.config.vocab_size == size and not torch.equal(before, made.lm_head.weight)
 
 
 def test_profile_shows_operations_and_writes_a_trace(dataset, tmp_path):
@@ -80,8 +106,13 @@ def test_mistakes_of_against_and_json(dataset, tmp_path):
     flags = (*TINY, f"--dataset={dataset}", "--bench_steps=1", "--warmup_steps=0")
     assert_user_error(run("bench.py", *flags, "--against=nowhere"), "no model.py", "nanoGPT checkout")
     assert_user_error(run("bench.py", *flags, f"--against={tmp_path}"), "is not nanoGPT's")
-    assert_user_error(run("bench.py", *flags, f"--json={tmp_path}"), "cannot be written")
-    assert_user_error(run("bench.py", *flags, "--generate=True", "--max_new_tokens=20"), "block_size")
+    (tmp_path / "model.py").write_text("raise ValueError('no')")
+    assert_user_error(run("bench.py", *flags, f"--against={tmp_path}"), "is not nanoGPT's")
+    done = run("bench.py", *flags, f"--json={tmp_path}")
+    assert_user_error(done, "cannot be written")
+    assert "median" not in done.stdout  # told before all that takes time
+    done = run("bench.py", *flags, "--generate=True", "--max_new_tokens=20")
+    assert_user_error(done, "block_size=16; raise it")
 
 
 def test_alternation_takes_turns():
@@ -126,7 +157,7 @@ def test_the_ladder_leaves_the_model_as_it_was(dataset):
 @pytest.mark.parametrize("against", [None, str(REPO), "transformers"])
 def test_generate_tells_prefill_decode_and_the_bandwidths_share(against, tmp_path):
     shape = "--n_layer=1 --n_head=2 --n_embd=32 --block_size=64 --max_new_tokens=8 --num_samples=3".split()
-    flags = ("--generate=True", "--dataset=none", "--rounds=2", f"--json={tmp_path / 'found.json'}")
+    flags = ("--generate=True", "--real_data=False", "--rounds=2", f"--json={tmp_path / 'found.json'}")
     done = run("bench.py", *shape, *flags, *([f"--against={against}"] if against else []), "--device=cpu")
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "found.json").read_text())

@@ -8,6 +8,9 @@ import pytest
 import torch
 from conftest import TINY, assert_user_error, run
 
+from errors import UserError
+from runtime import find_device
+
 
 def train_on(dataset, *flags):
     return run("train.py", *TINY, f"--dataset={dataset}", *flags)
@@ -107,6 +110,23 @@ def test_resuming_on_data_of_another_tokenizer(copy, trained):
     done = train_on(copy, f"--out_dir={trained}", "--init_from=resume", "--max_iters=30")
     assert_user_error(done, "another tokenizer")
     assert (trained / "last.pt").read_bytes() == before
+
+
+def test_starting_from_a_run_of_another_tokenizer(copy, trained, tmp_path):
+    meta = json.loads((copy / "meta.json").read_text())
+    meta["tokenizer"]["chars"] = meta["tokenizer"]["chars"][::-1]
+    (copy / "meta.json").write_text(json.dumps(meta))
+    done = train_on(copy, f"--out_dir={tmp_path / 'new'}", f"--init_from={trained}")
+    assert_user_error(done, f"{trained} was trained with another tokenizer")
+
+
+def test_a_gpu_has_its_number(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    for name, number in (("auto", 0), ("cuda", 0), ("cuda:1", 1)):
+        assert find_device(name) == torch.device("cuda", number)
+    with pytest.raises(UserError, match="2 GPUs"):
+        find_device("cuda:2")
 
 
 def test_numbers_past_all_measure(dataset):

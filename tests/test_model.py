@@ -376,6 +376,20 @@ def test_activation_checkpointing_changes_no_gradient():
     assert all(bool((a == b).all()) for a, b in zip(*gradients, strict=True))
 
 
+def test_activation_checkpointing_does_not_forget_the_cache():
+    model = small().train()
+    model.activation_checkpointing = True
+    idx = random_ids(2, 7)
+    expected = greedy_without_cache(model, idx, 12)
+    assert bool((model.generate(idx, 12, temperature=0.0) == expected).all())
+
+
+def test_the_loss_alone():
+    model, idx, targets = small(), random_ids(2, 7), random_ids(2, 7)
+    assert model(idx, targets, only_loss=True)[0] is None
+    assert torch.equal(model(idx, targets, only_loss=True)[1], model(idx, targets)[1])
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")
 def test_greedy_on_a_gpu_equals_greedy_without_a_cache():
     model = small(n_layer=4).cuda()

@@ -2,6 +2,7 @@
 
 import copy
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from conftest import assert_user_error, run
 from checkpoint import load_checkpoint, restore_model
 from data.tokenizer import GPT2Tokenizer
 from decoding import Int8Linear, PackedLinear, prepare
+from errors import UserError
 from model import GPT, GPTConfig
 from sample import SEPARATOR, Sampler, decode_stream
 
@@ -90,6 +92,39 @@ def test_packed_and_8_bit_products_are_nearly_the_exact_ones(kind, error, rows, 
         exact, found = linear(x), kind(copy.deepcopy(linear).bfloat16())(x.bfloat16()).float()
     assert found.shape == exact.shape
     assert (found - exact).norm() < error * exact.norm()
+
+
+@pytest.mark.parametrize("width", [30, 40, 48, 100])  # torch's kernel takes multiples of 16 alone
+@pytest.mark.parametrize("outputs", [1, 7, 64])
+def test_8_bit_products_of_any_width(width, outputs):
+    torch.manual_seed(0)
+    linear, x = torch.nn.Linear(width, outputs), torch.randn(2, width)
+    with torch.no_grad():
+        exact, found = linear(x), Int8Linear(copy.deepcopy(linear).bfloat16())(x.bfloat16()).float()
+    assert (found - exact).norm() < 0.03 * exact.norm()
+
+
+def test_python_checks_what_the_command_line_does(trained):
+    sampler = Sampler(str(trained), device="cpu")
+    for wrong in (
+        {"max_new_tokens": 0},
+        {"num_samples": -1},
+        {"temperature": -1.0},
+        {"top_k": -1},
+        {"prompt": 5},
+    ):
+        with pytest.raises(UserError, match=next(iter(wrong)).replace("prompt", "start")):
+            sampler.generate(**{"prompt": "a", "max_new_tokens": 3} | wrong)
+    tiny = sampler.generate("a", 1, 9, temperature=1e-40)
+    assert tiny == sampler.generate("a", 1, 9, temperature=0)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_output_that_finds_no_space(trained):
+    with open("/dev/full", "w") as full:
+        done = sample(trained, "--num_samples=1", stdout=full)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: no space left") and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(("int8", "dtype"), [(False, "bfloat16"), (True, "bfloat16"), (True, "float32")])
