@@ -25,7 +25,7 @@ $(INSTALLED): requirements.txt
 data/stdlib_char/meta.json: | $(INSTALLED)
 	$(BIN)/python data/stdlib_char/prepare.py
 
-demo: $(INSTALLED) data/stdlib_char/meta.json ## prepare, train for 3 minutes, and sample: no network but the package registry
+demo: $(INSTALLED) data/stdlib_char/meta.json ## prepare, train for a minute or two, and sample: no network but the package registry
 	$(BIN)/python train.py config/train_stdlib_char.py
 	$(BIN)/python sample.py --out_dir=$(OUT) --start="def " --num_samples=3 --max_new_tokens=400
 	@echo "These are samples of $(OUT)/ckpt.pt, which train.py trained on the source of Python's standard library"
