@@ -379,11 +379,9 @@ def bench_ladder(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
         times = alternate(pair, config.warmup_steps, config.bench_steps, runtime)
         gain = ratio(times["below"], times[name])["median"] if below else 1.0
         total *= gain
-        seconds = spread(times[name])["median"] if below is None else rungs[0]["ms"] / 1000 / total
-        rungs.append({"rung": name, "ms": seconds * 1000, "gain": gain, "total": total})
-        print(
-            f"{name:18} {rungs[-1]['ms']:10.2f} ms   x {gain:.2f}   {total:6.2f} times the first", flush=True
-        )
+        ms = rungs[0]["ms"] / total if below else spread(times[name])["median"] * 1000
+        rungs.append({"rung": name, "ms": ms, "gain": gain, "total": total})
+        print(f"{name:18} {ms:10.2f} ms   x {gain:.2f}   {total:6.2f} times the first", flush=True)
         below = step
     if runtime.device.type == "cuda":
         cpu = start_runtime("cpu")
@@ -391,9 +389,8 @@ def bench_ladder(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
         seconds = alternate({"cpu": our_step(small, stream, meta, cpu)[1]}, 1, 2, cpu)["cpu"]
         ms = statistics.median(seconds) * 1000 * config.batch_size
         print(f"{'CPU, all but compile':18} {ms:10.2f} ms for as many sequences")
-        rungs.append(
-            {"rung": "CPU", "ms": ms, "gain": 1 / (ms / rungs[-1]["ms"]), "total": rungs[0]["ms"] / ms}
-        )
+        gain, total = rungs[-1]["ms"] / ms, rungs[0]["ms"] / ms
+        rungs.append({"rung": "CPU", "ms": ms, "gain": gain, "total": total})
     plot_ladder(rungs, f"{config.n_layer}/{config.n_head}/{config.n_embd}, {runtime.describe()}")
     return {"rungs": rungs}
 
@@ -451,8 +448,8 @@ def bench_generate(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
     new = min(256, fit) if config.max_new_tokens is None else config.max_new_tokens
     if not 3 <= new <= fit:
         raise UserError(
-            f"{PROMPT} tokens of prompt and max_new_tokens={new} do not fit into "
-            f"block_size={config.block_size}; raise it, or set --max_new_tokens={fit} or less"
+            f"block_size={config.block_size} leaves {fit} tokens after a prompt of {PROMPT}, for "
+            f"max_new_tokens={new} of 3 or more; raise --block_size or lower --max_new_tokens"
         )
     _, meta = open_stream(config)
     model, _ = initial_model(replace(config, init_from="scratch"), meta)
@@ -464,7 +461,7 @@ def bench_generate(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
         name: prepare(copy.deepcopy(model).to(runtime.device), runtime.dtype, int8, compiled)
         for name, (int8, _) in kinds.items()
     }
-    runs = {(name, B): ready[name] for name in kinds for B in sorted({1, config.num_samples})}
+    runs = [(name, B) for name in kinds for B in sorted({1, config.num_samples})]
     other = others_generate(config.against, config, new, vocab_size, runtime) if config.against else None
     prompt = torch.randint(vocab_size, (1, half), device=runtime.device)
 

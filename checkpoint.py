@@ -178,6 +178,14 @@ def check_hub(name: str) -> None:
             pass  # it answers
 
 
+def lost(step: int, out_dir: Path | None) -> UserError:
+    """The error of a loss that is no number any more; out_dir is None where the run has saved nothing."""
+    path = newest_checkpoint(out_dir) if out_dir else None
+    kept = f"{path} is the last good state" if path else "nothing was saved yet"
+    what_to_do = "lower --learning_rate or set --grad_clip=1.0"
+    return UserError(f"the loss is not finite any more at step {step}; {what_to_do} ({kept})")
+
+
 def set_aside(out_dir: Path) -> list[str]:
     """Rename another run's checkpoints to ckpt.previous-1.pt and so on: a start too many loses nothing."""
     moved = []

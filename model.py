@@ -6,15 +6,17 @@ with it; the transformer (arXiv 1706.03762); GELU (arXiv 1606.08415).
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
+
+from runtime import cuda_graph
 
 ACTIVATIONS = {"gelu_tanh": "tanh", "gelu": "none"}  # to the name of F.gelu's approximation
 
@@ -95,7 +97,7 @@ class KVCache:
         # on CPUs in fp32: torch's attention of one query is four times as fast as in bf16
         dtype = like.dtype if like.is_cuda else torch.float32
         self.layers = torch.zeros(shape, device=like.device, dtype=dtype).unbind(0)
-        self.device, self.dtype = like.device, dtype
+        self.dtype = dtype
         self.length = 0  # tokens in it
 
     def attend(self, layer: int, qkv: torch.Tensor, position: torch.Tensor | None) -> torch.Tensor:
@@ -276,7 +278,8 @@ class GPT(nn.Module):
         window = idx[:, -block_size:]  # the newest tokens, at most block_size
         size = min(block_size, window.size(1) + max_new_tokens)
         cache = KVCache(self.config, len(idx), size, weight)
-        decode = self.decode
+        decode = partial(self.decode, cache=cache)
+        recorded, next_id = not weight.is_cuda, window[:, -1:]
         for number in range(max_new_tokens):
             with torch.no_grad():
                 if number == 0:
@@ -287,9 +290,9 @@ class GPT(nn.Module):
                     logits = self.prefill(window, cache)
                 else:
                     position = torch.full((1,), cache.length, device=idx.device)
-                    if weight.is_cuda and decode == self.decode:
-                        decode = cuda_graph(decode, next_id, position, cache)  # noqa: F821
-                    logits = decode(next_id, position, cache)  # noqa: F821
+                    if not recorded:
+                        decode, recorded = cuda_graph(decode, next_id, position), True
+                    logits = decode(next_id, position)
                     cache.length += 1
                 next_id = sample_token(logits[:, :vocab_size], temperature, top_k)  # (B, 1)
                 window = torch.cat([window, next_id], dim=1)
@@ -355,33 +358,6 @@ class GPT(nn.Module):
     def estimate_mfu(self, fwdbwd_per_iter: float, dt: float, peak_flops: float = 312e12) -> float:
         """Share of peak_flops (an A100's in bf16) that fwdbwd_per_iter sequences in dt seconds reach."""
         return self.flops_per_token() * self.config.block_size * fwdbwd_per_iter / dt / peak_flops
-
-
-@torch.no_grad()
-def cuda_graph(
-    decode: Callable[..., torch.Tensor], ids: torch.Tensor, position: torch.Tensor, cache: KVCache
-) -> Callable[..., torch.Tensor]:
-    """`decode` as one CUDA graph: one launch for a token, not some hundred. It decodes ids, too."""
-    ids, position = ids.clone(), position.clone()  # where each replay finds its own
-    autocast = torch.is_autocast_enabled("cuda")
-    with torch.cuda.device(cache.device), torch.autocast("cuda", enabled=autocast, cache_enabled=False):
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # what kernels set up when first used must not be recorded
-            for _ in range(3):
-                decode(ids, position, cache)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            logits = decode(ids, position, cache)  # (B, V), written anew by each replay
-
-    def replay(new_ids: torch.Tensor, new_position: torch.Tensor, cache: KVCache) -> torch.Tensor:
-        ids.copy_(new_ids)
-        position.copy_(new_position)
-        graph.replay()
-        return logits
-
-    return replay
 
 
 def sample_token(logits: torch.Tensor, temperature: float, top_k: int | None) -> torch.Tensor:

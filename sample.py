@@ -166,9 +166,8 @@ def main(config: SampleConfig) -> None:
     choices = (config.max_new_tokens, config.temperature, config.top_k, config.seed)
     warn(f"{sampler.source} ({sampler.runtime.describe()})")
     if config.num_samples == 1:
-        pieces = sampler.stream(prompt, *choices)
-        first = next(pieces)  # a mistake in the prompt comes before its echo
-        print(prompt + first, end="", flush=True)
+        pieces = sampler.stream(prompt, *choices)  # a mistake in the prompt comes before its echo
+        print(prompt, end="", flush=True)
         for piece in pieces:
             print(piece, end="", flush=True)
         print()

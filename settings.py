@@ -143,9 +143,7 @@ class SampleConfig:
     seed: int = setting(1337, "same seed, same text", at_least=0, below=2**63)
     device: str = setting("auto", "auto (cuda, else mps, else cpu), cpu, cuda, cuda:1, mps")
     dtype: str = setting("auto", "of the arithmetic", choices=DTYPES)
-    compile: bool | str = setting(
-        False, "torch.compile the decoding of a token; on a CPU, it pays with int8", choices=(True, False)
-    )
+    compile: bool = setting(False, "torch.compile the decoding of a token; on a CPU, it pays with int8")
     int8: bool = setting(
         False, "weights in 8 bits: less memory, a little less exact; faster on a CPU for a few samples"
     )

@@ -29,6 +29,7 @@ from checkpoint import (
     NEWEST,
     load_checkpoint,
     load_pretrained,
+    lost,
     newest_checkpoint,
     open_out_dir,
     restore_model,
@@ -71,10 +72,10 @@ def initial_model(config: TrainConfig, meta: dict[str, Any]) -> tuple[GPT, dict[
     newest = newest_checkpoint(Path(config.out_dir))
     resumes = config.init_from == "resume" or (config.init_from == "auto" and newest is not None)
     contents: dict[str, Any] = {}
-    origin = contents
+    origin: dict[str, Any] = {}  # the checkpoint that the weights come from, gone on from or not
     if resumes:
         path = newest or Path(config.out_dir) / NEWEST
-        contents = load_checkpoint(path)
+        contents = origin = load_checkpoint(path)
         model = restore_model(contents, path, config.dropout)
     elif config.init_from in ("scratch", "auto"):
         torch.manual_seed(config.seed)
@@ -85,10 +86,10 @@ def initial_model(config: TrainConfig, meta: dict[str, Any]) -> tuple[GPT, dict[
         model = GPT(GPTConfig(vocab_size=vocab_size, **shape))
     else:
         model, origin = load_pretrained(config.init_from, config.dropout)
-    trained_on = (contents or origin).get("meta", meta)["tokenizer"]
+    trained_on = origin.get("meta", meta)["tokenizer"]
     if None not in (trained_on, meta["tokenizer"]) and trained_on != meta["tokenizer"]:
         raise UserError(
-            f"{config.out_dir if contents else config.init_from} was trained with another tokenizer than "
+            f"{config.out_dir if resumes else config.init_from} was trained with another tokenizer than "
             f"{config.dataset} has; choose the dataset that it was trained on, or --init_from=scratch"
         )
     if meta["vocab_size"] > model.config.vocab_size:
@@ -215,8 +216,7 @@ def evaluate(
         count = torch.zeros((), device=runtime.device)
         for i in range(runtime.rank * B, len(starts), runtime.world_size * B):
             x, y = windows_to_xy(streams[split].windows(starts[i : i + B], T + 1), runtime)
-            skipped = runtime.to_device(np.arange(T) < skip[i : i + B, None])  # (B, T)
-            y = y.masked_fill(skipped, -1)
+            y = y.masked_fill(runtime.to_device(np.arange(T) < skip[i : i + B, None]), -1)
             with runtime.autocast():
                 _, loss = model(x, y, only_loss=True)
             counted = (y >= 0).sum()
@@ -332,10 +332,8 @@ def train(config: TrainConfig) -> TrainResult:
     stopping, watch = False, crowd_watch(runtime, say)
     clock, clocked = time.perf_counter(), step
     catching = nullcontext([]) if config.eval_only else signals_caught()  # an evaluation has nothing to save
-    with (
-        progress_bar(step, step if config.eval_only else config.max_iters, runtime, say) as (say, advance),
-        catching as caught,
-    ):
+    last = step if config.eval_only else config.max_iters
+    with progress_bar(step, last, runtime, say) as (say, advance), catching as caught:
         while True:
             due = config.eval_only or step % config.eval_interval == 0 or step == config.max_iters
             if due and (config.eval_only or step == 0 or step > first):  # else it was, before it was saved
@@ -391,14 +389,6 @@ def train(config: TrainConfig) -> TrainResult:
         result = f"best val loss {best_val_loss:.4f} in {time.perf_counter() - began:.0f} s"
         say(f"done: {result}; python sample.py --out_dir={out_dir}")
     return TrainResult(model, step, best_val_loss, losses, caught[0] if caught else None)
-
-
-def lost(step: int, out_dir: Path | None) -> UserError:
-    """The error of a loss that is no number any more; out_dir is None where the run has saved nothing."""
-    path = newest_checkpoint(out_dir) if out_dir else None
-    kept = f"{path} is the last good state" if path else "nothing was saved yet"
-    what_to_do = "lower --learning_rate or set --grad_clip=1.0"
-    return UserError(f"the loss is not finite any more at step {step}; {what_to_do} ({kept})")
 
 
 if __name__ == "__main__":

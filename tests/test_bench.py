@@ -51,14 +51,18 @@ def test_it_compiles_where_train_py_would(layers, steps, compiled, monkeypatch, 
     assert (made._compiled_call_impl is not None) == compiled
 
 
-def test_a_rungs_vocabulary_and_optimizer_are_plain_ones(dataset):
+def test_a_rungs_vocabulary_and_optimizer_are_plain_ones(monkeypatch):
+    calls, fused_adamw = [], torch._fused_adamw_
+    monkeypatch.setattr(torch, "_fused_adamw_", lambda *a, **k: calls.append(1) or fused_adamw(*a, **k))
     config = read_settings(BenchConfig, [*TINY, "--real_data=False", "--batch_size=2", "--dtype=float16"])
     stream, meta = open_stream(config)
     place = Runtime(torch.device("cpu"), torch.float16)
     for padded, size in ((True, 50304), (False, 50257)):
         made, step = our_step(config, stream, meta, place, fused=padded, padded=padded)
         before = made.lm_head.weight.clone()
+        calls.clear()
         step(0)  # fp16's loss scaling goes with either optimizer
+        assert bool(calls) == padded
         assert made.config.vocab_size == size and not torch.equal(before, made.lm_head.weight)
 
 
@@ -112,7 +116,7 @@ def test_mistakes_of_against_and_json(dataset, tmp_path):
     assert_user_error(done, "cannot be written")
     assert "median" not in done.stdout  # told before all that takes time
     done = run("bench.py", *flags, "--generate=True", "--max_new_tokens=20")
-    assert_user_error(done, "block_size=16; raise it")
+    assert_user_error(done, "block_size=16 leaves 0 tokens", "raise --block_size")
 
 
 def test_alternation_takes_turns():

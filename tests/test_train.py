@@ -395,9 +395,13 @@ def test_arithmetic_of_cpus_by_what_the_chip_has(monkeypatch):
 def test_fast_products_are_taken_where_they_are_exact():
     before = torch.get_float32_matmul_precision()
     try:
-        take_fast_float32(CPU)
         a, b = (torch.randn(n, 300, generator=torch.Generator().manual_seed(n)) for n in (200, 100))
         exact = a.double() @ b.double().T
+        torch.set_float32_matmul_precision("medium")
+        rounds = bool((a @ b.T - exact).abs().max() > 1e-5 * exact.abs().max())
+        torch.set_float32_matmul_precision("highest")
+        take_fast_float32(CPU)
+        assert torch.get_float32_matmul_precision() == ("highest" if rounds else "medium")
         assert (a @ b.T - exact).abs().max() < 1e-5 * exact.abs().max()
     finally:
         torch.set_float32_matmul_precision(before)
