@@ -448,8 +448,8 @@ def bench_generate(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
     new = min(256, fit) if config.max_new_tokens is None else config.max_new_tokens
     if not 3 <= new <= fit:
         raise UserError(
-            f"block_size={config.block_size} leaves {fit} tokens after a prompt of {PROMPT}, for "
-            f"max_new_tokens={new} of 3 or more; raise --block_size or lower --max_new_tokens"
+            f"block_size={config.block_size} leaves {fit} tokens after a prompt of {PROMPT}, too few for "
+            f"max_new_tokens={config.max_new_tokens or 3}; raise --block_size or lower --max_new_tokens"
         )
     _, meta = open_stream(config)
     model, _ = initial_model(replace(config, init_from="scratch"), meta)
