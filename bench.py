@@ -28,11 +28,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+import attention as attention_file
 import model as model_file
 from data.tokens import GPT2_META, TokenStream, find_dataset, read_meta
-from decoding import prepare
+from decoding import prepare, stream
 from errors import UserError, one_line_errors
 from model import GPT
+from optim import make_optimizers
 from runtime import (
     Runtime,
     compile_works,
@@ -43,7 +45,7 @@ from runtime import (
     start_runtime,
     take_fast_float32,
 )
-from train import initial_model, make_optimizer, step_batches, training_step
+from train import initial_model, step_batches, training_step
 
 TRACE, PLOT = "bench_trace.json", "bench_ladder.png"
 PROMPT = 16  # tokens before those that are timed
@@ -139,17 +141,20 @@ def our_step(
     if not padded:
         model = GPT(replace(model.config, vocab_size=meta["vocab_size"]))
     model.activation_checkpointing = config.activation_checkpointing
-    optimizer, scaler = make_optimizer(model.to(runtime.device).train(), config, runtime)
+    optimizers = make_optimizers(model.to(runtime.device).train(), config, runtime.device.type)
+    scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
     if not fused:
-        groups = [{key: group[key] for key in ("params", "weight_decay")} for group in optimizer.param_groups]
+        groups = [
+            {key: group[key] for key in ("params", "weight_decay")} for group in optimizers[0].param_groups
+        ]
         betas = (config.beta1, config.beta2)
-        optimizer = torch.optim.AdamW(groups, config.learning_rate, betas, fused=False)
+        optimizers = [torch.optim.AdamW(groups, config.learning_rate, betas, fused=False)]
     maybe_compile(model, config.compile, runtime.device, config.max_iters, print)
     batches = step_batches(stream, config, runtime, 0)
 
     def step(number: int) -> None:
         nonlocal batches
-        training_step(model, optimizer, scaler, batches, config.grad_clip, runtime)
+        training_step(model, optimizers, scaler, batches, config.grad_clip, runtime)
         batches = step_batches(stream, config, runtime, number + 1)  # while a GPU computes, as train.py does
 
     return model, step
@@ -334,11 +339,12 @@ def ladder_rungs(config: BenchConfig, meta: dict, runtime: Runtime) -> list[tupl
     return rungs
 
 
-def plain_attention(qkv: torch.Tensor, p: float) -> torch.Tensor:
-    """Attention as the formula has it: all scores, masked afterwards. (3, B, H, T, D) to (B, H, T, D)."""
-    q, k, v = qkv
+def plain_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, p: float = 0.0
+) -> torch.Tensor:
+    """Attention as the formula has it: all scores, masked afterwards. Shapes (B, H, T, D)."""
     later = torch.ones(q.size(2), q.size(2), dtype=torch.bool, device=q.device).triu(1)
-    scores = (q @ k.transpose(-2, -1)) / math.sqrt(q.size(-1))  # (B, H, T, T)
+    scores = (q @ k.transpose(-2, -1)) * scale  # (B, H, T, T)
     return F.dropout(scores.masked_fill(later, -math.inf).softmax(dim=-1), p) @ v
 
 
@@ -356,9 +362,11 @@ def rung_step(config: BenchConfig, stream: Any, meta: dict, runtime: Runtime, on
     def with_less(number: int) -> None:
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision(precision)
-        vars(model_file).update(ours | plain)
+        for file in (model_file, attention_file):
+            vars(file).update(ours | plain)
         step(number)
-        vars(model_file).update(ours)
+        for file in (model_file, attention_file):
+            vars(file).update(ours)
         torch.set_float32_matmul_precision(before)
 
     return with_less
@@ -469,14 +477,14 @@ def bench_generate(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
         """To the first token; from the second to the last; in all. At the second, a GPU records its graph."""
         synchronize(runtime)
         begin = time.perf_counter()
-        stream = m.stream(idx, count, 0.8, 200)
-        next(stream)
+        tokens = stream(m, idx, count, 0.8, 200)
+        next(tokens)
         synchronize(runtime)
         first = time.perf_counter()
-        next(stream, None)
+        next(tokens, None)
         synchronize(runtime)
         second = time.perf_counter()
-        for _ in stream:
+        for _ in tokens:
             pass
         synchronize(runtime)
         end = time.perf_counter()

@@ -9,9 +9,9 @@ import math
 import os
 import urllib.error
 import urllib.request
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 
@@ -20,6 +20,7 @@ from errors import MachineError, UserError
 from model import GPT, GPTConfig
 
 BEST, NEWEST = "ckpt.pt", "last.pt"
+OPTIMIZER_KEYS = ("optimizer", "muon")  # AdamW's or SGD's state, as in nanoGPT; Muon's beside AdamW's
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
 
@@ -95,7 +96,7 @@ def best_checkpoint(out_dir: Path) -> Path:
 def restore_model(contents: dict[str, Any], path: Path, dropout: float = 0.0) -> GPT:
     """The network of a checkpoint, with its weights, on the CPU. Raises UserError where they do not fit."""
     args = {"activation": "gelu", **contents["model_args"], "dropout": dropout}  # nanoGPT's is the exact one
-    known = {field.name: type(field.default) for field in fields(GPTConfig)}
+    known = get_type_hints(GPTConfig)
     for name, value in args.items():
         if name not in known or not isinstance(value, known[name]):
             raise UserError(f"{path} has {name}={str(value)[:40]}, not known here; use another, or update")
@@ -113,24 +114,27 @@ def restore_model(contents: dict[str, Any], path: Path, dropout: float = 0.0) ->
     return model
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, contents: dict[str, Any], out_dir: Path) -> None:
-    """Load the moments; the settings stay those of this run. Raises UserError where they do not fit."""
+def restore_optimizers(
+    optimizers: list[torch.optim.Optimizer], contents: dict[str, Any], out_dir: Path
+) -> None:
+    """Load the averages; the settings stay those of this run. Raises UserError where they do not fit."""
     try:
-        state = contents["optimizer"]
-        for saved, ours in zip(state["param_groups"], optimizer.param_groups, strict=True):
-            saved.update({key: value for key, value in ours.items() if key != "params"})
-        optimizer.load_state_dict(state)
+        for key, optimizer in zip(OPTIMIZER_KEYS, optimizers, strict=False):
+            state = contents[key]
+            for saved, ours in zip(state["param_groups"], optimizer.param_groups, strict=True):
+                saved.update({key: value for key, value in ours.items() if key != "params"})
+            optimizer.load_state_dict(state)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{out_dir}: the optimizer state does not fit ({error}); use another one") from None
 
 
 def training_state(
-    model: GPT, optimizer: torch.optim.Optimizer, iter_num: int, best_val_loss: float, **more: Any
+    model: GPT, optimizers: list[torch.optim.Optimizer], iter_num: int, best_val_loss: float, **more: Any
 ) -> dict[str, Any]:
     """The contents of a checkpoint. `model` is the plain GPT, not its compiled or distributed face."""
     return {
         "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
+        **{key: o.state_dict() for key, o in zip(OPTIMIZER_KEYS, optimizers, strict=False)},
         "model_args": asdict(model.config),
         "iter_num": iter_num,
         "best_val_loss": best_val_loss,

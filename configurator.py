@@ -23,7 +23,7 @@ Settings = TypeVar("Settings")
 
 
 def setting(default: Any, explanation: str, **limits: Any) -> Any:
-    """A dataclass field with its line for --help and its limits: at_least, above, below, choices."""
+    """A dataclass field with its line for --help and its limits: at_least, at_most, above, below, choices."""
     return dataclasses.field(default=default, metadata={"explanation": explanation, **limits})
 
 
@@ -131,6 +131,7 @@ def limit_broken(value: Any, limits: typing.Mapping[str, Any]) -> str | None:
     tests = {
         "a finite number": math.isfinite(value),
         f"at least {limits.get('at_least')}": value >= limits.get("at_least", value),
+        f"at most {limits.get('at_most')}": value <= limits.get("at_most", value),
         f"above {limits.get('above')}": value > limits.get("above", -math.inf),
         f"below {limits.get('below')}": value < limits.get("below", math.inf),
     }

@@ -1,13 +1,70 @@
-"""A model made ready to decode: its weights in the form that one token at a time reads fastest.
+"""From logits to tokens, and a model made ready for that: its weights in the form that is read fastest.
 
 Decoding reads every weight for every token, so its speed is the weights' bytes over the memory's bandwidth.
+`model` is a GPT, which model.py makes.
 """
+
+from collections.abc import Iterator
+from functools import partial
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import GPT
+from attention import KVCache
+from runtime import cuda_graph
+
+
+def sample_token(logits: torch.Tensor, temperature: float, top_k: int | None) -> torch.Tensor:
+    """Draw one id for each row of logits (B, V): (B, 1). Temperature 0 takes the likeliest."""
+    if temperature < 1e-5:  # 0, or too small to divide by
+        return logits.argmax(dim=-1, keepdim=True)
+    if not top_k or top_k >= logits.size(-1):
+        return torch.multinomial((logits.float() / temperature).softmax(dim=-1), num_samples=1)
+    values, ids = logits.topk(top_k)  # (B, top_k)
+    chosen = torch.multinomial((values.float() / temperature).softmax(dim=-1), num_samples=1)  # (B, 1)
+    return ids.gather(1, chosen)
+
+
+def stream(
+    model: nn.Module,
+    idx: torch.Tensor,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    vocab_size: int | None = None,
+) -> Iterator[torch.Tensor]:
+    """Yield the next token of each of the B sequences, (B, 1), max_new_tokens times.
+
+    Each token is read once: keys and values are kept. Where block_size is full, the last three quarters
+    of it are read anew, as positions from 0 on, which makes room for the next quarter. Ids from
+    `vocab_size` on are never drawn: a padded vocabulary has them, no tokenizer can read them. The caller
+    sets eval mode.
+    """
+    config, weight = model.config, model.transformer.wte.weight
+    block_size = config.block_size
+    window = idx[:, -block_size:]  # the newest tokens, at most block_size
+    size = min(block_size, window.size(1) + max_new_tokens)
+    cache = KVCache(config.n_layer, config.kv_heads, config.n_embd // config.n_head, len(idx), size, weight)
+    decode = partial(model.decode, cache=cache)
+    recorded, next_id = not weight.is_cuda, window[:, -1:]
+    for number in range(max_new_tokens):
+        with torch.no_grad():
+            if number == 0:
+                same = bool((window == window[:1]).all())  # one prompt for all samples is read once
+                logits = model.prefill(window[:1] if same else window, cache).expand(len(idx), -1)
+            elif cache.length == block_size:
+                window = window[:, -max(1, block_size * 3 // 4) :]
+                logits = model.prefill(window, cache)
+            else:
+                position = torch.full((1,), cache.length, device=idx.device)
+                if not recorded:
+                    decode, recorded = cuda_graph(decode, next_id, position), True
+                logits = decode(next_id, position)
+                cache.length += 1
+            next_id = sample_token(logits[:, :vocab_size], temperature, top_k)  # (B, 1)
+            window = torch.cat([window, next_id], dim=1)
+        yield next_id
 
 
 class PackedLinear(nn.Module):
@@ -45,7 +102,7 @@ class Int8Linear(nn.Module):
 
 
 @torch.no_grad()
-def prepare(model: GPT, dtype: torch.dtype, int8: bool = False, compile: bool = False) -> GPT:
+def prepare(model: nn.Module, dtype: torch.dtype, int8: bool = False, compile: bool = False) -> nn.Module:
     """The model for decoding only, changed in place: weights in `dtype`, or in 8 bits, and in fast layout.
 
     With `compile`, one token's decoding is compiled, without the layout, which torch.compile does not know:

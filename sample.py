@@ -21,7 +21,7 @@ import torch
 from checkpoint import best_checkpoint, load_checkpoint, load_pretrained, restore_model
 from data.tokenizer import CharTokenizer, Tokenizer, from_description
 from data.tokens import GPT2_META, find_dataset, read_meta
-from decoding import prepare
+from decoding import prepare, stream
 from errors import UserError, one_line_errors
 from runtime import compile_works, start_runtime
 
@@ -79,7 +79,7 @@ class Sampler:
             raise UserError(error) from None
         idx = self.encode(prompt).expand(num_samples, -1)  # (N, T)
         torch.manual_seed(seed)
-        return self.model.stream(idx, max_new_tokens, temperature, top_k, self.tokenizer.vocab_size)
+        return stream(self.model, idx, max_new_tokens, temperature, top_k, self.tokenizer.vocab_size)
 
     def generate(
         self,

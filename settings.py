@@ -4,7 +4,9 @@ from dataclasses import dataclass
 
 from configurator import check_settings, setting
 
-ACTIVATIONS = ("gelu_tanh", "gelu")
+ACTIVATIONS = ("gelu_tanh", "gelu", "relu2", "swiglu")
+NORMS = ("layernorm", "rmsnorm")
+OPTIMIZERS = ("adamw", "muon", "sgd")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 COMPILE = ("auto", True, False)
 
@@ -53,17 +55,39 @@ class TrainConfig:
     )
     bias: bool = setting(False, "biases in the linear layers and LayerNorms (GPT-2 has them)")
     activation: str = setting(
-        "gelu_tanh", "GPT-2's GELU, or the exact one, five times as fast on CPUs", choices=ACTIVATIONS
+        "gelu_tanh", "GPT-2's GELU; gelu is the exact one, five times as fast on CPUs", choices=ACTIVATIONS
     )
+    # what came after GPT-2; model.py says what each does, BENCHMARKS.md what it gains
+    norm: str = setting("layernorm", "rmsnorm is faster and has no weights", choices=NORMS)
+    rotary: bool = setting(False, "positions by rotation of queries and keys, not by a table")
+    qk_norm: bool = setting(False, "queries and keys of equal length, which bears higher learning rates")
+    n_kv_head: int | None = setting(
+        None, "heads of keys and values, a divisor of n_head: a smaller KV cache; None is n_head", at_least=1
+    )
+    tied: bool = setting(True, "one table reads and writes tokens; False: two")
+    logit_softcap: float = setting(0.0, "bound of the logits; 0 is off", at_least=0)
+    embedding_skip: bool = setting(False, "each block reads the embeddings, too, by a weight that it learns")
+    zero_init: bool = setting(False, "blocks begin as nothing, and a head of its own with equal chances")
 
-    # AdamW and its learning rate
+    # optimizer and learning rate
+    optimizer: str = setting(
+        "adamw", "muon: for the matrices of the blocks, AdamW for the rest", choices=OPTIMIZERS
+    )
     learning_rate: float = setting(6e-4, "the highest", above=0)
+    muon_lr: float = setting(0.02, "the highest of Muon's matrices", above=0)
+    embedding_lr: float | None = setting(None, "the highest of wte and wpe; None is learning_rate", above=0)
+    head_lr: float | None = setting(None, "the highest of an untied lm_head; None is learning_rate", above=0)
     max_iters: int = setting(600_000, "optimizer steps in all", at_least=0)
     weight_decay: float = setting(0.1, "of matrices and embeddings", at_least=0)
     beta1: float = setting(0.9, "AdamW's averaging of gradients", at_least=0, below=1)
     beta2: float = setting(0.95, "AdamW's averaging of squared gradients", at_least=0, below=1)
+    momentum: float = setting(0.95, "Muon's and SGD's averaging of gradients", at_least=0, below=1)
     grad_clip: float = setting(1.0, "largest norm of the gradient; 0 is off", at_least=0)
-    decay_lr: bool = setting(True, "warm up, then decay along a cosine; False is constant")
+    decay_lr: bool = setting(True, "warm up, then decay as lr_schedule says; False is constant")
+    lr_schedule: str = setting(
+        "cosine", "wsd: constant, then a linear fall in the last steps", choices=("cosine", "wsd")
+    )
+    cooldown: float = setting(0.4, "with wsd: the share of the steps in which it falls", above=0, at_most=1)
     warmup_iters: int = setting(2000, "steps of linear warm-up", at_least=0)
     lr_decay_iters: int | None = setting(None, "step where min_lr is reached; None is max_iters", at_least=1)
     min_lr: float | None = setting(
@@ -85,7 +109,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_settings(self)
-        check_heads(self.n_embd, self.n_head)
+        check_heads(self.n_embd, self.n_head, self.n_kv_head, self.rotary)
         if not self.out_dir or not self.dataset:
             raise ValueError("out_dir or dataset is empty; name a folder")
 
@@ -152,9 +176,15 @@ class SampleConfig:
         check_settings(self)
 
 
-def check_heads(n_embd: int, n_head: int) -> None:
-    """Raises ValueError where the width cannot be shared among the heads."""
+def check_heads(n_embd: int, n_head: int, n_kv_head: int | None, rotary: bool) -> None:
+    """Raises ValueError where the width cannot be shared among the heads, or the heads among fewer."""
     if n_embd % n_head:
         raise ValueError(
             f"n_embd={n_embd} is not divisible by n_head={n_head}; make it a multiple, or change n_head"
+        )
+    if n_head % (n_kv_head or n_head):
+        raise ValueError(f"n_kv_head={n_kv_head} does not divide n_head={n_head}; choose a divisor")
+    if rotary and n_embd // n_head % 2:
+        raise ValueError(
+            f"rotary turns pairs, but n_embd/n_head={n_embd // n_head} is odd; change n_embd or n_head"
         )

@@ -33,7 +33,7 @@ from checkpoint import (
     newest_checkpoint,
     open_out_dir,
     restore_model,
-    restore_optimizer,
+    restore_optimizers,
     save_checkpoint,
     set_aside,
     training_state,
@@ -41,6 +41,7 @@ from checkpoint import (
 from data.tokens import TokenStream, find_dataset, random_starts, read_meta
 from errors import UserError, one_line_errors
 from model import GPT, GPTConfig
+from optim import get_lr, make_optimizers, set_learning_rates
 from runtime import (
     Runtime,
     crowd_watch,
@@ -79,8 +80,7 @@ def initial_model(config: TrainConfig, meta: dict[str, Any]) -> tuple[GPT, dict[
         model = restore_model(contents, path, config.dropout)
     elif config.init_from in ("scratch", "auto"):
         torch.manual_seed(config.seed)
-        shared = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "bias", "activation")
-        shape = {name: getattr(config, name) for name in shared}
+        shape = {name: value for name, value in asdict(config).items() if name in asdict(GPTConfig())}
         # GPT-2's vocabulary is padded to GPTConfig's, which GPUs multiply faster
         vocab_size = GPTConfig.vocab_size if meta["vocab_size"] == 50257 else meta["vocab_size"]
         model = GPT(GPTConfig(vocab_size=vocab_size, **shape))
@@ -104,31 +104,9 @@ def initial_model(config: TrainConfig, meta: dict[str, Any]) -> tuple[GPT, dict[
         )
     if config.block_size < model.config.block_size:
         model.crop_block_size(config.block_size)
-        contents.pop("optimizer", None)  # its moments have the shape of the longer table
+        if not model.config.rotary:
+            contents.pop("optimizer", None)  # its averages have the shape of the longer table
     return model, contents
-
-
-def get_lr(step: int, config: TrainConfig) -> float:
-    """Learning rate of a step: a linear rise over warmup_iters, half a cosine down to min_lr, then min_lr."""
-    if not config.decay_lr:
-        return config.learning_rate
-    lowest = config.learning_rate / 10 if config.min_lr is None else config.min_lr
-    last = config.max_iters if config.lr_decay_iters is None else config.lr_decay_iters
-    if step < config.warmup_iters:
-        return config.learning_rate * (step + 1) / (config.warmup_iters + 1)
-    if step >= last:
-        return lowest
-    done = (step - config.warmup_iters) / (last - config.warmup_iters)
-    return lowest + (config.learning_rate - lowest) * (1 + math.cos(math.pi * done)) / 2
-
-
-def make_optimizer(
-    model: GPT, config: TrainConfig, runtime: Runtime
-) -> tuple[torch.optim.Optimizer, torch.amp.GradScaler]:
-    """AdamW for the model where it is, and the loss scaling that fp16 needs, idle otherwise."""
-    betas, device_type = (config.beta1, config.beta2), runtime.device.type
-    optimizer = model.configure_optimizers(config.weight_decay, config.learning_rate, betas, device_type)
-    return optimizer, torch.amp.GradScaler(device_type, enabled=runtime.dtype == torch.float16)
 
 
 def windows_to_xy(windows: np.ndarray, runtime: Runtime) -> tuple[torch.Tensor, torch.Tensor]:
@@ -154,7 +132,7 @@ def step_batches(stream: TokenStream, config: TrainConfig, runtime: Runtime, ste
 
 def training_step(
     model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizers: list[torch.optim.Optimizer],
     scaler: torch.amp.GradScaler,
     batches: list[Batch],
     grad_clip: float,
@@ -171,11 +149,13 @@ def training_step(
         scaler.scale(loss / len(batches)).backward()
         total += loss.detach()
     if grad_clip:
-        scaler.unscale_(optimizer)
+        for optimizer in optimizers:
+            scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
-    scaler.step(optimizer)
+    for optimizer in optimizers:
+        scaler.step(optimizer)
+        optimizer.zero_grad(set_to_none=True)
     scaler.update()
-    optimizer.zero_grad(set_to_none=True)
     return total / len(batches)
 
 
@@ -291,9 +271,10 @@ def train(config: TrainConfig) -> TrainResult:
     describe_run(config, runtime, folder, streams, model, say)
     wandb = start_wandb(config) if config.wandb_log and runtime.is_main else None
 
-    optimizer, scaler = make_optimizer(model.to(runtime.device), config, runtime)
+    optimizers = make_optimizers(model.to(runtime.device), config, runtime.device.type)
+    scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
     if "optimizer" in contents:
-        restore_optimizer(optimizer, contents, out_dir)
+        restore_optimizers(optimizers, contents, out_dir)
         scaler.load_state_dict(contents.get("scaler") or scaler.state_dict())
     if contents:
         finished = step >= config.max_iters and not config.eval_only
@@ -324,7 +305,7 @@ def train(config: TrainConfig) -> TrainResult:
         own = True
         more |= {"config": asdict(config), "scaler": scaler.state_dict(), "meta": meta}
         for name in names if runtime.is_main else ():
-            save_checkpoint(out_dir / name, training_state(model, optimizer, step, best_val_loss, **more))
+            save_checkpoint(out_dir / name, training_state(model, optimizers, step, best_val_loss, **more))
         say(f"step {step}: wrote {' and '.join(str(out_dir / name) for name in names)}")
 
     losses: list[dict[str, float]] = []
@@ -356,9 +337,8 @@ def train(config: TrainConfig) -> TrainResult:
             if config.eval_only or stopping or step >= config.max_iters:
                 break
 
-            for group in optimizer.param_groups:
-                group["lr"] = get_lr(step, config)
-            loss = training_step(trained, optimizer, scaler, batches, config.grad_clip, runtime)
+            set_learning_rates(optimizers, step, config)
+            loss = training_step(trained, optimizers, scaler, batches, config.grad_clip, runtime)
             step += 1
             # the next batches are read and sent while a GPU still computes on these
             batches = step_batches(streams["train"], config, runtime, step)

@@ -12,7 +12,7 @@ from conftest import NANOGPT
 from checkpoint import (
     load_checkpoint,
     restore_model,
-    restore_optimizer,
+    restore_optimizers,
     save_checkpoint,
     set_aside,
     training_state,
@@ -33,7 +33,7 @@ def make_state() -> dict:
     _, loss = model(torch.arange(8)[None], torch.arange(1, 9)[None])
     loss.backward()
     optimizer.step()
-    return training_state(model, optimizer, 7, 1.5, config={"dataset": "x"})
+    return training_state(model, [optimizer], 7, 1.5, config={"dataset": "x"})
 
 
 def test_what_is_saved_is_loaded(tmp_path):
@@ -133,7 +133,7 @@ def test_an_optimizer_state_that_does_not_fit_is_refused(tmp_path):
     optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
     for contents in (make_state(), {"optimizer": {}}, {"optimizer": {"param_groups": [], "state": {}}}):
         with pytest.raises(UserError, match="optimizer state does not fit"):
-            restore_optimizer(optimizer, contents, tmp_path)
+            restore_optimizers([optimizer], contents, tmp_path)
 
 
 def test_another_runs_checkpoints_are_set_aside(tmp_path):
@@ -155,7 +155,7 @@ def test_nanogpts_checkpoint_gives_its_logits_and_trains_on(name, tag):
     model = restore_model(contents, NANOGPT / name).train()
     assert model.config.activation == "gelu"
     optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), "cpu")
-    restore_optimizer(optimizer, contents, NANOGPT)
+    restore_optimizers([optimizer], contents, NANOGPT)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
 
     expected = np.load(NANOGPT / "expected.npz")
@@ -165,7 +165,7 @@ def test_nanogpts_checkpoint_gives_its_logits_and_trains_on(name, tag):
         logits, _ = model(batches[0][:, :-1], batches[0][:, 1:])
     np.testing.assert_allclose(logits[:2].numpy(), expected[f"{tag}_logits"], atol=1e-6)
     losses = [
-        training_step(model, optimizer, scaler, [(ids[:, :-1], ids[:, 1:], 0)], 1.0, CPU).item()
+        training_step(model, [optimizer], scaler, [(ids[:, :-1], ids[:, 1:], 0)], 1.0, CPU).item()
         for ids in batches
     ]
     np.testing.assert_allclose(losses, expected[f"{tag}_losses"], atol=2e-6)

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from model import GPT, GPTConfig, KVCache, causal_attention, dropout, sample_token
+from attention import KVCache, causal_attention, dropout
+from decoding import sample_token, stream
+from model import GPT, GPTConfig
 
 SMALL = {"block_size": 32, "vocab_size": 96, "n_layer": 3, "n_head": 4, "n_embd": 32}
 
@@ -242,14 +244,14 @@ def test_stream_yields_what_generate_returns():
     torch.manual_seed(5)
     whole = model.generate(idx, 6, top_k=10)
     torch.manual_seed(5)
-    assert torch.equal(torch.cat(list(model.stream(idx, 6, top_k=10)), 1), whole[:, 4:])
+    assert torch.equal(torch.cat(list(stream(model, idx, 6, top_k=10)), 1), whole[:, 4:])
 
 
 def test_a_padded_vocabulary_is_never_drawn_from():
     model = small()
     with torch.no_grad():
         model.lm_head.weight[90:] += 10 * model.transformer.ln_f.weight  # the padding would win
-    ids = torch.cat(list(model.stream(random_ids(8, 4), 20, 1.5, None, vocab_size=90)), 1)
+    ids = torch.cat(list(stream(model, random_ids(8, 4), 20, 1.5, None, vocab_size=90)), 1)
     assert ids.max() < 90
 
 
@@ -278,11 +280,11 @@ def test_attention_equals_torchs(T):
     gradient = torch.randn(2, 3, T, 8, generator=torch.Generator().manual_seed(1))
     expected = F.scaled_dot_product_attention(*qkv, is_causal=True)
     (wanted,) = torch.autograd.grad(expected, qkv, gradient)
-    found = causal_attention(qkv, 0.0)
+    found = causal_attention(*qkv, 8**-0.5)
     (got,) = torch.autograd.grad(found, qkv, gradient)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(got, wanted, atol=2e-5, rtol=1e-5)
-    rounded = causal_attention(qkv.detach().bfloat16(), 0.0)
+    rounded = causal_attention(*qkv.detach().bfloat16(), 8**-0.5)
     assert rounded.dtype == torch.bfloat16
     torch.testing.assert_close(rounded.float(), expected, atol=0.05, rtol=0.05)
 
@@ -335,7 +337,7 @@ def test_decoding_scores_each_position_as_the_whole_sequence_does(static):
     idx = random_ids(2, 32)
     with torch.no_grad():
         expected = model(idx, targets=idx)[0]  # (B, T, V)
-        cache = KVCache(model.config, 2, 32, model.transformer.wte.weight)
+        cache = KVCache(3, 4, 8, 2, 32, model.transformer.wte.weight)
         cache.static = static
         torch.testing.assert_close(model.prefill(idx[:, :5], cache), expected[:, 4], atol=1e-5, rtol=1e-5)
         for t in range(5, 32):

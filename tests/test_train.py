@@ -19,9 +19,10 @@ from checkpoint import load_checkpoint
 from configurator import read_settings
 from data.tokens import TokenStream, read_meta
 from model import GPT
+from optim import get_lr
 from runtime import Runtime, crowd_watch, find_dtype, maybe_compile, take_fast_float32
 from settings import TrainConfig
-from train import evaluate, get_lr, step_batches, train
+from train import evaluate, step_batches, train
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
 

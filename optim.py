@@ -1,0 +1,156 @@
+"""How the weights change: AdamW, Muon or SGD, and the learning rate over the steps of a run."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn as nn
+
+from settings import TrainConfig
+
+# Coefficients of Muon's iteration, a polynomial a·x + b·x³ + c·x⁵ for each step. Each is the one nearest to
+# 1 (by its largest error) on what those before make of [0.005, 1]: Polar Express's idea (arXiv 2505.16932).
+POLYNOMIALS = ((8.2988, -24.4305, 18.0901), (3.9158, -2.9216, 0.5593), (3.1757, -2.3812, 0.4979))
+
+
+def get_lr(step: int, config: TrainConfig) -> float:
+    """Learning rate of a step: a linear rise over warmup_iters, then what lr_schedule says.
+
+    'cosine': half a cosine down to min_lr at lr_decay_iters, then min_lr. 'wsd' (warm-up, stable, decay,
+    arXiv 2405.18392): constant, then in the last `cooldown` of the steps a line down to min_lr.
+    """
+    highest = config.learning_rate
+    if not config.decay_lr:
+        return highest
+    lowest = highest / 10 if config.min_lr is None else config.min_lr
+    last = config.max_iters if config.lr_decay_iters is None else config.lr_decay_iters
+    if step < config.warmup_iters:
+        return highest * (step + 1) / (config.warmup_iters + 1)
+    if step >= last:
+        return lowest
+    if config.lr_schedule == "cosine":
+        done = (step - config.warmup_iters) / (last - config.warmup_iters)
+        return lowest + (highest - lowest) * (1 + math.cos(math.pi * done)) / 2
+    left = (last - step) / (config.cooldown * last)  # of the cooldown; above 1 before it
+    return lowest + (highest - lowest) * min(1.0, left)
+
+
+@torch.no_grad()
+def orthogonalize(stacks: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Bring the singular values of each matrix near to 1, in bf16: stacks of (N, rows, columns), which have
+    their shorter side in common.
+
+    What is not below 1/200 of the largest ends between 0.5 and 1.5. It is Newton and Schulz's
+    iteration, but on the square matrices x xᵀ, all of them at once; x itself is multiplied at the end.
+    """
+    xs = [stack.bfloat16() for stack in stacks]
+    grams = torch.cat([x.mT @ x if x.size(1) > x.size(2) else x @ x.mT for x in xs])  # (all, short, short)
+    # a little above the square of the largest singular value; a gradient of zeros stays one
+    bound = grams.norm(dim=(1, 2), keepdim=True).mul_(1.02).clamp_(min=1e-30)
+    gram, factor, product = grams / bound, None, None
+    for a, b, c in POLYNOMIALS:
+        if factor is not None:
+            gram = factor @ gram @ factor  # of what x is by now; polynomials of one matrix commute
+        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        factor.diagonal(dim1=1, dim2=2).add_(a)
+        product = factor if product is None else factor @ product
+    products = (product / bound.sqrt()).split([len(x) for x in xs])
+    return [x @ p if x.size(1) > x.size(2) else p @ x for x, p in zip(xs, products, strict=True)]
+
+
+class Muon(torch.optim.Muon):
+    """torch.optim.Muon (https://kellerjordan.github.io/posts/muon/, arXiv 2502.16982), but all matrices of a
+    size are orthogonalised at once, in three steps for torch's five: for small ones in a third of the time."""
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            of_shape: dict[torch.Size, list[nn.Parameter]] = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    of_shape.setdefault(p.shape, []).append(p)
+            for short in {min(shape) for shape in of_shape}:
+                same = [matrices for shape, matrices in of_shape.items() if min(shape) == short]
+                ahead = [self.average(matrices, group["momentum"]) for matrices in same]
+                for matrices, updates in zip(same, orthogonalize(ahead), strict=True):
+                    rows, columns = matrices[0].shape
+                    torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
+                    rate = group["lr"] * math.sqrt(max(1, rows / columns))
+                    torch._foreach_add_(matrices, updates.unbind(), alpha=-rate)
+
+    def average(self, matrices: list[nn.Parameter], momentum: float) -> torch.Tensor:
+        """Update the running means of the gradients, and look ahead as Nesterov: (N, rows, columns)."""
+        for p in matrices:
+            if "momentum_buffer" not in self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        means = [self.state[p]["momentum_buffer"] for p in matrices]
+        gradients = [p.grad for p in matrices]
+        torch._foreach_lerp_(means, gradients, 1 - momentum)
+        return torch.stack(torch._foreach_lerp(gradients, means, momentum))
+
+
+def adamw(
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    weight_decay: float,
+    learning_rate: float,
+    betas: tuple[float, float],
+    device_type: str,
+    embedding_lr: float | None = None,
+    head_lr: float | None = None,
+) -> torch.optim.AdamW:
+    """AdamW (arXiv 1711.05101) that decays matrices and embeddings, not biases and norms.
+
+    wte and wpe may have a learning rate of their own, and so may lm_head where it is no part of wte.
+    """
+    groups = by_rate(named_parameters, weight_decay, learning_rate, embedding_lr, head_lr)
+    fused = device_type in ("cuda", "cpu")  # one kernel for all parameters
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
+
+
+def by_rate(
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    weight_decay: float,
+    learning_rate: float,
+    embedding_lr: float | None,
+    head_lr: float | None,
+) -> list[dict[str, Any]]:
+    """Groups of those parameters that have learning rate and weight decay in common."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, p in named_parameters:
+        own = embedding_lr if "wte" in name or "wpe" in name else head_lr if "lm_head" in name else None
+        rate = learning_rate if own is None else own
+        groups.setdefault((rate, weight_decay if p.dim() >= 2 else 0.0), []).append(p)
+    return [{"params": ps, "lr": lr, "weight_decay": decay} for (lr, decay), ps in groups.items()]
+
+
+def make_optimizers(model: nn.Module, config: TrainConfig, device_type: str) -> list[torch.optim.Optimizer]:
+    """What config.optimizer says: AdamW or SGD for all, or AdamW for all but the matrices of the blocks, and
+    Muon for those.
+    """
+    named = list(model.named_parameters())
+    own_rates = (config.embedding_lr, config.head_lr)
+    if config.optimizer == "sgd":
+        groups = by_rate(named, config.weight_decay, config.learning_rate, *own_rates)
+        optimizers = [torch.optim.SGD(groups, momentum=config.momentum, nesterov=config.momentum > 0)]
+    else:
+        muons = {name: p for name, p in named if ".h." in name and p.dim() == 2}
+        muons = muons if config.optimizer == "muon" else {}
+        others = [(name, p) for name, p in named if name not in muons]
+        betas = (config.beta1, config.beta2)
+        optimizers = [
+            adamw(others, config.weight_decay, config.learning_rate, betas, device_type, *own_rates)
+        ]
+        if muons:
+            rest = {"weight_decay": config.weight_decay, "momentum": config.momentum}
+            optimizers.append(Muon(muons.values(), lr=config.muon_lr, **rest))
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["initial_lr"] = group["lr"]
+    return optimizers
+
+
+def set_learning_rates(optimizers: list[torch.optim.Optimizer], step: int, config: TrainConfig) -> None:
+    """Give each group its own highest rate times the share that the schedule leaves of it at this step."""
+    share = get_lr(step, config) / config.learning_rate
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["lr"] = share * group["initial_lr"]
