@@ -61,7 +61,7 @@ def orthogonalize(stacks: list[torch.Tensor]) -> list[torch.Tensor]:
 
 class Muon(torch.optim.Muon):
     """torch.optim.Muon (https://kellerjordan.github.io/posts/muon/, arXiv 2502.16982), but all matrices of a
-    size are orthogonalised at once, in three steps for torch's five: for small ones in a third of the time."""
+    size are orthogonalised at once, in three steps for torch's five: small ones in a third of the time."""
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:

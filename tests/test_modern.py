@@ -1,0 +1,220 @@
+"""Every combination of GPTConfig's settings: against the formulas in float64, trained, sampled, saved."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from attention import rms_norm, rotate, rotation
+from checkpoint import load_checkpoint, restore_model, save_checkpoint, training_state
+from decoding import stream
+from model import GPT, GPTConfig
+from optim import make_optimizers
+from runtime import Runtime
+from settings import TrainConfig
+from train import training_step
+
+SMALL = {"block_size": 16, "vocab_size": 24, "n_layer": 2, "n_head": 4, "n_embd": 24}
+VALUES = {
+    "bias": (False, True),
+    "activation": ("gelu_tanh", "relu2", "swiglu"),
+    "norm": ("layernorm", "rmsnorm"),
+    "rotary": (False, True),
+    "qk_norm": (False, True),
+    "n_kv_head": (None, 2, 1),
+    "tied": (True, False),
+    "logit_softcap": (0.0, 3.0),
+    "embedding_skip": (False, True),
+    "zero_init": (False, True),
+}
+ALL = [dict(zip(VALUES, values, strict=True)) for values in itertools.product(*VALUES.values())]
+MODERN = {name: values[1] for name, values in VALUES.items()}
+
+
+def made(**settings) -> GPT:
+    """A model in which everything matters: all weights are random, also those that begin as zeros or ones."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**{**SMALL, **settings})).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.3 * torch.randn(p.shape)
+    return model
+
+
+def ids(*shape: int) -> torch.Tensor:
+    return torch.randint(24, shape, generator=torch.Generator().manual_seed(1))
+
+
+def reference(model: GPT, idx: torch.Tensor) -> torch.Tensor:
+    """Logits (B, T, V) by the formulas, in float64, a head and a position at a time where that is plain."""
+    c, w = model.config, {name: tensor.double() for name, tensor in model.state_dict().items()}
+    T, D = idx.size(1), c.n_embd // c.n_head
+
+    def linear(x, name):
+        return x @ w[f"{name}.weight"].T + w.get(f"{name}.bias", torch.zeros(1).double())
+
+    def norm(x, name):
+        if c.norm == "rmsnorm":
+            return x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
+        x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, unbiased=False) + 1e-5).sqrt()
+        return x * w[f"{name}.weight"] + w.get(f"{name}.bias", 0.0)
+
+    def head(x):  # queries or keys (B, T, D), normalised and turned
+        if c.qk_norm:
+            x = x * math.sqrt(D) / (x.pow(2).sum(-1, keepdim=True) + D * 1e-6).sqrt()
+        if c.rotary:
+            x = x.clone()
+            for t in range(T):
+                for i in range(0, D, 2):
+                    angle = t / 10_000 ** (i / D)
+                    a, b = x[:, t, i].clone(), x[:, t, i + 1].clone()
+                    x[:, t, i] = a * math.cos(angle) - b * math.sin(angle)
+                    x[:, t, i + 1] = a * math.sin(angle) + b * math.cos(angle)
+        return x
+
+    x = w["transformer.wte.weight"][idx]
+    if not c.rotary:
+        x = x + w["transformer.wpe.weight"][:T]
+    embedded, later = x, torch.ones(T, T).triu(1).bool()
+    K = c.n_kv_head or c.n_head
+    for i in range(c.n_layer):
+        block = f"transformer.h.{i}"
+        if c.embedding_skip:
+            x = x + w[f"{block}.skip"] * embedded
+        parts = linear(norm(x, f"{block}.ln_1"), f"{block}.attn.c_attn").split(D, dim=-1)
+        read = []
+        for h in range(c.n_head):
+            kv = h // (c.n_head // K)
+            q, k, v = head(parts[h]), head(parts[c.n_head + kv]), parts[c.n_head + K + kv]
+            scores = q @ k.mT * (12 / D if c.qk_norm else 1 / math.sqrt(D))
+            read.append(scores.masked_fill(later, -math.inf).softmax(-1) @ v)
+        x = x + linear(torch.cat(read, -1), f"{block}.attn.c_proj")
+        h = linear(norm(x, f"{block}.ln_2"), f"{block}.mlp.c_fc")
+        if c.activation == "gelu_tanh":
+            h = 0.5 * h * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))
+        elif c.activation == "relu2":
+            h = h.clamp(min=0) ** 2
+        else:
+            gate, up = h[..., : h.size(-1) // 2], h[..., h.size(-1) // 2 :]
+            h = gate / (1 + (-gate).exp()) * up
+        x = x + linear(h, f"{block}.mlp.c_proj")
+    logits = norm(x, "transformer.ln_f") @ w["lm_head.weight"].T
+    return c.logit_softcap * torch.tanh(logits / c.logit_softcap) if c.logit_softcap else logits
+
+
+def test_there_are_many():
+    assert len(ALL) == len({str(combination) for combination in ALL}) == 2**8 * 9
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_each_combination_gives_the_formulas_logits(part):
+    idx = ids(2, 7)
+    for settings in ALL[part::12]:  # a third of all; `part` shares them among processes
+        model = made(**settings)
+        logits, loss = model(idx, idx)
+        expected = reference(model, idx)
+        assert expected.std() > 0.1
+        torch.testing.assert_close(logits.double(), expected, atol=2e-4, rtol=1e-3, msg=str(settings))
+        loss.backward()
+        assert all(bool(p.grad.any()) for p in model.parameters()), settings  # every weight learns
+        assert loss.item() == pytest.approx(
+            F.cross_entropy(expected.flatten(0, 1), idx.flatten()).item(), 1e-3
+        )
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_each_combination_samples_with_the_cache_as_without(part):
+    """Also where the block is full and the window slides: 20 tokens after a prompt of 5, a block of 16."""
+    for settings in ALL[part + 4 :: 12]:
+        model = made(**settings)
+        found = torch.cat([ids(2, 5), *stream(model, ids(2, 5), 20, temperature=0.0)], dim=1)
+        window = idx = ids(2, 5)
+        for _ in range(20):
+            with torch.no_grad():
+                next_id = model(window)[0][:, -1].argmax(-1, keepdim=True)
+            idx = torch.cat([idx, next_id], dim=1)
+            window = torch.cat([window, next_id], dim=1)
+            window = window[:, -12:] if window.size(1) > 16 else window  # the last three quarters
+        assert torch.equal(found, idx), settings
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_each_combination_trains_and_is_saved_and_restored(part, tmp_path):
+    place = Runtime(torch.device("cpu"), torch.bfloat16)
+    idx = ids(4, 17)
+    for number, settings in enumerate(ALL[part + 8 :: 12]):
+        optimizer = ("adamw", "muon", "sgd")[number % 3]
+        config = TrainConfig(optimizer=optimizer, learning_rate=1e-2, n_layer=2, n_head=4, n_embd=24)
+        torch.manual_seed(0)
+        model = GPT(GPTConfig(**SMALL, **settings))
+        optimizers = make_optimizers(model, config, "cpu")
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        losses = [
+            training_step(model, optimizers, scaler, [(idx[:, :-1], idx[:, 1:], 0)], 1.0, place).item()
+            for _ in range(4)
+        ]
+        assert losses[3] < losses[0], settings
+        if number % 8 == 0:
+            save_checkpoint(tmp_path / "ckpt.pt", training_state(model, optimizers, 4, 1.0))
+            restored = restore_model(load_checkpoint(tmp_path / "ckpt.pt"), tmp_path / "ckpt.pt")
+            assert restored.config == model.config
+            assert all(
+                torch.equal(a, b) for a, b in zip(restored.parameters(), model.parameters(), strict=True)
+            )
+
+
+def test_rms_norm_has_torchs_values_and_gradients():
+    x = torch.randn(5, 7, 12, generator=torch.Generator().manual_seed(0)).mul_(3).requires_grad_()
+    gradient = torch.randn(5, 7, 12, generator=torch.Generator().manual_seed(1))
+    expected = F.rms_norm(x, (12,), eps=1e-6)
+    (wanted,) = torch.autograd.grad(expected, x, gradient)
+    (got,) = torch.autograd.grad(rms_norm(x), x, gradient)
+    torch.testing.assert_close(rms_norm(x), expected)
+    torch.testing.assert_close(got, wanted)
+    assert rms_norm(torch.zeros(2, 4)).tolist() == [[0.0] * 4] * 2
+
+
+def test_compiled_rotation_is_the_same():
+    """Complex numbers cannot be compiled: there it is written with real ones."""
+    x, turn = torch.randn(2, 3, 5, 8, requires_grad=True), rotation(5, 8)
+    torch.testing.assert_close(torch.compile(rotate, backend="eager")(x, turn), rotate(x, turn))
+    # a rotation keeps lengths, and products of queries and keys tell only how far apart they are
+    turned = rotate(x[:1, :1, :1].expand(1, 1, 5, 8), turn)[0, 0]
+    torch.testing.assert_close(turned.norm(dim=-1), x[0, 0, 0].norm().expand(5))
+    torch.testing.assert_close(turned[1] @ turned[3], turned[0] @ turned[2])
+
+
+def test_zero_init_begins_with_equal_chances():
+    model = GPT(GPTConfig(**SMALL, zero_init=True, tied=False))
+    assert model(ids(2, 7), ids(2, 7))[1].item() == pytest.approx(math.log(24), rel=1e-6)
+    blocks_of = GPT(GPTConfig(**SMALL, zero_init=True)).transformer
+    x = torch.randn(1, 3, 24)
+    assert torch.equal(blocks_of.h[0](x, x), x)
+
+
+def test_parameters_are_counted_as_they_are_used():
+    tied, untied = GPT(GPTConfig(**SMALL)), GPT(GPTConfig(**SMALL, tied=False, rotary=True))
+    assert untied.get_num_params() == tied.get_num_params()  # a product with C x V weights at the end
+    assert untied.get_num_params(non_embedding=False) == tied.get_num_params(False) + 24 * 24 - 16 * 24
+
+
+def test_fewer_heads_of_keys_and_values_make_a_smaller_cache():
+    from attention import KVCache
+
+    sizes = []
+    for heads in (4, 1):
+        config = GPTConfig(**SMALL, n_kv_head=heads)
+        cache = KVCache(config.n_layer, config.kv_heads, 6, 1, 16, torch.zeros(1))
+        sizes.append(sum(layer.numel() for layer in cache.layers))
+    assert sizes[0] == 4 * sizes[1]
+
+
+def test_a_rotary_model_is_cropped_and_keeps_its_logits():
+    model = made(**MODERN)
+    with torch.no_grad():
+        before, _ = model(ids(2, 8), ids(2, 8))
+        model.crop_block_size(8)
+        after, _ = model(ids(2, 8), ids(2, 8))
+    assert torch.equal(before, after) and model.config.block_size == 8
