@@ -32,7 +32,7 @@ import attention as attention_file
 import model as model_file
 from data.tokens import GPT2_META, TokenStream, find_dataset, read_meta
 from decoding import prepare, stream
-from errors import UserError, one_line_errors
+from errors import UserError, one_line_errors, writable
 from model import GPT
 from optim import make_optimizers
 from runtime import (
@@ -83,19 +83,6 @@ def open_stream(config: BenchConfig) -> tuple[TokenStream | RandomStream, dict]:
     return RandomStream(GPT2_META["vocab_size"], 1_000_000 + config.block_size), GPT2_META
 
 
-@contextlib.contextmanager
-def writable(path: str) -> Iterator[str]:
-    """Raises UserError where the file cannot be written."""
-    try:
-        with open(path, "a"):  # torch's trace says nothing where it cannot
-            pass
-        yield path
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be written ({error.strerror}); name another, or go elsewhere"
-        ) from None
-
-
 def synchronize(runtime: Runtime) -> None:
     """Wait until the device has done all that it was given."""
     if runtime.device.type == "cuda":
@@ -141,7 +128,7 @@ def our_step(
     if not padded:
         model = GPT(replace(model.config, vocab_size=meta["vocab_size"]))
     model.activation_checkpointing = config.activation_checkpointing
-    optimizers = make_optimizers(model.to(runtime.device).train(), config, runtime.device.type)
+    optimizers = make_optimizers(model.to(runtime.device).train(), config, runtime.device.type, runtime.dtype)
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
     if not fused:
         groups = [

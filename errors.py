@@ -58,3 +58,16 @@ def stop(status: int, error: object) -> None:
     sys.stdout.flush()
     sys.stderr.write(f"error: {' '.join(str(error).split())}\n")  # in one piece, as ranks share a terminal
     sys.exit(status)
+
+
+@contextmanager
+def writable(path: str) -> Iterator[str]:
+    """Raises UserError where the file cannot be written."""
+    try:
+        with open(path, "a"):  # torch's trace says nothing where it cannot
+            pass
+        yield path
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written ({error.strerror}); name another, or go elsewhere"
+        ) from None

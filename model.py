@@ -54,7 +54,7 @@ class GPTConfig:
     )
     tied: bool = True  # one table reads and writes tokens; False: two (arXiv 1608.05859 has the pros)
     logit_softcap: float = 0.0  # bounds logits by cap·tanh(logits/cap) (arXiv 2408.00118); 0 is off
-    embedding_skip: bool = False  # each block reads the embeddings, too, by a weight that it learns
+    embedding_skip: bool = False  # each block reads the stream and the embeddings, by weights that it learns
     zero_init: bool = False  # blocks begin as nothing: c_proj, and a head of its own, start at zero
 
     def __post_init__(self) -> None:
@@ -158,11 +158,11 @@ class Block(nn.Module):
         self.attn = CausalSelfAttention(config)
         self.ln_2 = norm_layer(config)
         self.mlp = MLP(config)
-        self.skip = nn.Parameter(torch.zeros(1)) if config.embedding_skip else None
+        self.skip = nn.Parameter(torch.empty(2)) if config.embedding_skip else None
 
     def forward(self, x: torch.Tensor, x0: torch.Tensor, *past: Any) -> torch.Tensor:
         if self.skip is not None:
-            x = x + self.skip * x0
+            x = self.skip[0] * x + self.skip[1] * x0
         x = x + self.attn(self.ln_1(x), *past).to(x.dtype)  # a sum of mixed types is slow on CPUs
         return x + self.mlp(self.ln_2(x)).to(x.dtype)
 
@@ -194,7 +194,9 @@ class GPT(nn.Module):
         """GPT-2's: deviation 0.02, and 0.02/√(2·n_layer) (or 0) in the layers that add to the stream."""
         residual_std = 0.0 if self.config.zero_init else 0.02 / math.sqrt(2 * self.config.n_layer)
         for name, parameter in self.named_parameters():
-            if parameter.dim() < 2:
+            if name.endswith("skip"):
+                parameter.copy_(torch.tensor([1.0, 0.0]))  # the stream alone
+            elif parameter.dim() < 2:
                 parameter.fill_(1.0 if name.endswith("weight") else 0.0)  # LayerNorms are 1, biases 0
             else:
                 parameter.normal_(std=residual_std if name.endswith("c_proj.weight") else 0.02)

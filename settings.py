@@ -66,7 +66,7 @@ class TrainConfig:
     )
     tied: bool = setting(True, "one table reads and writes tokens; False: two")
     logit_softcap: float = setting(0.0, "bound of the logits; 0 is off", at_least=0)
-    embedding_skip: bool = setting(False, "each block reads the embeddings, too, by a weight that it learns")
+    embedding_skip: bool = setting(False, "each block reads the embeddings, too, by weights that it learns")
     zero_init: bool = setting(False, "blocks begin as nothing, and a head of its own with equal chances")
 
     # optimizer and learning rate
@@ -143,6 +143,20 @@ class BenchConfig(TrainConfig):
         None, "time these too, in turns: a nanoGPT checkout's folder, or transformers"
     )
     json: str | None = setting(None, "write the results to this file too")
+
+
+@dataclass
+class AblateConfig(TrainConfig):
+    """Train a recipe, the recipe without each of its ingredients, GPT-2, and GPT-2 with each of them.
+
+    usage: python ablate.py config/train_shakespeare_cpu_modern.py [--setting=value ...]
+
+    Takes all settings of train.py. Interrupted, it goes on where it was.
+    """
+
+    seeds: int = setting(3, "runs of each, with seeds from `seed` on", at_least=1)
+    json: str = setting("ablate.json", "file of the runs made so far")
+    plot: str = setting("ablate.png", "file of the plot")
 
 
 @dataclass

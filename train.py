@@ -78,6 +78,12 @@ def initial_model(config: TrainConfig, meta: dict[str, Any]) -> tuple[GPT, dict[
         path = newest or Path(config.out_dir) / NEWEST
         contents = origin = load_checkpoint(path)
         model = restore_model(contents, path, config.dropout)
+        its_optimizer = contents.get("config", {}).get("optimizer", "adamw")
+        if its_optimizer != config.optimizer:
+            raise UserError(
+                f"{config.out_dir} was trained with optimizer={its_optimizer}; resume with that, or begin "
+                f"from its weights: --init_from={config.out_dir} and another --out_dir"
+            )
     elif config.init_from in ("scratch", "auto"):
         torch.manual_seed(config.seed)
         shape = {name: value for name, value in asdict(config).items() if name in asdict(GPTConfig())}
@@ -271,7 +277,7 @@ def train(config: TrainConfig) -> TrainResult:
     describe_run(config, runtime, folder, streams, model, say)
     wandb = start_wandb(config) if config.wandb_log and runtime.is_main else None
 
-    optimizers = make_optimizers(model.to(runtime.device), config, runtime.device.type)
+    optimizers = make_optimizers(model.to(runtime.device), config, runtime.device.type, runtime.dtype)
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
     if "optimizer" in contents:
         restore_optimizers(optimizers, contents, out_dir)

@@ -82,7 +82,7 @@ def reference(model: GPT, idx: torch.Tensor) -> torch.Tensor:
     for i in range(c.n_layer):
         block = f"transformer.h.{i}"
         if c.embedding_skip:
-            x = x + w[f"{block}.skip"] * embedded
+            x = w[f"{block}.skip"][0] * x + w[f"{block}.skip"][1] * embedded
         parts = linear(norm(x, f"{block}.ln_1"), f"{block}.attn.c_attn").split(D, dim=-1)
         read = []
         for h in range(c.n_head):
@@ -149,7 +149,7 @@ def test_each_combination_trains_and_is_saved_and_restored(part, tmp_path):
         config = TrainConfig(optimizer=optimizer, learning_rate=1e-2, n_layer=2, n_head=4, n_embd=24)
         torch.manual_seed(0)
         model = GPT(GPTConfig(**SMALL, **settings))
-        optimizers = make_optimizers(model, config, "cpu")
+        optimizers = make_optimizers(model, config, "cpu", torch.bfloat16)
         scaler = torch.amp.GradScaler("cpu", enabled=False)
         losses = [
             training_step(model, optimizers, scaler, [(idx[:, :-1], idx[:, 1:], 0)], 1.0, place).item()

@@ -19,7 +19,6 @@ from checkpoint import load_checkpoint
 from configurator import read_settings
 from data.tokens import TokenStream, read_meta
 from model import GPT
-from optim import get_lr
 from runtime import Runtime, crowd_watch, find_dtype, maybe_compile, take_fast_float32
 from settings import TrainConfig
 from train import evaluate, step_batches, train
@@ -90,22 +89,6 @@ def test_training_equals_a_plain_loop_over_transformers(tmp_path, dataset):
         torch.testing.assert_close(ours_logits, theirs(x).logits, atol=2e-4, rtol=0)
 
 
-def test_learning_rate_rises_and_falls_along_a_cosine():
-    config = config_of("--learning_rate=1", "--warmup_iters=10", "--lr_decay_iters=110", "--min_lr=0.2")
-    rates = [get_lr(step, config) for step in range(200)]
-    assert rates[0] == pytest.approx(1 / 11) and rates[9] == pytest.approx(10 / 11)
-    assert (
-        rates[10] == 1.0
-        and rates[60] == pytest.approx(0.6)
-        and rates[35] == pytest.approx(0.6 + 0.4 / math.sqrt(2))
-    )
-    assert rates[110:] == [0.2] * 90
-    assert all(rates[i] > rates[i + 1] for i in range(10, 110))
-    assert {get_lr(step, config_of("--decay_lr=False")) for step in range(30)} == {1e-2}
-    defaults = config_of("--max_iters=50")
-    assert get_lr(50, defaults) == pytest.approx(1e-3) and get_lr(49, defaults) > 1e-3
-
-
 def test_it_learns(tmp_path, dataset):
     flags = (
         f"--dataset={dataset}",
@@ -124,7 +107,16 @@ def test_it_learns(tmp_path, dataset):
     assert losses[-1] < -(shares * np.log(shares)).sum()
 
 
-@pytest.mark.parametrize("more", [(), ("--dropout=0.2", "--gradient_accumulation_steps=2")])
+MODERN = (
+    "--norm=rmsnorm", "--rotary=True", "--qk_norm=True", "--activation=relu2", "--n_kv_head=1",
+    "--tied=False", "--logit_softcap=15", "--embedding_skip=True", "--zero_init=True", "--optimizer=muon",
+    "--embedding_lr=0.03", "--lr_schedule=wsd",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "more", [(), ("--dropout=0.2", "--gradient_accumulation_steps=2"), MODERN, ("--optimizer=sgd",)]
+)
 def test_resumed_run_ends_bit_for_bit_as_the_unbroken_one(more, tmp_path, dataset):
     flags = (f"--dataset={dataset}", "--max_iters=20", "--lr_decay_iters=20", *more)
     whole = train(config_of(*flags, f"--out_dir={tmp_path / 'whole'}"))
@@ -158,8 +150,9 @@ def test_a_step_trains_on_the_same_samples_however_it_is_shared(dataset):
         assert samples(*shared) == expected
 
 
-def test_two_ranks_learn_what_one_learns(tmp_path, dataset):
-    flags = [*TINY, f"--dataset={dataset}", "--gradient_accumulation_steps=4", "--dropout=0.1"]
+@pytest.mark.parametrize("more", [("--dropout=0.1",), (*MODERN, "--zero_init=False")])
+def test_two_ranks_learn_what_one_learns(more, tmp_path, dataset):
+    flags = [*TINY, f"--dataset={dataset}", "--gradient_accumulation_steps=4", *more]
     done = run("train.py", *flags, f"--out_dir={tmp_path / 'one'}")
     assert done.returncode == 0, done.stderr
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -435,9 +428,38 @@ def test_compile_auto_weighs_the_run_and_says_why():
         assert len(lines) == 1 and said in lines[0] and model._compiled_call_impl is None
 
 
+def test_the_recipe_learns_more_from_as_many_steps(tmp_path, dataset):
+    """Each part of it, and all together: the modern network, and Muon, which SGD and AdamW do not reach."""
+    flags = (
+        f"--dataset={dataset}",
+        "--max_iters=120",
+        "--eval_interval=120",
+        "--eval_iters=0",
+        "--n_embd=32",
+    )
+    ways = {"gpt2": (), "network": MODERN[:9], "muon": ("--optimizer=muon",), "all": MODERN}
+    found = {
+        name: train(config_of(*flags, *way, f"--out_dir={tmp_path / name}")).best_val_loss
+        for name, way in ways.items()
+    }
+    assert max(found["muon"], found["network"]) < found["gpt2"] - 0.05
+    assert found["all"] < found["gpt2"] - 0.2, found
+
+
+def test_a_run_goes_on_with_its_own_optimizer_alone(trained, dataset, tmp_path):
+    flags = [*TINY, f"--dataset={dataset}", "--optimizer=muon", "--max_iters=22"]
+    before = (trained / "last.pt").read_bytes()
+    refused = run("train.py", *flags, f"--out_dir={trained}", "--init_from=resume")
+    assert_user_error(refused, "optimizer=adamw", f"--init_from={trained}")
+    assert (trained / "last.pt").read_bytes() == before
+    done = run("train.py", *flags, f"--out_dir={tmp_path}", f"--init_from={trained}")
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_network_is_what_the_settings_say(tmp_path, dataset):
     shape = {"block_size": 12, "n_layer": 3, "n_head": 4, "n_embd": 24, "dropout": 0.1, "bias": False}
-    shape["activation"] = "gelu"
+    shape |= {"activation": "swiglu", "norm": "rmsnorm", "rotary": True, "qk_norm": True, "n_kv_head": 2}
+    shape |= {"tied": False, "logit_softcap": 9.0, "embedding_skip": True, "zero_init": True}
     flags = [f"--{name}={value}" for name, value in shape.items()]
     result = train(config_of(f"--dataset={dataset}", f"--out_dir={tmp_path}", "--max_iters=1", *flags))
     made = vars(result.model.config)

@@ -1,0 +1,139 @@
+"""What each ingredient of a recipe gains: python ablate.py config/train_shakespeare_cpu_modern.py
+
+Trains the recipe, the recipe without each of its ingredients, GPT-2, and GPT-2 with each of them: on the same
+batches, for as many steps, with the same seeds. It prints a table and draws ablate.png.
+"""
+
+import sys
+
+from configurator import configure
+from settings import AblateConfig
+
+if __name__ == "__main__":
+    CONFIG = configure(AblateConfig)  # before torch is loaded, so that --help and mistakes answer at once
+
+import contextlib
+import json
+import statistics
+import tempfile
+import time
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from errors import UserError, one_line_errors, writable
+from settings import TrainConfig
+from train import train
+
+INGREDIENTS = (
+    "norm", "rotary", "qk_norm", "activation", "n_kv_head", "tied", "logit_softcap", "embedding_skip",
+    "zero_init", "optimizer", "lr_schedule", "dropout",
+)  # fmt: skip
+Run = dict[str, float]  # seed, val, seconds
+
+
+def variants(config: AblateConfig) -> dict[str, dict[str, Any]]:
+    """What to train, by name: settings that differ from the recipe's. Raises UserError where it has none."""
+    plain = {name: getattr(TrainConfig, name) for name in INGREDIENTS}  # a dataclass keeps its defaults there
+    recipe = {name: getattr(config, name) for name in INGREDIENTS if getattr(config, name) != plain[name]}
+    if not recipe:
+        raise UserError(
+            f"this recipe is GPT-2's; set one of {', '.join(INGREDIENTS)}, or take a config named modern"
+        )
+    of = {name: f"{name}={value}" for name, value in recipe.items()}
+    without = {f"recipe without {of[name]}": {name: plain[name]} for name in recipe}
+    added = {f"GPT-2 with {of[name]}": {**plain, name: value} for name, value in recipe.items()}
+    return {"recipe": {}, **without, "GPT-2": plain, **added}
+
+
+def train_once(config: AblateConfig, changes: dict[str, Any], seed: int) -> Run:
+    """Train in a folder that vanishes; the best loss over the whole val split, and the seconds of all."""
+    settings = {field.name: getattr(config, field.name) for field in fields(TrainConfig)} | changes
+    with tempfile.TemporaryDirectory() as folder:
+        settings |= {"seed": seed, "out_dir": folder, "init_from": "scratch", "eval_iters": 0}
+        begin = time.perf_counter()
+        with contextlib.redirect_stdout(None):
+            result = train(TrainConfig(**settings))
+        if result.stopped_by:
+            sys.exit(128 + result.stopped_by)
+    return {"seed": seed, "val": result.best_val_loss, "seconds": time.perf_counter() - begin}
+
+
+def read_results(path: Path, config: AblateConfig) -> dict[str, list[Run]]:
+    """The runs of an earlier call with the same settings, {} if none: a study goes on where it was."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        same = {**found["settings"], "seeds": config.seeds} == asdict(config)
+        return found["runs"] if same else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def table(runs: dict[str, list[Run]]) -> list[str]:
+    """A line for each variant: median loss and time, and what they are more than the recipe's or GPT-2's."""
+    lines = [f"{'':44} {'val loss':>8} {'(lowest to highest)':>20} {'change':>8} {'seconds':>8} {'ratio':>6}"]
+    medians = {
+        name: [statistics.median(run[key] for run in found) for key in ("val", "seconds")]
+        for name, found in runs.items()
+    }
+    for name, (val, seconds) in medians.items():
+        vals = [run["val"] for run in runs[name]]
+        base_val, base_seconds = medians["recipe" if name.startswith("recipe") else "GPT-2"]
+        spread = f"({min(vals):.4f} to {max(vals):.4f})"
+        compared = f"{val - base_val:+8.4f} {seconds:8.1f} {seconds / base_seconds:6.2f}"
+        lines.append(f"{name:44} {val:8.4f} {spread:>20} {compared}")
+    return lines
+
+
+def plot(runs: dict[str, list[Run]], path: str) -> None:
+    """A dot for each run: its loss, a row for each variant."""
+    try:
+        import matplotlib
+    except ImportError:
+        print(f"note     no {path}: pip install matplotlib")
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 0.32 * len(runs) + 1.2), layout="constrained")
+    for row, (name, found) in enumerate(runs.items()):
+        color = "#4477aa" if name.startswith("recipe") else "#cc6677"
+        axes.plot([run["val"] for run in found], [row] * len(found), "o", color=color, alpha=0.7)
+        axes.plot(statistics.median(run["val"] for run in found), row, "|", color=color, markersize=16)
+    for name, color in (("recipe", "#4477aa"), ("GPT-2", "#cc6677")):
+        axes.axvline(statistics.median(run["val"] for run in runs[name]), color=color, linewidth=0.6)
+    axes.set_yticks(range(len(runs)), list(runs))
+    axes.invert_yaxis()
+    axes.set(xlabel="best loss over the whole val split; a dot for each seed, a bar at the median")
+    with writable(path) as file:
+        figure.savefig(file, dpi=150)
+    print(f"plot     {Path(path).resolve()}")
+
+
+def ablate(config: AblateConfig) -> dict[str, list[Run]]:
+    """Train all variants with all seeds, tell each, and return the runs. They are kept in config.json."""
+    path = Path(config.json)
+    todo = variants(config)
+    with writable(config.json):  # before hours of training
+        runs = {name: found for name, found in read_results(path, config).items() if name in todo}
+    seeds = [config.seed + number for number in range(config.seeds)]
+    print(f"study    {len(todo)} variants x {config.seeds} seeds of {config.max_iters} steps, kept in {path}")
+    for seed in seeds:  # in turns, so that a busy hour slows all variants alike
+        for name, changes in todo.items():
+            if seed in [run["seed"] for run in runs.setdefault(name, [])]:
+                continue
+            run = train_once(config, changes, seed)
+            runs[name].append(run)
+            print(f"{name}, seed {seed}: val loss {run['val']:.4f}, {run['seconds']:.1f} s", flush=True)
+            path.write_text(
+                json.dumps({"settings": asdict(config), "runs": runs}, indent=1), encoding="utf-8"
+            )
+    runs = {name: [run for run in runs[name] if run["seed"] in seeds] for name in todo}
+    print("\n".join(table(runs)))
+    plot(runs, config.plot)
+    return runs
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        ablate(CONFIG)

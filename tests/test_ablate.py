@@ -1,0 +1,64 @@
+"""The study: what it trains, what it tells, and that it goes on where it was."""
+
+import json
+
+from conftest import TINY, assert_user_error, run
+
+from ablate import table, variants
+from configurator import read_settings
+from settings import AblateConfig
+
+STUDY = (*TINY, "--max_iters=4", "--eval_interval=2", "--seeds=2", "--rotary=True", "--optimizer=muon")
+
+
+def test_each_ingredient_is_taken_from_the_recipe_and_added_to_gpt2():
+    config = read_settings(AblateConfig, [*STUDY, "--norm=rmsnorm"])
+    found = variants(config)
+    plain = {name: value for name, value in found["GPT-2"].items() if name in ("rotary", "optimizer", "norm")}
+    assert plain == {"rotary": False, "optimizer": "adamw", "norm": "layernorm"}
+    assert found["recipe"] == {}
+    assert found["recipe without rotary=True"] == {"rotary": False}
+    assert found["recipe without optimizer=muon"] == {"optimizer": "adamw"}
+    assert found["GPT-2 with norm=rmsnorm"] == {**found["GPT-2"], "norm": "rmsnorm"}
+    assert len(found) == 2 + 3 + 3
+
+
+def test_the_table_has_medians_and_what_changes():
+    runs = {
+        "recipe": [{"seed": i, "val": val, "seconds": 10.0} for i, val in enumerate((1.5, 1.4, 1.45))],
+        "recipe without x=1": [{"seed": 0, "val": 1.6, "seconds": 8.0}],
+        "GPT-2": [{"seed": 0, "val": 2.0, "seconds": 5.0}],
+        "GPT-2 with x=1": [{"seed": 0, "val": 1.9, "seconds": 10.0}],
+    }
+    lines = [line.split() for line in table(runs)[1:]]
+    assert lines[0][1:] == ["1.4500", "(1.4000", "to", "1.5000)", "+0.0000", "10.0", "1.00"]
+    assert lines[1][-3:] == ["+0.1500", "8.0", "0.80"] and lines[3][-3:] == ["-0.1000", "10.0", "2.00"]
+
+
+def test_a_study_is_told_drawn_kept_and_gone_on_with(dataset, tmp_path):
+    flags = ["ablate.py", *STUDY, f"--dataset={dataset}", f"--out_dir={tmp_path / 'out'}"]
+    first = run(*flags, "--seeds=1", cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.count("seed 1337: val loss") == 6
+    done = run(*flags, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("seed 1338: val loss") == 6 and "seed 1337: val loss" not in done.stdout
+    runs = json.loads((tmp_path / "ablate.json").read_text())["runs"]
+    assert all([run["seed"] for run in found] == [1337, 1338] for found in runs.values()) and len(runs) == 6
+    losses = [run["val"] for found in runs.values() for run in found]
+    assert len(set(losses)) == 8 and all(2 < loss < 5 for loss in losses)
+    for name, found in runs.items():
+        assert any(
+            line.startswith(name) and f"{found[0]['val']:.4f}" in line for line in done.stdout.splitlines()
+        )
+    assert (tmp_path / "ablate.png").read_bytes()[:4] == b"\x89PNG"
+    assert not (tmp_path / "out").exists()  # the checkpoints of a study are of no use
+
+    other = run(*flags, "--seeds=1", "--learning_rate=0.02", cwd=tmp_path)
+    assert other.stdout.count("seed 1337: val loss") == 6  # other settings are another study
+
+
+def test_mistakes_of_a_study(dataset, tmp_path):
+    assert_user_error(run("ablate.py", *TINY, f"--dataset={dataset}"), "this recipe is GPT-2's")
+    assert_user_error(run("ablate.py", *STUDY, f"--json={tmp_path}/no/x.json"), "cannot be written")
+    assert_user_error(run("ablate.py", *STUDY, "--dataset=nowhere", f"--json={tmp_path}/x.json"), "nowhere")

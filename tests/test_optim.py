@@ -1,0 +1,177 @@
+"""How weights change: Muon against its formula by singular values, groups and rates, schedules."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from conftest import TINY
+
+from configurator import read_settings
+from model import GPT, GPTConfig
+from optim import POLYNOMIALS, Muon, get_lr, make_optimizers, orthogonalize, set_learning_rates
+from settings import TrainConfig
+
+SHAPE = {"block_size": 8, "vocab_size": 16, "n_layer": 2, "n_head": 2, "n_embd": 8}
+
+
+def config_of(*flags: object) -> TrainConfig:
+    return read_settings(TrainConfig, [*TINY, *map(str, flags)])
+
+
+def by_singular_values(matrix: torch.Tensor) -> torch.Tensor:
+    """What orthogonalize says of itself, in float64: U f(S) Vᵀ."""
+    U, S, Vt = torch.linalg.svd(matrix.double(), full_matrices=False)
+    S = S / math.sqrt(1.02 * S.pow(4).sum().sqrt().item())
+    for a, b, c in POLYNOMIALS:
+        S = a * S + b * S**3 + c * S**5
+    return U @ S.diag() @ Vt
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 0.06)])
+@pytest.mark.parametrize("shapes", [[(32, 32)], [(32, 96), (96, 32), (32, 32)], [(1, 5)], [(7, 3), (3, 8)]])
+def test_orthogonalize_is_the_polynomials_of_the_singular_values(shapes, dtype, tolerance):
+    torch.manual_seed(0)
+    stacks = [torch.randn(3, *shape) * 1e-3 for shape in shapes]
+    for stack, found in zip(stacks, orthogonalize(stacks, dtype), strict=True):
+        assert found.shape == stack.shape
+        for matrix, one in zip(stack, found, strict=True):
+            torch.testing.assert_close(
+                one.double(), by_singular_values(matrix), atol=tolerance, rtol=tolerance
+            )
+            assert torch.linalg.svdvals(one.double()).max() < 1.25
+
+
+def test_orthogonalize_lifts_what_is_small_and_leaves_zeros():
+    torch.manual_seed(0)
+    U, V = (torch.linalg.qr(torch.randn(64, 64, dtype=torch.float64))[0] for _ in range(2))
+    for smallest, least in ((0.05, 0.75), (0.005, 0.15)):
+        S = torch.logspace(0, math.log10(smallest), 64, dtype=torch.float64)
+        found = orthogonalize([(U * S @ V)[None].float()], torch.bfloat16)[0][0].double()
+        assert torch.linalg.svdvals(found).min() > least
+        assert (U.T @ found @ V.T).diagonal().min() > least  # along the same directions
+    zeros = orthogonalize([torch.zeros(2, 4, 8)], torch.bfloat16)[0]
+    assert bool((zeros == 0).all())
+
+
+def test_muon_is_momentum_nesterov_and_decay_of_the_formula():
+    torch.manual_seed(0)
+    matrices = [
+        torch.nn.Parameter(torch.randn(shape)) for shape in ((8, 24), (24, 8), (8, 24), (8, 8), (4, 8))
+    ]
+    weights, means = (
+        [p.detach().double() for p in matrices],
+        [torch.zeros(p.shape).double() for p in matrices],
+    )
+    muon = Muon(matrices, torch.float32, lr=0.1, momentum=0.8, weight_decay=0.3)
+    for step in range(4):
+        muon.param_groups[0]["lr"] = lr = 0.1 / (step + 1)
+        for i, p in enumerate(matrices):
+            p.grad = torch.randn(p.shape)
+            means[i] = 0.8 * means[i] + 0.2 * p.grad.double()
+            update = by_singular_values(0.8 * means[i] + 0.2 * p.grad.double())
+            wide = math.sqrt(max(1, p.size(0) / p.size(1)))
+            weights[i] = weights[i] * (1 - lr * 0.3) - lr * wide * update
+        muon.step()
+    for p, expected in zip(matrices, weights, strict=True):
+        torch.testing.assert_close(p.detach().double(), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_muon_goes_where_torchs_goes():
+    """Another polynomial, but the same direction: and its state can be loaded by torch's."""
+    torch.manual_seed(0)
+    start = torch.randn(16, 48)
+    moved = []
+    for kind in (partial(Muon, dtype=torch.bfloat16), torch.optim.Muon):
+        p = torch.nn.Parameter(start.clone())
+        optimizer = kind([p], lr=0.1, momentum=0.9, weight_decay=0.0)
+        for seed in range(3):
+            p.grad = torch.randn(16, 48, generator=torch.Generator().manual_seed(seed))
+            optimizer.step()
+        moved.append((p.detach() - start).flatten())
+        kind([p], lr=0.1).load_state_dict(optimizer.state_dict())
+    assert torch.cosine_similarity(*moved, dim=0) > 0.94  # torch's own are 0.7 to 1.2
+    assert 0.8 < moved[0].norm() / moved[1].norm() < 1.25
+
+
+def test_muon_passes_what_has_no_gradient():
+    p = torch.nn.Parameter(torch.ones(4, 4))
+    Muon([p], torch.float32, lr=0.1).step()
+    assert bool((p == 1).all())
+
+
+def names_of(model: GPT, parameters: list) -> set[str]:
+    names = {id(p): name for name, p in model.named_parameters()}
+    return {names[id(p)] for p in parameters}
+
+
+def test_who_trains_what_at_which_rate():
+    model = GPT(GPTConfig(**SHAPE, tied=False, embedding_skip=True))
+    rates = ("--embedding_lr=0.3", "--head_lr=0.04", "--muon_lr=0.05", "--learning_rate=0.01")
+    config = config_of("--optimizer=muon", *rates, "--weight_decay=0.2", "--decay_lr=False", "--momentum=0.7")
+    adamw, muon = make_optimizers(model, config, "cpu", torch.float32)
+    set_learning_rates([adamw, muon], 5, config)
+    found = {
+        (group["lr"], group["weight_decay"]): names_of(model, group["params"])
+        for optimizer in (adamw, muon)
+        for group in optimizer.param_groups
+    }
+    every = {name for name, _ in model.named_parameters()}
+    matrices = {name for name in every if ".c_" in name and name.endswith("weight")}
+    assert len(matrices) == 8
+    assert found == {
+        (0.3, 0.2): {"transformer.wte.weight", "transformer.wpe.weight"},
+        (0.04, 0.2): {"lm_head.weight"},
+        (0.01, 0.0): {n for n in every if n.endswith(("bias", "skip")) or "ln_" in n},
+        (0.05, 0.2): matrices,
+    }
+    assert muon.param_groups[0]["momentum"] == 0.7
+
+
+def test_a_tied_head_is_an_embedding_and_adamw_alone_has_nanogpts_two_groups():
+    model = GPT(GPTConfig(**SHAPE))
+    for optimizer in (
+        make_optimizers(model, config_of(), "cpu", torch.float32)[0],
+        model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), "cpu"),
+    ):
+        decayed, rest = optimizer.param_groups
+        assert [p.dim() for p in decayed["params"]] == [2] * 10 and {p.dim() for p in rest["params"]} == {1}
+    config = config_of("--optimizer=sgd", "--embedding_lr=0.5", "--momentum=0")
+    (sgd,) = make_optimizers(model, config, "cpu", torch.float32)
+    assert isinstance(sgd, torch.optim.SGD)
+    assert {group["lr"]: len(group["params"]) for group in sgd.param_groups}[0.5] == 2
+
+
+def test_each_group_follows_the_schedule_from_its_own_rate():
+    model = GPT(GPTConfig(**SHAPE))
+    config = config_of("--optimizer=muon", "--muon_lr=0.05", "--learning_rate=0.01", "--max_iters=100")
+    optimizers = make_optimizers(model, config, "cpu", torch.float32)
+    for step in (0, 1, 30, 70, 99, 100):
+        set_learning_rates(optimizers, step, config)
+        assert optimizers[0].param_groups[0]["lr"] == pytest.approx(get_lr(step, config))
+        assert optimizers[1].param_groups[0]["lr"] == pytest.approx(5 * get_lr(step, config))
+
+
+def test_learning_rate_rises_and_falls_along_a_cosine():
+    config = config_of("--learning_rate=1", "--warmup_iters=10", "--lr_decay_iters=110", "--min_lr=0.2")
+    rates = [get_lr(step, config) for step in range(200)]
+    assert rates[0] == pytest.approx(1 / 11) and rates[9] == pytest.approx(10 / 11)
+    assert rates[10] == 1.0
+    assert rates[60] == pytest.approx(0.6) and rates[35] == pytest.approx(0.6 + 0.4 / math.sqrt(2))
+    assert rates[110:] == [0.2] * 90
+    assert all(rates[i] > rates[i + 1] for i in range(10, 110))
+    assert {get_lr(step, config_of("--decay_lr=False")) for step in range(30)} == {1e-2}
+    defaults = config_of("--max_iters=50")
+    assert get_lr(50, defaults) == pytest.approx(1e-3) and get_lr(49, defaults) > 1e-3
+
+
+def test_learning_rate_is_stable_and_then_falls_along_a_line():
+    flags = ("--lr_schedule=wsd", "--cooldown=0.25", "--learning_rate=1", "--min_lr=0.2", "--max_iters=200")
+    config = config_of(*flags, "--warmup_iters=10")
+    rates = [get_lr(step, config) for step in range(300)]
+    assert rates[4] == pytest.approx(5 / 11)
+    assert rates[10:151] == [1.0] * 141
+    assert rates[175] == pytest.approx(0.6) and rates[199] == pytest.approx(0.2 + 0.8 / 50)
+    assert rates[200:] == [0.2] * 100
+    whole = config_of(*flags, "--warmup_iters=0", "--cooldown=1", "--min_lr=0")
+    assert get_lr(0, whole) == 1 and get_lr(50, whole) == pytest.approx(0.75)
