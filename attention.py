@@ -50,23 +50,23 @@ def rms_norm(x: torch.Tensor) -> torch.Tensor:
     return RMSNormOnCPU.apply(x) if x.device.type == "cpu" else F.rms_norm(x, (x.size(-1),), eps=EPS)
 
 
+@lru_cache(maxsize=16)
 def rotation(T: int, D: int, device: torch.device | None = None) -> torch.Tensor:
     """Cosine and sine of the angles of rotary positions (arXiv 2104.09864): (2, T, D/2).
 
     Position t turns the i-th pair of a head's numbers by t / 10000^(2i/D).
     """
-    speed = 10_000.0 ** (-torch.arange(0, D, 2, device=device, dtype=torch.float64) / D)  # (D/2,)
+    speed = 10_000.0 ** (-torch.arange(0, D, 2, device=device) / D)  # (D/2,)
     angle = torch.arange(T, device=device)[:, None] * speed  # (T, D/2)
-    return torch.stack((angle.cos(), angle.sin())).float()
+    return torch.stack((angle.cos(), angle.sin()))
 
 
 def rotate(x: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
     """Turn each pair of neighbours in the last dimension: x (..., T, D) by `turn` (2, T, D/2), in fp32."""
     x = x.float().unflatten(-1, (-1, 2))  # (..., T, D/2, 2)
-    if (
-        x.device.type == "cpu" and not torch.compiler.is_compiling()
-    ):  # as complex numbers, in a third of the time
-        return torch.view_as_real(torch.view_as_complex(x.contiguous()) * torch.complex(*turn)).flatten(-2)
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        # as complex numbers, in a third of the time; compilers know none
+        return torch.view_as_real(torch.view_as_complex(x) * torch.complex(*turn)).flatten(-2)
     (a, b), (cos, sin) = x.unbind(-1), turn
     return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2)
 

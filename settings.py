@@ -58,7 +58,7 @@ class TrainConfig:
         "gelu_tanh", "GPT-2's GELU; gelu is the exact one, five times as fast on CPUs", choices=ACTIVATIONS
     )
     # what came after GPT-2; model.py says what each does, BENCHMARKS.md what it gains
-    norm: str = setting("layernorm", "rmsnorm is faster and has no weights", choices=NORMS)
+    norm: str = setting("layernorm", "rmsnorm normalises the length alone and has no weights", choices=NORMS)
     rotary: bool = setting(False, "positions by rotation of queries and keys, not by a table")
     qk_norm: bool = setting(False, "queries and keys of equal length, which bears higher learning rates")
     n_kv_head: int | None = setting(

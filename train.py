@@ -171,7 +171,7 @@ def evaluation_windows(
     """Where the windows of an evaluation start, and how many first targets of each do not count: (N,), (N,).
 
     eval_iters batches at random places, the same at every evaluation. With eval_iters=0, all of the val split
-    (purpose 2), each token once, and as many windows of train (purpose 1); `whole` is val's length.
+    (purpose 2), each token once, and a quarter as many of train (purpose 1); `whole` is the length of val.
     """
     B, T = config.batch_size, config.block_size
     if config.eval_iters:
@@ -179,6 +179,7 @@ def evaluation_windows(
         return starts, np.zeros_like(starts)
     count = math.ceil((whole - 1) / T)
     if purpose == 1:
+        count = math.ceil(count / 4)
         starts = random_starts(config.seed, 0, count, len(stream) - T, purpose)
         skip = np.zeros_like(starts)
     else:

@@ -1,0 +1,37 @@
+# Tiny Shakespeare in ten seconds on 2 CPU cores, start included: where nanoGPT's CPU run ends after 75.
+# python data/shakespeare_char/prepare.py; python train.py config/train_shakespeare_10s.py
+
+out_dir = "out-shakespeare-10s"
+dataset = "shakespeare_char"
+device = "cpu"
+compile = False  # compiling takes three times as long as the run
+
+eval_interval = 500  # at the start and at the end
+eval_iters = 20  # batches; --eval_iters=0 is the whole val set, a second more
+log_interval = 50
+
+# nanoGPT's shape for a CPU
+gradient_accumulation_steps = 1
+batch_size = 12
+block_size = 64
+n_layer = 4
+n_head = 4
+n_embd = 128
+
+# the recipe, explained in train_shakespeare_cpu_modern.py
+norm = "rmsnorm"
+rotary = True
+qk_norm = True
+activation = "relu2"
+tied = False
+embedding_skip = True
+zero_init = True
+optimizer = "muon"
+muon_lr = 0.01
+learning_rate = 3e-3
+lr_schedule = "wsd"
+cooldown = 0.5
+min_lr = 0.0
+warmup_iters = 0
+weight_decay = 0.0
+max_iters = 350

@@ -1,0 +1,39 @@
+# The modern recipe on tiny Shakespeare at nanoGPT's GPU shape, in a fraction of its steps.
+# python data/shakespeare_char/prepare.py; python train.py config/train_shakespeare_char_modern.py
+
+out_dir = "out-shakespeare-char-modern"
+dataset = "shakespeare_char"
+
+eval_interval = 100  # often: what is kept is the best, and the model overfits soon after it
+eval_iters = 0  # all of val, each token once
+log_interval = 10
+always_save_checkpoint = False  # stop at the best: ckpt.pt is it
+wandb_project = "shakespeare-char"
+wandb_run_name = "mini-gpt-modern"
+
+gradient_accumulation_steps = 1
+batch_size = 64
+block_size = 256
+n_layer = 6
+n_head = 6
+n_embd = 384  # 10.7 M parameters
+dropout = 0.3  # ten times more parameters than characters, each seen many times
+
+# the recipe, explained in train_shakespeare_cpu_modern.py
+norm = "rmsnorm"
+rotary = True
+qk_norm = True
+activation = "relu2"
+tied = False
+logit_softcap = 15.0
+embedding_skip = True
+zero_init = True
+optimizer = "muon"
+muon_lr = 0.01
+learning_rate = 3e-3
+weight_decay = 0.1
+lr_schedule = "wsd"
+cooldown = 0.5
+min_lr = 0.0
+warmup_iters = 100
+max_iters = 1500  # twenty-five times through the text; nanoGPT's run, 5000 steps, goes through it 80 times
