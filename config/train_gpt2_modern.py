@@ -1,5 +1,5 @@
 # GPT-2 124M's size with what came since, on OpenWebText, for 8 GPUs with 40 GB or more:
-# python data/openwebtext/prepare.py; torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_modern.py
+# python data/openwebtext/prepare.py; torchrun --standalone --nproc_per_node=8 train.py train_gpt2_modern
 
 out_dir = "out-gpt2-modern"
 wandb_project = "owt"

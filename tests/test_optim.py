@@ -28,7 +28,7 @@ def by_singular_values(matrix: torch.Tensor) -> torch.Tensor:
     return U @ S.diag() @ Vt
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 0.06)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 0.15)])
 @pytest.mark.parametrize("shapes", [[(32, 32)], [(32, 96), (96, 32), (32, 32)], [(1, 5)], [(7, 3), (3, 8)]])
 def test_orthogonalize_is_the_polynomials_of_the_singular_values(shapes, dtype, tolerance):
     torch.manual_seed(0)
@@ -39,13 +39,13 @@ def test_orthogonalize_is_the_polynomials_of_the_singular_values(shapes, dtype, 
             torch.testing.assert_close(
                 one.double(), by_singular_values(matrix), atol=tolerance, rtol=tolerance
             )
-            assert torch.linalg.svdvals(one.double()).max() < 1.25
+            assert torch.linalg.svdvals(one.double()).max() < 1.45
 
 
 def test_orthogonalize_lifts_what_is_small_and_leaves_zeros():
     torch.manual_seed(0)
     U, V = (torch.linalg.qr(torch.randn(64, 64, dtype=torch.float64))[0] for _ in range(2))
-    for smallest, least in ((0.05, 0.75), (0.005, 0.15)):
+    for smallest, least in ((0.05, 0.6), (0.005, 0.2)):
         S = torch.logspace(0, math.log10(smallest), 64, dtype=torch.float64)
         found = orthogonalize([(U * S @ V)[None].float()], torch.bfloat16)[0][0].double()
         assert torch.linalg.svdvals(found).min() > least
@@ -63,7 +63,7 @@ def test_muon_is_momentum_nesterov_and_decay_of_the_formula():
         [p.detach().double() for p in matrices],
         [torch.zeros(p.shape).double() for p in matrices],
     )
-    muon = Muon(matrices, torch.float32, lr=0.1, momentum=0.8, weight_decay=0.3)
+    muon = Muon([{"params": matrices}], torch.float32, lr=0.1, momentum=0.8, weight_decay=0.3)
     for step in range(4):
         muon.param_groups[0]["lr"] = lr = 0.1 / (step + 1)
         for i, p in enumerate(matrices):
@@ -77,6 +77,19 @@ def test_muon_is_momentum_nesterov_and_decay_of_the_formula():
         torch.testing.assert_close(p.detach().double(), expected, atol=1e-4, rtol=1e-4)
 
 
+def test_parts_of_a_matrix_are_matrices():
+    torch.manual_seed(0)
+    whole, gradient = torch.randn(12, 8), torch.randn(12, 8)
+    stacked = torch.nn.Parameter(whole.clone())
+    single = [torch.nn.Parameter(part.clone()) for part in whole.split(4)]
+    stacked.grad, parts = gradient.clone(), gradient.split(4)
+    for p, part in zip(single, parts, strict=True):
+        p.grad = part.clone()
+    Muon([{"params": [stacked], "parts": 3}], torch.float32, lr=0.1).step()
+    Muon([{"params": single}], torch.float32, lr=0.1).step()
+    torch.testing.assert_close(stacked, torch.cat(single))
+
+
 def test_muon_goes_where_torchs_goes():
     """Another polynomial, but the same direction: and its state can be loaded by torch's."""
     torch.manual_seed(0)
@@ -84,19 +97,19 @@ def test_muon_goes_where_torchs_goes():
     moved = []
     for kind in (partial(Muon, dtype=torch.bfloat16), torch.optim.Muon):
         p = torch.nn.Parameter(start.clone())
-        optimizer = kind([p], lr=0.1, momentum=0.9, weight_decay=0.0)
+        optimizer = kind([{"params": [p]}], lr=0.1, momentum=0.9, weight_decay=0.0)
         for seed in range(3):
             p.grad = torch.randn(16, 48, generator=torch.Generator().manual_seed(seed))
             optimizer.step()
         moved.append((p.detach() - start).flatten())
-        kind([p], lr=0.1).load_state_dict(optimizer.state_dict())
+        kind([{"params": [p]}], lr=0.1).load_state_dict(optimizer.state_dict())
     assert torch.cosine_similarity(*moved, dim=0) > 0.94  # torch's own are 0.7 to 1.2
     assert 0.8 < moved[0].norm() / moved[1].norm() < 1.25
 
 
 def test_muon_passes_what_has_no_gradient():
     p = torch.nn.Parameter(torch.ones(4, 4))
-    Muon([p], torch.float32, lr=0.1).step()
+    Muon([{"params": [p]}], torch.float32, lr=0.1).step()
     assert bool((p == 1).all())
 
 
@@ -112,7 +125,7 @@ def test_who_trains_what_at_which_rate():
     adamw, muon = make_optimizers(model, config, "cpu", torch.float32)
     set_learning_rates([adamw, muon], 5, config)
     found = {
-        (group["lr"], group["weight_decay"]): names_of(model, group["params"])
+        (group["lr"], group["weight_decay"], group.get("parts")): names_of(model, group["params"])
         for optimizer in (adamw, muon)
         for group in optimizer.param_groups
     }
@@ -120,10 +133,11 @@ def test_who_trains_what_at_which_rate():
     matrices = {name for name in every if ".c_" in name and name.endswith("weight")}
     assert len(matrices) == 8
     assert found == {
-        (0.3, 0.2): {"transformer.wte.weight", "transformer.wpe.weight"},
-        (0.04, 0.2): {"lm_head.weight"},
-        (0.01, 0.0): {n for n in every if n.endswith(("bias", "skip")) or "ln_" in n},
-        (0.05, 0.2): matrices,
+        (0.3, 0.2, None): {"transformer.wte.weight", "transformer.wpe.weight"},
+        (0.04, 0.2, None): {"lm_head.weight"},
+        (0.01, 0.0, None): {n for n in every if n.endswith(("bias", "skip")) or "ln_" in n},
+        (0.05, 0.2, 1): {name for name in matrices if "c_attn" not in name},
+        (0.05, 0.2, 6): {name for name in matrices if "c_attn" in name},  # 2 heads of q, k and v
     }
     assert muon.param_groups[0]["momentum"] == 0.7
 
