@@ -27,7 +27,7 @@ from train import train
 
 INGREDIENTS = (
     "norm", "rotary", "qk_norm", "activation", "n_kv_head", "tied", "logit_softcap", "embedding_skip",
-    "zero_init", "optimizer", "lr_schedule", "dropout",
+    "zero_init", "optimizer", "lr_schedule", "sampling", "dropout",
 )  # fmt: skip
 Run = dict[str, float]  # seed, val, seconds
 

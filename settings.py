@@ -45,6 +45,9 @@ class TrainConfig:
     gradient_accumulation_steps: int = setting(40, "micro-steps per step, shared among the ranks", at_least=1)
     batch_size: int = setting(12, "sequences per micro-step", at_least=1)
     block_size: int = setting(1024, "tokens per sequence, the longest context", at_least=1)
+    sampling: str = setting(
+        "random", "windows at random places; epochs: each window once per epoch", choices=("random", "epochs")
+    )
 
     # model
     n_layer: int = setting(12, "transformer blocks", at_least=1)

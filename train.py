@@ -38,7 +38,7 @@ from checkpoint import (
     set_aside,
     training_state,
 )
-from data.tokens import TokenStream, find_dataset, random_starts, read_meta
+from data.tokens import TokenStream, epoch_starts, find_dataset, random_starts, read_meta
 from errors import UserError, one_line_errors
 from model import GPT, GPTConfig
 from optim import get_lr, make_optimizers, set_learning_rates
@@ -127,7 +127,11 @@ def step_batches(stream: TokenStream, config: TrainConfig, runtime: Runtime, ste
     The samples of a step are drawn as one set, by seed and step alone; ranks and micro-steps share it out.
     """
     B, T, micro_steps = config.batch_size, config.block_size, config.gradient_accumulation_steps
-    starts = random_starts(config.seed, step, micro_steps * B, len(stream) - T)  # (micro_steps·B,)
+    count = micro_steps * B
+    if config.sampling == "epochs":
+        starts = epoch_starts(config.seed, step * count, count, len(stream), T)  # (micro_steps·B,)
+    else:
+        starts = random_starts(config.seed, step, count, len(stream) - T)
     batches = []
     for micro in range(runtime.rank, micro_steps, runtime.world_size):
         x, y = windows_to_xy(stream.windows(starts[micro * B : (micro + 1) * B], T + 1), runtime)

@@ -6,6 +6,7 @@ train.bin, or many, train_000000.bin, train_000001.bin, ..., read as one stream.
 
 import difflib
 import json
+import math
 import os
 import pickle
 from collections.abc import Callable, Iterator
@@ -149,6 +150,44 @@ def random_starts(seed: int, step: int, count: int, end: int, purpose: int = 0) 
     """
     philox = np.random.Philox(key=seed, counter=[0, 0, purpose, step])
     return np.random.Generator(philox).integers(0, end, size=count)
+
+
+def epoch_starts(seed: int, first: int, count: int, length: int, T: int) -> np.ndarray:
+    """Where samples first, first + 1, ... start, of T tokens and a target, among `length` ids: (count,).
+
+    Each epoch cuts the text into windows, at places of its own, and takes each window once, in an order of
+    its own: sample n is window n % windows of epoch n // windows, so that nothing is stored.
+    """
+    windows = max(1, (length - 1) // T - 1)  # one less than fit: the first may begin at any of T + 1 places
+    numbers = first + np.arange(count)
+    starts = np.empty(count, np.int64)
+    for epoch in np.unique(numbers // windows):
+        here = numbers // windows == epoch
+        keys = np.random.SeedSequence((seed, int(epoch))).generate_state(7, np.uint64)
+        offset = int(keys[6]) % (length - windows * T)
+        starts[here] = shuffled(numbers[here] % windows, windows, keys[:6]) * T + offset
+    return starts
+
+
+def shuffled(places: np.ndarray, end: int, keys: np.ndarray) -> np.ndarray:
+    """Where these of the numbers 0..end-1 go when all of them are shuffled by the keys, (N,): each by itself.
+
+    A Feistel network of six rounds permutes the numbers below the next 4^bits; what is not below `end` goes
+    in again until it is ("Ciphers with Arbitrary Finite Domains", Black and Rogaway, 2002).
+    """
+    bits = np.uint64(max(1, math.ceil(int(end - 1).bit_length() / 2)))
+    mask = np.uint64((1 << int(bits)) - 1)
+    x = places.astype(np.uint64)
+    out = np.ones(len(x), bool)
+    while out.any():
+        left, right = x[out] >> bits, x[out] & mask
+        for key in keys:
+            mixed = (right ^ key) * np.uint64(0x9E3779B97F4A7C15)
+            mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
+            left, right = right, left ^ (mixed >> np.uint64(32)) & mask
+        x[out] = (left << bits) | right
+        out = x >= end
+    return x.astype(np.int64)
 
 
 def find_dataset(name: str) -> Path:

@@ -8,7 +8,7 @@ import pytest
 from conftest import NANOGPT
 
 from data.tokenizer import CharTokenizer, GPT2Tokenizer, from_description
-from data.tokens import TokenStream, random_starts, read_meta, write_dataset
+from data.tokens import TokenStream, epoch_starts, random_starts, read_meta, write_dataset
 from errors import UserError
 
 META = {"tokenizer": None, "vocab_size": 100, "dtype": "uint16"}
@@ -216,3 +216,33 @@ def test_gpt2_bpe(gpt2_bpe):
     assert tokenizer.encode_document("<|endoftext|>")[-1] == 50256
     assert 50256 not in tokenizer.encode_document("<|endoftext|>")[:-1]  # text is never a command
     assert tokenizer.decode(tokenizer.encode("日本語 😀")) == "日本語 😀"
+
+
+@pytest.mark.parametrize("length, T", [(1000, 16), (1003854, 256), (40, 16), (17, 16), (34, 16)])
+def test_an_epoch_takes_each_window_once(length, T):
+    windows = max(1, (length - 1) // T - 1)
+    epochs = [epoch_starts(7, epoch * windows, windows, length, T) for epoch in range(3)]
+    for starts in epochs:
+        assert starts.min() >= 0 and starts.max() + T < length  # inputs and the last target are in the text
+        assert set(np.diff(np.sort(starts))) <= {T}  # side by side, none twice
+        assert windows < 5 or list(starts) != sorted(starts)
+    if windows > 5:
+        orders = {tuple(np.argsort(starts)) for starts in epochs}
+        assert len(orders) == 3 and len({starts.min() for starts in epochs}) > 1
+        assert list(epoch_starts(8, 0, windows, length, T)) != list(epochs[0])
+        # however the samples are asked for, also over the end of an epoch
+        parts = [epoch_starts(7, first, 5, length, T) for first in range(0, 2 * windows, 5)]
+        whole = np.concatenate(epochs)[: 5 * len(parts)]
+        assert np.array_equal(np.concatenate(parts), whole)
+
+
+def test_an_epoch_of_a_web_scale_text_needs_no_memory():
+    starts = epoch_starts(1, 10**12, 1000, 10**13, 1024)
+    assert len(set(starts)) == 1000 and starts.min() >= 0 and starts.max() < 10**13 - 1024
+    assert abs(starts.mean() / 10**13 - 0.5) < 0.05  # from everywhere
+
+
+def test_neighbours_are_shuffled_apart():
+    starts = epoch_starts(3, 0, 3920, 1003854, 256) / 1003854
+    assert abs(np.corrcoef(starts[1:], starts[:-1])[0, 1]) < 0.06
+    assert abs(np.corrcoef(starts, np.arange(3920))[0, 1]) < 0.06

@@ -110,7 +110,7 @@ def test_it_learns(tmp_path, dataset):
 MODERN = (
     "--norm=rmsnorm", "--rotary=True", "--qk_norm=True", "--activation=relu2", "--n_kv_head=1",
     "--tied=False", "--logit_softcap=15", "--embedding_skip=True", "--zero_init=True", "--optimizer=muon",
-    "--embedding_lr=0.03", "--lr_schedule=wsd",
+    "--embedding_lr=0.03", "--lr_schedule=wsd", "--sampling=epochs",
 )  # fmt: skip
 
 
@@ -134,11 +134,13 @@ def test_dropout_is_not_the_same_at_each_step(dataset):
     assert len(set(seeds)) == 100
 
 
-def test_a_step_trains_on_the_same_samples_however_it_is_shared(dataset):
+@pytest.mark.parametrize("sampling", ["random", "epochs"])
+def test_a_step_trains_on_the_same_samples_however_it_is_shared(sampling, dataset):
     stream = TokenStream(dataset, "train", read_meta(dataset), 16)
 
     def samples(batch_size, micro_steps, world_size):
-        flags = (f"--batch_size={batch_size}", f"--gradient_accumulation_steps={micro_steps}")
+        flags = [f"--batch_size={batch_size}", f"--gradient_accumulation_steps={micro_steps}"]
+        flags += [f"--sampling={sampling}"]
         ranks = [Runtime(torch.device("cpu"), torch.float32, rank, world_size) for rank in range(world_size)]
         batches = [batch for rank in ranks for batch in step_batches(stream, config_of(*flags), rank, 4)]
         rows = torch.cat([torch.cat([x, y[:, -1:]], 1) for x, y, _ in batches])
