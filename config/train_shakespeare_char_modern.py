@@ -14,6 +14,7 @@ wandb_run_name = "mini-gpt-modern"
 gradient_accumulation_steps = 1
 batch_size = 64
 block_size = 256
+sampling = "epochs"
 n_layer = 6
 n_head = 6
 n_embd = 384  # 10.7 M parameters
