@@ -337,7 +337,8 @@ def plain_attention(
 
 def rung_step(config: BenchConfig, stream: Any, meta: dict, runtime: Runtime, on: dict[str, Any]) -> Step:
     """train.py's step with only the improvements in `on`; the others leave model.py for its time."""
-    config = replace(config, compile=on.get("compile", False), activation=on.get("activation", "gelu_tanh"))
+    gpt2 = {"activation": on.get("activation", "gelu_tanh"), "optimizer": "adamw", "n_kv_head": None}
+    config = replace(config, compile=on.get("compile", False), **gpt2)
     place = replace(runtime, dtype=on.get("dtype", torch.float32))
     padded = on.get("padded", False) or runtime.device.type != "cuda"
     precision = torch.get_float32_matmul_precision() if on.get("products") else "highest"
@@ -360,7 +361,7 @@ def rung_step(config: BenchConfig, stream: Any, meta: dict, runtime: Runtime, on
 
 
 def bench_ladder(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
-    """The speed study: each rung beside the one below it, taking turns. Writes a plot.
+    """The speed study of GPT-2's step: each rung beside the one below it, taking turns. Writes a plot.
 
     A rung's ms are the first's over all gains so far: its own would show how busy the machine was just then.
     """

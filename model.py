@@ -23,13 +23,18 @@ from attention import KVCache, causal_attention, dropout, rms_norm, rotate, rota
 from decoding import stream
 from optim import adamw
 
+
+def swiglu(x: torch.Tensor) -> torch.Tensor:
+    """The first half of the channels gates the second (arXiv 2002.05202): (..., 2N) to (..., N)."""
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu_tanh": partial(F.gelu, approximate="tanh"),  # GPT-2's
     "gelu": F.gelu,  # the exact one, with which nanoGPT trains
     "relu2": lambda x: F.relu(x).square(),  # arXiv 2109.08668
-    "swiglu": lambda x: (
-        F.silu(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1]
-    ),  # arXiv 2002.05202: one half gates the other
+    "swiglu": swiglu,
 }
 NORMS = ("layernorm", "rmsnorm")
 
@@ -49,10 +54,8 @@ class GPTConfig:
     norm: str = "layernorm"  # "rmsnorm": only the length is normalised, without weights (arXiv 1910.07467)
     rotary: bool = False  # positions turn queries and keys, and are in no table (arXiv 2104.09864)
     qk_norm: bool = False  # queries and keys of equal length: scores cannot grow large (arXiv 2010.04245)
-    n_kv_head: int | None = (
-        None  # fewer keys and values, each read by n_head/n_kv_head heads (arXiv 2305.13245)
-    )
-    tied: bool = True  # one table reads and writes tokens; False: two (arXiv 1608.05859 has the pros)
+    n_kv_head: int | None = None  # of keys and values, each read by n_head/n_kv_head heads (arXiv 2305.13245)
+    tied: bool = True  # one table reads and writes tokens (arXiv 1608.05859); False: two
     logit_softcap: float = 0.0  # bounds logits by cap·tanh(logits/cap) (arXiv 2408.00118); 0 is off
     embedding_skip: bool = False  # each block reads the stream and the embeddings, by weights that it learns
     zero_init: bool = False  # blocks begin as nothing: c_proj, and a head of its own, start at zero

@@ -242,7 +242,8 @@ def describe_run(
     """Tell before the first step what is trained, on what, where, and what will be written."""
     shape, micro_steps = model.config, config.gradient_accumulation_steps
     tokens = micro_steps * config.batch_size * config.block_size
-    megabytes = 12 * model.get_num_params(non_embedding=False) / 1e6  # weights, and AdamW's two averages
+    averages = 2 if config.optimizer == "adamw" else 1  # beside the weights; Muon's AdamW has few of them
+    megabytes = 4 * (1 + averages) * model.get_num_params(non_embedding=False) / 1e6
     sizes = ", ".join(f"{len(stream):,} {split}" for split, stream in streams.items())
     say(f"data     {folder}: {sizes} tokens, vocabulary {streams['train'].vocab_size:,}")
     say(

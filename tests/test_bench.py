@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import REPO, TINY, assert_user_error, run
 
+import attention
 import model
 from bench import alternate, open_stream, our_step, ratio, rung_step
 from configurator import read_settings
@@ -150,12 +151,17 @@ def test_ladder_has_a_table_and_a_plot(dataset, tmp_path):
 
 
 def test_the_ladder_leaves_the_model_as_it_was(dataset):
-    config = read_settings(BenchConfig, [*TINY, f"--dataset={dataset}"])
-    before = (model.dropout, model.causal_attention, torch.get_float32_matmul_precision())
+    def state():
+        parts = [vars(file)[name] for file in (model, attention) for name in ("dropout", "causal_attention")]
+        return [*parts, torch.get_float32_matmul_precision()]
+
+    modern = ("--optimizer=muon", "--n_kv_head=1", "--activation=relu2")  # the ladder is GPT-2's
+    config = read_settings(BenchConfig, [*TINY, f"--dataset={dataset}", *modern])
+    before = state()
     runtime = Runtime(torch.device("cpu"), torch.float32)
     stream, meta = open_stream(config)
     rung_step(config, stream, meta, runtime, {})(0)
-    assert before == (model.dropout, model.causal_attention, torch.get_float32_matmul_precision())
+    assert before == state()
 
 
 @pytest.mark.parametrize("against", [None, str(REPO), "transformers"])
