@@ -1,7 +1,8 @@
 """What each ingredient of a recipe gains: python ablate.py config/train_shakespeare_cpu_modern.py
 
-Trains the recipe, the recipe without each of its ingredients, GPT-2, and GPT-2 with each of them: on the same
-batches, for as many steps, with the same seeds. It prints a table and draws ablate.png.
+Trains the recipe, the recipe without each of its ingredients, GPT-2, and GPT-2 with each of them: for as many
+steps, with the same seeds. What is no ingredient (learning rates, warm-up, weight decay, batch) is the
+recipe's in all. It prints a table and draws ablate.png.
 """
 
 import sys
@@ -14,6 +15,7 @@ if __name__ == "__main__":
 
 import contextlib
 import json
+import math
 import statistics
 import tempfile
 import time
@@ -21,7 +23,9 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from errors import UserError, one_line_errors, writable
+import torch
+
+from errors import Diverged, UserError, one_line_errors, writable
 from settings import TrainConfig
 from train import train
 
@@ -29,7 +33,9 @@ INGREDIENTS = (
     "norm", "rotary", "qk_norm", "activation", "n_kv_head", "tied", "logit_softcap", "embedding_skip",
     "zero_init", "optimizer", "lr_schedule", "sampling", "dropout",
 )  # fmt: skip
-Run = dict[str, float]  # seed, val, seconds
+# A study with another of these is the same study.
+NO_MATTER = ("seed", "seeds", "json", "plot", "out_dir", "log_interval", "eval_only", "wandb_log")
+Run = dict[str, float]  # seed, val (inf: it diverged), seconds
 
 
 def variants(config: AblateConfig) -> dict[str, dict[str, Any]]:
@@ -51,22 +57,33 @@ def train_once(config: AblateConfig, changes: dict[str, Any], seed: int) -> Run:
     settings = {field.name: getattr(config, field.name) for field in fields(TrainConfig)} | changes
     with tempfile.TemporaryDirectory() as folder:
         settings |= {"seed": seed, "out_dir": folder, "init_from": "scratch", "eval_iters": 0}
-        begin = time.perf_counter()
-        with contextlib.redirect_stdout(None):
+        settings |= {"eval_only": False, "wandb_log": False}
+        torch.compiler.reset()  # it compiles a few variants of a network only, and goes on without
+        begin, val = time.perf_counter(), math.inf
+        with contextlib.redirect_stdout(None), contextlib.suppress(Diverged):
             result = train(TrainConfig(**settings))
-        if result.stopped_by:
-            sys.exit(128 + result.stopped_by)
-    return {"seed": seed, "val": result.best_val_loss, "seconds": time.perf_counter() - begin}
+            if result.stopped_by:
+                sys.exit(128 + result.stopped_by)
+            val = result.best_val_loss
+    return {"seed": seed, "val": val, "seconds": time.perf_counter() - begin}
 
 
-def read_results(path: Path, config: AblateConfig) -> dict[str, list[Run]]:
-    """The runs of an earlier call with the same settings, {} if none: a study goes on where it was."""
+def read_results(path: Path, settings: dict[str, Any]) -> dict[str, list[Run]]:
+    """The runs of an earlier call, {} if none. Raises UserError where they are of another study."""
+    if not path.is_file() or not path.stat().st_size:
+        return {}
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        same = {**found["settings"], "seeds": config.seeds} == asdict(config)
-        return found["runs"] if same else {}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
+        theirs, runs = found["settings"], found["runs"]
+        changed = [name for name, value in settings.items() if theirs.get(name) != value]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path} is no study's; name another --json, or move it away") from None
+    changed = [name for name in changed if name not in NO_MATTER]
+    if changed:
+        raise UserError(
+            f"{path} has a study with another {', '.join(changed)}; name another --json, or move it away"
+        )
+    return runs
 
 
 def table(runs: dict[str, list[Run]]) -> list[str]:
@@ -98,10 +115,12 @@ def plot(runs: dict[str, list[Run]], path: str) -> None:
     figure, axes = pyplot.subplots(figsize=(9, 0.32 * len(runs) + 1.2), layout="constrained")
     for row, (name, found) in enumerate(runs.items()):
         color = "#4477aa" if name.startswith("recipe") else "#cc6677"
-        axes.plot([run["val"] for run in found], [row] * len(found), "o", color=color, alpha=0.7)
-        axes.plot(statistics.median(run["val"] for run in found), row, "|", color=color, markersize=16)
-    for name, color in (("recipe", "#4477aa"), ("GPT-2", "#cc6677")):
-        axes.axvline(statistics.median(run["val"] for run in runs[name]), color=color, linewidth=0.6)
+        vals = [run["val"] for run in found if math.isfinite(run["val"])]
+        axes.plot(vals, [row] * len(vals), "o", color=color, alpha=0.7)
+        if vals:
+            axes.plot(statistics.median(vals), row, "|", color=color, markersize=16)
+        if vals and name in ("recipe", "GPT-2"):
+            axes.axvline(statistics.median(vals), color=color, linewidth=0.6)
     axes.set_yticks(range(len(runs)), list(runs))
     axes.invert_yaxis()
     axes.set(xlabel="best loss over the whole val split; a dot for each seed, a bar at the median")
@@ -115,7 +134,7 @@ def ablate(config: AblateConfig) -> dict[str, list[Run]]:
     path = Path(config.json)
     todo = variants(config)
     with writable(config.json):  # before hours of training
-        runs = {name: found for name, found in read_results(path, config).items() if name in todo}
+        runs = read_results(path, asdict(config))
     seeds = [config.seed + number for number in range(config.seeds)]
     print(f"study    {len(todo)} variants x {config.seeds} seeds of {config.max_iters} steps, kept in {path}")
     for seed in seeds:  # in turns, so that a busy hour slows all variants alike

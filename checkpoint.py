@@ -16,7 +16,7 @@ from typing import Any, get_type_hints
 import torch
 
 from data.tokens import GPT2_META
-from errors import MachineError, UserError
+from errors import Diverged, MachineError, UserError
 from model import GPT, GPTConfig
 
 BEST, NEWEST = "ckpt.pt", "last.pt"
@@ -125,7 +125,10 @@ def restore_optimizers(
                 saved.update({key: value for key, value in ours.items() if key != "params"})
             optimizer.load_state_dict(state)
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{out_dir}: the optimizer state does not fit ({error}); use another one") from None
+        raise UserError(
+            f"{out_dir}: the optimizer state does not fit ({error}); set optimizer, embedding_lr and head_lr "
+            "as they were, or use another one"
+        ) from None
 
 
 def training_state(
@@ -182,12 +185,12 @@ def check_hub(name: str) -> None:
             pass  # it answers
 
 
-def lost(step: int, out_dir: Path | None) -> UserError:
+def lost(step: int, out_dir: Path | None) -> Diverged:
     """The error of a loss that is no number any more; out_dir is None where the run has saved nothing."""
     path = newest_checkpoint(out_dir) if out_dir else None
     kept = f"{path} is the last good state" if path else "nothing was saved yet"
     what_to_do = "lower --learning_rate or set --grad_clip=1.0"
-    return UserError(f"the loss is not finite any more at step {step}; {what_to_do} ({kept})")
+    return Diverged(f"the loss is not finite any more at step {step}; {what_to_do} ({kept})")
 
 
 def set_aside(out_dir: Path) -> list[str]:

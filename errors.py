@@ -11,6 +11,10 @@ class UserError(Exception):
     """A setting, path, prompt or file is wrong; the message says what, and what to do. Status 2."""
 
 
+class Diverged(UserError):
+    """The loss is no number any more: a learning rate is too high."""
+
+
 class MachineError(Exception):
     """The machine failed (disk full, out of memory); the last good checkpoint is intact. Status 1."""
 

@@ -75,6 +75,7 @@ class GPTConfig:
             raise ValueError(f"n_kv_head={self.n_kv_head} does not divide n_head={self.n_head}; change one")
         if self.rotary and self.n_embd // self.n_head % 2:
             raise ValueError(f"rotary turns pairs: n_embd/n_head={self.n_embd // self.n_head} must be even")
+        self.logit_softcap = float(self.logit_softcap)
         if self.logit_softcap < 0:
             raise ValueError(f"logit_softcap={self.logit_softcap}; it must be at least 0")
 
@@ -143,7 +144,7 @@ class MLP(nn.Module):
         self.dropout = config.dropout
         self.activation = ACTIVATIONS[config.activation]
         gated = config.activation == "swiglu"
-        width = 8 * math.ceil(config.n_embd / 3) if gated else 4 * config.n_embd  # three matrices, not two
+        width = 16 * math.ceil(config.n_embd / 6) if gated else 4 * config.n_embd  # three matrices, not two
         self.c_fc = nn.Linear(config.n_embd, 2 * width if gated else width, bias=config.bias)
         self.c_proj = nn.Linear(width, config.n_embd, bias=config.bias)
 

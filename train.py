@@ -79,7 +79,7 @@ def initial_model(config: TrainConfig, meta: dict[str, Any]) -> tuple[GPT, dict[
         contents = origin = load_checkpoint(path)
         model = restore_model(contents, path, config.dropout)
         its_optimizer = contents.get("config", {}).get("optimizer", "adamw")
-        if its_optimizer != config.optimizer:
+        if its_optimizer != config.optimizer and not config.eval_only:
             raise UserError(
                 f"{config.out_dir} was trained with optimizer={its_optimizer}; resume with that, or begin "
                 f"from its weights: --init_from={config.out_dir} and another --out_dir"
@@ -158,12 +158,15 @@ def training_step(
             _, loss = model(x, y, only_loss=True)
         scaler.scale(loss / len(batches)).backward()
         total += loss.detach()
-    if grad_clip:
+    fp16, overflow = scaler.is_enabled(), False
+    if grad_clip or fp16:
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+        overflow = fp16 and not bool(norm.isfinite())  # then no optimizer steps, and the scale is lowered
     for optimizer in optimizers:
-        scaler.step(optimizer)
+        if not overflow:
+            scaler.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
     scaler.update()
     return total / len(batches)
@@ -285,17 +288,19 @@ def train(config: TrainConfig) -> TrainResult:
 
     optimizers = make_optimizers(model.to(runtime.device), config, runtime.device.type, runtime.dtype)
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
-    if "optimizer" in contents:
+    if "optimizer" in contents and not config.eval_only:
         restore_optimizers(optimizers, contents, out_dir)
         scaler.load_state_dict(contents.get("scaler") or scaler.state_dict())
     if contents:
         finished = step >= config.max_iters and not config.eval_only
         say(f"resumes  after step {step}" + (": nothing left to do" if finished else ""))
-        for name, value in contents["model_args"].items():
-            if name not in ("block_size", "dropout") and getattr(config, name, value) != value:
-                say(f"note     the checkpoint's {name}={value} holds, not {getattr(config, name)}")
         if "optimizer" not in contents:
-            say("note     without AdamW's averages, which start anew")
+            say("note     without the optimizer's averages, which start anew")
+    for name, value in asdict(model.config).items():
+        wanted = getattr(config, name, value)
+        meant = bool(contents) or wanted != getattr(TrainConfig, name, wanted)  # what a new run would have
+        if wanted != value and meant and name not in ("block_size", "dropout"):
+            say(f"note     the model's {name}={value} holds, not {wanted}")
     own = bool(contents)  # the checkpoints in out_dir are this run's
     del contents  # frees the copy on the CPU
 

@@ -1,6 +1,6 @@
 # The modern recipe on tiny Shakespeare, for 2 CPU cores: three minutes, start and evaluations included.
 # python data/shakespeare_char/prepare.py; python train.py config/train_shakespeare_cpu_modern.py
-# What each line gains: python ablate.py config/train_shakespeare_cpu_modern.py (a result is in BENCHMARKS.md)
+# What each ingredient gains: python ablate.py train_shakespeare_cpu_modern (a result is in BENCHMARKS.md)
 
 out_dir = "out-shakespeare-cpu-modern"
 dataset = "shakespeare_char"

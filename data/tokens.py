@@ -158,7 +158,7 @@ def epoch_starts(seed: int, first: int, count: int, length: int, T: int) -> np.n
     Each epoch cuts the text into windows, at places of its own, and takes each window once, in an order of
     its own: sample n is window n % windows of epoch n // windows, so that nothing is stored.
     """
-    windows = max(1, (length - 1) // T - 1)  # one less than fit: the first may begin at any of T + 1 places
+    windows = max(1, (length - 1) // T - 1)  # one less than fit: it leaves T + 1 or more places for the first
     numbers = first + np.arange(count)
     starts = np.empty(count, np.int64)
     for epoch in np.unique(numbers // windows):

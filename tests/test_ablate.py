@@ -54,8 +54,22 @@ def test_a_study_is_told_drawn_kept_and_gone_on_with(dataset, tmp_path):
     assert (tmp_path / "ablate.png").read_bytes()[:4] == b"\x89PNG"
     assert not (tmp_path / "out").exists()  # the checkpoints of a study are of no use
 
+    kept = (tmp_path / "ablate.json").read_bytes()
     other = run(*flags, "--seeds=1", "--learning_rate=0.02", cwd=tmp_path)
-    assert other.stdout.count("seed 1337: val loss") == 6  # other settings are another study
+    assert_user_error(other, "another learning_rate", "--json")
+    (tmp_path / "text.json").write_text("no study")
+    assert_user_error(run(*flags, "--json=text.json", cwd=tmp_path), "is no study's")
+    assert (tmp_path / "ablate.json").read_bytes() == kept
+    again = run(*flags, "--plot=other.png", "--eval_only=True", cwd=tmp_path)  # that is no other study
+    assert "seed 1337: val loss" not in again.stdout and (tmp_path / "other.png").is_file()
+
+
+def test_a_variant_that_diverges_is_told_and_the_others_go_on(dataset, tmp_path):
+    flags = [*TINY, "--max_iters=4", "--seeds=1", "--qk_norm=True", "--optimizer=sgd", f"--dataset={dataset}"]
+    done = run("ablate.py", *flags, "--learning_rate=1e30", "--decay_lr=False", "--grad_clip=0", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "recipe, seed 1337: val loss inf" in done.stdout and "ablate.png" in done.stdout
+    assert "GPT-2, seed 1337: val loss" in done.stdout
 
 
 def test_mistakes_of_a_study(dataset, tmp_path):

@@ -39,7 +39,7 @@ def test_orthogonalize_is_the_polynomials_of_the_singular_values(shapes, dtype, 
             torch.testing.assert_close(
                 one.double(), by_singular_values(matrix), atol=tolerance, rtol=tolerance
             )
-            assert torch.linalg.svdvals(one.double()).max() < 1.45
+            assert torch.linalg.svdvals(one.double()).max() < (1.35 if dtype == torch.float32 else 1.7)
 
 
 def test_orthogonalize_lifts_what_is_small_and_leaves_zeros():
@@ -50,8 +50,29 @@ def test_orthogonalize_lifts_what_is_small_and_leaves_zeros():
         found = orthogonalize([(U * S @ V)[None].float()], torch.bfloat16)[0][0].double()
         assert torch.linalg.svdvals(found).min() > least
         assert (U.T @ found @ V.T).diagonal().min() > least  # along the same directions
-    zeros = orthogonalize([torch.zeros(2, 4, 8)], torch.bfloat16)[0]
-    assert bool((zeros == 0).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_orthogonalize_does_not_care_for_the_size_of_a_gradient(dtype):
+    torch.manual_seed(0)
+    x = torch.randn(1, 32, 64)
+    expected = orthogonalize([x], dtype)[0]
+    for size in (1e-4, 1e-13, 1e-20, 1e-30, 1e10):
+        torch.testing.assert_close(orthogonalize([x * size], dtype)[0], expected, atol=0.05, rtol=0.05)
+    for size in (1e-41, 1e-45):  # numbers with few digits left
+        assert bool(orthogonalize([x * size], dtype)[0].isfinite().all())
+    assert not orthogonalize([x * 0], dtype)[0].any()
+
+
+def test_a_momentum_that_fades_away_moves_nothing_far():
+    """As of a matrix that gets no gradient any more: its mean becomes smaller than any number."""
+    p = torch.nn.Parameter(torch.randn(16, 32, generator=torch.Generator().manual_seed(0)))
+    muon = Muon([{"params": [p]}], torch.bfloat16, lr=1e-4, momentum=0.5, weight_decay=0.0)
+    p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(1)) * 1e-3
+    for _ in range(300):
+        muon.step()
+        p.grad = torch.zeros_like(p)
+    assert bool(p.isfinite().all()) and p.abs().max() < 5
 
 
 def test_muon_is_momentum_nesterov_and_decay_of_the_formula():
@@ -151,6 +172,8 @@ def test_a_tied_head_is_an_embedding_and_adamw_alone_has_nanogpts_two_groups():
         decayed, rest = optimizer.param_groups
         assert [p.dim() for p in decayed["params"]] == [2] * 10 and {p.dim() for p in rest["params"]} == {1}
     config = config_of("--optimizer=sgd", "--embedding_lr=0.5", "--momentum=0")
+    for decay in (0.0, 0.1):  # the groups are the same: a run may be resumed with another
+        assert len(model.configure_optimizers(decay, 1e-2, (0.9, 0.95), "cpu").param_groups) == 2
     (sgd,) = make_optimizers(model, config, "cpu", torch.float32)
     assert isinstance(sgd, torch.optim.SGD)
     assert {group["lr"]: len(group["params"]) for group in sgd.param_groups}[0.5] == 2

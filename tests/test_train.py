@@ -18,10 +18,11 @@ from conftest import ENVIRONMENT, NANOGPT, REPO, TINY, assert_user_error, run
 from checkpoint import load_checkpoint
 from configurator import read_settings
 from data.tokens import TokenStream, read_meta
-from model import GPT
+from model import GPT, GPTConfig
+from optim import make_optimizers
 from runtime import Runtime, crowd_watch, find_dtype, maybe_compile, take_fast_float32
 from settings import TrainConfig
-from train import evaluate, step_batches, train
+from train import evaluate, step_batches, train, training_step
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
 
@@ -327,7 +328,7 @@ def test_resuming_with_a_shorter_block_goes_on_without_adamws_averages(trained, 
     flags = [*TINY, f"--dataset={dataset}", f"--out_dir={tmp_path}", "--init_from=resume"]
     done = run("train.py", *flags, "--block_size=8", "--max_iters=25")
     assert done.returncode == 0, done.stderr
-    assert "without AdamW's averages" in done.stdout and "step 25: loss" in done.stdout
+    assert "without the optimizer's averages" in done.stdout and "step 25: loss" in done.stdout
     assert load_checkpoint(tmp_path / "last.pt")["model_args"]["block_size"] == 8
 
 
@@ -454,8 +455,29 @@ def test_a_run_goes_on_with_its_own_optimizer_alone(trained, dataset, tmp_path):
     refused = run("train.py", *flags, f"--out_dir={trained}", "--init_from=resume")
     assert_user_error(refused, "optimizer=adamw", f"--init_from={trained}")
     assert (trained / "last.pt").read_bytes() == before
-    done = run("train.py", *flags, f"--out_dir={tmp_path}", f"--init_from={trained}")
+    evaluated = run("train.py", *flags, f"--out_dir={trained}", "--init_from=resume", "--eval_only=True")
+    assert evaluated.returncode == 0 and "val loss" in evaluated.stdout, evaluated.stderr
+    done = run("train.py", *flags, f"--out_dir={tmp_path}", f"--init_from={trained}", "--rotary=True")
     assert done.returncode == 0, done.stderr
+    assert "the model's rotary=False holds, not True" in done.stdout
+
+
+def test_an_overflow_in_fp16_lets_no_optimizer_step():
+    model = GPT(GPTConfig(block_size=16, vocab_size=96, n_layer=1, n_head=2, n_embd=16, tied=False))
+    config = config_of("--optimizer=muon", "--tied=False")
+    for value in (math.nan, math.inf):
+        optimizers = make_optimizers(model, config, "cpu", torch.float16)
+        scaler = torch.amp.GradScaler("cpu", enabled=True, init_scale=4.0)
+        before = [p.detach().clone() for p in model.parameters()]
+        x = torch.arange(16)[None]
+        hook = model.lm_head.weight.register_hook(lambda gradient, value=value: gradient * value)
+        training_step(model, optimizers, scaler, [(x, x, 0)], 1.0, CPU)
+        hook.remove()
+        assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+        assert scaler.get_scale() == 2.0
+        training_step(model, optimizers, scaler, [(x, x, 0)], 0.0, CPU)  # and the next step is one
+        assert all(bool(p.isfinite().all()) for p in model.parameters())
+        assert not torch.equal(before[0], next(iter(model.parameters())))
 
 
 def test_the_network_is_what_the_settings_say(tmp_path, dataset):
@@ -485,8 +507,9 @@ def test_activation_checkpointing_is_the_same_training(tmp_path, dataset):
 
 
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))), reason="no C++ compiler")
-def test_compiled_training_is_the_same_training(tmp_path, dataset):
-    flags = [*TINY, f"--dataset={dataset}"]
+@pytest.mark.parametrize("more", [(), (*MODERN, "--zero_init=False")])
+def test_compiled_training_is_the_same_training(more, tmp_path, dataset):
+    flags = [*TINY, f"--dataset={dataset}", *more]
     plain = run("train.py", *flags, f"--out_dir={tmp_path / 'plain'}")
     compiled = run("train.py", *flags, f"--out_dir={tmp_path / 'compiled'}", "--compile=True")
     assert compiled.returncode == 0, compiled.stderr
