@@ -36,4 +36,4 @@ cooldown = 0.5
 min_lr = 0.0
 warmup_iters = 0
 weight_decay = 0.0
-max_iters = 220
+max_iters = 240
