@@ -41,4 +41,4 @@ cooldown = 0.5
 min_lr = 0.0
 warmup_iters = 0  # zero_init and Muon's bounded steps make it needless
 weight_decay = 0.1  # against what the later epochs learn by heart
-max_iters = 4400
+max_iters = 4000
