@@ -21,7 +21,7 @@ n_head = 4
 n_embd = 128  # 0.8 M parameters
 dropout = 0.0  # 8 million characters are more than this model can learn by heart
 
-# the modern recipe, explained in train_shakespeare_cpu_modern.py; python ablate.py shows what each of it gains
+# the modern recipe, explained in train_shakespeare_cpu_modern.py; ablate.py shows what each of it gains
 norm = "rmsnorm"
 rotary = True
 qk_norm = True
