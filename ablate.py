@@ -16,16 +16,18 @@ if __name__ == "__main__":
 import contextlib
 import json
 import math
+import os
 import statistics
 import tempfile
 import time
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from errors import Diverged, UserError, one_line_errors, writable
+from runtime import find_pyplot
 from settings import TrainConfig
 from train import train
 
@@ -33,8 +35,11 @@ INGREDIENTS = (
     "norm", "rotary", "qk_norm", "activation", "n_kv_head", "tied", "logit_softcap", "embedding_skip",
     "zero_init", "optimizer", "lr_schedule", "sampling", "dropout",
 )  # fmt: skip
-# A study with another of these is the same study.
-NO_MATTER = ("seed", "seeds", "json", "plot", "out_dir", "log_interval", "eval_only", "wandb_log")
+# What a study decides itself, whatever the recipe says.
+FIXED = {
+    "init_from": "scratch", "eval_iters": 0, "eval_only": False, "seed": 0, "out_dir": "-",
+    "log_interval": 1000, "wandb_log": False, "wandb_project": "-", "wandb_run_name": "-",
+}  # fmt: skip
 Run = dict[str, float]  # seed, val (inf: it diverged), seconds
 
 
@@ -52,16 +57,13 @@ def variants(config: AblateConfig) -> dict[str, dict[str, Any]]:
     return {"recipe": {}, **without, "GPT-2": plain, **added}
 
 
-def train_once(config: AblateConfig, changes: dict[str, Any], seed: int) -> Run:
+def train_once(settings: dict[str, Any], seed: int) -> Run:
     """Train in a folder that vanishes; the best loss over the whole val split, and the seconds of all."""
-    settings = {field.name: getattr(config, field.name) for field in fields(TrainConfig)} | changes
+    torch.compiler.reset()  # it compiles a few variants of a network only, and goes on without
+    begin, val = time.perf_counter(), math.inf
     with tempfile.TemporaryDirectory() as folder:
-        settings |= {"seed": seed, "out_dir": folder, "init_from": "scratch", "eval_iters": 0}
-        settings |= {"eval_only": False, "wandb_log": False}
-        torch.compiler.reset()  # it compiles a few variants of a network only, and goes on without
-        begin, val = time.perf_counter(), math.inf
         with contextlib.redirect_stdout(None), contextlib.suppress(Diverged):
-            result = train(TrainConfig(**settings))
+            result = train(TrainConfig(**{**settings, "seed": seed, "out_dir": folder}))
             if result.stopped_by:
                 sys.exit(128 + result.stopped_by)
             val = result.best_val_loss
@@ -70,7 +72,7 @@ def train_once(config: AblateConfig, changes: dict[str, Any], seed: int) -> Run:
 
 def read_results(path: Path, settings: dict[str, Any]) -> dict[str, list[Run]]:
     """The runs of an earlier call, {} if none. Raises UserError where they are of another study."""
-    if not path.is_file() or not path.stat().st_size:
+    if not path.stat().st_size:
         return {}
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -78,12 +80,18 @@ def read_results(path: Path, settings: dict[str, Any]) -> dict[str, list[Run]]:
         changed = [name for name, value in settings.items() if theirs.get(name) != value]
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path} is no study's; name another --json, or move it away") from None
-    changed = [name for name in changed if name not in NO_MATTER]
     if changed:
         raise UserError(
             f"{path} has a study with another {', '.join(changed)}; name another --json, or move it away"
         )
     return runs
+
+
+def write_results(path: Path, settings: dict[str, Any], runs: dict[str, list[Run]]) -> None:
+    """The whole file or the old one: a study killed while it writes loses no run that was made."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps({"settings": settings, "runs": runs}, indent=1), encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def table(runs: dict[str, list[Run]]) -> list[str]:
@@ -104,14 +112,9 @@ def table(runs: dict[str, list[Run]]) -> list[str]:
 
 def plot(runs: dict[str, list[Run]], path: str) -> None:
     """A dot for each run: its loss, a row for each variant."""
-    try:
-        import matplotlib
-    except ImportError:
-        print(f"note     no {path}: pip install matplotlib")
+    pyplot = find_pyplot(path)
+    if pyplot is None:
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     figure, axes = pyplot.subplots(figsize=(9, 0.32 * len(runs) + 1.2), layout="constrained")
     for row, (name, found) in enumerate(runs.items()):
         color = "#4477aa" if name.startswith("recipe") else "#cc6677"
@@ -131,22 +134,20 @@ def plot(runs: dict[str, list[Run]], path: str) -> None:
 
 def ablate(config: AblateConfig) -> dict[str, list[Run]]:
     """Train all variants with all seeds, tell each, and return the runs. They are kept in config.json."""
-    path = Path(config.json)
-    todo = variants(config)
+    path, todo = Path(config.json), variants(config)
+    settings = {field.name: getattr(config, field.name) for field in fields(TrainConfig)} | FIXED
     with writable(config.json):  # before hours of training
-        runs = read_results(path, asdict(config))
+        runs = read_results(path, settings)
     seeds = [config.seed + number for number in range(config.seeds)]
     print(f"study    {len(todo)} variants x {config.seeds} seeds of {config.max_iters} steps, kept in {path}")
     for seed in seeds:  # in turns, so that a busy hour slows all variants alike
         for name, changes in todo.items():
             if seed in [run["seed"] for run in runs.setdefault(name, [])]:
                 continue
-            run = train_once(config, changes, seed)
+            run = train_once(settings | changes, seed)
             runs[name].append(run)
             print(f"{name}, seed {seed}: val loss {run['val']:.4f}, {run['seconds']:.1f} s", flush=True)
-            path.write_text(
-                json.dumps({"settings": asdict(config), "runs": runs}, indent=1), encoding="utf-8"
-            )
+            write_results(path, settings, runs)
     runs = {name: [run for run in runs[name] if run["seed"] in seeds] for name in todo}
     print("\n".join(table(runs)))
     plot(runs, config.plot)

@@ -38,6 +38,7 @@ from optim import make_optimizers
 from runtime import (
     Runtime,
     compile_works,
+    find_pyplot,
     maybe_compile,
     measured_bandwidth,
     measured_flops,
@@ -129,7 +130,7 @@ def our_step(
         model = GPT(replace(model.config, vocab_size=meta["vocab_size"]))
     model.activation_checkpointing = config.activation_checkpointing
     optimizers = make_optimizers(model.to(runtime.device).train(), config, runtime.device.type, runtime.dtype)
-    scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
+    scaler = runtime.loss_scaler()
     if not fused:
         groups = [
             {key: group[key] for key in ("params", "weight_decay")} for group in optimizers[0].param_groups
@@ -393,14 +394,9 @@ def bench_ladder(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
 
 def plot_ladder(rungs: list[dict[str, Any]], title: str) -> None:
     """Bars of ms per step, each with its gain over the one above it."""
-    try:
-        import matplotlib
-    except ImportError:
-        print(f"note     no {PLOT}: pip install matplotlib")
+    pyplot = find_pyplot(PLOT)
+    if pyplot is None:
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     figure, axes = pyplot.subplots(figsize=(8, 0.45 * len(rungs) + 1.4), layout="constrained")
     bars = axes.barh([rung["rung"] for rung in rungs], [rung["ms"] for rung in rungs], color="#4477aa")
     axes.bar_label(bars, [f"{rung['ms']:.1f} ms (x {rung['gain']:.2f})" for rung in rungs], padding=4)

@@ -1,4 +1,4 @@
-"""GPT-2 in one file: the network, GPT-2's weights in, AdamW's groups, generation with a KV cache.
+"""GPT in one file: the network and its settings, GPT-2's weights in, one token after another with a KV cache.
 
 The defaults of GPTConfig are GPT-2; its later settings are what came since, each alone or with others.
 

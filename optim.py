@@ -114,12 +114,12 @@ def adamw(
 
     wte and wpe may have a learning rate of their own, and so may lm_head where it is no part of wte.
     """
-    groups = by_rate(named_parameters, weight_decay, learning_rate, embedding_lr, head_lr)
+    groups = groups_of(named_parameters, weight_decay, learning_rate, embedding_lr, head_lr)
     fused = device_type in ("cuda", "cpu")  # one kernel for all parameters
     return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
 
 
-def by_rate(
+def groups_of(
     named_parameters: Iterable[tuple[str, nn.Parameter]],
     weight_decay: float,
     learning_rate: float,
@@ -156,11 +156,11 @@ def make_optimizers(
     named = list(model.named_parameters())
     own_rates = (config.embedding_lr, config.head_lr)
     if config.optimizer == "sgd":
-        groups = by_rate(named, config.weight_decay, config.learning_rate, *own_rates)
+        groups = groups_of(named, config.weight_decay, config.learning_rate, *own_rates)
         optimizers = [torch.optim.SGD(groups, momentum=config.momentum, nesterov=config.momentum > 0)]
     else:
-        muons = {name: p for name, p in named if ".h." in name and p.dim() == 2}
-        muons = muons if config.optimizer == "muon" else {}
+        takes_muon = config.optimizer == "muon"
+        muons = {name: p for name, p in named if takes_muon and ".h." in name and p.dim() == 2}
         others = [(name, p) for name, p in named if name not in muons]
         betas = (config.beta1, config.beta2)
         optimizers = [

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,6 +53,10 @@ class Runtime:
     def autocast(self) -> AbstractContextManager:
         """The context of a forward pass: matrix products in `dtype`, what needs the range in fp32."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def loss_scaler(self) -> torch.amp.GradScaler:
+        """The scaling of the loss that fp16 needs; idle otherwise."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
 
     def to_device(self, array: np.ndarray) -> torch.Tensor:
         """A numpy array as a tensor on the device, without waiting for the copy."""
@@ -294,6 +299,19 @@ def crowd_watch(runtime: Runtime, say: Callable[[str], None]) -> Callable[[float
             )
 
     return watch
+
+
+def find_pyplot(path: str) -> Any:
+    """matplotlib.pyplot, to draw into the file `path`; None, and a line about it, where it is missing."""
+    try:
+        import matplotlib
+    except ImportError:
+        print(f"note     no {path}: pip install matplotlib")
+        return None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
 
 
 def speak(line: str) -> None:

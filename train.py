@@ -287,7 +287,7 @@ def train(config: TrainConfig) -> TrainResult:
     wandb = start_wandb(config) if config.wandb_log and runtime.is_main else None
 
     optimizers = make_optimizers(model.to(runtime.device), config, runtime.device.type, runtime.dtype)
-    scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
+    scaler = runtime.loss_scaler()
     if "optimizer" in contents and not config.eval_only:
         restore_optimizers(optimizers, contents, out_dir)
         scaler.load_state_dict(contents.get("scaler") or scaler.state_dict())

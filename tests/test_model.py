@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from attention import KVCache, causal_attention, dropout
+from attention import causal_attention, dropout
 from decoding import sample_token, stream
 from model import GPT, GPTConfig
 
@@ -329,21 +329,6 @@ def test_greedy_with_the_cache_equals_greedy_without(B, prompt):
     assert bool((model.generate(idx, 32 - prompt, temperature=0.0) == expected).all())
     shared = idx[:1].expand(4, -1)  # one prompt for all: read once
     assert bool((model.generate(shared, 32 - prompt, temperature=0.0) == expected[:1]).all())
-
-
-@pytest.mark.parametrize("static", [False, True])  # static: as on a GPU, with a mask over the whole cache
-def test_decoding_scores_each_position_as_the_whole_sequence_does(static):
-    model = small()
-    idx = random_ids(2, 32)
-    with torch.no_grad():
-        expected = model(idx, targets=idx)[0]  # (B, T, V)
-        cache = KVCache(3, 4, 8, 2, 32, model.transformer.wte.weight)
-        cache.static = static
-        torch.testing.assert_close(model.prefill(idx[:, :5], cache), expected[:, 4], atol=1e-5, rtol=1e-5)
-        for t in range(5, 32):
-            found = model.decode(idx[:, t : t + 1], torch.tensor([t]), cache)
-            cache.length += 1
-            torch.testing.assert_close(found, expected[:, t], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("prompt", [3, 32, 40])

@@ -180,8 +180,9 @@ def test_each_combination_trains_is_saved_and_goes_on_bit_for_bit(part, tmp_path
 
 
 @pytest.mark.parametrize("static", [False, True])  # static: as on a GPU, with a mask over the whole cache
-def test_the_modern_cache_scores_as_the_whole_sequence_does(static):
-    model, idx = made(**MODERN), ids(2, 16)
+@pytest.mark.parametrize("settings", [{}, MODERN])
+def test_decoding_scores_each_position_as_the_whole_sequence_does(settings, static):
+    model, idx = made(**settings), ids(2, 16)
     with torch.no_grad():
         expected = model(idx, targets=idx)[0]  # (B, T, V)
         cache = KVCache(2, model.config.kv_heads, 6, 2, 16, model.lm_head.weight)
