@@ -142,8 +142,12 @@ def our_step(
 
     def step(number: int) -> None:
         nonlocal batches
-        training_step(model, optimizers, scaler, batches, config.grad_clip, runtime)
-        batches = step_batches(stream, config, runtime, number + 1)  # while a GPU computes, as train.py does
+
+        def read_on() -> list:
+            return step_batches(stream, config, runtime, number + 1)
+
+        made = training_step(model, optimizers, scaler, batches, config.grad_clip, runtime, read_on)
+        batches = made.following
 
     return model, step
 

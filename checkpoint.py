@@ -7,52 +7,64 @@ fp16 training) and meta (the dataset's, with its tokenizer). nanoGPT's own files
 import difflib
 import math
 import os
+import shutil
 import urllib.error
 import urllib.request
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import IO, Any, get_type_hints
 
 import torch
 
 from data.tokens import GPT2_META
 from errors import Diverged, MachineError, UserError
 from model import GPT, GPTConfig
+from parallel import copied, part_like
 
 BEST, NEWEST = "ckpt.pt", "last.pt"
 OPTIMIZER_KEYS = ("optimizer", "muon")  # AdamW's or SGD's state, as in nanoGPT; Muon's beside AdamW's
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
 
-def open_out_dir(out_dir: Path) -> None:
-    """Make the folder and try that it takes files, before hours are spent. Raises UserError."""
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        probe = out_dir / "writable.tmp"
-        probe.write_bytes(b"")
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"out_dir={out_dir} cannot be written ({error.strerror}); choose another") from None
+def write_whole(write: Callable[[IO[bytes]], object], *paths: Path) -> None:
+    """Write a file beside `paths`, flush it to disk, and let each of them in turn be it, without a copy.
 
-
-def save_checkpoint(path: Path, contents: dict[str, Any]) -> None:
-    """Write beside `path`, flush to disk, rename: at each moment `path` is a whole file, the old or the new.
-
-    Raises MachineError where the disk does not take it; then `path` is the old one.
+    At each moment each path is a whole file, the old or the new. Raises MachineError where the disk does not
+    take it; then they are the old ones.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    temporaries = [path.with_name(path.name + ".tmp") for path in paths]
     try:
-        with open(temporary, "wb") as file:
-            torch.save(contents, file)
+        with open(temporaries[0], "wb") as file:
+            write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        for temporary in temporaries[1:]:
+            same_file(temporaries[0], temporary)
+        for temporary, path in zip(temporaries, paths, strict=True):
+            os.replace(temporary, path)
+        if os.name != "nt":
+            folder = os.open(paths[0].parent, os.O_RDONLY)
+            os.fsync(folder)  # the new names, too
+            os.close(folder)
     except (OSError, RuntimeError) as error:  # RuntimeError is torch's, when the disk is full
-        try:
-            temporary.unlink(missing_ok=True)
-        except OSError:
-            pass
-        raise MachineError(f"{path} cannot be written ({error}); what stood there before is intact") from None
+        for temporary in temporaries:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise MachineError(f"{paths[-1]} cannot be written ({reason}), and is what it was before") from None
+
+
+def same_file(path: Path, other: Path) -> None:
+    """Make `other` a second name of the file, or a copy where the disk has no second names."""
+    other.unlink(missing_ok=True)
+    try:
+        os.link(path, other)
+    except OSError:
+        shutil.copyfile(path, other)
+        with open(other, "rb+") as file:
+            os.fsync(file.fileno())
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -120,11 +132,16 @@ def restore_optimizers(
     """Load the averages; the settings stay those of this run. Raises UserError where they do not fit."""
     try:
         for key, optimizer in zip(OPTIMIZER_KEYS, optimizers, strict=False):
-            state = contents[key]
-            for saved, ours in zip(state["param_groups"], optimizer.param_groups, strict=True):
+            groups = contents[key]["param_groups"]
+            for saved, ours in zip(groups, optimizer.param_groups, strict=True):
                 saved.update({key: value for key, value in ours.items() if key != "params"})
-            optimizer.load_state_dict(state)
-    except (KeyError, TypeError, ValueError) as error:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            state = {  # of each, the part that this rank has
+                number: {name: part_like(value, parameters[number]) for name, value in averages.items()}
+                for number, averages in contents[key]["state"].items()
+            }
+            optimizer.load_state_dict({"state": state, "param_groups": groups})
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise UserError(
             f"{out_dir}: the optimizer state does not fit ({error}); set optimizer, embedding_lr and head_lr "
             "as they were, or use another one"
@@ -132,15 +149,23 @@ def restore_optimizers(
 
 
 def training_state(
-    model: GPT, optimizers: list[torch.optim.Optimizer], iter_num: int, best_val_loss: float, **more: Any
+    model: GPT, optimizers: list[torch.optim.Optimizer], keep: bool = True, **more: Any
 ) -> dict[str, Any]:
-    """The contents of a checkpoint. `model` is the plain GPT, not its compiled or distributed face."""
+    """The contents of a checkpoint, copied to the CPU. `model` is the plain GPT, not DDP's face of it.
+
+    Of a model in parts, all ranks have to call it; those that do not keep it get nothing of use.
+    """
+    weights = dict(model.state_dict())
+    if model.config.tied:
+        weights.pop("lm_head.weight")  # copied once
+    weights = copied(weights, keep)
+    if model.config.tied:
+        weights["lm_head.weight"] = weights["transformer.wte.weight"]
+    states = [copied(optimizer.state_dict(), keep) for optimizer in optimizers]
     return {
-        "model": model.state_dict(),
-        **{key: o.state_dict() for key, o in zip(OPTIMIZER_KEYS, optimizers, strict=False)},
+        "model": weights,
+        **dict(zip(OPTIMIZER_KEYS, states, strict=False)),
         "model_args": asdict(model.config),
-        "iter_num": iter_num,
-        "best_val_loss": best_val_loss,
         **more,
     }
 
@@ -148,12 +173,12 @@ def training_state(
 def load_pretrained(name: str, dropout: float = 0.0) -> tuple[GPT, dict[str, Any]]:
     """A network to start from, on the CPU, and the checkpoint that it stood in, {} where it is transformers'.
 
-    `name` is gpt2, gpt2-medium, gpt2-large, gpt2-xl, a hub name, a folder in transformers' format, or a
-    run's. Raises UserError.
+    `name` is gpt2, gpt2-medium, gpt2-large, gpt2-xl, a hub name, a folder in transformers' format, a run's,
+    or one of its .pt files. Raises UserError.
     """
     folder = Path(name)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        path = best_checkpoint(folder)
+    if folder.suffix == ".pt" or (folder.is_dir() and not (folder / "config.json").is_file()):
+        path = best_checkpoint(folder) if folder.is_dir() else folder
         contents = load_checkpoint(path)
         return restore_model(contents, path, dropout), contents
     if not folder.is_dir() and name not in GPT2_NAMES and "/" not in name:
@@ -191,19 +216,6 @@ def lost(step: int, out_dir: Path | None) -> Diverged:
     kept = f"{path} is the last good state" if path else "nothing was saved yet"
     what_to_do = "lower --learning_rate or set --grad_clip=1.0"
     return Diverged(f"the loss is not finite any more at step {step}; {what_to_do} ({kept})")
-
-
-def set_aside(out_dir: Path) -> list[str]:
-    """Rename another run's checkpoints to ckpt.previous-1.pt and so on: a start too many loses nothing."""
-    moved = []
-    number = 1
-    while any((out_dir / name.replace(".pt", f".previous-{number}.pt")).exists() for name in (BEST, NEWEST)):
-        number += 1
-    for name in (BEST, NEWEST):
-        if (out_dir / name).is_file():
-            moved.append(name.replace(".pt", f".previous-{number}.pt"))
-            os.rename(out_dir / name, out_dir / moved[-1])
-    return moved
 
 
 def first_line(error: BaseException) -> str:

@@ -3,6 +3,7 @@
 import errno
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -59,6 +60,8 @@ def one_line_errors(out_of_memory: str = SMALLER) -> Iterator[None]:
 
 def stop(status: int, error: object) -> None:
     """Print `error` as one line and exit with `status`."""
+    if int(os.environ.get("RANK", 0)):
+        time.sleep(3)  # what all ranks find, the first one says; torchrun then ends the others
     sys.stdout.flush()
     sys.stderr.write(f"error: {' '.join(str(error).split())}\n")  # in one piece, as ranks share a terminal
     sys.exit(status)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
+from parallel import local, part_like, whole
 from settings import TrainConfig
 
 # Coefficients of Muon's iteration, a polynomial a·x + b·x³ + c·x⁵ for each step. Each is the one nearest to
@@ -85,20 +86,26 @@ class Muon(torch.optim.Muon):
                 stacks = [x.view(len(x) * parts, -1, x.size(2)) for x in ahead]
                 for matrices, updates in zip(same, orthogonalize(stacks, self.dtype), strict=True):
                     _, rows, columns = updates.shape
-                    torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
                     rate = group["lr"] * math.sqrt(max(1, rows / columns))
                     updates = updates.reshape(len(matrices), -1, columns)
-                    torch._foreach_add_(matrices, updates.unbind(), alpha=-rate)
+                    ours = [local(part_like(u, p)) for u, p in zip(updates, matrices, strict=True)]
+                    theirs = [local(p) for p in matrices]
+                    torch._foreach_mul_(theirs, 1 - group["lr"] * group["weight_decay"])
+                    torch._foreach_add_(theirs, ours, alpha=-rate)
 
     def average(self, matrices: list[nn.Parameter], momentum: float) -> torch.Tensor:
-        """Update the running means of the gradients, and look ahead as Nesterov: (N, rows, columns)."""
+        """Update the running means of the gradients, and look ahead as Nesterov: (N, rows, columns).
+
+        A mean is shared among the ranks as its weight is; what is orthogonalised is whole, on each of them.
+        """
         for p in matrices:
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        means = [self.state[p]["momentum_buffer"] for p in matrices]
-        gradients = [p.grad for p in matrices]
+        means = [local(self.state[p]["momentum_buffer"]) for p in matrices]
+        gradients = [local(p.grad) for p in matrices]
         torch._foreach_lerp_(means, gradients, 1 - momentum)
-        return torch.stack(torch._foreach_lerp(gradients, means, momentum))
+        torch._foreach_lerp_(gradients, means, momentum)  # in place: nobody reads the gradients after this
+        return torch.stack([whole(p.grad) for p in matrices])
 
 
 def adamw(

@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -72,6 +72,18 @@ class Runtime:
         sums = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(sums)  # on the CPU, over gloo: nothing waits for a GPU
         return sums.tolist()
+
+    def agree(self, value: float, message: str) -> None:
+        """Raises UserError where the ranks have different values."""
+        lowest, highest = (
+            torch.tensor([value], dtype=torch.float64),
+            torch.tensor([value], dtype=torch.float64),
+        )
+        if self.world_size > 1:
+            dist.all_reduce(lowest, dist.ReduceOp.MIN)
+            dist.all_reduce(highest, dist.ReduceOp.MAX)
+        if lowest != highest:
+            raise UserError(message)
 
     def describe(self) -> str:
         """The machine, in words."""
@@ -179,8 +191,9 @@ def maybe_compile(
     device: torch.device,
     steps: int,
     say: Callable[[str], None],
+    parts: Iterable[torch.nn.Module] = (),
 ) -> None:
-    """Compile the model in place where that is wanted and works here; say why where not.
+    """Compile the model, or parts of it, in place where that is wanted and works here; say why where not.
 
     'auto' weighs the `steps` to come: compiling takes half a minute. On CPUs (and Apple's GPUs) the step of a
     model of a few million parameters and more is as fast without; a smaller one's gains some 2 ms.
@@ -196,7 +209,8 @@ def maybe_compile(
                 else f"compile  off: on this {device.type}, a model of this size is as fast without"
             )
     if wanted and compile_works(device, say):
-        model.compile()
+        for part in parts or (model,):
+            part.compile()
 
 
 def compile_works(device: torch.device, say: Callable[[str], None]) -> bool:
@@ -284,23 +298,6 @@ def measured_bandwidth(device: torch.device) -> float:
     return best
 
 
-def crowd_watch(runtime: Runtime, say: Callable[[str], None]) -> Callable[[float], None]:
-    """Returns a function of a step's seconds that says, once, where other programs hold a CPU's cores."""
-    fastest = math.inf
-    told = runtime.device.type != "cpu" or torch.get_num_threads() == 1
-
-    def watch(seconds: float) -> None:
-        nonlocal fastest, told
-        fastest = min(fastest, seconds)
-        if seconds > 3 * fastest and not told:
-            told = True
-            say(
-                "note     others use the cores too; if it stays so, OMP_NUM_THREADS=1 before python is faster"
-            )
-
-    return watch
-
-
 def find_pyplot(path: str) -> Any:
     """matplotlib.pyplot, to draw into the file `path`; None, and a line about it, where it is missing."""
     try:
@@ -325,18 +322,24 @@ def speak(line: str) -> None:
 
 @contextmanager
 def signals_caught() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM, so that a step is finished first; a second Ctrl-C ends at once."""
+    """Collects SIGINT, SIGTERM and SIGUSR1 (a cluster's warning), so that a step is finished first; a second
+    Ctrl-C ends at once. A rank whose torchrun was killed gets SIGTERM too, where the system can tell (Linux).
+    """
     caught: list[int] = []
+    alone = "TORCHELASTIC_RUN_ID" not in os.environ
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
     def collect(number: int, frame: object) -> None:
         if number == signal.SIGINT and number in caught:
             raise KeyboardInterrupt
         caught.append(number)
-        if number == signal.SIGINT:  # print() is not safe within a signal handler
+        if number == signal.SIGINT and alone:  # print() is not safe within a signal handler
             os.write(2, b"\nfinishes the step and saves; Ctrl-C again ends at once\n")
 
+    if not alone and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
     try:
-        before = {number: signal.signal(number, collect) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.signal(number, collect) for number in numbers}
     except ValueError:  # not in the main thread, where Python takes no signals
         before = {}
     try:

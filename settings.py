@@ -25,7 +25,7 @@ class TrainConfig:
     out_dir: str = setting("out", "folder of the checkpoints: ckpt.pt (best), last.pt (newest)")
     dataset: str = setting("openwebtext", "a folder of data/, or a path to one, made by a prepare.py")
     init_from: str = setting(
-        "scratch", "scratch, resume, auto (resume if possible), gpt2[-medium|-large|-xl], a folder"
+        "scratch", "scratch, resume, auto (resume if possible), auto:gpt2, gpt2[-medium|-large|-xl], a folder"
     )
     seed: int = setting(1337, "of weights, batches and dropout", at_least=0, below=2**63)
 
@@ -37,6 +37,15 @@ class TrainConfig:
     eval_only: bool = setting(False, "evaluate once and stop")
     log_interval: int = setting(1, "steps between log lines", at_least=1)
     always_save_checkpoint: bool = setting(True, "write ckpt.pt at each evaluation, not only at the best")
+    save_interval: int | None = setting(
+        None, "steps between writings of last.pt, beside those at evaluations; None is none", at_least=1
+    )
+    keep_checkpoints: int = setting(
+        0, "of the newest, this many older ones are kept too, as step-*.pt", at_least=0
+    )
+    skip_limit: int = setting(
+        5, "a step without finite gradients is skipped; after so many in a row the run ends", at_least=1
+    )
     wandb_log: bool = setting(False, "log to Weights & Biases too")
     wandb_project: str = setting("owt", "its project")
     wandb_run_name: str = setting("gpt2", "its run")
@@ -108,6 +117,7 @@ class TrainConfig:
     activation_checkpointing: bool = setting(
         False, "compute activations again for the gradient: less memory, a third more arithmetic"
     )
+    shard: bool = setting(False, "share weights, gradients and averages among the ranks (FSDP2)")
     backend: str = setting("auto", "between ranks on GPUs", choices=("auto", "nccl", "gloo"))
 
     def __post_init__(self) -> None:

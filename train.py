@@ -14,6 +14,7 @@ if __name__ == "__main__":
 
 import math
 import time
+import zlib
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -24,27 +25,16 @@ import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoint import (
-    BEST,
-    NEWEST,
-    load_checkpoint,
-    load_pretrained,
-    lost,
-    newest_checkpoint,
-    open_out_dir,
-    restore_model,
-    restore_optimizers,
-    save_checkpoint,
-    set_aside,
-    training_state,
-)
+from checkpoint import BEST, NEWEST, lost, restore_optimizers, training_state
 from data.tokens import TokenStream, epoch_starts, find_dataset, random_starts, read_meta
 from errors import UserError, one_line_errors
-from model import GPT, GPTConfig
+from guards import crowd_watch, spike_watch
+from model import GPT
 from optim import get_lr, make_optimizers, set_learning_rates
+from parallel import local, share_model, whole
+from run_folder import RunFolder
 from runtime import (
     Runtime,
-    crowd_watch,
     maybe_compile,
     peak_flops,
     progress_bar,
@@ -54,6 +44,7 @@ from runtime import (
     stop_runtime,
     take_fast_float32,
 )
+from start import begin_run, describe_resumption, describe_run, fingerprint, initial_model, start_wandb
 
 Batch = tuple[torch.Tensor, torch.Tensor, int]  # x (B, T), y (B, T), the seed of its dropout
 
@@ -68,51 +59,13 @@ class TrainResult(NamedTuple):
     stopped_by: int | None  # the signal that ended the run early
 
 
-def initial_model(config: TrainConfig, meta: dict[str, Any]) -> tuple[GPT, dict[str, Any]]:
-    """The network to train, on the CPU, and the checkpoint that it goes on from, {} if none. UserError."""
-    newest = newest_checkpoint(Path(config.out_dir))
-    resumes = config.init_from == "resume" or (config.init_from == "auto" and newest is not None)
-    contents: dict[str, Any] = {}
-    origin: dict[str, Any] = {}  # the checkpoint that the weights come from, gone on from or not
-    if resumes:
-        path = newest or Path(config.out_dir) / NEWEST
-        contents = origin = load_checkpoint(path)
-        model = restore_model(contents, path, config.dropout)
-        its_optimizer = contents.get("config", {}).get("optimizer", "adamw")
-        if its_optimizer != config.optimizer and not config.eval_only:
-            raise UserError(
-                f"{config.out_dir} was trained with optimizer={its_optimizer}; resume with that, or begin "
-                f"from its weights: --init_from={config.out_dir} and another --out_dir"
-            )
-    elif config.init_from in ("scratch", "auto"):
-        torch.manual_seed(config.seed)
-        shape = {name: value for name, value in asdict(config).items() if name in asdict(GPTConfig())}
-        # GPT-2's vocabulary is padded to GPTConfig's, which GPUs multiply faster
-        vocab_size = GPTConfig.vocab_size if meta["vocab_size"] == 50257 else meta["vocab_size"]
-        model = GPT(GPTConfig(vocab_size=vocab_size, **shape))
-    else:
-        model, origin = load_pretrained(config.init_from, config.dropout)
-    trained_on = origin.get("meta", meta)["tokenizer"]
-    if None not in (trained_on, meta["tokenizer"]) and trained_on != meta["tokenizer"]:
-        raise UserError(
-            f"{config.out_dir if resumes else config.init_from} was trained with another tokenizer than "
-            f"{config.dataset} has; choose the dataset that it was trained on, or --init_from=scratch"
-        )
-    if meta["vocab_size"] > model.config.vocab_size:
-        raise UserError(
-            f"the dataset has {meta['vocab_size']} tokens, the model of init_from={config.init_from} only "
-            f"{model.config.vocab_size}; choose the dataset that it was trained on, or --init_from=scratch"
-        )
-    if config.block_size > model.config.block_size:
-        raise UserError(
-            f"block_size={config.block_size} is longer than the model of init_from={config.init_from} reads; "
-            f"set --block_size={model.config.block_size} or less"
-        )
-    if config.block_size < model.config.block_size:
-        model.crop_block_size(config.block_size)
-        if not model.config.rotary:
-            contents.pop("optimizer", None)  # its averages have the shape of the longer table
-    return model, contents
+class Step(NamedTuple):
+    """What a training step was: its loss, the norm of its gradient, whether the weights changed."""
+
+    loss: float
+    norm: float
+    taken: bool
+    following: Any  # what was read meanwhile
 
 
 def windows_to_xy(windows: np.ndarray, runtime: Runtime) -> tuple[torch.Tensor, torch.Tensor]:
@@ -147,119 +100,100 @@ def training_step(
     batches: list[Batch],
     grad_clip: float,
     runtime: Runtime,
-) -> torch.Tensor:
-    """One optimizer step on this rank's micro-batches; their mean loss, still on the device."""
+    meanwhile: Callable[[], Any] = lambda: None,
+) -> Step:
+    """One optimizer step on the micro-batches of all ranks; none where loss or gradient is not finite.
+
+    `meanwhile` is called while a GPU still computes.
+    """
     total = torch.zeros((), device=runtime.device)
     for number, (x, y, seed) in enumerate(batches, 1):
         torch.manual_seed(seed)  # dropout, too, depends on nothing drawn before
-        if runtime.world_size > 1:
+        if isinstance(model, DistributedDataParallel):
             model.require_backward_grad_sync = number == len(batches)  # exchange the sum, once
         with runtime.autocast():
             _, loss = model(x, y, only_loss=True)
         scaler.scale(loss / len(batches)).backward()
         total += loss.detach()
-    fp16, overflow = scaler.is_enabled(), False
-    if grad_clip or fp16:
-        for optimizer in optimizers:
-            scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-        overflow = fp16 and not bool(norm.isfinite())  # then no optimizer steps, and the scale is lowered
     for optimizer in optimizers:
-        if not overflow:
+        scaler.unscale_(optimizer)
+    norm = clip_gradients(model, grad_clip)
+    following = meanwhile()
+    mean = runtime.total(total.item() / len(batches))[0] / runtime.world_size  # waits for the device
+    taken = math.isfinite(mean) and math.isfinite(norm.item())
+    for optimizer in optimizers:
+        if taken:
             scaler.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
-    scaler.update()
-    return total / len(batches)
+    scaler.update()  # fp16: lowers the scale after an overflow
+    return Step(mean, norm.item(), taken, following)
+
+
+def clip_gradients(model: torch.nn.Module, grad_clip: float) -> torch.Tensor:
+    """Shorten the gradient to a norm of grad_clip, unless that is 0; returns its norm before, still on the
+    device."""
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+    if grad_clip:
+        torch.nn.utils.clip_grads_with_norm_(parameters, grad_clip, norm)
+    return whole(norm)
 
 
 def evaluation_windows(
-    stream: TokenStream, config: TrainConfig, purpose: int, whole: int
+    stream: TokenStream, config: TrainConfig, purpose: int, val_length: int, ranks: int = 1
 ) -> tuple[np.ndarray, np.ndarray]:
     """Where the windows of an evaluation start, and how many first targets of each do not count: (N,), (N,).
 
     eval_iters batches at random places, the same at every evaluation. With eval_iters=0, all of the val split
-    (purpose 2), each token once, and a quarter as many of train (purpose 1); `whole` is the length of val.
+    (purpose 2), each token once, and a quarter as many of train (purpose 1). Each of the ranks gets as many.
     """
     B, T = config.batch_size, config.block_size
-    if config.eval_iters:
-        starts = random_starts(config.seed, 0, config.eval_iters * B, len(stream) - T, purpose)
-        return starts, np.zeros_like(starts)
-    count = math.ceil((whole - 1) / T)
-    if purpose == 1:
-        count = math.ceil(count / 4)
+    count = config.eval_iters * B or math.ceil((val_length - 1) / T)
+    if purpose == 2 and not config.eval_iters:
+        starts = np.minimum(np.arange(count) * T, val_length - 1 - T)  # the last one overlaps the one before
+        skip = np.arange(count) * T - starts
+    else:
+        count = count if config.eval_iters else math.ceil(count / 4)
         starts = random_starts(config.seed, 0, count, len(stream) - T, purpose)
         skip = np.zeros_like(starts)
-    else:
-        starts = np.minimum(np.arange(count) * T, whole - 1 - T)  # the last one overlaps the one before it
-        skip = np.arange(count) * T - starts
-    padding = -count % B  # every batch has B rows, which torch.compile likes; the added ones do not count
+    padding = -count % (ranks * B)  # torch.compile likes equal batches; what is added does not count
     return np.pad(starts, (0, padding)), np.pad(skip, (0, padding), constant_values=T)
 
 
 @torch.no_grad()
 def evaluate(
-    model: torch.nn.Module, streams: dict[str, TokenStream], config: TrainConfig, runtime: Runtime
-) -> dict[str, float]:
-    """Mean loss per token of train and val, in nats. The ranks share the batches."""
+    model: torch.nn.Module,
+    streams: dict[str, TokenStream],
+    config: TrainConfig,
+    runtime: Runtime,
+    stop_asked: Callable[[], bool] = lambda: False,
+) -> dict[str, float] | None:
+    """Mean loss per token of train and val, in nats; None where stop_asked before the end, on any rank.
+
+    The ranks share the batches.
+    """
     losses = {}
-    B, T = config.batch_size, config.block_size
+    B, T, ranks = config.batch_size, config.block_size, runtime.world_size
     model.eval()
     for purpose, split in enumerate(("train", "val"), 1):
-        starts, skip = evaluation_windows(streams[split], config, purpose, len(streams["val"]))
+        starts, skip = evaluation_windows(streams[split], config, purpose, len(streams["val"]), ranks)
         loss_sum = torch.zeros((), device=runtime.device, dtype=torch.float32)
         count = torch.zeros((), device=runtime.device)
-        for i in range(runtime.rank * B, len(starts), runtime.world_size * B):
+        for i in range(runtime.rank * B, len(starts), ranks * B):
+            if runtime.total(stop_asked())[0]:
+                model.train()
+                return None
             x, y = windows_to_xy(streams[split].windows(starts[i : i + B], T + 1), runtime)
             y = y.masked_fill(runtime.to_device(np.arange(T) < skip[i : i + B, None]), -1)
             with runtime.autocast():
                 _, loss = model(x, y, only_loss=True)
             counted = (y >= 0).sum()
-            loss_sum += loss * counted
+            loss_sum += torch.where(counted > 0, loss * counted, 0.0)  # the mean of no losses is nan
             count += counted
         all_loss, all_count = runtime.total(loss_sum.item(), count.item())
         losses[split] = all_loss / all_count
     model.train()
     return losses
-
-
-def start_wandb(config: TrainConfig) -> Any:
-    """A Weights & Biases run. Raises UserError where it cannot be."""
-    try:
-        import wandb
-
-        return wandb.init(project=config.wandb_project, name=config.wandb_run_name, config=asdict(config))
-    except Exception as error:
-        raise UserError(
-            f"wandb does not start ({error}); pip install wandb and log in, or --wandb_log=False"
-        ) from None
-
-
-def describe_run(
-    config: TrainConfig,
-    runtime: Runtime,
-    folder: Path,
-    streams: dict[str, TokenStream],
-    model: GPT,
-    say: Callable[[str], None],
-) -> None:
-    """Tell before the first step what is trained, on what, where, and what will be written."""
-    shape, micro_steps = model.config, config.gradient_accumulation_steps
-    tokens = micro_steps * config.batch_size * config.block_size
-    averages = 2 if config.optimizer == "adamw" else 1  # beside the weights; Muon's AdamW has few of them
-    megabytes = 4 * (1 + averages) * model.get_num_params(non_embedding=False) / 1e6
-    sizes = ", ".join(f"{len(stream):,} {split}" for split, stream in streams.items())
-    say(f"data     {folder}: {sizes} tokens, vocabulary {streams['train'].vocab_size:,}")
-    say(
-        f"model    {shape.n_layer} layers, {shape.n_head} heads, {shape.n_embd} wide, "
-        f"block {shape.block_size}: {model.get_num_params(non_embedding=False):,} parameters"
-    )
-    say(f"machine  {runtime.describe()}")
-    say(f"step     {tokens:,} tokens: {micro_steps} x {config.batch_size} sequences of {config.block_size}")
-    if not config.eval_only:
-        say(
-            f"writes   {config.out_dir}/{BEST} (best) and {NEWEST} (newest), "
-            f"every {config.eval_interval} steps up to {config.max_iters}, {megabytes:,.0f} MB each"
-        )
 
 
 def train(config: TrainConfig) -> TrainResult:
@@ -271,121 +205,147 @@ def train(config: TrainConfig) -> TrainResult:
             f"gradient_accumulation_steps={config.gradient_accumulation_steps} cannot be shared among "
             f"{runtime.world_size} ranks; make it a multiple"
         )
+    runtime.agree(zlib.crc32(repr(config).encode()), "the ranks have not all the same settings; give them")
     take_fast_float32(runtime)
-    folder = find_dataset(config.dataset)
-    meta = read_meta(folder)
-    streams = {split: TokenStream(folder, split, meta, config.block_size) for split in ("train", "val")}
+    data = find_dataset(config.dataset)
+    meta = read_meta(data)
+    streams = {split: TokenStream(data, split, meta, config.block_size) for split in ("train", "val")}
     model, contents = initial_model(config, meta)
-    out_dir = Path(config.out_dir)
-    if runtime.is_main and not config.eval_only:
-        open_out_dir(out_dir)
     first = step = contents.get("iter_num", 0)
+    runtime.agree(
+        step, f"the ranks find different checkpoints; put out_dir={config.out_dir} where all see it"
+    )
     best_val_loss = float(contents.get("best_val_loss", math.inf))
+    out_dir, run_id = Path(config.out_dir), begin_run(config, contents)
+    skipped = contents.get("skipped", 0)  # steps whose gradient was not finite
 
     say = speak if runtime.is_main else (lambda line: None)
-    describe_run(config, runtime, folder, streams, model, say)
-    wandb = start_wandb(config) if config.wandb_log and runtime.is_main else None
+    describe_run(config, runtime, data, streams, model, say)
+    folder, row = None, {}  # what this process writes to, and the line of log.csv that is not written yet
+    if runtime.is_main and not config.eval_only:
+        folder = RunFolder(out_dir, run_id, say, config.keep_checkpoints, best_val_loss)
+        row = folder.go_on(step) if contents else {}
+    wandb = start_wandb(config, run_id) if config.wandb_log and runtime.is_main else None
 
-    optimizers = make_optimizers(model.to(runtime.device), config, runtime.device.type, runtime.dtype)
+    model.activation_checkpointing = config.activation_checkpointing
+    steps = 1 if config.eval_only else max(0, config.max_iters - step)
+    in_parts = config.shard and runtime.world_size > 1
+    if not in_parts:
+        model.to(runtime.device)
+    maybe_compile(model, config.compile, runtime.device, steps, say, model.transformer.h if in_parts else ())
+    trained = share_model(model, config.shard, runtime)
+    optimizers = make_optimizers(model, config, runtime.device.type, runtime.dtype)
     scaler = runtime.loss_scaler()
     if "optimizer" in contents and not config.eval_only:
         restore_optimizers(optimizers, contents, out_dir)
         scaler.load_state_dict(contents.get("scaler") or scaler.state_dict())
-    if contents:
-        finished = step >= config.max_iters and not config.eval_only
-        say(f"resumes  after step {step}" + (": nothing left to do" if finished else ""))
-        if "optimizer" not in contents:
-            say("note     without the optimizer's averages, which start anew")
-    for name, value in asdict(model.config).items():
-        wanted = getattr(config, name, value)
-        meant = bool(contents) or wanted != getattr(TrainConfig, name, wanted)  # what a new run would have
-        if wanted != value and meant and name not in ("block_size", "dropout"):
-            say(f"note     the model's {name}={value} holds, not {wanted}")
-    own = bool(contents)  # the checkpoints in out_dir are this run's
+    describe_resumption(config, model, contents, streams, say)
+    evaluated = bool(contents) and contents.get("evaluated", True) and not config.eval_only  # step `first`
+    began = time.perf_counter() - contents.get("seconds", 0.0)
     del contents  # frees the copy on the CPU
+    peak, sums = peak_flops(runtime), fingerprint(streams)
 
-    model.activation_checkpointing = config.activation_checkpointing
-    steps = 1 if config.eval_only else max(0, config.max_iters - step)
-    maybe_compile(model, config.compile, runtime.device, steps, say)
-    trained: torch.nn.Module = model
-    if runtime.world_size > 1:
-        devices = [runtime.device] if runtime.device.type == "cuda" else None
-        trained = DistributedDataParallel(model, devices)
-    peak = peak_flops(runtime)
+    def save(*names: str, **more: Any) -> None:
+        if runtime.total(not all(bool(local(p).isfinite().all()) for p in model.parameters()))[0]:
+            raise lost(step, out_dir)
+        more |= {"iter_num": step, "best_val_loss": best_val_loss, "config": asdict(config), "meta": meta}
+        more |= {"scaler": scaler.state_dict(), "run_id": run_id, "skipped": skipped, "data": sums}
+        more |= {"seconds": time.perf_counter() - began}
+        state = training_state(model, optimizers, keep=runtime.is_main, **more)
+        if folder:
+            folder.save(state, *names)
 
-    def save(*names: str, **more: float) -> None:
-        nonlocal own
-        if not all(bool(p.isfinite().all()) for p in model.parameters()):
-            raise lost(step, out_dir if own else None)
-        for name in set_aside(out_dir) if runtime.is_main and not own else ():
-            say(f"note     {out_dir} held another run's checkpoint, which is {name} now")
-        own = True
-        more |= {"config": asdict(config), "scaler": scaler.state_dict(), "meta": meta}
-        for name in names if runtime.is_main else ():
-            save_checkpoint(out_dir / name, training_state(model, optimizers, step, best_val_loss, **more))
-        say(f"step {step}: wrote {' and '.join(str(out_dir / name) for name in names)}")
+    def read_on() -> tuple[list[Batch], UserError | None]:
+        try:
+            return step_batches(streams["train"], config, runtime, step + 1), None
+        except UserError as error:  # the data is not what it was: all ranks have to stop
+            return [], error
 
     losses: list[dict[str, float]] = []
-    batches = step_batches(streams["train"], config, runtime, step)
-    stopping, watch = False, crowd_watch(runtime, say)
+    batches, trouble = step_batches(streams["train"], config, runtime, step), None
+    stopping, in_a_row = False, 0
+    watch_speed, watch_loss = crowd_watch(runtime, say), spike_watch(say)
     clock, clocked = time.perf_counter(), step
     catching = nullcontext([]) if config.eval_only else signals_caught()  # an evaluation has nothing to save
-    last = step if config.eval_only else config.max_iters
-    with progress_bar(step, last, runtime, say) as (say, advance), catching as caught:
+    bar = progress_bar(step, step if config.eval_only else config.max_iters, runtime, say)
+    with bar as (say, advance), catching as caught, folder or nullcontext():
         while True:
+            found = None
             due = config.eval_only or step % config.eval_interval == 0 or step == config.max_iters
-            if due and (config.eval_only or step == 0 or step > first):  # else it was, before it was saved
-                found = evaluate(model, streams, config, runtime)
+            if due and not (step == first and evaluated):
+                found = evaluate(model, streams, config, runtime, lambda: bool(caught))
+                stopping = stopping or found is None
+                clock, clocked = time.perf_counter(), step
+            if found:
                 losses.append({"step": step, **found})
+                row |= {"step": step, **{f"{split}_loss": loss for split, loss in found.items()}}
                 say(f"step {step}: train loss {found['train']:.4f}, val loss {found['val']:.4f}")
                 if wandb:
                     wandb.log({f"{split}/loss": loss for split, loss in found.items()}, step=step)
                 if not math.isfinite(found["val"]):
-                    raise lost(step, out_dir if own else None)
-                if not config.eval_only and (step > 0 or step == config.max_iters):
-                    improved = found["val"] < best_val_loss
-                    best_val_loss = min(best_val_loss, found["val"])
-                    # the best first: killed between the two, a run goes back to the newest before it
-                    best = [BEST] if improved or config.always_save_checkpoint else []
-                    save(*best, NEWEST, val_loss=found["val"])
-                clock, clocked = time.perf_counter(), step
-            elif stopping:
-                save(NEWEST)
+                    raise lost(step, out_dir)
+            if folder and row:
+                folder.log(row)
+            row = {}
+            if found and not config.eval_only and (step > 0 or step == config.max_iters):
+                if folder:
+                    folder.report(wait=True)
+                    best_val_loss = folder.best  # of what is on disk
+                improved = found["val"] < best_val_loss
+                best_val_loss = min(best_val_loss, found["val"])
+                save(
+                    *([BEST] if improved or config.always_save_checkpoint else []),
+                    NEWEST,
+                    val_loss=found["val"],
+                )
+            elif step > first and (stopping or step % (config.save_interval or math.inf) == 0):
+                save(NEWEST, evaluated=found is not None or not due)
             if config.eval_only or stopping or step >= config.max_iters:
                 break
 
             set_learning_rates(optimizers, step, config)
-            loss = training_step(trained, optimizers, scaler, batches, config.grad_clip, runtime)
+            made = training_step(trained, optimizers, scaler, batches, config.grad_clip, runtime, read_on)
             step += 1
-            # the next batches are read and sent while a GPU still computes on these
-            batches = step_batches(streams["train"], config, runtime, step)
-            stopping = runtime.total(len(caught))[0] > 0  # all ranks stop at the same step
+            batches, trouble = made.following
+            stopping = runtime.total(len(caught) + (trouble is not None))[0] > 0  # all ranks at the same step
+            if made.taken:
+                in_a_row = 0
+                watch_loss(step, made.loss)
+            elif scaler.get_scale() <= 1:  # above, fp16 only looks for the right one
+                skipped, in_a_row = skipped + 1, in_a_row + 1
+                say(f"note     step {step} is skipped: loss or gradient is not finite ({skipped} so far)")
+                if in_a_row >= config.skip_limit:
+                    raise lost(step, out_dir)
 
             if step % config.log_interval == 0 or step == config.max_iters:
-                mean = runtime.total(loss.item())[0] / runtime.world_size  # waits for the device: once a line
-                if not math.isfinite(mean):
-                    raise lost(step, out_dir if own else None)
                 seconds = (time.perf_counter() - clock) / (step - clocked)
                 sequences = config.gradient_accumulation_steps * config.batch_size
                 mfu = model.estimate_mfu(sequences / runtime.world_size, seconds, peak)
                 tokens = sequences * config.block_size
                 speed = f"{seconds * 1000:.2f} ms, {tokens / seconds:,.0f} tokens/s, mfu {mfu:.1%}"
-                say(f"step {step}: loss {mean:.4f}, {speed}")
-                watch(seconds)
+                say(f"step {step}: loss {made.loss:.4f}, {speed}")
+                watch_speed(seconds)
+                row = {"loss": made.loss, "lr": get_lr(step - 1, config), "grad_norm": made.norm}
                 if wandb:
-                    wandb.log({"loss": mean, "lr": get_lr(step - 1, config), "mfu": mfu}, step=step)
+                    wandb.log({**row, "mfu": mfu}, step=step)
+                row |= {"step": step, "tokens": step * tokens, "tokens_per_second": round(tokens / seconds)}
+                row["seconds"] = round(time.perf_counter() - began, 3)
                 clock, clocked = time.perf_counter(), step
+            if folder:
+                folder.report()
             advance()
     if wandb:
         wandb.finish()
     stop_runtime()
+    if trouble:
+        raise trouble
     if stopping:
-        again = "" if config.init_from == "auto" else " and --init_from=resume"
+        again = "" if config.init_from.startswith("auto") else " and --init_from=resume"
         say(f"stopped after step {step}; go on with the same command{again}")
     elif not config.eval_only:
         result = f"best val loss {best_val_loss:.4f} in {time.perf_counter() - began:.0f} s"
         say(f"done: {result}; python sample.py --out_dir={out_dir}")
-    return TrainResult(model, step, best_val_loss, losses, caught[0] if caught else None)
+    return TrainResult(model, step, best_val_loss, losses, caught[0] if caught and stopping else None)
 
 
 if __name__ == "__main__":

@@ -90,7 +90,9 @@ class TokenStream:
             paths = sorted(folder.glob(f"{split}_*.bin"))
         if not paths:
             raise UserError(f"{folder / split}.bin is missing; {how_to_prepare(folder)}")
+        self.paths = paths
         self.shards = [map_file(path, np.dtype(meta["dtype"]).newbyteorder("<")) for path in paths]
+        self.states = [state_of(path) for path in paths]
         self.begins = np.cumsum([0, *(len(shard) for shard in self.shards)])  # (shards + 1,)
         if len(self) <= block_size:
             raise UserError(
@@ -110,18 +112,29 @@ class TokenStream:
         return int(self.begins[-1])
 
     def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """The ids from each start on: (N, length), int64. Raises UserError as `check` does."""
+        """The ids from each start on: (N, length), int64. Raises UserError as `check` does, and where a file
+        that they are in is not what it was."""
         places = starts[:, None] + np.arange(length)  # (N, length)
         if len(self.shards) == 1:
+            self.check_unchanged(0)
             ids = self.shards[0][places]
         else:
             shard_of = np.searchsorted(self.begins, places, side="right") - 1
             ids = np.empty(places.shape, self.shards[0].dtype)
             for i in np.unique(shard_of):
                 here = shard_of == i
+                self.check_unchanged(i)
                 ids[here] = self.shards[i][places[here] - self.begins[i]]
         self.check(ids)
         return ids.astype(np.int64)
+
+    def check_unchanged(self, i: int) -> None:
+        """Raises UserError where the file of shard i was changed, replaced or removed: reading on from one
+        that was cut off would kill the process."""
+        now = state_of(self.paths[i])
+        if now != self.states[i]:
+            what = "was removed" if now is None else "changed"
+            raise UserError(f"{self.paths[i]} {what} under the run; put back what it was, and resume")
 
     def check(self, ids: np.ndarray) -> None:
         """Raises UserError where an id is not in the vocabulary, which a GPU could not say."""
@@ -141,6 +154,15 @@ def map_file(path: Path, dtype: np.dtype) -> np.ndarray:
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); see its permissions") from None
     raise UserError(f"{path} has {size:,} bytes, not whole {dtype.name} ids; run its prepare.py again")
+
+
+def state_of(path: Path) -> tuple[int, ...] | None:
+    """What tells whether a file is still the same; None where there is none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns
 
 
 def random_starts(seed: int, step: int, count: int, end: int, purpose: int = 0) -> np.ndarray:

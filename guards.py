@@ -1,0 +1,46 @@
+"""What watches over a run: gradients that are no numbers, losses that jump, a crowded machine."""
+
+import math
+from collections.abc import Callable
+
+import torch
+
+from runtime import Runtime
+
+Say = Callable[[str], None]
+
+
+def spike_watch(say: Say, after: int = 50) -> Callable[[int, float], None]:
+    """Returns a function of a step and its loss that tells, once in `after` steps, of a loss far above those
+    before it: by a tenth of their running mean and by six times their usual distance from it."""
+    mean, distance, seen, told = 0.0, 0.0, 0, -math.inf
+
+    def watch(step: int, loss: float) -> None:
+        nonlocal mean, distance, seen, told
+        above = loss - mean
+        if seen >= after and above > max(0.1 * mean, 6 * distance) and step >= told + after:
+            told = step
+            say(f"note     step {step}: the loss jumped to {loss:.4f}, where {mean:.4f} was usual")
+        seen += 1
+        share = max(1 / seen, 0.02)  # of the newest one; a plain mean at first
+        mean += share * above
+        distance += share * (abs(above) - distance)
+
+    return watch
+
+
+def crowd_watch(runtime: Runtime, say: Say) -> Callable[[float], None]:
+    """Returns a function of a step's seconds that says, once, where other programs hold a CPU's cores."""
+    fastest = math.inf
+    told = runtime.device.type != "cpu" or torch.get_num_threads() == 1
+
+    def watch(seconds: float) -> None:
+        nonlocal fastest, told
+        fastest = min(fastest, seconds)
+        if seconds > 3 * fastest and not told:
+            told = True
+            say(
+                "note     others use the cores too; if it stays so, OMP_NUM_THREADS=1 before python is faster"
+            )
+
+    return watch

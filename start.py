@@ -1,0 +1,153 @@
+"""How a run begins: the network, and what it goes on from; and what is told before the first step."""
+
+import secrets
+import zlib
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from checkpoint import BEST, NEWEST, load_checkpoint, load_pretrained, newest_checkpoint, restore_model
+from data.tokens import TokenStream
+from errors import UserError
+from model import GPT, GPTConfig
+from run_folder import LOG, run_before_restart
+from runtime import Runtime
+from settings import TrainConfig
+
+Say = Callable[[str], None]
+
+
+def checkpoint_to_resume(config: TrainConfig) -> tuple[Path | None, dict[str, Any]]:
+    """The file that this run goes on from, and what is in it; None and {} where it begins. Raises UserError.
+
+    Where torchrun starts its ranks again, a run goes on from its own file whatever init_from says.
+    """
+    newest = newest_checkpoint(Path(config.out_dir))
+    auto = config.init_from == "auto" or config.init_from.startswith("auto:")
+    if config.init_from == "resume" or (auto and newest):
+        path = newest or Path(config.out_dir) / NEWEST
+        return path, load_checkpoint(path)
+    earlier = run_before_restart(Path(config.out_dir))
+    if earlier and newest:
+        contents = load_checkpoint(newest)
+        if contents.get("run_id") == earlier:
+            return newest, contents
+    return None, {}
+
+
+def initial_model(config: TrainConfig, meta: dict[str, Any]) -> tuple[GPT, dict[str, Any]]:
+    """The network to train, on the CPU, and the checkpoint that it goes on from, {} if none. UserError."""
+    path, contents = checkpoint_to_resume(config)
+    origin = contents  # the checkpoint that the weights come from, gone on from or not
+    source = config.init_from.removeprefix("auto").removeprefix(":") or "scratch"
+    if path:
+        model, source = restore_model(contents, path, config.dropout), config.out_dir
+        its_optimizer = contents.get("config", {}).get("optimizer", "adamw")
+        if its_optimizer != config.optimizer and not config.eval_only:
+            raise UserError(
+                f"{config.out_dir} was trained with optimizer={its_optimizer}; resume with that, or begin "
+                f"from its weights: --init_from={config.out_dir} and another --out_dir"
+            )
+    elif source == "scratch":
+        torch.manual_seed(config.seed)
+        shape = {name: value for name, value in asdict(config).items() if name in asdict(GPTConfig())}
+        # GPT-2's vocabulary is padded to GPTConfig's, which GPUs multiply faster
+        vocab_size = GPTConfig.vocab_size if meta["vocab_size"] == 50257 else meta["vocab_size"]
+        model = GPT(GPTConfig(vocab_size=vocab_size, **shape))
+    else:
+        model, origin = load_pretrained(source, config.dropout)
+    trained_on = origin.get("meta", meta)["tokenizer"]
+    if None not in (trained_on, meta["tokenizer"]) and trained_on != meta["tokenizer"]:
+        raise UserError(
+            f"{source} was trained with another tokenizer than {config.dataset} has; choose the dataset that "
+            "it was trained on, or --init_from=scratch"
+        )
+    if meta["vocab_size"] > model.config.vocab_size:
+        raise UserError(
+            f"the dataset has {meta['vocab_size']} tokens, the model of init_from={config.init_from} only "
+            f"{model.config.vocab_size}; choose the dataset that it was trained on, or --init_from=scratch"
+        )
+    if config.block_size > model.config.block_size:
+        raise UserError(
+            f"block_size={config.block_size} is longer than the model of init_from={config.init_from} reads; "
+            f"set --block_size={model.config.block_size} or less"
+        )
+    if config.block_size < model.config.block_size:
+        model.crop_block_size(config.block_size)
+        if not model.config.rotary:
+            contents.pop("optimizer", None)  # its averages have the shape of the longer table
+    return model, contents
+
+
+def begin_run(config: TrainConfig, contents: dict[str, Any]) -> str:
+    """The id of the run that goes on, or a new one: wandb's too."""
+    return contents.get("run_id") or run_before_restart(Path(config.out_dir)) or secrets.token_hex(4)
+
+
+def fingerprint(streams: dict[str, TokenStream]) -> dict[str, list[int]]:
+    """Of each split its length and a checksum of some ids from all over it: whether the data is the same."""
+    sums = {}
+    for split, stream in streams.items():
+        ids = stream.windows(np.linspace(0, len(stream) - 1, 256).astype(np.int64), 1)
+        sums[split] = [len(stream), zlib.crc32(ids.tobytes())]
+    return sums
+
+
+def start_wandb(config: TrainConfig, run_id: str) -> Any:
+    """A Weights & Biases run, or that of this id gone on with. Raises UserError where it cannot be."""
+    try:
+        import wandb
+
+        where = {"project": config.wandb_project, "name": config.wandb_run_name}
+        return wandb.init(**where, config=asdict(config), id=run_id, resume="allow")
+    except Exception as error:
+        raise UserError(
+            f"wandb does not start ({error}); pip install wandb and log in, or --wandb_log=False"
+        ) from None
+
+
+def describe_run(
+    config: TrainConfig, runtime: Runtime, folder: Path, streams: dict[str, TokenStream], model: GPT, say: Say
+) -> None:
+    """Tell before the first step what is trained, on what, where, and what will be written."""
+    shape, micro_steps = model.config, config.gradient_accumulation_steps
+    tokens = micro_steps * config.batch_size * config.block_size
+    averages = 2 if config.optimizer == "adamw" else 1  # beside the weights; Muon's AdamW has few of them
+    megabytes = 4 * (1 + averages) * model.get_num_params(non_embedding=False) / 1e6
+    sizes = ", ".join(f"{len(stream):,} {split}" for split, stream in streams.items())
+    say(f"data     {folder}: {sizes} tokens, vocabulary {streams['train'].vocab_size:,}")
+    say(
+        f"model    {shape.n_layer} layers, {shape.n_head} heads, {shape.n_embd} wide, "
+        f"block {shape.block_size}: {model.get_num_params(non_embedding=False):,} parameters"
+    )
+    say(f"machine  {runtime.describe()}")
+    say(f"step     {tokens:,} tokens: {micro_steps} x {config.batch_size} sequences of {config.block_size}")
+    if not config.eval_only:
+        often = min(config.eval_interval, config.save_interval or config.eval_interval)
+        say(
+            f"writes   {config.out_dir}/{BEST} (best), {NEWEST} (newest) and {LOG}, "
+            f"every {often} steps up to {config.max_iters}, {megabytes:,.0f} MB each"
+        )
+
+
+def describe_resumption(
+    config: TrainConfig, model: GPT, contents: dict[str, Any], streams: dict[str, TokenStream], say: Say
+) -> None:
+    """Tell where a run goes on, and what of it is not as the settings or the unbroken run would have it."""
+    step = contents.get("iter_num", 0)
+    if contents:
+        finished = step >= config.max_iters and not config.eval_only
+        say(f"resumes  after step {step}" + (": nothing left to do" if finished else ""))
+        if "optimizer" not in contents:
+            say("note     without the optimizer's averages, which start anew")
+        if contents.get("data", fingerprint(streams)) != fingerprint(streams):
+            say("note     the data changed since: the run goes on, but not as it would have")
+    for name, value in asdict(model.config).items():
+        wanted = getattr(config, name, value)
+        meant = bool(contents) or wanted != getattr(TrainConfig, name, wanted)  # what a new run would have
+        if wanted != value and meant and name not in ("block_size", "dropout"):
+            say(f"note     the model's {name}={value} holds, not {wanted}")
