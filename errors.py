@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 
 class UserError(Exception):
@@ -36,7 +37,7 @@ def one_line_errors(out_of_memory: str = SMALLER) -> Iterator[None]:
     except MachineError as error:
         stop(1, error)
     except KeyboardInterrupt:
-        sys.exit(130)  # 128 + SIGINT, as shells expect
+        leave(130)  # 128 + SIGINT, as shells expect
     except BrokenPipeError:  # the reader of our output left (`| head`), which is no error of ours
         sys.stderr.close()
         sys.exit(141)  # 128 + SIGPIPE
@@ -58,12 +59,21 @@ def one_line_errors(out_of_memory: str = SMALLER) -> Iterator[None]:
         stop(1, f"out of memory; {out_of_memory}")
 
 
-def stop(status: int, error: object) -> None:
+def stop(status: int, error: object) -> NoReturn:
     """Print `error` as one line and exit with `status`."""
     if int(os.environ.get("RANK", 0)):
         time.sleep(3)  # what all ranks find, the first one says; torchrun then ends the others
     sys.stdout.flush()
     sys.stderr.write(f"error: {' '.join(str(error).split())}\n")  # in one piece, as ranks share a terminal
+    leave(status)
+
+
+def leave(status: int) -> NoReturn:
+    """End the process. A rank ends at once: torch's threads that talk to others may abort it otherwise."""
+    if "RANK" in os.environ:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
     sys.exit(status)
 
 

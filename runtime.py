@@ -111,7 +111,11 @@ def start_runtime(device: str = "auto", dtype: str = "auto", backend: str = "aut
         keep_freed_memory()
     if world_size > 1 and not dist.is_initialized():
         on_gpu = "nccl" if backend == "auto" else backend
-        dist.init_process_group(f"cpu:gloo,cuda:{on_gpu}" if place.type == "cuda" else "gloo")
+        # torchrun's own store still has the addresses of ranks that it had to start again: another page of it
+        store, _, _ = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        between = f"cpu:gloo,cuda:{on_gpu}" if place.type == "cuda" else "gloo"
+        dist.init_process_group(between, store=store, rank=rank, world_size=world_size)
     return Runtime(place, find_dtype(dtype, place), rank, world_size)
 
 

@@ -4,8 +4,6 @@
 One process trains on one device; under torchrun, one process per GPU trains the same model together.
 """
 
-import sys
-
 from configurator import configure
 from settings import TrainConfig
 
@@ -27,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from checkpoint import BEST, NEWEST, lost, restore_optimizers, training_state
 from data.tokens import TokenStream, epoch_starts, find_dataset, random_starts, read_meta
-from errors import UserError, one_line_errors
+from errors import UserError, leave, one_line_errors
 from guards import crowd_watch, spike_watch
 from model import GPT
 from optim import get_lr, make_optimizers, set_learning_rates
@@ -233,6 +231,8 @@ def train(config: TrainConfig) -> TrainResult:
     if not in_parts:
         model.to(runtime.device)
     maybe_compile(model, config.compile, runtime.device, steps, say, model.transformer.h if in_parts else ())
+    if config.shard and not in_parts:
+        say("note     shard: one rank has nothing to share with")
     trained = share_model(model, config.shard, runtime)
     optimizers = make_optimizers(model, config, runtime.device.type, runtime.dtype)
     scaler = runtime.loss_scaler()
@@ -351,5 +351,4 @@ def train(config: TrainConfig) -> TrainResult:
 if __name__ == "__main__":
     with one_line_errors():
         result = train(CONFIG)
-        if result.stopped_by:
-            sys.exit(128 + result.stopped_by)
+        leave(128 + result.stopped_by if result.stopped_by else 0)

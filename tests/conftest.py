@@ -19,6 +19,11 @@ TINY = (
     "--learning_rate=1e-2 --max_iters=20"
 ).split()
 
+MODERN = (
+    "--norm=rmsnorm", "--rotary=True", "--qk_norm=True", "--activation=relu2", "--n_kv_head=1",
+    "--tied=False", "--logit_softcap=15", "--embedding_skip=True", "--zero_init=True", "--optimizer=muon",
+    "--embedding_lr=0.03", "--lr_schedule=wsd", "--sampling=epochs",
+)  # fmt: skip
 
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 torch.set_num_threads(1)  # tiny models gain nothing from more, and suffer on a busy machine
@@ -35,6 +40,42 @@ def run(*words: object, cwd: Path = REPO, env: dict[str, str] | None = None, **m
         timeout=120,
         **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **more},
     )
+
+
+def torchrun(ranks: int, *words: object, options: tuple[str, ...] = ("--standalone",)) -> list[str]:
+    """The command that runs a script of the repository on so many ranks."""
+    start = [sys.executable, "-m", "torch.distributed.run", *options, f"--nproc_per_node={ranks}"]
+    return [*start, str(REPO / str(words[0])), *map(str, words[1:])]
+
+
+def start(command: list[str]) -> subprocess.Popen:
+    """The command in the background, with its output to read."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, cwd=REPO, env=ENVIRONMENT, text=True, **pipes)
+
+
+def until(process: subprocess.Popen, words: str) -> str:
+    """Read the output of a process up to the line that begins with `words`; that line, "" if none came."""
+    return next((line for line in process.stdout if line.startswith(words)), "")
+
+
+def assert_same_weights(one: Path, other: Path, atol: float = 0.0) -> None:
+    """Two checkpoints have equal weights and averages, bit for bit unless `atol` is given."""
+    ours, theirs = (torch.load(path, weights_only=True) for path in (one, other))
+    assert ours["iter_num"] == theirs["iter_num"] and list(ours["model"]) == list(theirs["model"])
+    for name, tensor in ours["model"].items():
+        torch.testing.assert_close(theirs["model"][name], tensor, atol=atol, rtol=0, msg=name)
+    for key in ("optimizer", "muon"):
+        for number, averages in ours.get(key, {"state": {}})["state"].items():
+            for name, tensor in averages.items():
+                torch.testing.assert_close(theirs[key]["state"][number][name], tensor, atol=atol, rtol=0)
+
+
+def losses_of(out_dir: Path) -> list[list[str]]:
+    """The lines of log.csv, without what depends on the clock."""
+    rows = [line.split(",") for line in (out_dir / "log.csv").read_text().splitlines()]
+    timed = [rows[0].index(name) for name in ("seconds", "tokens_per_second")]
+    return [[value for place, value in enumerate(row) if place not in timed] for row in rows]
 
 
 def assert_user_error(result: subprocess.CompletedProcess, *words: str) -> None:

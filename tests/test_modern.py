@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import settings as settings_file
 from attention import KVCache, rms_norm, rotate, rotation
-from checkpoint import load_checkpoint, restore_model, restore_optimizers, save_checkpoint, training_state
+from checkpoint import load_checkpoint, restore_model, restore_optimizers, training_state, write_whole
 from decoding import prepare, stream
 from model import ACTIVATIONS, GPT, NORMS, GPTConfig
 from optim import make_optimizers
@@ -161,13 +161,14 @@ def test_each_combination_trains_is_saved_and_goes_on_bit_for_bit(part, tmp_path
         model = GPT(GPTConfig(**SMALL, **settings))
         begin = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         optimizers = make_optimizers(model, config, "cpu", torch.bfloat16)
-        losses = [training_step(model, optimizers, scaler, batches, 1.0, place).item() for _ in range(4)]
+        losses = [training_step(model, optimizers, scaler, batches, 1.0, place).loss for _ in range(4)]
         assert losses[3] < losses[0], settings
         if optimizer != "sgd":  # whose steps are as small as the gradients
             same = [name for name, tensor in model.state_dict().items() if torch.equal(begin[name], tensor)]
             assert same == [], settings
 
-        save_checkpoint(path, training_state(model, optimizers, 4, 1.0))
+        state = training_state(model, optimizers, iter_num=4, best_val_loss=1.0)
+        write_whole(lambda file, state=state: torch.save(state, file), path)
         contents = load_checkpoint(path)
         restored = restore_model(contents, path)
         assert restored.config == model.config

@@ -1,0 +1,232 @@
+"""Many ranks learn what one learns, copied or in parts; they end together, and go on by themselves."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import (
+    ENVIRONMENT,
+    MODERN,
+    REPO,
+    TINY,
+    assert_same_weights,
+    losses_of,
+    run,
+    start,
+    torchrun,
+    until,
+)
+
+from checkpoint import load_checkpoint
+
+DROPOUT = ("--dropout=0.1", "--gradient_accumulation_steps=4", "--bias=True")
+RECIPE = (*MODERN, "--zero_init=False", "--gradient_accumulation_steps=4", "--n_layer=2")
+no_signals = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM to catch")
+
+
+def train_on(ranks: int, *flags: object) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        torchrun(ranks, "train.py", *TINY, *flags),
+        capture_output=True, text=True, timeout=100, cwd=REPO, env=ENVIRONMENT,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, dataset):
+    """The out_dirs of runs of one process, by their settings."""
+    made = {}
+
+    def out_dir(*flags):
+        if flags not in made:
+            made[flags] = tmp_path_factory.mktemp("alone")
+            done = run("train.py", *TINY, f"--dataset={dataset}", f"--out_dir={made[flags]}", *flags)
+            assert done.returncode == 0, done.stderr
+        return made[flags]
+
+    return out_dir
+
+
+def assert_same_run(one, other, atol=2e-4) -> None:
+    """Both learned the same, but for the order of sums."""
+    assert_same_weights(one / "last.pt", other / "last.pt", atol)
+    ours, theirs = (losses_of(folder)[1:] for folder in (one, other))
+    numbers = [np.array([[float(v or "nan") for v in row] for row in rows]) for rows in (ours, theirs)]
+    np.testing.assert_allclose(*numbers, atol=5e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "more"),
+    [(1, DROPOUT), (2, DROPOUT), (4, DROPOUT), (2, RECIPE)],
+    ids=lambda value: str(value)[:9],
+)
+def test_ranks_learn_what_one_process_learns(ranks, more, alone, tmp_path, dataset):
+    done = train_on(ranks, f"--dataset={dataset}", f"--out_dir={tmp_path}", *more)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("step 20: loss") == 1  # one rank speaks
+    assert_same_run(alone(*more), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "flags"),
+    [
+        (2, DROPOUT),
+        (2, (*DROPOUT, "--grad_clip=0.1", "--tied=False", "--activation_checkpointing=True")),
+        (4, RECIPE),
+    ],
+    ids=["gpt2", "untied", "recipe"],
+)
+def test_ranks_with_a_part_of_each_weight_learn_the_same(ranks, flags, alone, tmp_path, dataset):
+    done = train_on(ranks, f"--dataset={dataset}", f"--out_dir={tmp_path}", "--shard=True", *flags)
+    assert done.returncode == 0, done.stderr
+    assert_same_run(alone(*(flag for flag in flags if "checkpointing" not in flag)), tmp_path)
+
+
+def test_parts_in_bf16_have_weights_in_fp32(alone, tmp_path, dataset):
+    flags = (*DROPOUT, "--dtype=bfloat16")
+    done = train_on(2, f"--dataset={dataset}", f"--out_dir={tmp_path}", "--shard=True", *flags)
+    assert done.returncode == 0, done.stderr
+    ours, theirs = (load_checkpoint(out / "last.pt") for out in (alone(*flags), tmp_path))
+    assert {tensor.dtype for tensor in theirs["model"].values()} == {next(iter(ours["model"].values())).dtype}
+    assert theirs["best_val_loss"] == pytest.approx(ours["best_val_loss"], abs=5e-3)
+    refused = train_on(2, f"--dataset={dataset}", f"--out_dir={tmp_path}", "--shard=True", "--dtype=float16",
+                       "--gradient_accumulation_steps=2")  # fmt: skip
+    assert "error: shard=True has no scaling of fp16's loss; use" in refused.stderr
+
+
+def test_a_run_goes_on_with_another_number_of_ranks_and_with_parts_or_without(alone, tmp_path, dataset):
+    flags = (
+        f"--dataset={dataset}",
+        f"--out_dir={tmp_path}",
+        *RECIPE,
+        "--init_from=auto",
+        "--lr_decay_iters=20",
+    )
+    steps = (
+        (2, "--shard=True", 5),
+        (1, "--shard=False", 10),
+        (4, "--shard=True", 15),
+        (2, "--shard=False", 20),
+    )
+    for ranks, more, upto in steps:
+        done = train_on(ranks, *flags, more, f"--max_iters={upto}", "--cooldown=0.4")
+        assert done.returncode == 0, done.stderr
+    assert "resumes  after step 15" in done.stdout
+    assert load_checkpoint(tmp_path / "last.pt")["iter_num"] == 20
+
+
+def test_mistakes_are_told_once(dataset, tmp_path):
+    flags = [f"--dataset={dataset}", f"--out_dir={tmp_path}"]
+    done = train_on(2, *flags, "--gradient_accumulation_steps=3")
+    told = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    wanted = "error: gradient_accumulation_steps=3 cannot be shared among 2 ranks; make it a multiple"
+    assert done.returncode != 0 and told == [wanted]
+    assert list(tmp_path.iterdir()) == []
+
+
+def nodes(dataset, port, *flags_of_each) -> list[subprocess.Popen]:
+    """torchrun as on several machines, of one rank each."""
+    where = ("--rdzv_backend=c10d", "--rdzv_id=test", f"--rdzv_endpoint=localhost:{port}")
+    options = (f"--nnodes={len(flags_of_each)}", *where)
+    shared = [*TINY, f"--dataset={dataset}", *DROPOUT]
+    return [start(torchrun(1, "train.py", *shared, *flags, options=options)) for flags in flags_of_each]
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+def test_two_nodes(alone, dataset, tmp_path):
+    processes = nodes(dataset, free_port(), *[[f"--out_dir={tmp_path}"]] * 2)
+    outputs = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert sum(output.count("step 20: loss") for output, _ in outputs) == 1
+    assert_same_run(alone(*DROPOUT), tmp_path)
+
+
+def test_nodes_with_other_settings_are_told(dataset, tmp_path):
+    flags = [f"--out_dir={tmp_path}"]
+    processes = nodes(dataset, free_port(), flags, [*flags, "--learning_rate=1e-3"])
+    errors = "".join(process.communicate(timeout=120)[1] for process in processes)
+    assert all(process.returncode for process in processes)
+    assert "error: the ranks have not all the same settings; " in errors
+
+
+LONG = ("--max_iters=120", "--lr_decay_iters=120", "--eval_interval=40", "--log_interval=1", *DROPOUT)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory, dataset):
+    """The out_dir of a longer run of two ranks that nothing interrupts."""
+    out_dir = tmp_path_factory.mktemp("unbroken")
+    done = train_on(2, f"--dataset={dataset}", f"--out_dir={out_dir}", *LONG)
+    assert done.returncode == 0, done.stderr
+    return out_dir
+
+
+@no_signals
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_end_all_ranks_with_their_state_saved(number, unbroken, tmp_path, dataset):
+    flags = [*TINY, f"--dataset={dataset}", f"--out_dir={tmp_path}", *LONG, "--init_from=auto"]
+    process = start(torchrun(2, "train.py", *flags))
+    assert until(process, "step 50: loss")
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=60)
+    stopped = int(re.search(r"stopped after step (\d+)", output)[1])
+    assert process.returncode != 0 and "error: " not in errors and stopped >= 50
+    assert load_checkpoint(tmp_path / "last.pt")["iter_num"] == stopped
+    done = train_on(2, *flags[len(TINY) :])
+    assert done.returncode == 0 and f"resumes  after step {stopped}" in done.stdout, done.stderr
+    assert_same_weights(unbroken / "last.pt", tmp_path / "last.pt")
+    assert losses_of(unbroken) == losses_of(tmp_path)
+
+
+def ranks_of(process: subprocess.Popen) -> list[int]:
+    """The ranks' process ids, by rank."""
+    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
+    return sorted(map(int, found.stdout.split()))
+
+
+@no_signals
+@pytest.mark.parametrize("rank", [0, 1])
+def test_after_a_killed_rank_torchrun_starts_again_and_the_run_goes_on_by_itself(
+    rank, unbroken, tmp_path, dataset
+):
+    """In a folder that has another run's files: those it does not go on from."""
+    old = run("train.py", *TINY, f"--dataset={dataset}", f"--out_dir={tmp_path}", "--max_iters=1", "--seed=9")
+    assert old.returncode == 0
+    flags = [*TINY, f"--dataset={dataset}", f"--out_dir={tmp_path}", *LONG]
+    process = start(torchrun(2, "train.py", *flags, options=("--standalone", "--max-restarts=3")))
+    for words in ("step 20: loss", "step 60: loss"):  # before the first checkpoint, and after it
+        assert until(process, words)
+        os.kill(ranks_of(process)[rank], signal.SIGKILL)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert output.count("resumes  after step 40") == 1
+    assert_same_weights(unbroken / "last.pt", tmp_path / "last.pt")
+    assert losses_of(unbroken) == losses_of(tmp_path)
+    assert load_checkpoint(tmp_path / "last.previous-1.pt")["iter_num"] == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent died")
+def test_ranks_whose_torchrun_was_killed_save_and_end(tmp_path, dataset):
+    flags = [*TINY, f"--dataset={dataset}", f"--out_dir={tmp_path}", *LONG, "--max_iters=100000"]
+    process = start(torchrun(2, "train.py", *flags))
+    assert until(process, "step 20: loss")
+    ranks = ranks_of(process)
+    process.kill()
+    assert until(process, "stopped after step")
+    process.communicate(timeout=60)
+    assert load_checkpoint(tmp_path / "last.pt")["iter_num"] >= 20
+    end = time.time() + 20
+    while any(os.path.exists(f"/proc/{pid}/cwd") for pid in ranks) and time.time() < end:
+        time.sleep(0.1)
+    assert not any(os.path.exists(f"/proc/{pid}/cwd") for pid in ranks)
