@@ -151,7 +151,7 @@ class BenchConfig(TrainConfig):
         None, "time these too, in turns: a nanoGPT checkout's folder, or transformers"
     )
     json: str | None = setting(None, "write the results to this file too")
-    plan: bool = setting(False, "say what the run would take on n_gpus: memory, time, exchange; trains nothing")
+    plan: bool = setting(False, "say what the run would take on n_gpus: memory, time, exchange")
     gpu: str = setting("here", "with plan: whose data sheet; here measures this machine", choices=GPUS)
     n_gpus: int = setting(1, "with plan: GPUs of the run", at_least=1, at_most=2**20)
     gpus_per_node: int | None = setting(
