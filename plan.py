@@ -262,7 +262,9 @@ def memory(counts: Counts, place: Place, split: Split) -> dict[str, float]:
     end = gradients + table * (2 + adds if shape.tied else adds * (1 + shard))
     update = gradients + 8 * counts.matrices * share  # Muon's products
     peak = weights + averages + more + max(forward, before + activations, end, update)
-    if place.is_cpu:  # its allocator keeps what a step frees, and with it holes of the logits' size; measured
+    if (
+        place.is_cpu
+    ):  # its allocator keeps what a step frees, and with it holes of about the logits' size; measured
         peak += 8 * logits + LIBRARIES
     parts = {"weights": weights, "gradients": gradients, "averages": averages, "activations": activations}
     return {**parts, "more": more, "peak": peak, "fits": peak <= USABLE * place.memory}
