@@ -35,6 +35,7 @@ from decoding import prepare, stream
 from errors import UserError, one_line_errors, writable
 from model import GPT
 from optim import make_optimizers
+from plan import plan, planned_shape
 from runtime import (
     Runtime,
     compile_works,
@@ -521,20 +522,36 @@ def bench_generate(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
     return result
 
 
+def bench_plan(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
+    """What the run would take: on this machine from a few steps measured now, else from data sheets alone."""
+    if config.gpu != "here" or config.mfu:
+        return plan(config, runtime)
+    shown, _, found = planned_shape(config)
+    # on a CPU a step of a thousand tokens is enough, and a whole one may be an hour's
+    few = shown.batch_size if runtime.device.type == "cuda" else max(1, 1024 // shown.block_size)
+    how = {"gradient_accumulation_steps": 1, "batch_size": min(few, shown.batch_size), "real_data": found}
+    print("measure  a few steps here:")
+    took = bench_step(replace(shown, bench_steps=min(5, shown.bench_steps), warmup_steps=1, **how), runtime)
+    return plan(config, runtime, took["steps"]["ours"]["mfu"], took["peak_flops"])
+
+
 def bench(config: BenchConfig) -> dict[str, Any]:
     """Measure what the settings ask for, print it, and return it; written to config.json too."""
-    runtime = start_runtime(config.device, config.dtype)
-    modes = [name for name in ("ladder", "generate", "profile") if getattr(config, name)]
-    modes += ["against"] if config.against and config.ladder else []
+    elsewhere = config.plan and config.gpu != "here"
+    runtime = start_runtime("cpu" if elsewhere else config.device, config.dtype)
+    modes = [name for name in ("plan", "ladder", "generate", "profile") if getattr(config, name)]
+    modes += ["against"] if config.against and (config.ladder or config.plan) else []
     if len(modes) > 1:
         raise UserError(f"{' and '.join(modes)} do not go together; give one at a time")
     if config.json:
         with writable(config.json):  # before an hour of measuring
             pass
     if config.batch_size is None:
-        config.batch_size = 1 if runtime.device.type == "cpu" else 12
-    print(f"machine  {runtime.describe()}, torch {torch.__version__}")
+        config.batch_size = 1 if runtime.device.type == "cpu" and not elsewhere else 12
+    if not elsewhere:
+        print(f"machine  {runtime.describe()}, torch {torch.__version__}")
     measure = bench_ladder if config.ladder else bench_generate if config.generate else bench_step
+    measure = bench_plan if config.plan else measure
     if not config.generate:
         take_fast_float32(runtime)
     result = measure(config, runtime)

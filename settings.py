@@ -9,6 +9,10 @@ NORMS = ("layernorm", "rmsnorm")
 OPTIMIZERS = ("adamw", "muon", "sgd")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 COMPILE = ("auto", True, False)
+GPUS = (
+    *("here", "b200", "h200", "h100", "h100-pcie", "a100-80gb", "a100-40gb", "l40s", "a40", "a10", "v100"),
+    *("t4", "rtx4090", "rtx3090"),
+)
 
 
 @dataclass
@@ -156,6 +160,21 @@ class BenchConfig(TrainConfig):
         None, "time these too, in turns: a nanoGPT checkout's folder, or transformers"
     )
     json: str | None = setting(None, "write the results to this file too")
+    plan: bool = setting(False, "say what the run would take on n_gpus: memory, time, exchange")
+    gpu: str = setting("here", "with plan: whose data sheet; here measures this machine", choices=GPUS)
+    n_gpus: int = setting(1, "with plan: GPUs of the run", at_least=1, at_most=2**20)
+    gpus_per_node: int | None = setting(
+        None, "with plan: GPUs of a node; None is 8, or this machine's", at_least=1
+    )
+    mfu: float | None = setting(
+        None,
+        "with plan: share of the peak that arithmetic reaches, as train.py tells it; None: measured, or 0.4",
+        above=0,
+        at_most=1,
+    )
+    interconnect: float | None = setting(
+        None, "with plan: Gbit/s of a GPU to other nodes; None is what is usual", above=0
+    )
 
 
 @dataclass
