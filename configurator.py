@@ -135,13 +135,14 @@ def limit_broken(value: Any, limits: typing.Mapping[str, Any]) -> str | None:
         return "a path, without null characters and halves of characters"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
+    # products of two sizes must fit into the 64 bits in which numpy and torch count
+    below = limits.get("below", math.inf if isinstance(value, float) else 2**31)
     tests = {
         "a finite number": isinstance(value, int) or math.isfinite(value),
         f"at least {limits.get('at_least')}": value >= limits.get("at_least", value),
         f"at most {limits.get('at_most')}": value <= limits.get("at_most", value),
         f"above {limits.get('above')}": value > limits.get("above", -math.inf),
-        f"below {limits.get('below')}": value < limits.get("below", math.inf),
-        "below 2**63": value < 2**63 or isinstance(value, float),  # numpy and torch count in 64 bits
+        f"below {below}": value < below,
     }
     return next((words for words, passed in tests.items() if not passed), None)
 
