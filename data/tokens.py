@@ -241,8 +241,8 @@ def checked_meta(meta: Any) -> dict[str, Any]:
     if not isinstance(tokenizer, dict | None) or meta["dtype"] not in ("uint16", "uint32"):
         raise ValueError("tokenizer or dtype is not what this version writes")
     counts = (vocab_size, *tokens.values()) if isinstance(tokens, dict) else (None,)
-    if any(type(count) is not int or count < 1 for count in counts) or vocab_size > 1 << 32:
-        raise ValueError("vocab_size and tokens are not positive numbers, or vocab_size has over 32 bits")
+    if any(type(count) is not int or count < 1 for count in counts) or vocab_size >= 1 << 31:
+        raise ValueError("vocab_size and tokens are not positive numbers, or vocab_size has over 31 bits")
     kind, chars = (tokenizer or {}).get("kind"), (tokenizer or {}).get("chars")
     named = GPT2_META["vocab_size"] if kind == "gpt2" else len(chars) if isinstance(chars, str) else 0
     if named > vocab_size:

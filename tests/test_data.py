@@ -253,7 +253,8 @@ def test_neighbours_are_shuffled_apart():
     [
         (b"\x80\x04}r\x00\x00\x00\x01.", "LONG_BINPUT 16777216, but fewer"),  # memory up to that number
         (b"\x80\x04})" + b"2\x86" * 60 + b"K\x01s.", "EMPTY_TUPLE"),  # a key that takes 2^60 steps to hash
-        (pickle.dumps({"vocab_size": 10**400}), "over 32 bits"),
+        (pickle.dumps({"vocab_size": 10**400}), "over 31 bits"),
+        (pickle.dumps({"vocab_size": 2**31}), "over 31 bits"),  # more than GPTConfig takes
     ],
 )
 def test_pickled_vocabularies_of_memory_or_time_without_end(data, says, tmp_path):
