@@ -39,5 +39,5 @@ lint: $(INSTALLED) ## check style and format
 	$(BIN)/ruff format --check .
 
 clean: ## remove .venv and caches; data and checkpoints stay
-	rm -rf .venv .pytest_cache .ruff_cache
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -10,6 +10,7 @@ import os
 import shutil
 import urllib.error
 import urllib.request
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
@@ -18,7 +19,7 @@ from typing import IO, Any, get_type_hints
 
 import torch
 
-from data.tokens import GPT2_META
+from data.tokens import GPT2_META, checked_meta
 from errors import Diverged, MachineError, UserError
 from model import GPT, GPTConfig
 from parallel import copied, part_like
@@ -69,40 +70,88 @@ def same_file(path: Path, other: Path) -> None:
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """What is in the file, on the CPU. Raises UserError where it is no whole, harmless checkpoint."""
-    if not path.is_file():
+    if not os.path.isfile(path):  # Path.is_file raises OSError for 5,000 characters
         raise UserError(f"{path} is missing; train first, or point --out_dir at a run's folder")
     try:
-        contents = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's guesses at what is wrong; the line below says it
+            contents = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # cut off, foreign or hostile bytes can fail in any way
         raise UserError(f"{path} is damaged or not a checkpoint ({first_line(error)}); use another") from None
     if not isinstance(contents, dict):
         raise UserError(f"{path} is no checkpoint of this project or nanoGPT; use another one")
-    loss = contents.get("best_val_loss", math.inf)  # nanoGPT's is a tensor
-    meta = contents.get("meta", GPT2_META)
-    sound = {
-        "model": isinstance(contents.get("model"), dict),
-        "model_args": isinstance(contents.get("model_args"), dict),
-        "iter_num": type(contents.get("iter_num")) is int and contents["iter_num"] >= 0,
-        "best_val_loss": isinstance(loss, (int, float)) or (torch.is_tensor(loss) and loss.numel() == 1),
-        "config": isinstance(contents.get("config", {}), dict),
-        "meta": isinstance(meta, dict) and set(GPT2_META) <= set(meta),
-    }
-    for key, is_sound in sound.items():
-        if not is_sound:
+    for key, (default, is_sound) in PARTS.items():
+        try:
+            sound = is_sound(contents.get(key, default))
+        except Exception:  # what is looked at can be of any type
+            sound = False
+        if not sound:
             raise UserError(
                 f"{path} is no checkpoint of this project or nanoGPT (see {key}); use another one"
             )
     return contents
 
 
+def has_text_keys(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(key, str) for key in value.keys())
+
+
+def is_config(value: Any) -> bool:
+    """Plain values, as in nanoGPT; those that are used are text."""
+    texts = [value.get(key, "") for key in ("dataset", "optimizer")]
+    return has_text_keys(value) and all(isinstance(text, str) for text in texts)
+
+
+def is_number(value: Any) -> bool:
+    """One number, be it a tensor, as nanoGPT's best_val_loss."""
+    return (isinstance(value, (int, float)) or is_plain(value)) and isinstance(float(value), float)
+
+
+def is_scaler(value: Any) -> bool:
+    """The state of a torch.amp.GradScaler; {} or None of one that is off."""
+    known = torch.amp.GradScaler("cpu").state_dict()
+    numbers = value.values() if value else ()
+    return (not value or set(value) == set(known)) and all(
+        type(number) in (int, float) and 0 <= number < math.inf for number in numbers
+    )
+
+
+def is_plain(value: Any) -> bool:
+    """Whether it is a tensor as networks and optimizers have them: fractions, each in memory of its own."""
+    return (
+        torch.is_tensor(value)
+        and value.is_floating_point()
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+        and value.is_contiguous()
+    )
+
+
+# What a checkpoint holds: what stands for a missing key, and whether its readers can use a value.
+PARTS: dict[str, tuple[Any, Callable[[Any], bool]]] = {
+    "model": (None, has_text_keys),
+    "model_args": (None, has_text_keys),
+    "iter_num": (None, lambda value: type(value) is int and 0 <= value < 2**63),
+    "best_val_loss": (math.inf, is_number),
+    "val_loss": (math.inf, is_number),
+    "config": ({}, is_config),
+    "scaler": ({}, is_scaler),
+    "meta": (GPT2_META, lambda value: bool(checked_meta(value))),
+    "evaluated": (True, lambda value: type(value) is bool),  # False: stopped before the evaluation was done
+    "run_id": ("0", lambda value: isinstance(value, str) and value.isalnum()),
+    "seconds": (0.0, lambda value: type(value) is float and math.isfinite(value)),
+    "skipped": (0, lambda value: type(value) is int),
+}
+
+
 def newest_checkpoint(out_dir: Path) -> Path | None:
     """The file to resume from: last.pt, or else ckpt.pt, which is all that nanoGPT writes."""
-    return next((out_dir / name for name in (NEWEST, BEST) if (out_dir / name).is_file()), None)
+    return next((out_dir / name for name in (NEWEST, BEST) if os.path.isfile(out_dir / name)), None)
 
 
 def best_checkpoint(out_dir: Path) -> Path:
     """The file to sample from: ckpt.pt, or last.pt where a run was stopped before its first evaluation."""
-    return next((out_dir / name for name in (BEST, NEWEST) if (out_dir / name).is_file()), out_dir / BEST)
+    return next((out_dir / name for name in (BEST, NEWEST) if os.path.isfile(out_dir / name)), out_dir / BEST)
 
 
 def restore_model(contents: dict[str, Any], path: Path, dropout: float = 0.0) -> GPT:
@@ -110,20 +159,37 @@ def restore_model(contents: dict[str, Any], path: Path, dropout: float = 0.0) ->
     args = {"activation": "gelu", **contents["model_args"], "dropout": dropout}  # nanoGPT's is the exact one
     known = get_type_hints(GPTConfig)
     for name, value in args.items():
-        if name not in known or not isinstance(value, known[name]):
-            raise UserError(f"{path} has {name}={str(value)[:40]}, not known here; use another, or update")
+        odd_bool = type(value) is bool and known.get(name) is not bool  # which is an int to isinstance
+        if name not in known or odd_bool or not isinstance(value, known[name]):
+            shown = str(value)[:40] if isinstance(value, (int, float, str)) else type(value).__name__
+            raise UserError(f"{path} has {name[:40]}={shown}, not known here; use another, or update")
     weights = {
         name.removeprefix("_orig_mod."): tensor
         for name, tensor in contents["model"].items()
         if not name.endswith(".attn.bias")  # the causal mask, in files from nanoGPT on torch before 2.0
     }
     try:
-        model = GPT(GPTConfig(**args))
+        config = GPTConfig(**args)
+        check_weights(weights, config)
+        model = GPT(config)
         model.load_state_dict(weights)
     except (ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[-1].strip()
         raise UserError(f"{path}: weights and model_args do not fit ({reason}); use another one") from None
     return model
+
+
+def check_weights(weights: dict[str, Any], config: GPTConfig) -> None:
+    """Raises ValueError where they are not a network's of this shape, before memory is taken for it."""
+    if config.n_layer > len(weights):
+        raise ValueError(f"n_layer={config.n_layer}, but there are {len(weights)} weights")
+    with torch.device("meta"):  # shapes without memory
+        shapes = {name: tensor.shape for name, tensor in GPT(config).state_dict().items()}
+    if set(shapes) != set(weights):
+        raise ValueError(f"{min(set(shapes) ^ set(weights))[:60]} is missing or too many")
+    for name, shape in shapes.items():
+        if not is_plain(weights[name]) or weights[name].shape != shape:
+            raise ValueError(f"{name} is no plain tensor of shape {tuple(shape)}")
 
 
 def restore_optimizers(
@@ -136,16 +202,32 @@ def restore_optimizers(
             for saved, ours in zip(groups, optimizer.param_groups, strict=True):
                 saved.update({key: value for key, value in ours.items() if key != "params"})
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            check_averages(contents[key], optimizer)
             state = {  # of each, the part that this rank has
                 number: {name: part_like(value, parameters[number]) for name, value in averages.items()}
                 for number, averages in contents[key]["state"].items()
             }
             optimizer.load_state_dict({"state": state, "param_groups": groups})
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+    except Exception as error:  # a state of any structure can fail in any way
         raise UserError(
-            f"{out_dir}: the optimizer state does not fit ({error}); set optimizer, embedding_lr and head_lr "
-            "as they were, or use another one"
+            f"{out_dir}: the optimizer state does not fit ({first_line(error)}); set optimizer, embedding_lr "
+            "and head_lr as they were, or use another one"
         ) from None
+
+
+def check_averages(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
+    """Raises ValueError where they are not of this optimizer's parameters: its first step would fail."""
+    kind = type(optimizer).__name__
+    names = {"step", "exp_avg", "exp_avg_sq"} if kind == "AdamW" else {"momentum_buffer"}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    numbers = [number for group in state["param_groups"] for number in group["params"]]
+    for number, p in zip(numbers, parameters, strict=True):
+        averages = state["state"].get(number, {})  # {}: none as yet
+        if averages != {} and (set(averages) != names or not is_number(averages.get("step", 0))):
+            raise ValueError(f"{kind} keeps {', '.join(sorted(names))} of each parameter")
+        for name in set(averages) - {"step"}:
+            if not is_plain(averages[name]) or averages[name].shape != p.shape:
+                raise ValueError(f"{name} is no plain tensor of shape {tuple(p.shape)}")
 
 
 def training_state(
@@ -177,16 +259,17 @@ def load_pretrained(name: str, dropout: float = 0.0) -> tuple[GPT, dict[str, Any
     or one of its .pt files. Raises UserError.
     """
     folder = Path(name)
-    if folder.suffix == ".pt" or (folder.is_dir() and not (folder / "config.json").is_file()):
-        path = best_checkpoint(folder) if folder.is_dir() else folder
+    is_folder = os.path.isdir(folder)  # folder.is_dir() raises OSError for 5,000 characters
+    if folder.suffix == ".pt" or (is_folder and not (folder / "config.json").is_file()):
+        path = best_checkpoint(folder) if is_folder else folder
         contents = load_checkpoint(path)
         return restore_model(contents, path, dropout), contents
-    if not folder.is_dir() and name not in GPT2_NAMES and "/" not in name:
+    if not is_folder and name not in GPT2_NAMES and "/" not in name:
         near = difflib.get_close_matches(name, ("scratch", "resume", "auto", *GPT2_NAMES), n=1)
         hint = f"did you mean {near[0]}?" if near else f"use a folder, or one of {', '.join(GPT2_NAMES)}"
-        raise UserError(f"init_from={name} is neither a way to start nor a folder; {hint}")
+        raise UserError(f"init_from={name[:200]} is neither a way to start nor a folder; {hint}")
     try:
-        if not folder.is_dir():
+        if not is_folder:
             check_hub(name)
         return GPT.from_pretrained(name, {"dropout": dropout}), {}
     except ImportError:

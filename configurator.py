@@ -7,12 +7,14 @@ import dataclasses
 import difflib
 import inspect
 import math
+import os
 import signal
 import sys
 import threading
 import traceback
 import types
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,7 +25,8 @@ Settings = TypeVar("Settings")
 
 
 def setting(default: Any, explanation: str, **limits: Any) -> Any:
-    """A dataclass field with its line for --help and its limits: at_least, at_most, above, below, choices."""
+    """A dataclass field with its line for --help and its limits: at_least, at_most, above, below, choices, or
+    path=True, what can name a file."""
     return dataclasses.field(default=default, metadata={"explanation": explanation, **limits})
 
 
@@ -72,12 +75,12 @@ def find_config(name: str) -> Path:
     """A path as given, from here or from the repository; a bare name means config/NAME.py."""
     bare = f"config/{name}.py"
     for path in (Path(name), REPO / name, Path(bare), REPO / bare):
-        if path.is_file():
+        if os.path.isfile(path):  # Path.is_file raises OSError for 5,000 characters
             return path
     known = sorted(path.stem for path in (REPO / "config").glob("*.py"))
     near = difflib.get_close_matches(Path(name).stem, known, n=1)
     hint = f"did you mean config/{near[0]}.py?" if near else f"config/ has {', '.join(known)}"
-    raise UserError(f"no config file {name}; {hint} (settings are written --key=value)")
+    raise UserError(f"no config file {brief(name)}; {hint} (settings are written --key=value)")
 
 
 def run_config_file(path: Path, values: dict[str, Any]) -> dict[str, Any]:
@@ -85,20 +88,22 @@ def run_config_file(path: Path, values: dict[str, Any]) -> dict[str, Any]:
     scope = {"__file__": str(path), "__name__": path.stem, **values}
     try:
         exec(compile(path.read_text(encoding="utf-8"), str(path), "exec"), scope)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # whoever calls exit() in a config file would wonder
         lines = [
             frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)
         ]
         line = getattr(error, "lineno", None) or (lines or ["?"])[-1]
         raise UserError(
-            f"{path}, line {line}: {type(error).__name__}: {error}; mend the config file"
+            f"{path}, line {line}: {type(error).__name__}: {brief(error)}; mend the config file"
         ) from None
 
     changed = {key: value for key, value in scope.items() if key not in values or value is not values[key]}
     helpers = {
         key
         for key, value in changed.items()
-        if key.startswith("_") or (key not in values and (inspect.ismodule(value) or callable(value)))
+        if not isinstance(key, str)
+        or key.startswith("_")
+        or (key not in values and (inspect.ismodule(value) or callable(value)))
     }
     return {key: value for key, value in changed.items() if key not in helpers}
 
@@ -109,16 +114,16 @@ def checked(cls: type, key: str, value: Any, where: str = "", *, text: bool = Fa
     if key not in fields:
         near = difflib.get_close_matches(key.replace("-", "_"), fields, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else "--help lists all (a name of your own begins with _)"
-        raise UserError(f"{where}unknown setting {key}; {hint}")
+        raise UserError(f"{where}unknown setting {brief(key)}; {hint}")
     kinds, limits = kinds_of(cls)[key], fields[key].metadata
     try:
         value = from_text(value, kinds) if text else from_python(value, kinds)
-    except ValueError:
+    except (ValueError, OverflowError):
         wanted = " or ".join(kind_name(kind) for kind in kinds)
-        raise UserError(f"{where}{key}={value!r} does not fit; give it {wanted}") from None
+        raise UserError(f"{where}{key}={brief(value, repr)} does not fit; give it {wanted}") from None
     wrong = limit_broken(value, limits)
     if wrong:
-        raise UserError(f"{where}{key}={value} is out of range; it must be {wrong}")
+        raise UserError(f"{where}{key}={brief(value)} is out of range; it must be {wrong}")
     return value
 
 
@@ -126,16 +131,37 @@ def limit_broken(value: Any, limits: typing.Mapping[str, Any]) -> str | None:
     """What `value` must be and is not, in words; None where it is within its limits."""
     if "choices" in limits and value not in limits["choices"]:
         return "one of " + ", ".join(str(choice) for choice in limits["choices"])
+    if "path" in limits and isinstance(value, str) and not is_path(value):
+        return "a path, without null characters and halves of characters"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
+    # products of two sizes must fit into the 64 bits in which numpy and torch count
+    below = limits.get("below", math.inf if isinstance(value, float) else 2**31)
     tests = {
-        "a finite number": math.isfinite(value),
+        "a finite number": isinstance(value, int) or math.isfinite(value),
         f"at least {limits.get('at_least')}": value >= limits.get("at_least", value),
         f"at most {limits.get('at_most')}": value <= limits.get("at_most", value),
         f"above {limits.get('above')}": value > limits.get("above", -math.inf),
-        f"below {limits.get('below')}": value < limits.get("below", math.inf),
+        f"below {below}": value < below,
     }
     return next((words for words, passed in tests.items() if not passed), None)
+
+
+def is_path(text: str) -> bool:
+    """Whether a file could have this name: the system's calls raise ValueError where none can."""
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
+
+
+def brief(value: Any, write: Callable[[Any], str] = str) -> str:
+    """`value` as text for a message, cut to 200 characters; its type where it cannot be written."""
+    try:
+        text = write(value)
+    except Exception:  # a number of more than 4,300 digits, or a class of a config file
+        return f"<{type(value).__name__}>"
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def kinds_of(cls: type) -> dict[str, tuple[type, ...]]:
@@ -168,7 +194,7 @@ def from_text(text: str, kinds: tuple[type, ...]) -> Any:
                 return from_python(
                     float(text) if any(mark in text for mark in ".eEn") else int(text), (kind,)
                 )
-            except ValueError:
+            except (ValueError, OverflowError):
                 pass
     if str in kinds:
         return text
@@ -176,13 +202,14 @@ def from_text(text: str, kinds: tuple[type, ...]) -> Any:
 
 
 def from_python(value: Any, kinds: tuple[type, ...]) -> Any:
-    """A value as one of `kinds`: 1 does for a float or a bool, 5e3 for an int. Raises ValueError."""
+    """A value as one of `kinds`: 1 does for a float or a bool, 5e3 for an int. Raises ValueError or
+    OverflowError."""
     if type(value) in kinds:
         return value
     if bool in kinds and isinstance(value, int) and value in (0, 1):
         return bool(value)
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        if int in kinds and math.isfinite(value) and value == int(value):
+        if int in kinds and float(value).is_integer():
             return int(value)
         if float in kinds:
             return float(value)

@@ -62,8 +62,8 @@ class GPTConfig:
 
     def __post_init__(self) -> None:
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}; it must be at least 1")
+            if not 1 <= getattr(self, name) < 2**31:
+                raise ValueError(f"{name}={getattr(self, name)}; it must be at least 1 and below 2**31")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}; change one")
         if not 0 <= self.dropout < 1:
@@ -76,8 +76,8 @@ class GPTConfig:
         if self.rotary and self.n_embd // self.n_head % 2:
             raise ValueError(f"rotary turns pairs: n_embd/n_head={self.n_embd // self.n_head} must be even")
         self.logit_softcap = float(self.logit_softcap)
-        if self.logit_softcap < 0:
-            raise ValueError(f"logit_softcap={self.logit_softcap}; it must be at least 0")
+        if not 0 <= self.logit_softcap < math.inf:
+            raise ValueError(f"logit_softcap={self.logit_softcap}; it must be at least 0 and finite")
 
     @property
     def kv_heads(self) -> int:

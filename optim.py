@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from parallel import local, part_like, whole
+from parallel import in_parts, local, part_like, whole
 from settings import TrainConfig
 
 # Coefficients of Muon's iteration, a polynomial a·x + b·x³ + c·x⁵ for each step. Each is the one nearest to
@@ -81,17 +81,23 @@ class Muon(torch.optim.Muon):
                     of_shape.setdefault(p.shape, []).append(p)
             for short in {min(shape) for shape in of_shape}:
                 same = [matrices for shape, matrices in of_shape.items() if min(shape) == short]
-                parts = group.get("parts", 1)
-                ahead = [self.average(matrices, group["momentum"]) for matrices in same]
-                stacks = [x.view(len(x) * parts, -1, x.size(2)) for x in ahead]
-                for matrices, updates in zip(same, orthogonalize(stacks, self.dtype), strict=True):
-                    _, rows, columns = updates.shape
-                    rate = group["lr"] * math.sqrt(max(1, rows / columns))
-                    updates = updates.reshape(len(matrices), -1, columns)
-                    ours = [local(part_like(u, p)) for u, p in zip(updates, matrices, strict=True)]
-                    theirs = [local(p) for p in matrices]
-                    torch._foreach_mul_(theirs, 1 - group["lr"] * group["weight_decay"])
-                    torch._foreach_add_(theirs, ours, alpha=-rate)
+                count = 1 if in_parts(same[0][0]) else len(max(same, key=len))  # whole on a rank at a time
+                for begin in range(0, len(max(same, key=len)), count):
+                    self.step_together([matrices[begin : begin + count] for matrices in same], group)
+
+    def step_together(self, same: list[list[nn.Parameter]], group: dict[str, Any]) -> None:
+        """Step lists of matrices, each list's of one shape, whose shorter sides are all the same."""
+        same, parts = [matrices for matrices in same if matrices], group.get("parts", 1)
+        ahead = [self.average(matrices, group["momentum"]) for matrices in same]
+        stacks = [x.view(len(x) * parts, -1, x.size(2)) for x in ahead]
+        for matrices, updates in zip(same, orthogonalize(stacks, self.dtype), strict=True):
+            _, rows, columns = updates.shape
+            rate = group["lr"] * math.sqrt(max(1, rows / columns))
+            updates = updates.reshape(len(matrices), -1, columns)
+            ours = [local(part_like(u, p)) for u, p in zip(updates, matrices, strict=True)]
+            theirs = [local(p) for p in matrices]
+            torch._foreach_mul_(theirs, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(theirs, ours, alpha=-rate)
 
     def average(self, matrices: list[nn.Parameter], momentum: float) -> torch.Tensor:
         """Update the running means of the gradients, and look ahead as Nesterov: (N, rows, columns).

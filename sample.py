@@ -149,7 +149,7 @@ def read_prompt(start: str) -> str:
         return start
     try:
         return Path(start[5:]).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a null character in the name
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise UserError(f"the prompt file {start[5:]} cannot be read ({reason}); name a text file") from None
 

@@ -26,10 +26,14 @@ class TrainConfig:
     """
 
     # where things are and come from
-    out_dir: str = setting("out", "folder of the checkpoints: ckpt.pt (best), last.pt (newest)")
-    dataset: str = setting("openwebtext", "a folder of data/, or a path to one, made by a prepare.py")
+    out_dir: str = setting("out", "folder of the checkpoints: ckpt.pt (best), last.pt (newest)", path=True)
+    dataset: str = setting(
+        "openwebtext", "a folder of data/, or a path to one, made by a prepare.py", path=True
+    )
     init_from: str = setting(
-        "scratch", "scratch, resume, auto (resume if possible), auto:gpt2, gpt2[-medium|-large|-xl], a folder"
+        "scratch",
+        "scratch, resume, auto (resume if possible), auto:gpt2, gpt2[-medium|-large|-xl], a folder",
+        path=True,
     )
     seed: int = setting(1337, "of weights, batches and dropout", at_least=0, below=2**63)
 
@@ -157,9 +161,9 @@ class BenchConfig(TrainConfig):
     num_samples: int = setting(10, "with generate: samples at once, beside one alone", at_least=1)
     rounds: int = setting(3, "with generate: how often each is timed, in turns", at_least=1)
     against: str | None = setting(
-        None, "time these too, in turns: a nanoGPT checkout's folder, or transformers"
+        None, "time these too, in turns: a nanoGPT checkout's folder, or transformers", path=True
     )
-    json: str | None = setting(None, "write the results to this file too")
+    json: str | None = setting(None, "write the results to this file too", path=True)
     plan: bool = setting(False, "say what the run would take on n_gpus: memory, time, exchange")
     gpu: str = setting("here", "with plan: whose data sheet; here measures this machine", choices=GPUS)
     n_gpus: int = setting(1, "with plan: GPUs of the run", at_least=1, at_most=2**20)
@@ -187,8 +191,8 @@ class AblateConfig(TrainConfig):
     """
 
     seeds: int = setting(3, "runs of each, with seeds from `seed` on", at_least=1)
-    json: str = setting("ablate.json", "file of the runs made so far")
-    plot: str = setting("ablate.png", "file of the plot")
+    json: str = setting("ablate.json", "file of the runs made so far", path=True)
+    plot: str = setting("ablate.png", "file of the plot", path=True)
 
 
 @dataclass
@@ -199,8 +203,10 @@ class SampleConfig:
            python sample.py --init_from=gpt2-xl --start="What is the answer?" --num_samples=5
     """
 
-    init_from: str = setting("resume", "resume (out_dir's checkpoint), gpt2[-medium|-large|-xl], or a folder")
-    out_dir: str = setting("out", "folder of the checkpoint")
+    init_from: str = setting(
+        "resume", "resume (out_dir's checkpoint), gpt2[-medium|-large|-xl], or a folder", path=True
+    )
+    out_dir: str = setting("out", "folder of the checkpoint", path=True)
     start: str = setting("\n", "the prompt; FILE:path reads it from a file; empty starts a new document")
     num_samples: int = setting(
         10, "samples, made as one batch; a single one is shown as it is made", at_least=1

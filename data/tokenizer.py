@@ -96,4 +96,5 @@ def from_description(description: dict[str, Any]) -> Tokenizer:
         return GPT2Tokenizer()
     if kind == "char" and isinstance(chars, str) and chars and len(set(chars)) == len(chars):
         return CharTokenizer(chars)
-    raise UserError(f"tokenizer {str(description)[:60]} is not known; run the dataset's prepare.py again")
+    shown = kind[:60] if isinstance(kind, str) else type(kind).__name__  # all of it could fill a disk
+    raise UserError(f"tokenizer {shown} is not known, or not whole; run the dataset's prepare.py again")

@@ -4,6 +4,7 @@ import argparse
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -131,3 +132,13 @@ def tiny_shakespeare() -> Path:
     if not path.is_file():
         pytest.skip("no copy of tiny Shakespeare beside the repository (../shared/data)")
     return path
+
+
+@pytest.fixture(scope="module")
+def fuzz_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where odd inputs are written; code in them would make a file `trap` in it. No network."""
+    folder = tmp_path_factory.mktemp("fuzz")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr("tiktoken.get_encoding", lambda name: open("no network"))
+        yield folder

@@ -108,6 +108,14 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
         {**make_state(), "meta": 5},
         {**make_state(), "meta": {}},
         {**make_state(), "config": 5},
+        {**make_state(), "config": {"dataset": 5}},
+        {**make_state(), "model": {5: torch.zeros(1)}},
+        {**make_state(), "best_val_loss": torch.tensor(1j)},
+        {**make_state(), "best_val_loss": 10**400},
+        {**make_state(), "iter_num": 2**63},
+        {**make_state(), "scaler": {"scale": "x"}},
+        {**make_state(), "meta": {"tokenizer": [], "vocab_size": 5, "dtype": "uint16"}},
+        {**make_state(), "meta": {"tokenizer": None, "vocab_size": "5", "dtype": "uint16"}},
     ):
         save_checkpoint(path, foreign)
         with pytest.raises(UserError, match="no checkpoint of this project"):
@@ -124,6 +132,11 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
         {"model_args": {"n_layer": 1}},
         {"model": {}},
         {"model": {"transformer.wte.weight": "text"}},
+        {"model_args": {**SHAPE, "n_layer": 10**9}},  # a day's work
+        {"model_args": {**SHAPE, "n_embd": 2**30}},  # petabytes
+        {"model_args": {**SHAPE, "n_layer": True}},
+        {"model_args": {**SHAPE, "logit_softcap": math.nan}},
+        {"model": {"transformer.wte.weight": torch.zeros(1).expand(16, 8)}},
     ],
 )
 def test_weights_that_do_not_fit_are_refused(change, tmp_path):
@@ -137,6 +150,24 @@ def test_an_optimizer_state_that_does_not_fit_is_refused(tmp_path):
     for contents in (make_state(), {"optimizer": {}}, {"optimizer": {"param_groups": [], "state": {}}}):
         with pytest.raises(UserError, match="optimizer state does not fit"):
             restore_optimizers([optimizer], contents, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "averages",
+    [
+        5,
+        {"step": torch.tensor(1.0)},
+        {"step": [], "exp_avg": torch.zeros(16, 8), "exp_avg_sq": torch.zeros(16, 8)},
+        {"step": 1.0, "exp_avg": torch.zeros(3), "exp_avg_sq": torch.zeros(16, 8)},
+        {"step": 1.0, "exp_avg": torch.zeros(1).expand(16, 8), "exp_avg_sq": torch.zeros(16, 8)},
+    ],
+)
+def test_averages_that_the_first_step_would_stumble_over_are_refused(averages, tmp_path):
+    optimizer = GPT(GPTConfig(**SHAPE)).configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
+    contents = make_state()
+    contents["optimizer"]["state"][0] = averages
+    with pytest.raises(UserError, match="optimizer state does not fit"):
+        restore_optimizers([optimizer], contents, tmp_path)
 
 
 @pytest.mark.parametrize(("name", "tag"), [("ckpt.pt", "plain"), ("ckpt_compiled.pt", "compiled")])

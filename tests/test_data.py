@@ -246,3 +246,25 @@ def test_neighbours_are_shuffled_apart():
     starts = epoch_starts(3, 0, 3920, 1003854, 256) / 1003854
     assert abs(np.corrcoef(starts[1:], starts[:-1])[0, 1]) < 0.06
     assert abs(np.corrcoef(starts, np.arange(3920))[0, 1]) < 0.06
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (b"\x80\x04}r\x00\x00\x00\x01.", "LONG_BINPUT 16777216, but fewer"),  # memory up to that number
+        (b"\x80\x04})" + b"2\x86" * 60 + b"K\x01s.", "EMPTY_TUPLE"),  # a key that takes 2^60 steps to hash
+        (pickle.dumps({"vocab_size": 10**400}), "over 31 bits"),
+        (pickle.dumps({"vocab_size": 2**31}), "over 31 bits"),  # more than GPTConfig takes
+    ],
+)
+def test_pickled_vocabularies_of_memory_or_time_without_end(data, says, tmp_path):
+    (tmp_path / "meta.pkl").write_bytes(data)
+    with pytest.raises(UserError, match=says):
+        read_meta(tmp_path)
+
+
+def test_a_tokenizer_has_no_ids_past_the_vocabulary(tmp_path):
+    meta = {"tokenizer": {"kind": "char", "chars": "abc"}, "vocab_size": 2, "dtype": "uint16", "tokens": {}}
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(UserError, match="3 ids"):
+        read_meta(tmp_path)

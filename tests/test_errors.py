@@ -131,7 +131,8 @@ def test_a_gpu_has_its_number(monkeypatch):
 
 def test_numbers_past_all_measure(dataset):
     assert_user_error(train_on(dataset, "--seed=99999999999999999999999999"), "below")
-    huge = train_on(dataset, "--batch_size=10000000000000")
+    assert_user_error(train_on(dataset, "--batch_size=10000000000000"), "below 2147483648")
+    huge = train_on(dataset, "--batch_size=2000000000", "--gradient_accumulation_steps=2000")
     assert huge.returncode == 1 and huge.stderr.startswith("error: out of memory; lower --batch_size")
     assert_user_error(train_on(dataset, "--out_dir="), "empty")
 
