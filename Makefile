@@ -5,7 +5,7 @@ BIN := .venv/bin
 INSTALLED := .venv/requirements.installed
 OUT := out-stdlib-char
 
-.PHONY: help install demo test lint clean
+.PHONY: help install demo test chaos lint clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -33,6 +33,9 @@ demo: $(INSTALLED) data/stdlib_char/meta.json ## prepare, train for a minute or 
 
 test: $(INSTALLED) ## run all tests
 	$(BIN)/python -m pytest
+
+chaos: $(INSTALLED) ## kill a run 60 times at random, and read 4,000 damaged files: some minutes
+	CHAOS_KILLS=60 FUZZ_INPUTS=4000 $(BIN)/python -m pytest -s -n 0 tests/test_chaos.py tests/test_fuzz.py tests/test_fuzz_checkpoint.py
 
 lint: $(INSTALLED) ## check style and format
 	$(BIN)/ruff check .

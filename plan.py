@@ -237,22 +237,21 @@ def count(shape: GPTConfig, config: BenchConfig, half: bool, on_gpu: bool) -> Co
 def memory(counts: Counts, place: Place, split: Split) -> dict[str, float]:
     """Bytes of a rank, without torch.compile, which needs less for activations and loss.
 
-    "more" is what ranks exchange: DDP's buckets, or with `shard` two blocks gathered in 16 bits and the
-    tables in fp32. "peak" is below the sum where not all of it is there at once.
+    "more", with `shard`, is what is gathered from other ranks: two blocks in 16 bits and the tables in fp32.
+    "peak" is below the sum where not all of it is there at once.
     """
     shape, N, B, shard = counts.shape, counts.parameters, split.B, split.shard and split.n > 1
     layers, share = shape.n_layer, 1 / split.n if shard else 1
     weights, gradients, averages = 4 * N * share, 4 * N * share, counts.averages * share
     of_block = (N - counts.tables) // layers
-    more = 2 * 2 * of_block + 4 * counts.tables if shard else 4 * N * (split.n > 1)
+    more = 2 * 2 * of_block + 4 * counts.tables if shard else 0
     fixed = 0 if shard else counts.block_fixed  # gathered weights are in 16 bits already
-    stream = (
-        4 * B * shape.block_size * shape.n_embd
-    )  # what a block reads, all that is kept to compute it again
+    stream = 4 * B * shape.block_size * shape.n_embd  # what a block reads: enough to compute it again
     kept = layers * stream if split.again else layers * B * counts.block_each
     head = counts.head_fixed + B * counts.head_each
     logits = B * shape.block_size * shape.vocab_size
-    before = gradients if split.rounds > 1 else 0  # in a first micro-step they come as activations go
+    # in a first micro-step they come as activations go, but for DDP, whose buckets they lie in
+    before = gradients if split.rounds > 1 or (split.n > 1 and not shard) else 0
     # autocast keeps its copies of all weights to the end of the forward pass, which has the logits twice
     forward = before + layers * fixed + kept + head + 6 * logits
     one = fixed + B * counts.block_each if split.again else layers * fixed
@@ -262,9 +261,7 @@ def memory(counts: Counts, place: Place, split: Split) -> dict[str, float]:
     end = gradients + table * (2 + adds if shape.tied else adds * (1 + shard))
     update = gradients + 8 * counts.matrices * share  # Muon's products
     peak = weights + averages + more + max(forward, before + activations, end, update)
-    if (
-        place.is_cpu
-    ):  # its allocator keeps what a step frees, and with it holes of about the logits' size; measured
+    if place.is_cpu:  # its allocator keeps what a step frees, with holes of about the logits' size; measured
         peak += 8 * logits + LIBRARIES
     parts = {"weights": weights, "gradients": gradients, "averages": averages, "activations": activations}
     return {**parts, "more": more, "peak": peak, "fits": peak <= USABLE * place.memory}

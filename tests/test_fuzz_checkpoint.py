@@ -48,14 +48,8 @@ def a_checkpoint(shape: dict[str, Any], optimizer: str) -> dict[str, Any]:
     model, optimizers = a_run(shape, optimizer)
     training_step(model, optimizers, torch.amp.GradScaler("cpu", enabled=False), [BATCH], 1.0, CPU)
     more = {"scaler": torch.amp.GradScaler("cpu").state_dict(), "meta": META, "val_loss": 1.5}
-    return training_state(
-        model,
-        optimizers,
-        iter_num=7,
-        best_val_loss=1.5,
-        config={"dataset": "x", "optimizer": optimizer},
-        **more,
-    )
+    more |= {"config": {"dataset": "x", "optimizer": optimizer}}
+    return training_state(model, optimizers, iter_num=7, best_val_loss=1.5, **more)
 
 
 def saved(contents: Any) -> bytes:
