@@ -1,6 +1,8 @@
 """What the tests share: running a script as a user does, and a small dataset of real text."""
 
 import argparse
+import contextlib
+import io
 import os
 import subprocess
 import sys
@@ -9,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from configurator import read_settings
 
 REPO = Path(__file__).resolve().parents[1]
 NANOGPT = Path(__file__).parent / "fixtures" / "nanogpt"  # written by nanoGPT itself: see its README
@@ -41,6 +45,16 @@ def run(*words: object, cwd: Path = REPO, env: dict[str, str] | None = None, **m
         timeout=120,
         **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **more},
     )
+
+
+def train_here(*flags: object) -> str:
+    """Train within this process, which spares a start; what was printed."""
+    from train import TrainConfig, train
+
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        train(read_settings(TrainConfig, [str(flag) for flag in flags]))
+    return printed.getvalue()
 
 
 def torchrun(ranks: int, *words: object, options: tuple[str, ...] = ("--standalone",)) -> list[str]:

@@ -16,16 +16,19 @@ from conftest import (
     TINY,
     assert_same_weights,
     losses_of,
-    run,
     start,
     torchrun,
+    train_here,
     until,
 )
 
 from checkpoint import load_checkpoint
 
 DROPOUT = ("--dropout=0.1", "--gradient_accumulation_steps=4", "--bias=True")
-RECIPE = (*MODERN, "--zero_init=False", "--gradient_accumulation_steps=4", "--n_layer=2")
+RECIPE = (
+    *MODERN, "--zero_init=False", "--gradient_accumulation_steps=6", "--n_layer=2",
+    "--muon_lr=2e-3", "--learning_rate=1e-3", "--embedding_lr=3e-3",  # at higher ones rounding grows to 1e-3
+)  # fmt: skip
 no_signals = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM to catch")
 
 
@@ -44,8 +47,7 @@ def alone(tmp_path_factory, dataset):
     def out_dir(*flags):
         if flags not in made:
             made[flags] = tmp_path_factory.mktemp("alone")
-            done = run("train.py", *TINY, f"--dataset={dataset}", f"--out_dir={made[flags]}", *flags)
-            assert done.returncode == 0, done.stderr
+            train_here(*TINY, f"--dataset={dataset}", f"--out_dir={made[flags]}", *flags)
         return made[flags]
 
     return out_dir
@@ -76,7 +78,7 @@ def test_ranks_learn_what_one_process_learns(ranks, more, alone, tmp_path, datas
     [
         (2, DROPOUT),
         (2, (*DROPOUT, "--grad_clip=0.1", "--tied=False", "--activation_checkpointing=True")),
-        (4, RECIPE),
+        (3, RECIPE),  # parts of unequal size
     ],
     ids=["gpt2", "untied", "recipe"],
 )
@@ -99,24 +101,13 @@ def test_parts_in_bf16_have_weights_in_fp32(alone, tmp_path, dataset):
 
 
 def test_a_run_goes_on_with_another_number_of_ranks_and_with_parts_or_without(alone, tmp_path, dataset):
-    flags = (
-        f"--dataset={dataset}",
-        f"--out_dir={tmp_path}",
-        *RECIPE,
-        "--init_from=auto",
-        "--lr_decay_iters=20",
-    )
-    steps = (
-        (2, "--shard=True", 5),
-        (1, "--shard=False", 10),
-        (4, "--shard=True", 15),
-        (2, "--shard=False", 20),
-    )
-    for ranks, more, upto in steps:
-        done = train_on(ranks, *flags, more, f"--max_iters={upto}", "--cooldown=0.4")
-        assert done.returncode == 0, done.stderr
-    assert "resumes  after step 15" in done.stdout
-    assert load_checkpoint(tmp_path / "last.pt")["iter_num"] == 20
+    flags = (f"--dataset={dataset}", f"--out_dir={tmp_path}", *DROPOUT, "--init_from=auto")
+    done = train_on(2, *flags, "--lr_decay_iters=20", "--shard=True", "--max_iters=10")
+    assert done.returncode == 0, done.stderr
+    assert "resumes  after step 10" in train_here(*TINY, *flags, "--lr_decay_iters=20", "--max_iters=15")
+    done = train_on(4, *flags)
+    assert done.returncode == 0 and "resumes  after step 15" in done.stdout, done.stderr
+    assert_same_weights(alone(*DROPOUT) / "last.pt", tmp_path / "last.pt", atol=2e-4)
 
 
 def test_mistakes_are_told_once(dataset, tmp_path):
@@ -173,16 +164,18 @@ def unbroken(tmp_path_factory, dataset):
 
 
 @no_signals
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signals_end_all_ranks_with_their_state_saved(number, unbroken, tmp_path, dataset):
+def test_signals_end_all_ranks_with_their_state_saved(unbroken, tmp_path, dataset):
     flags = [*TINY, f"--dataset={dataset}", f"--out_dir={tmp_path}", *LONG, "--init_from=auto"]
-    process = start(torchrun(2, "train.py", *flags))
-    assert until(process, "step 50: loss")
-    process.send_signal(number)
-    output, errors = process.communicate(timeout=60)
-    stopped = int(re.search(r"stopped after step (\d+)", output)[1])
-    assert process.returncode != 0 and "error: " not in errors and stopped >= 50
-    assert load_checkpoint(tmp_path / "last.pt")["iter_num"] == stopped
+    stopped = 0
+    for number, words in ((signal.SIGTERM, "step 10: loss"), (signal.SIGINT, "step 50: loss")):
+        process = start(torchrun(2, "train.py", *flags))
+        assert until(process, words)
+        process.send_signal(number)
+        output, errors = process.communicate(timeout=60)
+        stopped = int(re.search(r"stopped after step (\d+)", output)[1])
+        assert process.returncode != 0 and "error: " not in errors
+        assert load_checkpoint(tmp_path / "last.pt")["iter_num"] == stopped
+    assert stopped >= 50
     done = train_on(2, *flags[len(TINY) :])
     assert done.returncode == 0 and f"resumes  after step {stopped}" in done.stdout, done.stderr
     assert_same_weights(unbroken / "last.pt", tmp_path / "last.pt")
@@ -196,16 +189,12 @@ def ranks_of(process: subprocess.Popen) -> list[int]:
 
 
 @no_signals
-@pytest.mark.parametrize("rank", [0, 1])
-def test_after_a_killed_rank_torchrun_starts_again_and_the_run_goes_on_by_itself(
-    rank, unbroken, tmp_path, dataset
-):
+def test_after_a_killed_rank_torchrun_starts_again_and_the_run_goes_on(unbroken, tmp_path, dataset):
     """In a folder that has another run's files: those it does not go on from."""
-    old = run("train.py", *TINY, f"--dataset={dataset}", f"--out_dir={tmp_path}", "--max_iters=1", "--seed=9")
-    assert old.returncode == 0
+    train_here(*TINY, f"--dataset={dataset}", f"--out_dir={tmp_path}", "--max_iters=1", "--seed=9")
     flags = [*TINY, f"--dataset={dataset}", f"--out_dir={tmp_path}", *LONG]
     process = start(torchrun(2, "train.py", *flags, options=("--standalone", "--max-restarts=3")))
-    for words in ("step 20: loss", "step 60: loss"):  # before the first checkpoint, and after it
+    for rank, words in enumerate(("step 20: loss", "step 60: loss")):  # before the first checkpoint, after it
         assert until(process, words)
         os.kill(ranks_of(process)[rank], signal.SIGKILL)
     output, errors = process.communicate(timeout=120)

@@ -13,7 +13,17 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ENVIRONMENT, MODERN, NANOGPT, REPO, TINY, assert_same_weights, assert_user_error, run
+from conftest import (
+    ENVIRONMENT,
+    MODERN,
+    NANOGPT,
+    REPO,
+    TINY,
+    assert_same_weights,
+    assert_user_error,
+    run,
+    train_here,
+)
 
 from checkpoint import load_checkpoint
 from configurator import read_settings
@@ -169,26 +179,24 @@ def test_whole_evaluation_counts_each_token_once(dataset):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM to catch")
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_finishes_the_step_saves_and_can_be_resumed(number, tmp_path, dataset):
+def test_ctrl_c_finishes_the_step_saves_and_can_be_resumed(tmp_path, dataset):
     flags = [*TINY, f"--dataset={dataset}", "--max_iters=400", "--eval_interval=300", "--log_interval=1"]
-    whole = run("train.py", *flags, f"--out_dir={tmp_path / 'whole'}")
-    assert whole.returncode == 0, whole.stderr
+    train_here(*flags, f"--out_dir={tmp_path / 'whole'}")
     command = [sys.executable, str(REPO / "train.py"), *flags, f"--out_dir={tmp_path / 'parts'}"]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPO, env=ENVIRONMENT
     )
     for line in process.stdout:
         if line.startswith("step 20: loss"):
-            process.send_signal(number)
+            process.send_signal(signal.SIGINT)
             break
     output, errors = process.communicate(timeout=60)
-    assert process.returncode == 128 + number, errors
+    assert process.returncode == 128 + signal.SIGINT, errors
     assert "Traceback" not in errors
     stopped_at = load_checkpoint(tmp_path / "parts" / "last.pt")["iter_num"]
     assert 20 <= stopped_at < 400 and f"stopped after step {stopped_at}" in output
-    resumed = run("train.py", *flags, f"--out_dir={tmp_path / 'parts'}", "--init_from=auto")
-    assert resumed.returncode == 0 and f"resumes  after step {stopped_at}" in resumed.stdout
+    resumed = train_here(*flags, f"--out_dir={tmp_path / 'parts'}", "--init_from=auto")
+    assert f"resumes  after step {stopped_at}" in resumed
     assert_same_weights(tmp_path / "whole" / "last.pt", tmp_path / "parts" / "last.pt")
 
 
@@ -209,8 +217,8 @@ def test_a_reader_that_leaves_stops_the_run_with_its_state_saved(tmp_path, datas
 
 def test_a_finished_run_has_nothing_left_to_do(trained, dataset):
     before = (trained / "last.pt").read_bytes()
-    again = run("train.py", *TINY, f"--dataset={dataset}", f"--out_dir={trained}", "--init_from=auto")
-    assert again.returncode == 0 and "nothing left to do" in again.stdout
+    again = train_here(*TINY, f"--dataset={dataset}", f"--out_dir={trained}", "--init_from=auto")
+    assert "nothing left to do" in again
     assert (trained / "last.pt").read_bytes() == before
 
 
@@ -231,7 +239,7 @@ def test_best_and_newest_checkpoints(tmp_path, dataset):
 
 def test_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_state(tmp_path, dataset):
     flags = [*TINY, f"--dataset={dataset}", f"--out_dir={tmp_path}", "--decay_lr=False"]
-    assert run("train.py", *flags, "--max_iters=10").returncode == 0
+    train_here(*flags, "--max_iters=10")
     before = [(tmp_path / name).read_bytes() for name in ("ckpt.pt", "last.pt")]
     wild = run(
         "train.py", *flags, "--init_from=resume", "--max_iters=500", "--learning_rate=1e38", "--grad_clip=0"
@@ -257,9 +265,8 @@ def test_finetuning_from_a_run_crops_the_block_and_starts_anew(trained, dataset,
 def test_resuming_with_a_shorter_block_goes_on_without_adamws_averages(trained, dataset, tmp_path):
     (tmp_path / "last.pt").write_bytes((trained / "last.pt").read_bytes())
     flags = [*TINY, f"--dataset={dataset}", f"--out_dir={tmp_path}", "--init_from=resume"]
-    done = run("train.py", *flags, "--block_size=8", "--max_iters=25")
-    assert done.returncode == 0, done.stderr
-    assert "without the optimizer's averages" in done.stdout and "step 25: loss" in done.stdout
+    printed = train_here(*flags, "--block_size=8", "--max_iters=25")
+    assert "without the optimizer's averages" in printed and "step 25: loss" in printed
     assert load_checkpoint(tmp_path / "last.pt")["model_args"]["block_size"] == 8
 
 
