@@ -141,7 +141,7 @@ class RunFolder:
             self.report(wait=True)
         self.lock.close()
         if kind is None and self.failure:
-            raise self.failure
+            raise MachineError(f"{self.failure}; make room, and resume from it")
 
 
 def locked(path: Path, owner: str) -> IO[str]:

@@ -203,7 +203,8 @@ def train(config: TrainConfig) -> TrainResult:
             f"gradient_accumulation_steps={config.gradient_accumulation_steps} cannot be shared among "
             f"{runtime.world_size} ranks; make it a multiple"
         )
-    runtime.agree(zlib.crc32(repr(config).encode()), "the ranks have not all the same settings; give them")
+    settings = zlib.crc32(repr(config).encode())
+    runtime.agree(settings, "the ranks have not all the same settings; start them with the same command")
     take_fast_float32(runtime)
     data = find_dataset(config.dataset)
     meta = read_meta(data)
@@ -211,7 +212,7 @@ def train(config: TrainConfig) -> TrainResult:
     model, contents = initial_model(config, meta)
     first = step = contents.get("iter_num", 0)
     runtime.agree(
-        step, f"the ranks find different checkpoints; put out_dir={config.out_dir} where all see it"
+        step, f"the ranks do not find the same checkpoint; put out_dir={config.out_dir} where all see it"
     )
     best_val_loss = float(contents.get("best_val_loss", math.inf))
     out_dir, run_id = Path(config.out_dir), begin_run(config, contents)
@@ -245,9 +246,12 @@ def train(config: TrainConfig) -> TrainResult:
     del contents  # frees the copy on the CPU
     peak, sums = peak_flops(runtime), fingerprint(streams)
 
+    def diverged() -> UserError:
+        return lost(step, out_dir if folder and folder.own else None)
+
     def save(*names: str, **more: Any) -> None:
         if runtime.total(not all(bool(local(p).isfinite().all()) for p in model.parameters()))[0]:
-            raise lost(step, out_dir)
+            raise diverged()
         more |= {"iter_num": step, "best_val_loss": best_val_loss, "config": asdict(config), "meta": meta}
         more |= {"scaler": scaler.state_dict(), "run_id": run_id, "skipped": skipped, "data": sums}
         more |= {"seconds": time.perf_counter() - began}
@@ -283,7 +287,7 @@ def train(config: TrainConfig) -> TrainResult:
                 if wandb:
                     wandb.log({f"{split}/loss": loss for split, loss in found.items()}, step=step)
                 if not math.isfinite(found["val"]):
-                    raise lost(step, out_dir)
+                    raise diverged()
             if folder and row:
                 folder.log(row)
             row = {}
@@ -291,13 +295,9 @@ def train(config: TrainConfig) -> TrainResult:
                 if folder:
                     folder.report(wait=True)
                     best_val_loss = folder.best  # of what is on disk
-                improved = found["val"] < best_val_loss
+                best = [BEST] if found["val"] < best_val_loss or config.always_save_checkpoint else []
                 best_val_loss = min(best_val_loss, found["val"])
-                save(
-                    *([BEST] if improved or config.always_save_checkpoint else []),
-                    NEWEST,
-                    val_loss=found["val"],
-                )
+                save(*best, NEWEST, val_loss=found["val"])
             elif step > first and (stopping or step % (config.save_interval or math.inf) == 0):
                 save(NEWEST, evaluated=found is not None or not due)
             if config.eval_only or stopping or step >= config.max_iters:
@@ -315,7 +315,7 @@ def train(config: TrainConfig) -> TrainResult:
                 skipped, in_a_row = skipped + 1, in_a_row + 1
                 say(f"note     step {step} is skipped: loss or gradient is not finite ({skipped} so far)")
                 if in_a_row >= config.skip_limit:
-                    raise lost(step, out_dir)
+                    raise diverged()
 
             if step % config.log_interval == 0 or step == config.max_iters:
                 seconds = (time.perf_counter() - clock) / (step - clocked)

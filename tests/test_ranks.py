@@ -166,20 +166,48 @@ def unbroken(tmp_path_factory, dataset):
 @no_signals
 def test_signals_end_all_ranks_with_their_state_saved(unbroken, tmp_path, dataset):
     flags = [*TINY, f"--dataset={dataset}", f"--out_dir={tmp_path}", *LONG, "--init_from=auto"]
-    stopped = 0
-    for number, words in ((signal.SIGTERM, "step 10: loss"), (signal.SIGINT, "step 50: loss")):
-        process = start(torchrun(2, "train.py", *flags))
-        assert until(process, words)
-        process.send_signal(number)
-        output, errors = process.communicate(timeout=60)
-        stopped = int(re.search(r"stopped after step (\d+)", output)[1])
-        assert process.returncode != 0 and "error: " not in errors
-        assert load_checkpoint(tmp_path / "last.pt")["iter_num"] == stopped
-    assert stopped >= 50
+    process = start(torchrun(2, "train.py", *flags))
+    assert until(process, "step 50: loss")
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    stopped = int(re.search(r"stopped after step (\d+)", output)[1])
+    assert process.returncode != 0 and "error: " not in errors and stopped >= 50
+    assert load_checkpoint(tmp_path / "last.pt")["iter_num"] == stopped
     done = train_on(2, *flags[len(TINY) :])
     assert done.returncode == 0 and f"resumes  after step {stopped}" in done.stdout, done.stderr
     assert_same_weights(unbroken / "last.pt", tmp_path / "last.pt")
     assert losses_of(unbroken) == losses_of(tmp_path)
+
+
+@no_signals
+def test_the_slurm_script_saves_requeues_and_goes_on(unbroken, tmp_path, dataset):
+    """With stand-ins for SLURM's own commands, which do what its manual says of them."""
+    (tmp_path / "bin").mkdir()
+    commands = {
+        "srun": 'echo $$ > "$STATE/step"; exec "$@"',
+        "scancel": 'kill -TERM "$(cat "$STATE/step")"',
+        "scontrol": '[ "$1" = show ] && echo localhost || echo "$@" >> "$STATE/requeued"',
+        "torchrun": f'exec {sys.executable} -m torch.distributed.run "$@"',
+    }
+    for name, body in commands.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    slurm = {"SLURM_JOB_NODELIST": "localhost", "SLURM_NNODES": "1", "SLURM_GPUS_ON_NODE": "2"}
+    environment = {**ENVIRONMENT, **slurm, "SLURM_JOB_ID": "17", "PORT": str(free_port())}
+    environment |= {"STATE": str(tmp_path), "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    flags = [*TINY, f"--dataset={dataset}", f"--out_dir={tmp_path / 'out'}", *LONG]
+    command = ["bash", str(REPO / "config" / "train.slurm"), *flags]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, cwd=REPO, env=environment, **pipes)
+    assert until(process, "step 20: loss")
+    process.send_signal(signal.SIGUSR1)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 0 and "stopped after step" in output, errors
+    assert (tmp_path / "requeued").read_text() == "requeue 17\n"
+    done = subprocess.run(command, cwd=REPO, env=environment, timeout=60, **pipes)
+    assert done.returncode == 0 and "resumes  after step" in done.stdout, done.stderr
+    assert (tmp_path / "requeued").read_text() == "requeue 17\n"
+    assert_same_weights(unbroken / "last.pt", tmp_path / "out" / "last.pt")
 
 
 def ranks_of(process: subprocess.Popen) -> list[int]:
