@@ -12,14 +12,14 @@ from settings import BenchConfig
 if __name__ == "__main__":
     CONFIG = configure(BenchConfig)  # before torch is loaded, so that --help and mistakes answer at once
 
-import contextlib
 import copy
-import importlib.util
+import functools
+import itertools
 import json
 import math
 import statistics
+import tempfile
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -30,12 +30,15 @@ import torch.nn.functional as F
 
 import attention as attention_file
 import model as model_file
+from checkpoint import BEST, NEWEST, training_state, write_whole
 from data.tokens import GPT2_META, TokenStream, find_dataset, read_meta
 from decoding import prepare, stream
 from errors import UserError, one_line_errors, writable
 from model import GPT
 from optim import make_optimizers
+from peers import Step, others_generate, others_step
 from plan import plan, planned_shape
+from run_folder import RunFolder
 from runtime import (
     Runtime,
     compile_works,
@@ -51,7 +54,6 @@ from train import initial_model, step_batches, training_step
 
 TRACE, PLOT = "bench_trace.json", "bench_ladder.png"
 PROMPT = 16  # tokens before those that are timed
-Step = Callable[[int], object]
 
 
 class RandomStream:
@@ -124,8 +126,8 @@ def ratio(theirs: list[float], ours: list[float]) -> dict[str, float]:
 
 def our_step(
     config: BenchConfig, stream: Any, meta: dict, runtime: Runtime, fused: bool = True, padded: bool = True
-) -> tuple[GPT, Step]:
-    """A model as train.py makes it, and its training step as train.py does it; a rung may want less."""
+) -> tuple[GPT, list[torch.optim.Optimizer], Step]:
+    """A model and its optimizers as train.py makes them, and train.py's step; a rung may want less."""
     model, _ = initial_model(replace(config, init_from="scratch"), meta)
     if not padded:
         model = GPT(replace(model.config, vocab_size=meta["vocab_size"]))
@@ -150,80 +152,7 @@ def our_step(
         made = training_step(model, optimizers, scaler, batches, config.grad_clip, runtime, read_on)
         batches = made.following
 
-    return model, step
-
-
-@contextlib.contextmanager
-def as_others(runtime: Runtime) -> Iterator[None]:
-    """fp32 products as torch does them by default on a CPU: what ours changed is not given to others."""
-    before = torch.get_float32_matmul_precision()
-    if runtime.device.type == "cpu":
-        torch.set_float32_matmul_precision("highest")
-    yield
-    torch.set_float32_matmul_precision(before)
-
-
-def others_model(against: str, config: BenchConfig, vocab_size: int) -> torch.nn.Module:
-    """nanoGPT's GPT from the checkout at `against`, or transformers' GPT-2. Raises UserError."""
-    if against == "transformers":
-        try:
-            from transformers import GPT2Config, GPT2LMHeadModel
-        except ImportError:
-            raise UserError("transformers is not installed; pip install transformers") from None
-
-        shape = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd")}
-        drops = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout)
-        shape |= {"vocab_size": vocab_size, "n_positions": config.block_size}
-        return GPT2LMHeadModel(GPT2Config(**shape, **drops, bos_token_id=None, eos_token_id=None))
-    path = Path(against) / "model.py"
-    if not path.is_file():
-        raise UserError(f"against={against} has no model.py; name a nanoGPT checkout, or transformers")
-    spec = importlib.util.spec_from_file_location("others", path)
-    module = sys.modules["others"] = importlib.util.module_from_spec(spec)
-    names = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
-    try:
-        with contextlib.redirect_stdout(None):
-            spec.loader.exec_module(module)
-            shape = {name: getattr(config, name) for name in names}
-            return module.GPT(module.GPTConfig(vocab_size=vocab_size, **shape)).train()
-    except Exception as error:  # a file of any other project
-        raise UserError(f"{path} is not nanoGPT's ({error}); name a nanoGPT checkout") from None
-
-
-def others_step(
-    against: str, config: BenchConfig, stream: Any, vocab_size: int, runtime: Runtime
-) -> tuple[torch.nn.Module, Step]:
-    """Their model, and a training step as they do it: fp32 on CPUs, autocast and compiled on a GPU."""
-    other = others_model(against, config, vocab_size).to(runtime.device).train()
-    on_gpu = runtime.device.type == "cuda"
-    lr, betas = config.learning_rate, (config.beta1, config.beta2)
-    if against == "transformers":
-        optimizer = torch.optim.AdamW(other.parameters(), lr, betas, weight_decay=config.weight_decay)
-    else:
-        with contextlib.redirect_stdout(None):
-            optimizer = other.configure_optimizers(config.weight_decay, lr, betas, runtime.device.type)
-    if on_gpu:
-        maybe_compile(other, config.compile, runtime.device, config.max_iters, print)
-    place = replace(runtime, dtype=runtime.dtype if on_gpu else torch.float32)
-    batches = step_batches(stream, config, runtime, 0)
-
-    def step(number: int) -> None:
-        nonlocal batches
-        with as_others(runtime):
-            for x, y, _ in batches:
-                with place.autocast():
-                    if against == "transformers":
-                        logits = other(x, use_cache=False).logits
-                        loss = F.cross_entropy(logits.flatten(0, 1), y.flatten())
-                    else:
-                        _, loss = other(x, y.contiguous())
-                (loss / len(batches)).backward()
-            torch.nn.utils.clip_grad_norm_(other.parameters(), config.grad_clip or math.inf)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        batches = step_batches(stream, config, runtime, number + 1)  # theirs does so, too
-
-    return other, step
+    return model, optimizers, step
 
 
 def peak_memory(runtime: Runtime) -> int | None:
@@ -260,7 +189,7 @@ def profile(step: Step, runtime: Runtime) -> None:
 def bench_step(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
     """The training step: time, speed, share of the machine's peak, memory; beside another's where asked."""
     stream, meta = open_stream(config)
-    model, step = our_step(config, stream, meta, runtime)
+    model, _, step = our_step(config, stream, meta, runtime)
     steps = {"ours": step}
     if config.against:
         name = "transformers" if config.against == "transformers" else Path(config.against).resolve().name
@@ -314,6 +243,45 @@ def bench_step(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
     return result
 
 
+def bench_checkpoint(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
+    """What training loses to a checkpoint: the step waits for the copy, and writing slows those after it."""
+    stream, meta = open_stream(config)
+    model, optimizers, step = our_step(config, stream, meta, runtime)
+    usual = alternate({"ours": step}, config.warmup_steps, config.bench_steps, runtime)["ours"]
+    median, count = statistics.median(usual), itertools.count(config.bench_steps)
+    times: dict[str, list[float]] = {"wait": [], "lost": [], "write": []}
+    print(f"step     {median * 1000:,.1f} ms median, {model.get_num_params(False):,} parameters")
+    with (
+        tempfile.TemporaryDirectory(dir=".", prefix="out-bench-") as out_dir,
+        RunFolder(Path(out_dir), "bench", lambda line: None, 0, math.inf) as folder,
+    ):
+        for _ in range(config.rounds):
+            began = time.perf_counter()
+            contents = training_state(model, optimizers, iter_num=0, best_val_loss=math.inf)
+            folder.save(contents, BEST, NEWEST)
+            times["wait"].append(time.perf_counter() - began)
+            del contents
+            taken = 0
+            while folder.writing():
+                step(next(count))
+                synchronize(runtime)
+                taken += 1
+            times["lost"].append(time.perf_counter() - began - taken * median)
+            size = (Path(out_dir) / NEWEST).stat().st_size
+            began = time.perf_counter()
+            contents = training_state(model, optimizers, iter_num=0, best_val_loss=math.inf)
+            write_whole(functools.partial(torch.save, contents), Path(out_dir) / "alone.pt")
+            times["write"].append(time.perf_counter() - began)
+    found: dict[str, Any] = {name: spread(values) for name, values in times.items()}
+    wait, lost, write = (found[name]["median"] for name in ("wait", "lost", "write"))
+    print(f"writes   {size / 1e6:,.0f} MB; the step waits {wait:.2f} s for the copy")
+    print(
+        f"lost     {lost:.2f} s a checkpoint, slower steps included: {lost / (250 * median):.2%} of 250 steps"
+    )
+    print(f"         {write:.2f} s, or {write / (250 * median):.2%}, if steps waited for the disk")
+    return found | {"bytes": size, "step": median}
+
+
 def ladder_rungs(config: BenchConfig, meta: dict, runtime: Runtime) -> list[tuple[str, dict[str, Any]]]:
     """What each rung adds to the one below it; the first is plain fp32."""
     on_gpu = runtime.device.type == "cuda"
@@ -351,7 +319,7 @@ def rung_step(config: BenchConfig, stream: Any, meta: dict, runtime: Runtime, on
     ours = {"dropout": model_file.dropout, "causal_attention": model_file.causal_attention}
     plain = {} if on.get("dropout") or runtime.device.type == "cuda" else {"dropout": F.dropout}
     plain |= {} if on.get("attention") else {"causal_attention": plain_attention}
-    _, step = our_step(config, stream, meta, place, on.get("fused", False), padded)
+    _, _, step = our_step(config, stream, meta, place, on.get("fused", False), padded)
 
     def with_less(number: int) -> None:
         before = torch.get_float32_matmul_precision()
@@ -388,7 +356,7 @@ def bench_ladder(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
     if runtime.device.type == "cuda":
         cpu = start_runtime("cpu")
         small = replace(config, batch_size=1, compile=False)
-        seconds = alternate({"cpu": our_step(small, stream, meta, cpu)[1]}, 1, 2, cpu)["cpu"]
+        seconds = alternate({"cpu": our_step(small, stream, meta, cpu)[2]}, 1, 2, cpu)["cpu"]
         ms = statistics.median(seconds) * 1000 * config.batch_size
         print(f"{'CPU, all but compile':18} {ms:10.2f} ms for as many sequences")
         gain, total = rungs[-1]["ms"] / ms, rungs[0]["ms"] / ms
@@ -411,31 +379,6 @@ def plot_ladder(rungs: list[dict[str, Any]], title: str) -> None:
     with writable(PLOT) as file:
         figure.savefig(file, dpi=150)
     print(f"plot     {Path(PLOT).resolve()}")
-
-
-def others_generate(
-    against: str, config: BenchConfig, new: int, vocab_size: int, runtime: Runtime
-) -> Callable[[torch.Tensor], object]:
-    """Their generation of `new` tokens after a prompt (1, T): nanoGPT's as its sample.py does it,
-    transformers' in the arithmetic that ours runs in."""
-    other = others_model(against, config, vocab_size).to(runtime.device).eval()
-    if against == "transformers":
-        other.to(runtime.dtype)
-        choices = {
-            "do_sample": True,
-            "temperature": 0.8,
-            "top_k": 200,
-            "pad_token_id": 0,
-            "eos_token_id": None,
-        }
-        return lambda idx: other.generate(idx, max_new_tokens=new, min_new_tokens=new, **choices)
-    place = replace(runtime, dtype=torch.float32) if runtime.device.type == "cpu" else runtime
-
-    def generate(idx: torch.Tensor) -> None:
-        with as_others(runtime), place.autocast():
-            other.generate(idx, new, temperature=0.8, top_k=200)
-
-    return generate
 
 
 @torch.no_grad()
@@ -539,8 +482,11 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     """Measure what the settings ask for, print it, and return it; written to config.json too."""
     elsewhere = config.plan and config.gpu != "here"
     runtime = start_runtime("cpu" if elsewhere else config.device, config.dtype)
-    modes = [name for name in ("plan", "ladder", "generate", "profile") if getattr(config, name)]
-    modes += ["against"] if config.against and (config.ladder or config.plan) else []
+    ways = {"plan": bench_plan, "ladder": bench_ladder, "generate": bench_generate}
+    ways |= {"checkpoint": bench_checkpoint, "profile": bench_step}
+    modes = [name for name in ways if getattr(config, name)]
+    measure = ways[modes[0]] if modes else bench_step
+    modes += ["against"] if config.against and measure not in (bench_step, bench_generate) else []
     if len(modes) > 1:
         raise UserError(f"{' and '.join(modes)} do not go together; give one at a time")
     if config.json:
@@ -550,8 +496,6 @@ def bench(config: BenchConfig) -> dict[str, Any]:
         config.batch_size = 1 if runtime.device.type == "cpu" and not elsewhere else 12
     if not elsewhere:
         print(f"machine  {runtime.describe()}, torch {torch.__version__}")
-    measure = bench_ladder if config.ladder else bench_generate if config.generate else bench_step
-    measure = bench_plan if config.plan else measure
     if not config.generate:
         take_fast_float32(runtime)
     result = measure(config, runtime)

@@ -124,9 +124,13 @@ class RunFolder:
             self.failure = MachineError(error)
         self.result = f"step {contents['iter_num']}: wrote {' and '.join(map(str, paths))}"
 
+    def writing(self) -> bool:
+        """Whether a save is under way in the background."""
+        return self.writer is not None and self.writer.is_alive()
+
     def report(self, wait: bool = False) -> None:
         """Tell how the save in the background ended, where it has; `wait` until it has."""
-        if self.writer is None or (self.writer.is_alive() and not wait):
+        if self.writer is None or (self.writing() and not wait):
             return
         self.writer.join()
         self.writer = None

@@ -154,12 +154,13 @@ class BenchConfig(TrainConfig):
     warmup_steps: int = setting(3, "steps before them, compiling included", at_least=0)
     profile: bool = setting(False, "show the costliest operations and write bench_trace.json for a browser")
     ladder: bool = setting(False, "one improvement after another: a table and bench_ladder.png")
+    checkpoint: bool = setting(False, "time what a checkpoint costs the steps")
     generate: bool = setting(False, "time sampling instead of training")
     max_new_tokens: int | None = setting(
         None, "with generate: tokens of a sample; None is 256, or what fits", at_least=3
     )
     num_samples: int = setting(10, "with generate: samples at once, beside one alone", at_least=1)
-    rounds: int = setting(3, "with generate: how often each is timed, in turns", at_least=1)
+    rounds: int = setting(3, "with generate and checkpoint: how often each is timed", at_least=1)
     against: str | None = setting(
         None, "time these too, in turns: a nanoGPT checkout's folder, or transformers", path=True
     )

@@ -48,7 +48,7 @@ def test_it_compiles_where_train_py_would(layers, steps, compiled, monkeypatch, 
     monkeypatch.setattr("runtime.compile_works", lambda device, say: True)
     shape = (f"--n_layer={layers}", "--n_embd=96", "--compile=auto", f"--max_iters={steps}")
     config = read_settings(BenchConfig, [*TINY, f"--dataset={dataset}", "--batch_size=2", *shape])
-    made, _ = our_step(config, *open_stream(config), Runtime(torch.device("cpu"), torch.float32))
+    made, _, _ = our_step(config, *open_stream(config), Runtime(torch.device("cpu"), torch.float32))
     assert (made._compiled_call_impl is not None) == compiled
 
 
@@ -59,7 +59,7 @@ def test_a_rungs_vocabulary_and_optimizer_are_plain_ones(monkeypatch):
     stream, meta = open_stream(config)
     place = Runtime(torch.device("cpu"), torch.float16)
     for padded, size in ((True, 50304), (False, 50257)):
-        made, step = our_step(config, stream, meta, place, fused=padded, padded=padded)
+        made, _, step = our_step(config, stream, meta, place, fused=padded, padded=padded)
         before = made.lm_head.weight.clone()
         calls.clear()
         step(0)  # fp16's loss scaling goes with either optimizer
@@ -180,3 +180,14 @@ def test_generate_tells_prefill_decode_and_the_bandwidths_share(against, tmp_pat
         limit = found["bandwidth"] / (weights * nbytes)
         assert one["share"] == pytest.approx(one["decode"]["median"] / one["batch"] / limit)
     assert ("ratio" in found) == (against is not None)
+
+
+def test_what_a_checkpoint_costs(dataset, tmp_path):
+    flags = [*TINY, f"--dataset={dataset}", "--checkpoint=True", "--bench_steps=5", "--rounds=2"]
+    done = run("bench.py", *flags, f"--json={tmp_path / 'found.json'}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    size = int(re.search(r"writes   (\d+) MB", done.stdout)[1])
+    assert round(found["bytes"] / 1e6) == size and found["wait"]["median"] > 0 < found["write"]["median"]
+    assert re.search(r"lost     -?\d+\.\d\d s a checkpoint, .* -?\d+\.\d\d% of 250 steps", done.stdout)
+    assert [path.name for path in tmp_path.iterdir()] == ["found.json"]
