@@ -128,13 +128,16 @@ class RunFolder:
         """Whether a save is under way in the background."""
         return self.writer is not None and self.writer.is_alive()
 
-    def report(self, wait: bool = False) -> None:
+    def report(self, wait: bool = False, goes_on: bool = True) -> None:
         """Tell how the save in the background ended, where it has; `wait` until it has."""
         if self.writer is None or (self.writing() and not wait):
             return
         self.writer.join()
         self.writer = None
-        self.say(f"note     {self.failure}; the run goes on and tries again" if self.failure else self.result)
+        if not self.failure:
+            self.say(self.result)
+        elif goes_on:
+            self.say(f"note     {self.failure}; the run goes on and tries again")
 
     def __enter__(self) -> "RunFolder":
         return self
@@ -142,7 +145,7 @@ class RunFolder:
     def __exit__(self, kind: type | None, *_: Any) -> None:
         """Wait for the last save. Raises MachineError where the newest state is not on disk."""
         if kind is not KeyboardInterrupt:
-            self.report(wait=True)
+            self.report(wait=True, goes_on=False)
         self.lock.close()
         if kind is None and self.failure:
             raise MachineError(f"{self.failure}; make room, and resume from it")
