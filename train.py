@@ -259,14 +259,25 @@ def train(config: TrainConfig) -> TrainResult:
         if folder:
             folder.save(state, *names)
 
-    def read_on() -> tuple[list[Batch], UserError | None]:
+    trouble: list[UserError] = []  # the data is not what it was: all ranks have to stop
+
+    def read_on() -> list[Batch]:
         try:
-            return step_batches(streams["train"], config, runtime, step + 1), None
-        except UserError as error:  # the data is not what it was: all ranks have to stop
-            return [], error
+            return step_batches(streams["train"], config, runtime, step + 1)
+        except UserError as error:
+            trouble.append(error)
+            return []
+
+    def stop_asked() -> bool:
+        try:
+            for stream in streams.values():
+                stream.check_unchanged()
+        except UserError as error:
+            trouble.append(error)
+        return bool(caught or trouble)
 
     losses: list[dict[str, float]] = []
-    batches, trouble = step_batches(streams["train"], config, runtime, step), None
+    batches = step_batches(streams["train"], config, runtime, step)
     stopping, in_a_row = False, 0
     watch_speed, watch_loss = crowd_watch(runtime, say), spike_watch(say)
     clock, clocked = time.perf_counter(), step
@@ -277,7 +288,7 @@ def train(config: TrainConfig) -> TrainResult:
             found = None
             due = config.eval_only or step % config.eval_interval == 0 or step == config.max_iters
             if due and not (step == first and evaluated):
-                found = evaluate(model, streams, config, runtime, lambda: bool(caught))
+                found = evaluate(model, streams, config, runtime, stop_asked)
                 stopping = stopping or found is None
                 clock, clocked = time.perf_counter(), step
             if found:
@@ -306,8 +317,8 @@ def train(config: TrainConfig) -> TrainResult:
             set_learning_rates(optimizers, step, config)
             made = training_step(trained, optimizers, scaler, batches, config.grad_clip, runtime, read_on)
             step += 1
-            batches, trouble = made.following
-            stopping = runtime.total(len(caught) + (trouble is not None))[0] > 0  # all ranks at the same step
+            batches = made.following
+            stopping = runtime.total(len(caught) + len(trouble))[0] > 0  # all ranks at the same step
             if made.taken:
                 in_a_row = 0
                 watch_loss(step, made.loss)
@@ -338,7 +349,7 @@ def train(config: TrainConfig) -> TrainResult:
         wandb.finish()
     stop_runtime()
     if trouble:
-        raise trouble
+        raise trouble[0]
     if stopping:
         again = "" if config.init_from.startswith("auto") else " and --init_from=resume"
         say(f"stopped after step {step}; go on with the same command{again}")

@@ -11,7 +11,7 @@ import math
 import os
 import pickle
 import pickletools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -124,25 +124,27 @@ class TokenStream:
         that they are in is not what it was."""
         places = starts[:, None] + np.arange(length)  # (N, length)
         if len(self.shards) == 1:
-            self.check_unchanged(0)
+            self.check_unchanged([0])
             ids = self.shards[0][places]
         else:
             shard_of = np.searchsorted(self.begins, places, side="right") - 1
             ids = np.empty(places.shape, self.shards[0].dtype)
-            for i in np.unique(shard_of):
+            wanted = np.unique(shard_of)
+            self.check_unchanged(wanted)
+            for i in wanted:
                 here = shard_of == i
-                self.check_unchanged(i)
                 ids[here] = self.shards[i][places[here] - self.begins[i]]
         self.check(ids)
         return ids.astype(np.int64)
 
-    def check_unchanged(self, i: int) -> None:
-        """Raises UserError where the file of shard i was changed, replaced or removed: reading on from one
-        that was cut off would kill the process."""
-        now = state_of(self.paths[i])
-        if now != self.states[i]:
-            what = "was removed" if now is None else "changed"
-            raise UserError(f"{self.paths[i]} {what} under the run; put back what it was, and resume")
+    def check_unchanged(self, shards: Iterable[int] | None = None) -> None:
+        """Raises UserError where the files of these shards, or of all, were changed, replaced or removed:
+        reading on from one that was cut off would kill the process."""
+        for i in range(len(self.paths)) if shards is None else shards:
+            now = state_of(self.paths[i])
+            if now != self.states[i]:
+                what = "was removed" if now is None else "changed"
+                raise UserError(f"{self.paths[i]} {what} under the run; put back what it was, and resume")
 
     def check(self, ids: np.ndarray) -> None:
         """Raises UserError where an id is not in the vocabulary, which a GPU could not say."""
