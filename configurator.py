@@ -3,6 +3,7 @@
 A setting is a dataclass field made by `setting(default, "explanation", ...)`; its annotation is its type.
 """
 
+import ctypes
 import dataclasses
 import difflib
 import inspect
@@ -35,6 +36,9 @@ def configure(cls: type[Settings], argv: list[str] | None = None) -> Settings:
     argv = sys.argv[1:] if argv is None else argv
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # while torch loads, Ctrl-C ends without a traceback
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        pr_set_pdeathsig = 1  # a rank whose torchrun was killed gets SIGTERM: it would train on, unseen
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
     with one_line_errors():
         if "--help" in argv or "-h" in argv:
             print(help_text(cls))

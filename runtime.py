@@ -327,7 +327,7 @@ def speak(line: str) -> None:
 @contextmanager
 def signals_caught() -> Iterator[list[int]]:
     """Collects SIGINT, SIGTERM and SIGUSR1 (a cluster's warning), so that a step is finished first; a second
-    Ctrl-C ends at once. A rank whose torchrun was killed gets SIGTERM too, where the system can tell (Linux).
+    Ctrl-C ends at once.
     """
     caught: list[int] = []
     alone = "TORCHELASTIC_RUN_ID" not in os.environ
@@ -340,8 +340,6 @@ def signals_caught() -> Iterator[list[int]]:
         if number == signal.SIGINT and alone:  # print() is not safe within a signal handler
             os.write(2, b"\nfinishes the step and saves; Ctrl-C again ends at once\n")
 
-    if not alone and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
     try:
         before = {number: signal.signal(number, collect) for number in numbers}
     except ValueError:  # not in the main thread, where Python takes no signals
