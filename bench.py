@@ -253,7 +253,7 @@ def bench_checkpoint(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
     print(f"step     {median * 1000:,.1f} ms median, {model.get_num_params(False):,} parameters")
     with (
         tempfile.TemporaryDirectory(dir=".", prefix="out-bench-") as out_dir,
-        RunFolder(Path(out_dir), "bench", lambda line: None, 0, math.inf) as folder,
+        RunFolder(Path(out_dir), lambda line: None) as folder,
     ):
         for _ in range(config.rounds):
             began = time.perf_counter()

@@ -45,16 +45,20 @@ def write_whole(write: Callable[[IO[bytes]], object], *paths: Path) -> None:
             same_file(temporaries[0], temporary)
         for temporary, path in zip(temporaries, paths, strict=True):
             os.replace(temporary, path)
-        if os.name != "nt":
-            folder = os.open(paths[0].parent, os.O_RDONLY)
-            os.fsync(folder)  # the new names, too
-            os.close(folder)
-    except (OSError, RuntimeError) as error:  # RuntimeError is torch's, when the disk is full
+    except BaseException as error:
         for temporary in temporaries:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
+        if not isinstance(error, (OSError, RuntimeError, MemoryError)):  # torch: RuntimeError
+            raise
         reason = getattr(error, "strerror", None) or first_line(error)
         raise MachineError(f"{paths[-1]} cannot be written ({reason}), and is what it was before") from None
+    with suppress(OSError):  # the new names, too, where folders can be flushed
+        folder = os.open(paths[0].parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def same_file(path: Path, other: Path) -> None:

@@ -49,7 +49,7 @@ def one_line_errors(out_of_memory: str = SMALLER) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         text = str(error).lower()
         if "gloo" in text or "nccl" in text or type(error).__name__ == "DistBackendError":
-            stop(1, f"another rank was lost ({text[:60]}); start again with --init_from=resume")
+            stop(1, f"another rank was lost ({text[:60]}); start again: --init_from=auto goes on")
         if (
             not isinstance(error, MemoryError)
             and "out of memory" not in text
@@ -61,7 +61,7 @@ def one_line_errors(out_of_memory: str = SMALLER) -> Iterator[None]:
 
 def stop(status: int, error: object) -> NoReturn:
     """Print `error` as one line and exit with `status`."""
-    if int(os.environ.get("RANK", 0)):
+    if status == 2 and int(os.environ.get("RANK", 0)):
         time.sleep(3)  # what all ranks find, the first one says; torchrun then ends the others
     sys.stdout.flush()
     sys.stderr.write(f"error: {' '.join(str(error).split())}\n")  # in one piece, as ranks share a terminal

@@ -90,6 +90,7 @@ class Counts(NamedTuple):
     matrices: int  # of them that Muon updates
     averages: int  # bytes of the optimizer's
     flops_per_token: int
+    item: int  # bytes of a weight of the blocks in the run's arithmetic
     block_fixed: int
     block_each: int
     head_fixed: int
@@ -231,20 +232,20 @@ def count(shape: GPTConfig, config: BenchConfig, half: bool, on_gpu: bool) -> Co
     averages = 4 * N * (config.momentum > 0) if config.optimizer == "sgd" else 8 * N - 4 * matrices
     tables = N - sum(p.numel() for p in in_blocks)
     kept = (3 * block[0] - 2 * block[1], block[1] - block[0], 3 * head[0] - 2 * head[1], head[1] - head[0])
-    return Counts(shape, N, tables, matrices, averages, model.flops_per_token(), *kept)
+    return Counts(shape, N, tables, matrices, averages, model.flops_per_token(), 2 if half else 4, *kept)
 
 
 def memory(counts: Counts, place: Place, split: Split) -> dict[str, float]:
     """Bytes of a rank, without torch.compile, which needs less for activations and loss.
 
-    "more", with `shard`, is what is gathered from other ranks: two blocks in 16 bits and the tables in fp32.
+    "more", with `shard`, is what is gathered from others: two blocks in the run's arithmetic, tables in fp32.
     "peak" is below the sum where not all of it is there at once.
     """
     shape, N, B, shard = counts.shape, counts.parameters, split.B, split.shard and split.n > 1
     layers, share = shape.n_layer, 1 / split.n if shard else 1
     weights, gradients, averages = 4 * N * share, 4 * N * share, counts.averages * share
     of_block = (N - counts.tables) // layers
-    more = 2 * 2 * of_block + 4 * counts.tables if shard else 0
+    more = 2 * counts.item * of_block + 4 * counts.tables if shard else 0
     fixed = 0 if shard else counts.block_fixed  # gathered weights are in 16 bits already
     stream = 4 * B * shape.block_size * shape.n_embd  # what a block reads: enough to compute it again
     kept = layers * stream if split.again else layers * B * counts.block_each
@@ -281,9 +282,10 @@ def exchange(counts: Counts, place: Place, n: int, shard: bool) -> tuple[float, 
     if n == 1:
         return 0.0, 0.0
     gradients = 4 * counts.parameters
-    weights = 2 * 2 * (counts.parameters - counts.tables) + 4 * counts.tables  # blocks twice, in 16 bits
+    weights = 2 * counts.item * (counts.parameters - counts.tables) + 4 * counts.tables  # blocks twice
     sent = (n - 1) / n * (weights + gradients if shard else 2 * gradients)
-    messages = 3 * (counts.shape.n_layer + 1) if shard else math.ceil(gradients / BUCKET)
+    groups = 2 * counts.shape.n_layer + 1  # attention and MLP of each block, and the rest: parallel.py
+    messages = 3 * groups if shard else math.ceil(gradients / BUCKET)
     seconds = sent / ring_bandwidth(place, n) + messages * LATENCY * math.log2(n)
     return seconds, seconds / messages
 
@@ -307,7 +309,7 @@ def step_time(counts: Counts, place: Place, split: Split, mfu: float) -> dict[st
 def share_out(sequences: int, n: int, largest: int) -> tuple[int, int]:
     """B, at most `largest`, and the micro-steps of each of n ranks, so that a step is next to `sequences`."""
     found = []
-    for B in range(1, largest + 1):
+    for B in range(max(1, largest - 4095), largest + 1):  # some of these go, or nearly so
         for rounds in (max(1, sequences // (n * B)), math.ceil(sequences / (n * B))):
             found.append((abs(n * B * rounds - sequences), -B, rounds))
     _, B, rounds = min(found)
@@ -316,12 +318,19 @@ def share_out(sequences: int, n: int, largest: int) -> tuple[int, int]:
 
 def settle(config: BenchConfig, counts: Counts, place: Place, n: int, shard: bool, again: bool) -> Split:
     """The settings nearest to the given ones that n ranks can share, and that fit; B is 1 where none does."""
-    for largest in range(config.batch_size, 0, -1):
-        B, rounds = share_out(config.gradient_accumulation_steps * config.batch_size, n, largest)
-        split = Split(n, B, rounds, shard, again)
-        if memory(counts, place, split)["fits"]:
-            break
-    return split
+    sequences = config.gradient_accumulation_steps * config.batch_size
+
+    def split(largest: int) -> Split:
+        return Split(n, *share_out(sequences, n, largest), shard, again)
+
+    fits, fails = 1, config.batch_size + 1  # and all below, and all above
+    while fails - fits > 1:
+        middle = (fits + fails) // 2 if fails <= config.batch_size else config.batch_size
+        if memory(counts, place, split(middle))["fits"]:
+            fits = middle
+        else:
+            fails = middle
+    return split(fits)
 
 
 def data_rates(counts: Counts, tokens_per_second: float, nodes: int) -> dict[str, float]:

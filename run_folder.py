@@ -8,6 +8,7 @@ run.lock             who writes here; locked as long as that process lives
 """
 
 import errno
+import math
 import os
 import re
 import socket
@@ -26,65 +27,80 @@ LOG, LOCK, HISTORY = "log.csv", "run.lock", "step-????????.pt"
 COLUMNS = (
     "step", "tokens", "seconds", "loss", "lr", "grad_norm", "tokens_per_second", "train_loss", "val_loss",
 )  # fmt: skip
+HELD: set[str] = set()  # locks of this process: the system's do not keep it from itself
 PATIENCE = 5.0  # seconds: a killed run takes a moment to let go of its lock
 
 
 class RunFolder:
-    """out_dir, held by this process alone until it ends. `report` tells what the background did."""
+    """out_dir, held by this process alone. `report` tells what the background did; `finish` waits for it."""
 
-    def __init__(self, path: Path, run_id: str, say: Callable[[str], None], keep: int, best: float) -> None:
-        """Make the folder and lock it; `best` is the loss of the ckpt.pt in it. Raises UserError."""
-        self.path, self.say, self.keep, self.best = path, say, keep, best
+    def __init__(self, path: Path, say: Callable[[str], None], keep: int = 0) -> None:
+        """Make the folder and lock it, before anything is read from it. Raises UserError."""
+        self.path, self.say, self.keep = path, say, keep
+        self.best = math.inf  # the loss of the ckpt.pt in it
         self.own = False  # what lies here is this run's
+        self.resumed: dict[str, str] = {}  # the line of log.csv that the run goes on from
         self.writer: threading.Thread | None = None
         self.failure: MachineError | None = None  # of the newest save
+        self.result = ""
         self.log_full = False  # the disk did not take the newest line
+        self.made = not path.exists()
         try:
             path.mkdir(parents=True, exist_ok=True)
-            owner = f"process {os.getpid()} on {socket.gethostname()}, run {run_id}, job {job()}"
-            self.lock = locked(path / LOCK, owner)
-            for left in path.glob("*.tmp"):  # by a run that was killed while it wrote
-                left.unlink()
+            self.lock = locked(path / LOCK)
+            for name in (BEST, NEWEST, LOG, HISTORY):  # by a run that was killed while it wrote
+                for left in path.glob(name + ".tmp"):
+                    left.unlink()
         except OSError as error:
             raise UserError(f"out_dir={path} cannot be written ({error.strerror}); choose another") from None
 
     def take_over(self) -> None:
         """Rename another run's files before the first of this one: a start too many loses nothing."""
-        if self.own:
-            return
-        self.own = True
-        theirs = [self.path / name for name in (BEST, NEWEST, LOG)] + sorted(self.path.glob(HISTORY))
+        if not self.own:
+            self.own = True
+            self.set_aside([*(self.path / name for name in (BEST, NEWEST, LOG)), *self.path.glob(HISTORY)])
+
+    def set_aside(self, files: list[Path]) -> None:
+        """Rename them to *.previous-1.* or the next number. Raises MachineError."""
         number = 1
         while list(self.path.glob(f"*.previous-{number}.*")):
             number += 1
-        for old in theirs:
-            if old.is_file():
-                new = f"{old.stem}.previous-{number}{old.suffix}"
+        for old in sorted(path for path in files if path.is_file()):
+            new = f"{old.stem}.previous-{number}{old.suffix}"
+            try:
                 os.rename(old, self.path / new)
-                self.say(f"note     {old} was another run's, and is {new} now")
+            except OSError as error:
+                raise MachineError(f"{old} cannot be renamed ({error.strerror}); see {self.path}") from None
+            self.say(f"note     {old} was another run's, and is {new} now")
 
-    def go_on(self, step: int) -> dict[str, str]:
-        """What lies here is this run's, up to `step`: cut what comes after it from log.csv, for it is made
-        again. Returns the line of `step` itself, {} if there is none, which is cut too."""
-        self.own = True
+    def go_on(self, step: int, best: float) -> None:
+        """What lies here is this run's, up to `step`: the rest of log.csv is cut, for it is made again, and
+        later files of the history are renamed. `best` is the loss of ckpt.pt."""
+        self.own, self.best = True, best
+        self.set_aside([path for path in self.path.glob(HISTORY) if int(path.stem[5:]) > step])
         path = self.path / LOG
         text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-        lines = [
-            line.split(",") for line in text.split("\n")[:-1]
-        ]  # after the last newline is a line cut off
+        lines = [line.split(",") for line in text.split("\n")[:-1]]  # without a line cut off
         rows = {int(row[0]): row for row in lines if len(row) == len(COLUMNS) and row[0].isdecimal()}
-        last = rows.pop(step, [])
-        kept = [list(COLUMNS), *(row for number, row in sorted(rows.items()) if number < step)]
-        text = "".join(",".join(row) + "\n" for row in kept)
+        self.kept = [row for number, row in sorted(rows.items()) if number < step]
+        self.resumed = dict(zip(COLUMNS, rows.get(step, []), strict=False))
         if lines:
-            write_whole(lambda file: file.write(text.encode()), path)
-        return {name: value for name, value in zip(COLUMNS, last, strict=False) if value}
+            self.rewrite_log()
+
+    def rewrite_log(self) -> None:
+        """log.csv up to the step that the run goes on from."""
+        rows = [list(COLUMNS), *self.kept, *([list(self.resumed.values())] if self.resumed else [])]
+        text = "".join(",".join(row) + "\n" for row in rows)
+        write_whole(lambda file: file.write(text.encode()), self.path / LOG)
 
     def log(self, row: dict[str, Any]) -> None:
         """Add a line to log.csv. Where the disk does not take it, that is told once, and the run goes on."""
         self.take_over()
         path = self.path / LOG
         line = ",".join(str(row.get(name, "")) for name in COLUMNS) + "\n"
+        if str(row["step"]) == self.resumed.get("step"):  # was stopped before it was evaluated
+            self.resumed |= {name: str(value) for name, value in row.items()}
+            return self.rewrite_log()
         try:
             with open(path, "ab", buffering=0) as file:
                 end = file.tell()
@@ -120,8 +136,8 @@ class RunFolder:
                 self.best = contents["best_val_loss"]
             for old in sorted(self.path.glob(HISTORY))[: -self.keep] if self.keep else ():
                 old.unlink()
-        except (MachineError, OSError) as error:
-            self.failure = MachineError(error)
+        except BaseException as error:  # none may end the thread unheard
+            self.failure = error if isinstance(error, MachineError) else MachineError(repr(error))
         self.result = f"step {contents['iter_num']}: wrote {' and '.join(map(str, paths))}"
 
     def writing(self) -> bool:
@@ -142,31 +158,50 @@ class RunFolder:
     def __enter__(self) -> "RunFolder":
         return self
 
-    def __exit__(self, kind: type | None, *_: Any) -> None:
+    def finish(self) -> None:
         """Wait for the last save. Raises MachineError where the newest state is not on disk."""
-        if kind is not KeyboardInterrupt:
-            self.report(wait=True, goes_on=False)
-        self.lock.close()
-        if kind is None and self.failure:
+        self.report(wait=True, goes_on=False)
+        if self.failure:
             raise MachineError(f"{self.failure}; make room, and resume from it")
 
+    def __exit__(self, kind: type | None, *_: Any) -> None:
+        if kind is not KeyboardInterrupt:
+            self.report(wait=True, goes_on=False)
+        if self.made and kind and [path.name for path in self.path.glob("*")] == [LOCK]:
+            (self.path / LOCK).unlink()  # a start that came to nothing leaves nothing
+            self.path.rmdir()
+        HELD.discard(os.path.realpath(self.path / LOCK))
+        self.lock.close()
 
-def locked(path: Path, owner: str) -> IO[str]:
+    def sign(self, run_id: str) -> None:
+        """Write into the lock which run it is."""
+        write_lines(self.lock, f"run {run_id}, job {job()}")
+
+
+def locked(path: Path) -> IO[str]:
     """The file, open and locked for as long as this process lives, with its owner in it. Raises UserError
     where another process holds it, OSError where it cannot be written."""
     file = open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+", encoding="utf-8", errors="replace")
+    name = os.path.realpath(path)
     end = time.monotonic() + PATIENCE
-    while not try_lock(file):
+    while name in HELD or not try_lock(file):
         if time.monotonic() > end:
             file.seek(0)
             who = file.readline().strip() or "another process"
             raise UserError(f"{who} writes to out_dir={path.parent}; stop it, or choose another --out_dir")
         time.sleep(0.2)
     file.seek(0)
-    file.write(owner + "\n")  # over the old line: other ranks may read it
-    file.flush()
-    file.truncate()
+    write_lines(file, (file.read().splitlines()[1:] or [""])[0])
+    HELD.add(name)
     return file
+
+
+def write_lines(file: IO[str], run: str) -> None:
+    """Who holds the lock, and for which run."""
+    file.seek(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n{run}\n")
+    file.truncate()
+    file.flush()
 
 
 def try_lock(file: IO[str]) -> bool:
@@ -195,13 +230,13 @@ def run_before_restart(path: Path) -> str | None:
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0:
         return None
     try:
-        owner = (path / LOCK).read_text(encoding="utf-8", errors="replace").partition("\n")[0]
-    except OSError:
+        found = re.search(r"^run ([0-9a-f]{8}), job (.*)$", (path / LOCK).read_text(encoding="utf-8"), re.M)
+    except (OSError, UnicodeDecodeError):
         return None
-    found = re.search(r", run (\w+), job (.*)$", owner)
     return found[1] if found and found[2] == job() else None
 
 
 def job() -> str:
-    """What torchrun calls the processes that it starts together, again and again."""
-    return os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    """What torchrun calls the ranks that it starts, and starts again; its process where that is "none"."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return f"none-{os.getppid()}" if name == "none" else name

@@ -48,9 +48,7 @@ class TrainConfig:
     save_interval: int | None = setting(
         None, "steps between writings of last.pt, beside those at evaluations; None is none", at_least=1
     )
-    keep_checkpoints: int = setting(
-        0, "of the newest, this many older ones are kept too, as step-*.pt", at_least=0
-    )
+    keep_checkpoints: int = setting(0, "so many of the newest are kept as step-*.pt, too", at_least=0)
     skip_limit: int = setting(
         5, "a step without finite gradients is skipped; after so many in a row the run ends", at_least=1
     )

@@ -1,6 +1,6 @@
 """How a run begins: the network, and what it goes on from; and what is told before the first step."""
 
-import secrets
+import os
 import zlib
 from collections.abc import Callable
 from dataclasses import asdict
@@ -21,17 +21,17 @@ from settings import TrainConfig
 Say = Callable[[str], None]
 
 
-def checkpoint_to_resume(config: TrainConfig) -> tuple[Path | None, dict[str, Any]]:
+def checkpoint_to_resume(config: TrainConfig, earlier: str | None) -> tuple[Path | None, dict[str, Any]]:
     """The file that this run goes on from, and what is in it; None and {} where it begins. Raises UserError.
 
-    Where torchrun starts its ranks again, a run goes on from its own file whatever init_from says.
+    Where torchrun starts its ranks again, a run goes on from the file of the `earlier` one, which was this
+    one, whatever init_from says.
     """
     newest = newest_checkpoint(Path(config.out_dir))
     auto = config.init_from == "auto" or config.init_from.startswith("auto:")
     if config.init_from == "resume" or (auto and newest):
         path = newest or Path(config.out_dir) / NEWEST
         return path, load_checkpoint(path)
-    earlier = run_before_restart(Path(config.out_dir))
     if earlier and newest:
         contents = load_checkpoint(newest)
         if contents.get("run_id") == earlier:
@@ -39,11 +39,13 @@ def checkpoint_to_resume(config: TrainConfig) -> tuple[Path | None, dict[str, An
     return None, {}
 
 
-def initial_model(config: TrainConfig, meta: dict[str, Any]) -> tuple[GPT, dict[str, Any]]:
+def initial_model(
+    config: TrainConfig, meta: dict[str, Any], earlier: str | None = None
+) -> tuple[GPT, dict[str, Any]]:
     """The network to train, on the CPU, and the checkpoint that it goes on from, {} if none. UserError."""
-    path, contents = checkpoint_to_resume(config)
+    path, contents = checkpoint_to_resume(config, earlier)
     origin = contents  # the checkpoint that the weights come from, gone on from or not
-    source = config.init_from.removeprefix("auto").removeprefix(":") or "scratch"
+    source = "scratch" if config.init_from == "auto" else config.init_from.removeprefix("auto:") or "scratch"
     if path:
         model, source = restore_model(contents, path, config.dropout), config.out_dir
         its_optimizer = contents.get("config", {}).get("optimizer", "adamw")
@@ -83,9 +85,11 @@ def initial_model(config: TrainConfig, meta: dict[str, Any]) -> tuple[GPT, dict[
     return model, contents
 
 
-def begin_run(config: TrainConfig, contents: dict[str, Any]) -> str:
-    """The id of the run that goes on, or a new one: wandb's too."""
-    return contents.get("run_id") or run_before_restart(Path(config.out_dir)) or secrets.token_hex(4)
+def earlier_run(config: TrainConfig, runtime: Runtime) -> str | None:
+    """The id of this run where torchrun has started its ranks again, as rank 0 finds it; else None."""
+    found = run_before_restart(Path(config.out_dir)) if runtime.is_main else None
+    number = int(runtime.total(int(found or "0", 16))[0])
+    return f"{number:08x}" if number else None
 
 
 def fingerprint(streams: dict[str, TokenStream]) -> dict[str, list[int]]:
@@ -145,6 +149,8 @@ def describe_resumption(
         if "optimizer" not in contents:
             say("note     without the optimizer's averages, which start anew")
         if contents.get("data", fingerprint(streams)) != fingerprint(streams):
+            if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+                raise UserError("the data changed under the run; put back what it was, and resume")
             say("note     the data changed since: the run goes on, but not as it would have")
     for name, value in asdict(model.config).items():
         wanted = getattr(config, name, value)

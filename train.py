@@ -11,6 +11,7 @@ if __name__ == "__main__":
     CONFIG = configure(TrainConfig)  # before torch is loaded, so that --help and mistakes answer at once
 
 import math
+import secrets
 import time
 import zlib
 from collections.abc import Callable
@@ -42,7 +43,7 @@ from runtime import (
     stop_runtime,
     take_fast_float32,
 )
-from start import begin_run, describe_resumption, describe_run, fingerprint, initial_model, start_wandb
+from start import describe_resumption, describe_run, earlier_run, fingerprint, initial_model, start_wandb
 
 Batch = tuple[torch.Tensor, torch.Tensor, int]  # x (B, T), y (B, T), the seed of its dropout
 
@@ -196,7 +197,6 @@ def evaluate(
 
 def train(config: TrainConfig) -> TrainResult:
     """Train as the settings say; returns the model and its losses. Raises UserError and MachineError."""
-    began = time.perf_counter()
     runtime = start_runtime(config.device, config.dtype, config.backend)
     if config.gradient_accumulation_steps % runtime.world_size:
         raise UserError(
@@ -205,29 +205,48 @@ def train(config: TrainConfig) -> TrainResult:
         )
     settings = zlib.crc32(repr(config).encode())
     runtime.agree(settings, "the ranks have not all the same settings; start them with the same command")
-    take_fast_float32(runtime)
     data = find_dataset(config.dataset)
     meta = read_meta(data)
     streams = {split: TokenStream(data, split, meta, config.block_size) for split in ("train", "val")}
-    model, contents = initial_model(config, meta)
-    first = step = contents.get("iter_num", 0)
-    runtime.agree(
-        step, f"the ranks do not find the same checkpoint; put out_dir={config.out_dir} where all see it"
-    )
-    best_val_loss = float(contents.get("best_val_loss", math.inf))
-    out_dir, run_id = Path(config.out_dir), begin_run(config, contents)
-    skipped = contents.get("skipped", 0)  # steps whose gradient was not finite
-
     say = speak if runtime.is_main else (lambda line: None)
-    describe_run(config, runtime, data, streams, model, say)
-    folder, row = None, {}  # what this process writes to, and the line of log.csv that is not written yet
+    earlier = earlier_run(config, runtime)  # before the lock is signed anew
+    folder = None
     if runtime.is_main and not config.eval_only:
-        folder = RunFolder(out_dir, run_id, say, config.keep_checkpoints, best_val_loss)
-        row = folder.go_on(step) if contents else {}
+        folder = RunFolder(Path(config.out_dir), say, config.keep_checkpoints)
+    with folder or nullcontext():
+        runtime.agree(0, "")  # all wait until nobody else writes to out_dir
+        model, contents = initial_model(config, meta, earlier)
+        describe_run(config, runtime, data, streams, model, say)
+        return train_model(config, runtime, streams, model, contents, folder, earlier)
+
+
+def train_model(
+    config: TrainConfig,
+    runtime: Runtime,
+    streams: dict[str, TokenStream],
+    model: GPT,
+    contents: dict[str, Any],
+    folder: RunFolder | None,
+    earlier: str | None,
+) -> TrainResult:
+    """Train the network of a checkpoint's contents, {} for a new run's, and write to the folder, if there is
+    one. `earlier` is the id of this run where it was started again."""
+    began = time.perf_counter() - contents.get("seconds", 0.0)
+    first = step = contents.get("iter_num", 0)
+    best_val_loss = float(contents.get("best_val_loss", math.inf))
+    out_dir, run_id = Path(config.out_dir), contents.get("run_id") or earlier or secrets.token_hex(4)
+    runtime.agree(step, f"the ranks do not find the same checkpoint; put out_dir={out_dir} where all see it")
+    skipped = contents.get("skipped", 0)  # steps whose gradient was not finite
+    say = speak if runtime.is_main else (lambda line: None)
+    if folder:
+        folder.sign(run_id)
+    if folder and (contents or earlier):
+        folder.go_on(step, best_val_loss)
     wandb = start_wandb(config, run_id) if config.wandb_log and runtime.is_main else None
 
+    take_fast_float32(runtime)
     model.activation_checkpointing = config.activation_checkpointing
-    steps = 1 if config.eval_only else max(0, config.max_iters - step)
+    steps = 1 if config.eval_only else config.max_iters  # of the whole run: resumed, it computes as before
     in_parts = config.shard and runtime.world_size > 1
     if not in_parts:
         model.to(runtime.device)
@@ -242,19 +261,29 @@ def train(config: TrainConfig) -> TrainResult:
         scaler.load_state_dict(contents.get("scaler") or scaler.state_dict())
     describe_resumption(config, model, contents, streams, say)
     evaluated = bool(contents) and contents.get("evaluated", True) and not config.eval_only  # step `first`
-    began = time.perf_counter() - contents.get("seconds", 0.0)
-    del contents  # frees the copy on the CPU
-    peak, sums = peak_flops(runtime), fingerprint(streams)
+    kept = {"config": asdict(config), "run_id": run_id}
+    kept |= {"meta": streams["train"].meta, "data": fingerprint(streams)}
+    contents.clear()  # frees the copy on the CPU
+    peak = peak_flops(runtime)
 
     def diverged() -> UserError:
         return lost(step, out_dir if folder and folder.own else None)
 
-    def save(*names: str, **more: Any) -> None:
+    def save(found: dict[str, float] | None) -> None:
+        nonlocal best_val_loss
         if runtime.total(not all(bool(local(p).isfinite().all()) for p in model.parameters()))[0]:
             raise diverged()
-        more |= {"iter_num": step, "best_val_loss": best_val_loss, "config": asdict(config), "meta": meta}
-        more |= {"scaler": scaler.state_dict(), "run_id": run_id, "skipped": skipped, "data": sums}
-        more |= {"seconds": time.perf_counter() - began}
+        if folder:
+            folder.report(wait=True)  # the save before this one: its copy is freed, and its loss known
+            best_val_loss = folder.best
+        names = [NEWEST]
+        more = {**kept, "iter_num": step, "evaluated": found is not None, "skipped": skipped}
+        if found:
+            names = [BEST, NEWEST] if found["val"] < best_val_loss or config.always_save_checkpoint else names
+            best_val_loss = min(best_val_loss, found["val"])
+            more["val_loss"] = found["val"]
+        more |= {"best_val_loss": best_val_loss, "seconds": time.perf_counter() - began}
+        more["scaler"] = scaler.state_dict()
         state = training_state(model, optimizers, keep=runtime.is_main, **more)
         if folder:
             folder.save(state, *names)
@@ -279,11 +308,14 @@ def train(config: TrainConfig) -> TrainResult:
     losses: list[dict[str, float]] = []
     batches = step_batches(streams["train"], config, runtime, step)
     stopping, in_a_row = False, 0
-    watch_speed, watch_loss = crowd_watch(runtime, say), spike_watch(say)
     clock, clocked = time.perf_counter(), step
     catching = nullcontext([]) if config.eval_only else signals_caught()  # an evaluation has nothing to save
     bar = progress_bar(step, step if config.eval_only else config.max_iters, runtime, say)
-    with bar as (say, advance), catching as caught, folder or nullcontext():
+    row: dict[str, Any] = {}  # the line of log.csv that is not written yet
+    with bar as (say, advance), catching as caught:
+        watch_speed, watch_loss = crowd_watch(runtime, say), spike_watch(say)
+        if folder:
+            folder.say = say
         while True:
             found = None
             due = config.eval_only or step % config.eval_interval == 0 or step == config.max_iters
@@ -303,14 +335,9 @@ def train(config: TrainConfig) -> TrainResult:
                 folder.log(row)
             row = {}
             if found and not config.eval_only and (step > 0 or step == config.max_iters):
-                if folder:
-                    folder.report(wait=True)
-                    best_val_loss = folder.best  # of what is on disk
-                best = [BEST] if found["val"] < best_val_loss or config.always_save_checkpoint else []
-                best_val_loss = min(best_val_loss, found["val"])
-                save(*best, NEWEST, val_loss=found["val"])
+                save(found)
             elif step > first and (stopping or step % (config.save_interval or math.inf) == 0):
-                save(NEWEST, evaluated=found is not None or not due)
+                save(None)
             if config.eval_only or stopping or step >= config.max_iters:
                 break
 
@@ -345,6 +372,8 @@ def train(config: TrainConfig) -> TrainResult:
             if folder:
                 folder.report()
             advance()
+        if folder:
+            folder.finish()
     if wandb:
         wandb.finish()
     stop_runtime()

@@ -92,7 +92,7 @@ class TokenStream:
     def __init__(self, folder: Path, split: str, meta: dict[str, Any], block_size: int) -> None:
         """Raises UserError where no window of block_size + 1 ids in meta's vocabulary can be read."""
         self.name = str(folder / split)
-        self.vocab_size = meta["vocab_size"]
+        self.meta, self.vocab_size = meta, meta["vocab_size"]
         paths = [folder / f"{split}.bin"]
         if not paths[0].is_file():
             paths = sorted(folder.glob(f"{split}_*.bin"))

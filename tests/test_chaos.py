@@ -57,7 +57,7 @@ def kill_somewhere(process, out_dir: Path, chance: random.Random) -> tuple[str, 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
 def test_killed_again_and_again_it_ends_bit_for_bit_right(tmp_path, dataset):
     chance = random.Random(int(os.environ.get("CHAOS_SEED", 0)))
-    steps = 12 * KILLS + 20
+    steps = 40 * KILLS + 40  # more than it makes before the last kill
     flags = [*TINY, *SHAPE, *SAVES, f"--dataset={dataset}", f"--max_iters={steps}", "--init_from=auto"]
     whole, out_dir = tmp_path / "whole", tmp_path / "killed"
     train_here(*flags, f"--out_dir={whole}")

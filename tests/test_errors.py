@@ -86,6 +86,7 @@ def test_resuming_what_cannot_be_resumed(dataset, trained, tmp_path):
     out_dir = tmp_path / "out"
     assert_user_error(train_on(dataset, "--init_from=resume", f"--out_dir={out_dir}"), "last.pt is missing")
     assert_user_error(train_on(dataset, "--init_from=scrach"), "did you mean scratch?")
+    assert_user_error(train_on(dataset, "--init_from=auto-run"), "init_from=auto-run is neither")
     out_dir.mkdir()
     half = (trained / "last.pt").read_bytes()[:5000]
     (out_dir / "last.pt").write_bytes(half)

@@ -227,7 +227,7 @@ def test_after_a_killed_rank_torchrun_starts_again_and_the_run_goes_on(unbroken,
         os.kill(ranks_of(process)[rank], signal.SIGKILL)
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
-    assert output.count("resumes  after step 40") == 1
+    assert len(re.findall("resumes  after step (?:40|80|120)", output)) == 1
     assert_same_weights(unbroken / "last.pt", tmp_path / "last.pt")
     assert losses_of(unbroken) == losses_of(tmp_path)
     assert load_checkpoint(tmp_path / "last.previous-1.pt")["iter_num"] == 1

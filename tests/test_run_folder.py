@@ -1,5 +1,6 @@
 """What lies in out_dir: whole after every fault, gone on with bit for bit, and written by one run alone."""
 
+import contextlib
 import os
 import re
 import signal
@@ -21,12 +22,13 @@ from conftest import (
     until,
 )
 
+import run_folder
 import train as train_file
 from checkpoint import load_checkpoint
 from configurator import read_settings
-from errors import Diverged
+from errors import Diverged, MachineError, UserError
 from guards import spike_watch
-from run_folder import COLUMNS
+from run_folder import COLUMNS, RunFolder
 from settings import TrainConfig
 from train import train
 
@@ -146,6 +148,74 @@ def test_two_runs_in_one_folder_are_refused_until_the_first_ends_however_it_ends
     train_here(*LONG, *flags, "--max_iters=2", "--eval_interval=2")
 
 
+@on_linux
+def test_a_run_that_waits_for_another_ones_end_goes_on_from_it(tmp_path, dataset):
+    """Ctrl-C, and the same command again at once."""
+    flags = (f"--dataset={dataset}", f"--out_dir={tmp_path}", "--max_iters=900000", "--eval_interval=900000")
+    first = start(command(*flags))
+    assert until(first, "step 30: loss")
+    second = start(command(*flags))
+    end, waits = time.monotonic() + 60, False
+    while not waits and time.monotonic() < end:
+        for fd in os.listdir(f"/proc/{second.pid}/fd"):
+            with contextlib.suppress(OSError):  # closed meanwhile
+                waits |= os.readlink(f"/proc/{second.pid}/fd/{fd}") == str(tmp_path / "run.lock")
+    first.send_signal(signal.SIGTERM)
+    stopped = int(re.search(r"stopped after step (\d+)", first.communicate(timeout=30)[0])[1])
+    assert until(second, "resumes").startswith(f"resumes  after step {stopped}\n")
+    second.kill()
+    second.communicate()
+
+
+def test_a_folder_is_held_against_the_own_process_too_and_keeps_what_is_not_ours(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder, "PATIENCE", 0.1)
+    for name in ("thesis.tmp", "last.pt.tmp"):
+        (tmp_path / name).write_text("x")
+    with RunFolder(tmp_path, print), pytest.raises(UserError, match=f"process {os.getpid()} on .* writes to"):
+        RunFolder(tmp_path, print)
+    with RunFolder(tmp_path, print):
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run.lock", "thesis.tmp"]
+    with pytest.raises(UserError), RunFolder(tmp_path / "new", print):
+        raise UserError("the first file is still to come; see there")
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_line_that_a_run_goes_on_from_is_never_out_of_the_log(tmp_path, dataset):
+    flags = (f"--dataset={dataset}", f"--out_dir={tmp_path}", "--max_iters=10")
+    train_here(*LONG, *flags)
+    before = (tmp_path / "log.csv").read_bytes()
+    with RunFolder(tmp_path, print) as folder:  # killed before it trains
+        folder.go_on(10, 1.0)
+    assert (tmp_path / "log.csv").read_bytes() == before
+
+
+def test_a_writer_that_ends_in_any_way_is_told(tmp_path, dataset, monkeypatch):
+    save, calls = torch.save, []
+
+    def second_fails(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise MemoryError
+        save(*args)
+
+    monkeypatch.setattr(run_folder.torch, "save", second_fails)
+    flags = [*TINY, "--max_iters=30", f"--dataset={dataset}", f"--out_dir={tmp_path}"]
+    printed = train_here(*flags)
+    assert printed.count("cannot be written (MemoryError)") == 1 and printed.count(": wrote") == 2
+    assert load_checkpoint(tmp_path / "last.pt")["iter_num"] == 30 and not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_resumed_run_compiles_as_the_whole_one_does(tmp_path, dataset, monkeypatch):
+    weighed = []
+    monkeypatch.setattr(train_file, "maybe_compile", lambda *args: weighed.append(args[3]))
+    flags = (f"--dataset={dataset}", f"--out_dir={tmp_path}", "--save_interval=5", "--keep_checkpoints=9")
+    train_here(*LONG, *flags, "--max_iters=20")
+    os.rename(tmp_path / "step-00000005.pt", tmp_path / "last.pt")
+    assert "resumes  after step 5" in train_here(*LONG, *flags, "--max_iters=20")
+    assert weighed == [20, 20]
+
+
 def limited(size: int, *flags: object):
     """Runs train.py where no file can become larger than `size` bytes, as on a full disk."""
     import resource
@@ -193,13 +263,12 @@ def test_a_folder_that_vanishes_is_told(tmp_path, dataset):
 
 def test_the_best_of_a_failed_save_does_not_count(tmp_path, dataset, monkeypatch):
     """ckpt.pt is then the best of those that were written."""
-    import run_folder
-
-    write, failing = run_folder.write_whole, [True]
+    write, calls = run_folder.write_whole, []
 
     def fail_once(how, *paths):
-        if len(paths) > 1 and failing.pop() if failing else False:
-            raise run_folder.MachineError("the disk is full")
+        calls.append(paths)
+        if len(calls) == 1:
+            raise MachineError("the disk is full")
         write(how, *paths)
 
     monkeypatch.setattr(run_folder, "write_whole", fail_once)
@@ -224,7 +293,12 @@ def test_history_and_more_frequent_saves(tmp_path, dataset):
     (tmp_path / "last.pt").unlink()
     os.rename(tmp_path / kept[2], tmp_path / "last.pt")
     assert "resumes  after step 60" in train_here(*LONG, *flags, "--max_iters=100")
-    assert_same_weights(tmp_path / "step-00000100.pt", tmp_path / "last.pt")
+    assert_same_weights(tmp_path / "step-00000100.previous-1.pt", tmp_path / "last.pt")
+    # a state that was saved between two evaluations is evaluated where it is made the last
+    os.rename(tmp_path / "step-00000080.previous-1.pt", tmp_path / "last.pt")
+    (tmp_path / "ckpt.pt").unlink()
+    assert "step 80: train loss" in train_here(*LONG, *flags, "--max_iters=80")
+    assert load_checkpoint(tmp_path / "ckpt.pt")["iter_num"] == 80
 
 
 def test_a_new_run_renames_the_old_ones_files(tmp_path, dataset):
@@ -298,6 +372,8 @@ def test_other_data_on_resume_is_told(copy, tmp_path):
     train_here(*flags)
     ids = np.fromfile(copy / "train.bin", "<u2")
     ids[::-1].tofile(copy / "train.bin")
+    again = run("train.py", *flags, "--init_from=auto", env={"TORCHELASTIC_RESTART_COUNT": "1"})
+    assert_user_error(again, "the data changed under the run")  # nobody reads torchrun's notes
     assert "note     the data changed since" in train_here(*flags, "--init_from=resume", "--max_iters=22")
 
 
