@@ -37,6 +37,7 @@ class RunFolder:
     def __init__(self, path: Path, say: Callable[[str], None], keep: int = 0) -> None:
         """Make the folder and lock it, before anything is read from it. Raises UserError."""
         self.path, self.say, self.keep = path, say, keep
+        self.run_id = "0"
         self.best = math.inf  # the loss of the ckpt.pt in it
         self.own = False  # what lies here is this run's
         self.resumed: dict[str, str] = {}  # the line of log.csv that the run goes on from
@@ -59,6 +60,7 @@ class RunFolder:
         if not self.own:
             self.own = True
             self.set_aside([*(self.path / name for name in (BEST, NEWEST, LOG)), *self.path.glob(HISTORY)])
+            write_owner(self.lock, f"run {self.run_id}, job {job()}")  # what lies here now is this run's
 
     def set_aside(self, files: list[Path]) -> None:
         """Rename them to *.previous-1.* or the next number. Raises MachineError."""
@@ -71,12 +73,13 @@ class RunFolder:
                 os.rename(old, self.path / new)
             except OSError as error:
                 raise MachineError(f"{old} cannot be renamed ({error.strerror}); see {self.path}") from None
-            self.say(f"note     {old} was another run's, and is {new} now")
+            self.say(f"note     {old} is not what this run goes on from, and is {new} now")
 
     def go_on(self, step: int, best: float) -> None:
         """What lies here is this run's, up to `step`: the rest of log.csv is cut, for it is made again, and
         later files of the history are renamed. `best` is the loss of ckpt.pt."""
         self.own, self.best = True, best
+        write_owner(self.lock, f"run {self.run_id}, job {job()}")
         self.set_aside([path for path in self.path.glob(HISTORY) if int(path.stem[5:]) > step])
         path = self.path / LOG
         text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
@@ -173,10 +176,6 @@ class RunFolder:
         HELD.discard(os.path.realpath(self.path / LOCK))
         self.lock.close()
 
-    def sign(self, run_id: str) -> None:
-        """Write into the lock which run it is."""
-        write_lines(self.lock, f"run {run_id}, job {job()}")
-
 
 def locked(path: Path) -> IO[str]:
     """The file, open and locked for as long as this process lives, with its owner in it. Raises UserError
@@ -191,13 +190,14 @@ def locked(path: Path) -> IO[str]:
             raise UserError(f"{who} writes to out_dir={path.parent}; stop it, or choose another --out_dir")
         time.sleep(0.2)
     file.seek(0)
-    write_lines(file, (file.read().splitlines()[1:] or [""])[0])
+    run = (file.read().splitlines()[1:] or [""])[0]
+    write_owner(file, run if is_restart() else "")
     HELD.add(name)
     return file
 
 
-def write_lines(file: IO[str], run: str) -> None:
-    """Who holds the lock, and for which run."""
+def write_owner(file: IO[str], run: str) -> None:
+    """Into a lock: who holds it, and which run has written to the folder, "" if none as yet."""
     file.seek(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n{run}\n")
     file.truncate()
@@ -226,14 +226,19 @@ def try_lock(file: IO[str]) -> bool:
 
 
 def run_before_restart(path: Path) -> str | None:
-    """The id of the run that held the folder's lock before torchrun started its ranks again; else None."""
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0:
+    """The id of the run that wrote here before torchrun started its ranks again; None if none did."""
+    if not is_restart():
         return None
     try:
         found = re.search(r"^run ([0-9a-f]{8}), job (.*)$", (path / LOCK).read_text(encoding="utf-8"), re.M)
     except (OSError, UnicodeDecodeError):
         return None
     return found[1] if found and found[2] == job() else None
+
+
+def is_restart() -> bool:
+    """Whether torchrun has started its ranks again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
 def job() -> str:

@@ -1,6 +1,5 @@
 """How a run begins: the network, and what it goes on from; and what is told before the first step."""
 
-import os
 import zlib
 from collections.abc import Callable
 from dataclasses import asdict
@@ -14,7 +13,7 @@ from checkpoint import BEST, NEWEST, load_checkpoint, load_pretrained, newest_ch
 from data.tokens import TokenStream
 from errors import UserError
 from model import GPT, GPTConfig
-from run_folder import LOG, run_before_restart
+from run_folder import LOG, is_restart, run_before_restart
 from runtime import Runtime
 from settings import TrainConfig
 
@@ -149,7 +148,7 @@ def describe_resumption(
         if "optimizer" not in contents:
             say("note     without the optimizer's averages, which start anew")
         if contents.get("data", fingerprint(streams)) != fingerprint(streams):
-            if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+            if is_restart():
                 raise UserError("the data changed under the run; put back what it was, and resume")
             say("note     the data changed since: the run goes on, but not as it would have")
     for name, value in asdict(model.config).items():

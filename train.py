@@ -239,9 +239,9 @@ def train_model(
     skipped = contents.get("skipped", 0)  # steps whose gradient was not finite
     say = speak if runtime.is_main else (lambda line: None)
     if folder:
-        folder.sign(run_id)
-    if folder and (contents or earlier):
-        folder.go_on(step, best_val_loss)
+        folder.run_id = run_id
+        if contents or earlier:
+            folder.go_on(step, best_val_loss)
     wandb = start_wandb(config, run_id) if config.wandb_log and runtime.is_main else None
 
     take_fast_float32(runtime)

@@ -181,6 +181,24 @@ def test_a_folder_is_held_against_the_own_process_too_and_keeps_what_is_not_ours
     assert not (tmp_path / "new").exists()
 
 
+def test_a_restart_takes_only_what_its_own_run_has_written(tmp_path, dataset, monkeypatch):
+    """A run of the same name lies there; the new one is killed before, then after its first line of the log."""
+    flags = [*TINY, f"--dataset={dataset}", f"--out_dir={tmp_path}", "--max_iters=3"]
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "gpt2")
+    train_here(*flags, "--seed=7")
+    old = (tmp_path / "last.pt").read_bytes()
+    with RunFolder(tmp_path, print):  # the first start: it ends before it has written
+        pass
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert run_folder.run_before_restart(tmp_path) is None
+    assert "resumes" not in train_here(*flags)
+    assert (tmp_path / "last.previous-1.pt").read_bytes() == old
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
+    assert "resumes  after step 3" in train_here(*flags)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "other")
+    assert "resumes" not in train_here(*flags)
+
+
 def test_the_line_that_a_run_goes_on_from_is_never_out_of_the_log(tmp_path, dataset):
     flags = (f"--dataset={dataset}", f"--out_dir={tmp_path}", "--max_iters=10")
     train_here(*LONG, *flags)
@@ -310,7 +328,10 @@ def test_a_new_run_renames_the_old_ones_files(tmp_path, dataset):
             stem, suffix = name.rsplit(".", 1)
             moved = name if "previous" in name else f"{stem}.previous-{seed - 1}.{suffix}"
             assert (tmp_path / moved).read_bytes() == content
-    assert len(list(tmp_path.glob("*.previous-*"))) == 8 and printed.count("was another run's") == 4
+    assert (
+        len(list(tmp_path.glob("*.previous-*"))) == 8
+        and printed.count("is not what this run goes on from") == 4
+    )
 
 
 @on_linux
