@@ -182,7 +182,7 @@ def test_a_folder_is_held_against_the_own_process_too_and_keeps_what_is_not_ours
 
 
 def test_a_restart_takes_only_what_its_own_run_has_written(tmp_path, dataset, monkeypatch):
-    """A run of the same name lies there; the new one is killed before, then after its first line of the log."""
+    """A run of the same name lies there; the new one is killed before, then after its first line."""
     flags = [*TINY, f"--dataset={dataset}", f"--out_dir={tmp_path}", "--max_iters=3"]
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "gpt2")
     train_here(*flags, "--seed=7")
