@@ -120,6 +120,17 @@ def dataset(tmp_path_factory: pytest.TempPathFactory, text: str) -> Path:
     return folder
 
 
+@pytest.fixture
+def copy(dataset: Path, tmp_path: Path) -> Path:
+    """A copy of that dataset, to spoil; its files are old, so that a change shows in their time."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for path in dataset.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+        os.utime(folder / path.name, (1e9, 1e9))
+    return folder
+
+
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory, dataset: Path) -> Path:
     """The out_dir of a finished run on it, 20 steps."""

@@ -16,16 +16,6 @@ def train_on(dataset, *flags):
     return run("train.py", *TINY, f"--dataset={dataset}", *flags)
 
 
-@pytest.fixture
-def copy(dataset, tmp_path):
-    """A copy of the dataset, to spoil."""
-    folder = tmp_path / "data"
-    folder.mkdir()
-    for path in dataset.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
-    return folder
-
-
 def test_datasets_that_are_not_there(tmp_path):
     assert_user_error(
         train_on("shakespear_char"), "no dataset shakespear_char", "did you mean shakespeare_char?"

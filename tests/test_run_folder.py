@@ -348,17 +348,6 @@ def test_a_start_too_many_that_is_stopped_at_once_moves_nothing(trained, dataset
     assert after == before
 
 
-@pytest.fixture
-def copy(dataset, tmp_path):
-    """A copy of the dataset, to spoil."""
-    folder = tmp_path / "data"
-    folder.mkdir()
-    for path in dataset.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
-        os.utime(folder / path.name, (1e9, 1e9))
-    return folder
-
-
 @pytest.mark.parametrize("how", ["cut off", "removed"])
 def test_data_that_changes_under_a_run_stops_it_with_its_state_saved(how, copy, unbroken, tmp_path):
     flags = (f"--dataset={copy}", f"--out_dir={tmp_path / 'out'}")
