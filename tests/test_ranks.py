@@ -29,6 +29,7 @@ RECIPE = (
     *MODERN, "--zero_init=False", "--gradient_accumulation_steps=6", "--n_layer=2",
     "--muon_lr=2e-3", "--learning_rate=1e-3", "--embedding_lr=3e-3",  # at higher ones rounding grows to 1e-3
 )  # fmt: skip
+shares_a_run = pytest.mark.xdist_group("unbroken")  # one worker makes it, once
 no_signals = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM to catch")
 
 
@@ -164,6 +165,7 @@ def unbroken(tmp_path_factory, dataset):
 
 
 @no_signals
+@shares_a_run
 def test_signals_end_all_ranks_with_their_state_saved(unbroken, tmp_path, dataset):
     flags = [*TINY, f"--dataset={dataset}", f"--out_dir={tmp_path}", *LONG, "--init_from=auto"]
     process = start(torchrun(2, "train.py", *flags))
@@ -180,6 +182,7 @@ def test_signals_end_all_ranks_with_their_state_saved(unbroken, tmp_path, datase
 
 
 @no_signals
+@shares_a_run
 def test_the_slurm_script_saves_requeues_and_goes_on(unbroken, tmp_path, dataset):
     """With stand-ins for SLURM's own commands, which do what its manual says of them."""
     (tmp_path / "bin").mkdir()
@@ -217,6 +220,7 @@ def ranks_of(process: subprocess.Popen) -> list[int]:
 
 
 @no_signals
+@shares_a_run
 def test_after_a_killed_rank_torchrun_starts_again_and_the_run_goes_on(unbroken, tmp_path, dataset):
     """In a folder that has another run's files: those it does not go on from."""
     train_here(*TINY, f"--dataset={dataset}", f"--out_dir={tmp_path}", "--max_iters=1", "--seed=9")

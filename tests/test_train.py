@@ -273,13 +273,10 @@ def test_resuming_with_a_shorter_block_goes_on_without_adamws_averages(trained, 
 def test_eval_only_writes_nothing(trained, dataset, tmp_path):
     before = {path.name: path.read_bytes() for path in trained.iterdir()}
     flags = [*TINY, f"--dataset={dataset}", "--eval_only=True", "--init_from=resume", f"--out_dir={trained}"]
-    done = run("train.py", *flags)
-    assert done.returncode == 0 and re.search(
-        r"step 20: train loss \d\.\d{4}, val loss \d\.\d{4}", done.stdout
-    )
+    assert re.search(r"step 20: train loss \d\.\d{4}, val loss \d\.\d{4}", train_here(*flags))
     assert {path.name: path.read_bytes() for path in trained.iterdir()} == before
-    new = run("train.py", *flags, f"--init_from={trained}", f"--out_dir={tmp_path / 'none'}")
-    assert new.returncode == 0 and not (tmp_path / "none").exists()
+    train_here(*flags, f"--init_from={trained}", f"--out_dir={tmp_path / 'none'}")
+    assert not (tmp_path / "none").exists()
 
 
 def test_nanogpts_run_goes_on(tmp_path):
@@ -393,11 +390,9 @@ def test_a_run_goes_on_with_its_own_optimizer_alone(trained, dataset, tmp_path):
     refused = run("train.py", *flags, f"--out_dir={trained}", "--init_from=resume")
     assert_user_error(refused, "optimizer=adamw", f"--init_from={trained}")
     assert (trained / "last.pt").read_bytes() == before
-    evaluated = run("train.py", *flags, f"--out_dir={trained}", "--init_from=resume", "--eval_only=True")
-    assert evaluated.returncode == 0 and "val loss" in evaluated.stdout, evaluated.stderr
-    done = run("train.py", *flags, f"--out_dir={tmp_path}", f"--init_from={trained}", "--rotary=True")
-    assert done.returncode == 0, done.stderr
-    assert "the model's rotary=False holds, not True" in done.stdout
+    assert "val loss" in train_here(*flags, f"--out_dir={trained}", "--init_from=resume", "--eval_only=True")
+    printed = train_here(*flags, f"--out_dir={tmp_path}", f"--init_from={trained}", "--rotary=True")
+    assert "the model's rotary=False holds, not True" in printed
 
 
 def test_an_overflow_in_fp16_lets_no_optimizer_step():
@@ -448,11 +443,11 @@ def test_activation_checkpointing_is_the_same_training(tmp_path, dataset):
 @pytest.mark.parametrize("more", [(), (*MODERN, "--zero_init=False")])
 def test_compiled_training_is_the_same_training(more, tmp_path, dataset):
     flags = [*TINY, f"--dataset={dataset}", *more]
-    plain = run("train.py", *flags, f"--out_dir={tmp_path / 'plain'}")
+    plain = train_here(*flags, f"--out_dir={tmp_path / 'plain'}")
     compiled = run("train.py", *flags, f"--out_dir={tmp_path / 'compiled'}", "--compile=True")
     assert compiled.returncode == 0, compiled.stderr
     assert "not possible" not in compiled.stdout
-    ours, theirs = (re.findall(r"loss (\d\.\d+)", done.stdout) for done in (plain, compiled))
+    ours, theirs = (re.findall(r"loss (\d\.\d+)", printed) for printed in (plain, compiled.stdout))
     np.testing.assert_allclose(np.array(ours, float), np.array(theirs, float), atol=1e-3)
     names = weights_of(tmp_path / "compiled" / "last.pt").keys()
     assert names == weights_of(tmp_path / "plain" / "last.pt").keys()  # no _orig_mod. before them
