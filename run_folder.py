@@ -60,7 +60,11 @@ class RunFolder:
         if not self.own:
             self.own = True
             self.set_aside([*(self.path / name for name in (BEST, NEWEST, LOG)), *self.path.glob(HISTORY)])
-            write_owner(self.lock, f"run {self.run_id}, job {job()}")  # what lies here now is this run's
+            self.sign()
+
+    def sign(self) -> None:
+        """Write into the lock that what lies here is this run's, for where torchrun starts it again."""
+        write_owner(self.lock, f"run {self.run_id}, job {job()}")
 
     def set_aside(self, files: list[Path]) -> None:
         """Rename them to *.previous-1.* or the next number. Raises MachineError."""
@@ -79,7 +83,7 @@ class RunFolder:
         """What lies here is this run's, up to `step`: the rest of log.csv is cut, for it is made again, and
         later files of the history are renamed. `best` is the loss of ckpt.pt."""
         self.own, self.best = True, best
-        write_owner(self.lock, f"run {self.run_id}, job {job()}")
+        self.sign()
         self.set_aside([path for path in self.path.glob(HISTORY) if int(path.stem[5:]) > step])
         path = self.path / LOG
         text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""

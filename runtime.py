@@ -85,6 +85,11 @@ class Runtime:
         if lowest != highest:
             raise UserError(message)
 
+    def say(self, line: str) -> None:
+        """Print it, in one process."""
+        if self.is_main:
+            speak(line)
+
     def describe(self) -> str:
         """The machine, in words."""
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type

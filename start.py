@@ -138,7 +138,7 @@ def describe_run(
 
 
 def describe_resumption(
-    config: TrainConfig, model: GPT, contents: dict[str, Any], streams: dict[str, TokenStream], say: Say
+    config: TrainConfig, model: GPT, contents: dict[str, Any], data: dict[str, list[int]], say: Say
 ) -> None:
     """Tell where a run goes on, and what of it is not as the settings or the unbroken run would have it."""
     step = contents.get("iter_num", 0)
@@ -147,7 +147,7 @@ def describe_resumption(
         say(f"resumes  after step {step}" + (": nothing left to do" if finished else ""))
         if "optimizer" not in contents:
             say("note     without the optimizer's averages, which start anew")
-        if contents.get("data", fingerprint(streams)) != fingerprint(streams):
+        if contents.get("data", data) != data:
             if is_restart():
                 raise UserError("the data changed under the run; put back what it was, and resume")
             say("note     the data changed since: the run goes on, but not as it would have")

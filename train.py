@@ -38,7 +38,6 @@ from runtime import (
     peak_flops,
     progress_bar,
     signals_caught,
-    speak,
     start_runtime,
     stop_runtime,
     take_fast_float32,
@@ -208,15 +207,14 @@ def train(config: TrainConfig) -> TrainResult:
     data = find_dataset(config.dataset)
     meta = read_meta(data)
     streams = {split: TokenStream(data, split, meta, config.block_size) for split in ("train", "val")}
-    say = speak if runtime.is_main else (lambda line: None)
     earlier = earlier_run(config, runtime)  # before the lock is signed anew
     folder = None
     if runtime.is_main and not config.eval_only:
-        folder = RunFolder(Path(config.out_dir), say, config.keep_checkpoints)
+        folder = RunFolder(Path(config.out_dir), runtime.say, config.keep_checkpoints)
     with folder or nullcontext():
         runtime.agree(0, "")  # all wait until nobody else writes to out_dir
         model, contents = initial_model(config, meta, earlier)
-        describe_run(config, runtime, data, streams, model, say)
+        describe_run(config, runtime, data, streams, model, runtime.say)
         return train_model(config, runtime, streams, model, contents, folder, earlier)
 
 
@@ -237,7 +235,7 @@ def train_model(
     out_dir, run_id = Path(config.out_dir), contents.get("run_id") or earlier or secrets.token_hex(4)
     runtime.agree(step, f"the ranks do not find the same checkpoint; put out_dir={out_dir} where all see it")
     skipped = contents.get("skipped", 0)  # steps whose gradient was not finite
-    say = speak if runtime.is_main else (lambda line: None)
+    say = runtime.say
     if folder:
         folder.run_id = run_id
         if contents or earlier:
@@ -259,10 +257,10 @@ def train_model(
     if "optimizer" in contents and not config.eval_only:
         restore_optimizers(optimizers, contents, out_dir)
         scaler.load_state_dict(contents.get("scaler") or scaler.state_dict())
-    describe_resumption(config, model, contents, streams, say)
+    kept = {"config": asdict(config), "meta": streams["train"].meta, "run_id": run_id}
+    kept["data"] = fingerprint(streams)
+    describe_resumption(config, model, contents, kept["data"], say)
     evaluated = bool(contents) and contents.get("evaluated", True) and not config.eval_only  # step `first`
-    kept = {"config": asdict(config), "run_id": run_id}
-    kept |= {"meta": streams["train"].meta, "data": fingerprint(streams)}
     contents.clear()  # frees the copy on the CPU
     peak = peak_flops(runtime)
 
