@@ -33,6 +33,7 @@ from errors import UserError
 from model import GPT, GPTConfig
 from runtime import PEAK_FLOPS, Runtime, measured_flops, peak_flops
 from settings import BenchConfig
+from start import new_shape
 
 MFU = 0.4  # where none is known: llm.c's on H100, see above
 LINK_SHARE, LATENCY = 0.8, 10e-6  # of the nominal bandwidth; seconds
@@ -159,10 +160,7 @@ def planned_shape(config: BenchConfig) -> tuple[BenchConfig, GPTConfig, bool]:
             meta = read_meta(folder) if found else meta
         except UserError:
             pass
-    # padded as train.py does it
-    vocab_size = GPTConfig.vocab_size if meta["vocab_size"] == 50257 else meta["vocab_size"]
-    shape = {name: value for name, value in asdict(config).items() if name in asdict(GPTConfig())}
-    return config, GPTConfig(vocab_size=vocab_size, **shape), found
+    return config, new_shape(config, meta), found
 
 
 @contextmanager

@@ -27,7 +27,7 @@ def checkpoint_to_resume(config: TrainConfig, earlier: str | None) -> tuple[Path
     one, whatever init_from says.
     """
     newest = newest_checkpoint(Path(config.out_dir))
-    auto = config.init_from == "auto" or config.init_from.startswith("auto:")
+    auto = config.init_from.partition(":")[0] == "auto"
     if config.init_from == "resume" or (auto and newest):
         path = newest or Path(config.out_dir) / NEWEST
         return path, load_checkpoint(path)
@@ -36,6 +36,13 @@ def checkpoint_to_resume(config: TrainConfig, earlier: str | None) -> tuple[Path
         if contents.get("run_id") == earlier:
             return newest, contents
     return None, {}
+
+
+def new_shape(config: TrainConfig, meta: dict[str, Any]) -> GPTConfig:
+    """The shape of a new network; GPT-2's vocabulary is padded to GPTConfig's, which GPUs multiply faster."""
+    shape = {name: value for name, value in asdict(config).items() if name in asdict(GPTConfig())}
+    vocab_size = GPTConfig.vocab_size if meta["vocab_size"] == 50257 else meta["vocab_size"]
+    return GPTConfig(vocab_size=vocab_size, **shape)
 
 
 def initial_model(
@@ -55,10 +62,7 @@ def initial_model(
             )
     elif source == "scratch":
         torch.manual_seed(config.seed)
-        shape = {name: value for name, value in asdict(config).items() if name in asdict(GPTConfig())}
-        # GPT-2's vocabulary is padded to GPTConfig's, which GPUs multiply faster
-        vocab_size = GPTConfig.vocab_size if meta["vocab_size"] == 50257 else meta["vocab_size"]
-        model = GPT(GPTConfig(vocab_size=vocab_size, **shape))
+        model = GPT(new_shape(config, meta))
     else:
         model, origin = load_pretrained(source, config.dropout)
     trained_on = origin.get("meta", meta)["tokenizer"]

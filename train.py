@@ -378,7 +378,7 @@ def train_model(
     if trouble:
         raise trouble[0]
     if stopping:
-        again = "" if config.init_from.startswith("auto") else " and --init_from=resume"
+        again = "" if config.init_from.partition(":")[0] == "auto" else " and --init_from=resume"
         say(f"stopped after step {step}; go on with the same command{again}")
     elif not config.eval_only:
         result = f"best val loss {best_val_loss:.4f} in {time.perf_counter() - began:.0f} s"

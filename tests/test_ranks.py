@@ -9,6 +9,8 @@ import time
 
 import numpy as np
 import pytest
+import torch
+import torch.distributed as dist
 from conftest import (
     ENVIRONMENT,
     MODERN,
@@ -21,8 +23,12 @@ from conftest import (
     train_here,
     until,
 )
+from torch.nn.parallel import DistributedDataParallel
 
 from checkpoint import load_checkpoint
+from model import GPT, GPTConfig
+from runtime import Runtime
+from train import training_step
 
 DROPOUT = ("--dropout=0.1", "--gradient_accumulation_steps=4", "--bias=True")
 RECIPE = (
@@ -109,6 +115,29 @@ def test_a_run_goes_on_with_another_number_of_ranks_and_with_parts_or_without(al
     done = train_on(4, *flags)
     assert done.returncode == 0 and "resumes  after step 15" in done.stdout, done.stderr
     assert_same_weights(alone(*DROPOUT) / "last.pt", tmp_path / "last.pt", atol=2e-4)
+
+
+def test_ranks_exchange_gradients_once_a_step(tmp_path):
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        model = GPT(GPTConfig(block_size=8, vocab_size=16, n_layer=1, n_head=2, n_embd=8))
+        shared, exchanged = DistributedDataParallel(model), []
+
+        def count(_, bucket):
+            exchanged.append(bucket.buffer().numel())
+            done = torch.futures.Future()
+            done.set_result(bucket.buffer())
+            return done
+
+        shared.register_comm_hook(None, count)
+        optimizers = [model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")]
+        scaler, x = torch.amp.GradScaler("cpu", enabled=False), torch.arange(8)[None]
+        runtime = Runtime(torch.device("cpu"), torch.float32)
+        assert training_step(shared, optimizers, scaler, [(x, x, 0)] * 4, 1.0, runtime).taken
+        assert sum(exchanged) == model.get_num_params(non_embedding=False)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_mistakes_are_told_once(dataset, tmp_path):
