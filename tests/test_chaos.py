@@ -17,7 +17,7 @@ from conftest import REPO, TINY, assert_same_weights, losses_of, start, train_he
 
 from checkpoint import load_checkpoint, restore_model
 
-KILLS = int(os.environ.get("CHAOS_KILLS", 4))
+KILLS = int(os.environ.get("CHAOS_KILLS", 3))
 # checkpoints of 5 MB at each step: there is nearly always one being written
 SHAPE = (
     "--n_layer=2",
