@@ -31,7 +31,8 @@ import torch.nn.functional as F
 import attention as attention_file
 import model as model_file
 from checkpoint import BEST, NEWEST, training_state, write_whole
-from data.tokens import GPT2_META, TokenStream, find_dataset, read_meta
+from data.meta import GPT2_META, find_dataset, read_meta
+from data.tokens import TokenStream
 from decoding import prepare, stream
 from errors import UserError, one_line_errors, writable
 from model import GPT

@@ -19,7 +19,7 @@ from typing import IO, Any, get_type_hints
 
 import torch
 
-from data.tokens import GPT2_META, checked_meta
+from data.meta import GPT2_META, checked_meta
 from errors import Diverged, MachineError, UserError
 from model import GPT, GPTConfig
 from parallel import copied, part_like

@@ -28,7 +28,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import attention as attention_file
 import model as model_file
-from data.tokens import GPT2_META, find_dataset, read_meta
+from data.meta import GPT2_META, find_dataset, read_meta
 from errors import UserError
 from model import GPT, GPTConfig
 from runtime import PEAK_FLOPS, Runtime, measured_flops, peak_flops

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from checkpoint import best_checkpoint, load_checkpoint, load_pretrained, restore_model
+from data.meta import GPT2_META, find_dataset, read_meta
 from data.tokenizer import CharTokenizer, Tokenizer, from_description
-from data.tokens import GPT2_META, find_dataset, read_meta
 from decoding import prepare, stream
 from errors import UserError, one_line_errors
 from runtime import compile_works, start_runtime

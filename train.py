@@ -25,7 +25,9 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from checkpoint import BEST, NEWEST, lost, restore_optimizers, training_state
-from data.tokens import TokenStream, epoch_starts, find_dataset, random_starts, read_meta
+from data.draws import epoch_starts, random_starts
+from data.meta import find_dataset, read_meta
+from data.tokens import TokenStream
 from errors import UserError, leave, one_line_errors
 from guards import crowd_watch, spike_watch
 from model import GPT

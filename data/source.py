@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from data.tokenizer import Tokenizer
-from data.tokens import write_dataset
+from data.writer import write_dataset
 from errors import UserError, stop
 
 TINY_SHAKESPEARE = (

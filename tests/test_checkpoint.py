@@ -16,7 +16,8 @@ from checkpoint import (
     training_state,
     write_whole,
 )
-from data.tokens import TokenStream, read_meta
+from data.meta import read_meta
+from data.tokens import TokenStream
 from errors import MachineError, UserError
 from model import GPT, GPTConfig
 from runtime import Runtime

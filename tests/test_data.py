@@ -7,8 +7,11 @@ import numpy as np
 import pytest
 from conftest import NANOGPT
 
+from data.draws import epoch_starts, random_starts
+from data.meta import read_meta
 from data.tokenizer import CharTokenizer, GPT2Tokenizer, from_description
-from data.tokens import TokenStream, epoch_starts, random_starts, read_meta, write_dataset
+from data.tokens import TokenStream
+from data.writer import write_dataset
 from errors import UserError
 
 META = {"tokenizer": None, "vocab_size": 100, "dtype": "uint16"}

@@ -13,7 +13,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from configurator import kinds_of, limit_broken, read_settings
-from data.tokens import TokenStream, read_meta
+from data.meta import read_meta
+from data.tokens import TokenStream
 from sample import find_tokenizer
 from settings import BenchConfig, SampleConfig, TrainConfig
 

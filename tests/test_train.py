@@ -27,7 +27,8 @@ from conftest import (
 
 from checkpoint import load_checkpoint
 from configurator import read_settings
-from data.tokens import TokenStream, read_meta
+from data.meta import read_meta
+from data.tokens import TokenStream
 from guards import crowd_watch
 from model import GPT, GPTConfig
 from optim import make_optimizers

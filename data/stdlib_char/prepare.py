@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from data.source import argument_parser
 from data.tokenizer import CharTokenizer
-from data.tokens import write_dataset
+from data.writer import write_dataset
 from errors import UserError, one_line_errors
 
 CHARS = "\n" + "".join(map(chr, range(32, 127)))
