@@ -20,7 +20,7 @@ import torch
 
 from checkpoint import best_checkpoint, load_checkpoint, load_pretrained, restore_model
 from data.meta import GPT2_META, find_dataset, read_meta
-from data.tokenizer import CharTokenizer, Tokenizer, from_description
+from data.tokenizer import Tokenizer, from_description
 from decoding import prepare, stream
 from errors import UserError, one_line_errors
 from runtime import compile_works, start_runtime
@@ -138,9 +138,9 @@ def find_tokenizer(contents: dict[str, Any], vocab_size: int, source: str) -> To
 
 def start_of_text(tokenizer: Tokenizer) -> int:
     """The id that an empty prompt stands for: a new line, or the end of the text before."""
-    if isinstance(tokenizer, CharTokenizer):
+    if tokenizer.end_of_text is None:
         return max(tokenizer.chars.find("\n"), 0)
-    return tokenizer.bpe.eot_token
+    return tokenizer.end_of_text
 
 
 def read_prompt(start: str) -> str:

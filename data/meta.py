@@ -66,11 +66,20 @@ def checked_meta(meta: Any) -> dict[str, Any]:
     counts = (vocab_size, *tokens.values()) if isinstance(tokens, dict) else (None,)
     if any(type(count) is not int or count < 1 for count in counts) or vocab_size >= 1 << 31:
         raise ValueError("vocab_size and tokens are not positive numbers, or vocab_size has over 31 bits")
-    kind, chars = (tokenizer or {}).get("kind"), (tokenizer or {}).get("chars")
-    named = GPT2_META["vocab_size"] if kind == "gpt2" else len(chars) if isinstance(chars, str) else 0
+    named = ids_described(tokenizer or {})
     if named > vocab_size:
         raise ValueError(f"the tokenizer has {named} ids, which are more than vocab_size={vocab_size}")
     return meta
+
+
+def ids_described(tokenizer: dict[str, Any]) -> int:
+    """How many ids the description of a tokenizer is of; 0 where that is not known."""
+    chars, merges = tokenizer.get("chars"), tokenizer.get("merges")
+    if isinstance(chars, str):
+        return len(chars) + bool(tokenizer.get("ends"))
+    if isinstance(merges, str):
+        return 256 + len(merges.split("\n")) + 1
+    return {"gpt2": 50257, "byte": 257}.get(str(tokenizer.get("kind")), 0)
 
 
 def read_meta_json(path: Path) -> dict[str, Any]:

@@ -9,8 +9,9 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
-from data.tokenizer import Tokenizer
-from data.writer import write_dataset
+from data.meta import find_dataset, read_meta
+from data.tokenizer import Tokenizer, from_description
+from data.writer import text_bytes, write_dataset
 from errors import UserError, stop
 
 TINY_SHAKESPEARE = (
@@ -19,16 +20,27 @@ TINY_SHAKESPEARE = (
 )
 
 
-def argument_parser(script: str, about: str, input_help: str) -> argparse.ArgumentParser:
-    """The options that every prepare.py has; mistakes end in one line."""
+def argument_parser(script: str, about: str, input_help: str | None = None) -> argparse.ArgumentParser:
+    """The options that every prepare.py has, --input where it takes one file; mistakes end in one line."""
     parser = argparse.ArgumentParser(prog=f"python {script}", description=about)
-    parser.add_argument("--input", type=Path, metavar="PATH", help=input_help)
+    if input_help:
+        parser.add_argument("--input", type=Path, metavar="PATH", help=input_help)
     folder = Path(script).resolve().parent
     parser.add_argument(
         "--output", type=Path, default=folder, metavar="FOLDER", help="default: the script's folder"
     )
     parser.error = lambda message: stop(2, f"{message}; --help lists the options")
     return parser
+
+
+def named_tokenizer(name: str) -> Tokenizer:
+    """gpt2, byte, or the tokenizer of a dataset, by its name or folder. Raises UserError."""
+    if name in ("gpt2", "byte"):
+        return from_description({"kind": name})
+    meta = read_meta(find_dataset(name))
+    if not meta["tokenizer"]:
+        raise UserError(f"the dataset {name} has no tokenizer in its meta.json; choose another --tokenizer")
+    return from_description(meta["tokenizer"])
 
 
 def prepare_shakespeare(about: str, make_tokenizer: Callable[[str], Tokenizer]) -> None:
@@ -38,8 +50,8 @@ def prepare_shakespeare(about: str, make_tokenizer: Callable[[str], Tokenizer]) 
     tokenizer = make_tokenizer(text)
     split = int(len(text) * 0.9)
     with write_dataset(args.output, tokenizer, **source) as add:
-        add("train", tokenizer.encode(text[:split]))
-        add("val", tokenizer.encode(text[split:]))
+        for name, part in (("train", text[:split]), ("val", text[split:])):
+            add(name, tokenizer.encode(part), text_bytes(part))
 
 
 def tiny_shakespeare(given: Path | None, folder: Path) -> tuple[str, dict[str, str]]:

@@ -1,10 +1,11 @@
-"""Text to token ids and back: characters, or GPT-2's byte-pair encoding.
+"""Text to token ids and back: characters, bytes, GPT-2's byte-pair encoding, or one's own.
 
-A tokenizer has vocab_size, encode(text) -> ids, decode(ids) -> text, and describe() -> what meta.json and
-checkpoints hold of it, and `from_description` rebuilds it from.
+`describe` says what meta.json and checkpoints hold of a tokenizer; `from_description` rebuilds it from that.
 """
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from hashlib import sha1
 from typing import Any
 
@@ -17,42 +18,126 @@ GPT2_FILES = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 GPT2_CACHED = tuple(
     sha1(f"{GPT2_FILES}{name}".encode()).hexdigest() for name in ("vocab.bpe", "encoder.json")
 )
+# GPT-2's words: an ending as in 's, or letters, digits or signs with a space before them, or white space
+GPT2_WORDS = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+BYTE_ORDER = [b for b in range(256) if chr(b).isprintable() and not chr(b).isspace()]
+BYTE_CHARS = {b: chr(b) for b in BYTE_ORDER}  # a visible character for each byte, as in GPT-2's files
+BYTE_CHARS |= {b: chr(256 + n) for n, b in enumerate(b for b in range(256) if b not in BYTE_CHARS)}
 
 
-class CharTokenizer:
-    """One id for each character of a fixed list, in its order."""
+class Tokenizer:
+    """vocab_size ids; end_of_text is the one that ends a document, None where there is none."""
 
-    def __init__(self, chars: str) -> None:
-        self.chars = chars
-        self.vocab_size = len(chars)
-        self.codes = code_points(chars)  # (V,)
-        self.sorter = np.argsort(self.codes)
+    vocab_size: int
+    end_of_text: int | None
+
+    def encode_text(self, text: str) -> np.ndarray:
+        """ids (N,) of a text that is read as nothing but text."""
+        raise NotImplementedError
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The UTF-8 that the ids stand for, which may begin or end within a character."""
+        raise NotImplementedError
+
+    def describe(self) -> dict[str, Any]:
+        raise NotImplementedError
 
     def encode(self, text: str) -> np.ndarray:
+        """ids (N,); <|endoftext|> in a text is the token that ends a document, where there is one."""
+        parts = text.split(END_OF_TEXT) if self.end_of_text is not None else [text]
+        ids = [self.encode_text(parts[0])]
+        for part in parts[1:]:
+            ids += [np.array([self.end_of_text]), self.encode_text(part)]
+        return np.concatenate(ids).astype(np.int64)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self.decode_bytes(ids).decode("utf-8", "replace")
+
+
+class CharTokenizer(Tokenizer):
+    """One id for each character of a fixed list, in its order; the last one ends documents, if any does."""
+
+    def __init__(self, chars: str, ends: bool = False) -> None:
+        self.chars = chars
+        self.end_of_text = len(chars) if ends else None
+        self.vocab_size = len(chars) + ends
+        codes = code_points(chars)  # (V,)
+        self.ids = np.full(int(codes.max(initial=0)) + 2, -1, np.int32)  # by code point; the last is unknown
+        self.ids[codes] = np.arange(len(chars))
+
+    def encode_text(self, text: str) -> np.ndarray:
         """ids (N,). Raises UserError that names the first character outside of the vocabulary."""
         codes = code_points(text)
-        ranks = np.searchsorted(self.codes, codes, sorter=self.sorter).clip(max=self.vocab_size - 1)
-        ids = self.sorter[ranks]
-        unknown = np.flatnonzero(self.codes[ids] != codes)
-        if len(unknown):
-            char, place = text[unknown[0]], unknown[0]
+        ids = self.ids.take(codes, mode="clip")
+        if len(ids) and ids.min() < 0:
+            place = int(np.argmin(ids))
             raise UserError(
-                f"character {char!r} at position {place} is not in the vocabulary of {self.vocab_size}; "
-                "leave it out, or replace it"
+                f"character {text[place]!r} at position {place} is not in the vocabulary of "
+                f"{self.vocab_size}; leave it out, or replace it"
             )
         return ids
 
-    def decode(self, ids: Iterable[int]) -> str:
-        return "".join(self.chars[i] for i in ids)
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        named = [*self.chars, END_OF_TEXT]
+        return "".join(named[i] for i in ids).encode("utf-8", "replace")
 
     def describe(self) -> dict[str, Any]:
-        return {"kind": "char", "chars": self.chars}
+        return {"kind": "char", "chars": self.chars} | ({"ends": True} if self.end_of_text else {})
 
 
-class GPT2Tokenizer:
+class ByteTokenizer(Tokenizer):
+    """One id for each byte of UTF-8, and one that ends documents."""
+
+    vocab_size, end_of_text = 257, 256
+
+    def encode_text(self, text: str) -> np.ndarray:
+        return np.frombuffer(text.encode("utf-8", "replace"), dtype=np.uint8)
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        return b"".join(END_OF_TEXT.encode() if i == self.end_of_text else bytes([i]) for i in ids)
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "byte"}
+
+
+class BPETokenizer(Tokenizer):
+    """A byte-pair encoding of bytes (Sennrich et al., arXiv 1508.07909), merged by tiktoken.
+
+    Made from merges, pairs of tokens in the order of their joining, in the letters of GPT-2's vocab.bpe:
+    ids are the 256 bytes, then what each merge makes, then <|endoftext|>.
+    """
+
+    def __init__(self, merges: Sequence[tuple[str, str]]) -> None:
+        """Raises ValueError where a merge joins what is not there yet, or makes what is there already."""
+        import tiktoken
+
+        tokens = {BYTE_CHARS[b]: b for b in range(256)}
+        for left, right in merges:
+            if left not in tokens or right not in tokens or left + right in tokens:
+                raise ValueError(f"merge {len(tokens) - 256} does not join two tokens to a new one")
+            tokens[left + right] = len(tokens)
+        self.merges = list(merges)
+        self.end_of_text = len(tokens)
+        self.vocab_size = len(tokens) + 1
+        byte_of = {char: b for b, char in BYTE_CHARS.items()}
+        ranks = {bytes(byte_of[char] for char in token): number for token, number in tokens.items()}
+        special = {END_OF_TEXT: self.end_of_text}
+        self.bpe = tiktoken.Encoding("own", pat_str=GPT2_WORDS, mergeable_ranks=ranks, special_tokens=special)
+
+    def encode_text(self, text: str) -> np.ndarray:
+        return encode_by_tiktoken(self.bpe, text)
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        return self.bpe.decode_bytes(list(ids))
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "bpe", "merges": "\n".join(" ".join(pair) for pair in self.merges)}
+
+
+class GPT2Tokenizer(Tokenizer):
     """GPT-2's byte-pair encoding, 50,257 tokens, through tiktoken."""
 
-    vocab_size = 50257
+    vocab_size, end_of_text = 50257, 50256
 
     def __init__(self) -> None:
         import tiktoken
@@ -66,35 +151,74 @@ class GPT2Tokenizer:
                 "TIKTOKEN_CACHE_DIR to their folder"
             ) from None
 
-    def encode(self, text: str) -> np.ndarray:
-        """ids (N,); <|endoftext|> in a text is that one token."""
-        return np.array(self.bpe.encode(text, allowed_special={END_OF_TEXT}), dtype=np.int64)
+    def encode_text(self, text: str) -> np.ndarray:
+        return encode_by_tiktoken(self.bpe, text)
 
-    def encode_document(self, text: str) -> list[int]:
-        """ids of a text that is read as nothing but text, with the token that ends a document after them."""
-        return [*self.bpe.encode_ordinary(text), self.bpe.eot_token]
-
-    def decode(self, ids: Iterable[int]) -> str:
-        return self.bpe.decode(list(ids))
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        return self.bpe.decode_bytes(list(ids))
 
     def describe(self) -> dict[str, Any]:
         return {"kind": "gpt2"}
 
 
-Tokenizer = CharTokenizer | GPT2Tokenizer
+def encode_by_tiktoken(bpe: Any, text: str) -> np.ndarray:
+    """ids (N,) of nothing but text, uint32. Other threads run meanwhile."""
+    try:
+        return bpe.encode_to_numpy(text, disallowed_special=())
+    except UnicodeEncodeError:  # halves of characters, which UTF-8 cannot write
+        return bpe.encode_to_numpy(text.encode("utf-8", "replace").decode(), disallowed_special=())
 
 
 def code_points(text: str) -> np.ndarray:
     """The Unicode code point of each character, (N,)."""
+    if text.isascii():  # a quarter of the memory
+        return np.frombuffer(text.encode(), dtype=np.uint8)
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
+    """A byte-pair encoding of vocab_size ids or, where the texts do not bear as many, fewer."""
+    from tokenizers import Tokenizer as HuggingFaceTokenizer
+    from tokenizers import models, pre_tokenizers, trainers
+
+    bpe = HuggingFaceTokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = [BYTE_CHARS[b] for b in range(256)]
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=False)
+    bpe.train_from_iterator(texts, trainer)
+    known, merges = set(alphabet), []
+    for left, right in json.loads(bpe.to_str())["model"]["merges"]:
+        if left + right not in known:  # a token that two merges make is made by the first
+            known.add(left + right)
+            merges.append((left, right))
+    return BPETokenizer(merges)
+
+
+def library_file(tokenizer: BPETokenizer) -> str:
+    """The text of a tokenizer.json, which Hugging Face's libraries read as the same tokenizer."""
+    from tokenizers import Tokenizer as HuggingFaceTokenizer
+    from tokenizers import decoders, models, pre_tokenizers
+
+    tokens = [*(BYTE_CHARS[b] for b in range(256)), *map("".join, tokenizer.merges)]
+    vocab = {token: number for number, token in enumerate(tokens)}
+    bpe = HuggingFaceTokenizer(models.BPE(vocab, tokenizer.merges))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.add_special_tokens([END_OF_TEXT])
+    return bpe.to_str()
 
 
 def from_description(description: dict[str, Any]) -> Tokenizer:
     """The tokenizer that `describe` described. Raises UserError."""
-    kind, chars = description.get("kind"), description.get("chars")
+    kind, chars, merges = (description.get(key) for key in ("kind", "chars", "merges"))
     if kind == "gpt2":
         return GPT2Tokenizer()
+    if kind == "byte":
+        return ByteTokenizer()
     if kind == "char" and isinstance(chars, str) and chars and len(set(chars)) == len(chars):
-        return CharTokenizer(chars)
+        return CharTokenizer(chars, bool(description.get("ends")))
+    if kind == "bpe" and isinstance(merges, str):
+        with suppress(ValueError):
+            return BPETokenizer([tuple(line.split(" ")) for line in merges.split("\n")])
     shown = kind[:60] if isinstance(kind, str) else type(kind).__name__  # all of it could fill a disk
     raise UserError(f"tokenizer {shown} is not known, or not whole; run the dataset's prepare.py again")

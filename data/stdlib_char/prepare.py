@@ -45,7 +45,7 @@ def main() -> None:
     tokenizer = CharTokenizer(CHARS)
     with write_dataset(args.output, tokenizer, source=f"{folder}, Python {sys.version.split()[0]}") as add:
         for number, text in enumerate(texts):
-            add("val" if number % 10 == 9 else "train", tokenizer.encode(text))
+            add("val" if number % 10 == 9 else "train", tokenizer.encode(text), len(text))
 
 
 if __name__ == "__main__":

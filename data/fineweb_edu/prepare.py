@@ -1,0 +1,18 @@
+"""FineWeb-Edu, web pages that teach, in GPT-2's byte-pair encoding: 10 billion tokens, 20 GB, as shards.
+
+--config=sample-100BT, sample-350BT or default (1.3 trillion) take more, --max_tokens=1e9 less. Streamed from
+the hub, tokenized on all cores; the disk holds the shards alone. The first one, 10^8 tokens, is val.
+Interrupted, the same command goes on; --shard 3/16 does the third of sixteen parts, for as many machines.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from data.hub import prepare_shards
+from errors import one_line_errors
+
+if __name__ == "__main__":
+    with one_line_errors():
+        prepare_shards(__doc__, "HuggingFaceFW/fineweb-edu", "sample-10BT")

@@ -1,0 +1,18 @@
+"""Any text dataset of the Hugging Face hub: --dataset=Salesforce/wikitext --config=wikitext-103-raw-v1
+
+It becomes data/salesforce_wikitext_wikitext_103_raw_v1 (or --output) in shards, as data/fineweb_edu does:
+streamed, tokenized on all cores; the first shard, or the first tenth of a small text, is val; interrupted,
+the same command goes on.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from data.hub import prepare_shards
+from errors import one_line_errors
+
+if __name__ == "__main__":
+    with one_line_errors():
+        prepare_shards(__doc__)

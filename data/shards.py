@@ -1,0 +1,285 @@
+"""A text of any size as shards of ids: val_000000.bin, then train_000001.bin, train_000002.bin, ...
+
+Interrupted and started again, it goes on at the first missing shard and ends with the same bytes, since
+progress.json tells where in the text each shard begins.
+"""
+
+import json
+import os
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from data.documents import Piece
+from data.meta import read_meta
+from data.tokenizer import Tokenizer
+from data.writer import (
+    dataset_files,
+    dtype_of,
+    encode_in_order,
+    full_disk_told,
+    text_bytes,
+    token_bar,
+    write_json,
+    write_meta,
+)
+from errors import UserError
+
+KEPT = "the shards so far are kept: free some space, and the same command goes on"
+
+
+class Source(Protocol):
+    """Documents in files: see documents.Corpus."""
+
+    def __len__(self) -> int: ...
+    def pieces(self, first: int = 0, end: int | None = None) -> Iterator[Piece]: ...
+    def done(self) -> float: ...
+    def describe(self) -> dict[str, Any]: ...
+
+
+class Part(NamedTuple):
+    """What one of several machines does: part `number` of `of`, counted from 1."""
+
+    number: int = 1
+    of: int = 1
+
+    def label(self) -> str:
+        return f"{self.number:05d}_" if self.of > 1 else ""
+
+    def name(self, shard: int) -> str:
+        """The file of a shard."""
+        split = "val" if shard == 0 and self.number == 1 else "train"
+        return f"{split}_{self.label()}{shard:06d}.bin"
+
+    def progress(self) -> str:
+        """The file of its progress."""
+        return f"progress_{self.label()}".rstrip("_") + ".json"
+
+
+def write_shards(
+    folder: Path,
+    source: Source,
+    tokenizer: Tokenizer,
+    shard_tokens: int = 10**8,
+    max_tokens: int | None = None,
+    workers: int = 1,
+    part: Part = Part(),  # noqa: B008, which is immutable
+    overwrite: bool = False,
+    about: str = "",
+) -> None:
+    """Write the documents of a source, or one part of them, or go on with that.
+
+    Shards have `shard_tokens` ids each, the last one what is left; the first is val, or the first tenth of
+    the text where that is less. `about` tells meta.json where the text came from. Raises UserError where the
+    folder has another dataset, MachineError where it takes no more.
+    """
+    if part.of > len(source):
+        raise UserError(
+            f"the text has {len(source)} files, which {part.of} machines cannot share; give --shard i/n with "
+            f"n up to {len(source)}"
+        )
+    settings = {
+        "text": source.describe(),
+        "tokenizer": zlib.crc32(json.dumps(tokenizer.describe()).encode()),
+        "shard_tokens": shard_tokens,
+        "max_tokens": max_tokens,
+        "parts": part.of,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    progress = begin_or_go_on(folder, part, settings, overwrite, share(len(source), part)[0])
+    if complete(folder):
+        print(f"{folder} is complete; --overwrite writes it anew")
+        return
+    with full_disk_told(folder, KEPT):
+        (folder / "meta.json").unlink(missing_ok=True)  # a shard is missing
+        check_shards(folder, part, progress, dtype_of(tokenizer).itemsize)
+        if len(progress["starts"]) > len(progress["shards"]):
+            write_part(folder, source, tokenizer, part, progress, workers)
+        finish(folder, tokenizer, part, about)
+
+
+def share(count: int, part: Part) -> tuple[int, int]:
+    """Where a part of `count` things begins and ends."""
+    return count * (part.number - 1) // part.of, count * part.number // part.of
+
+
+def begin_or_go_on(
+    folder: Path, part: Part, settings: dict[str, Any], overwrite: bool, first_file: int
+) -> dict[str, Any]:
+    """The progress of a part: its settings; of each finished shard its tokens and their bytes of text; and
+    file, document and token where each of them starts, and the next, where there is one. Raises UserError."""
+    begun = {path.name: read_json(path) for path in folder.glob("progress*.json")}
+    same = [name for name, progress in begun.items() if progress.get("settings") == settings]
+    if overwrite:
+        others = [name.removeprefix("progress_")[:6] for name in same if name != part.progress()]
+        for path in dataset_files(folder):
+            if not any(f"_{label}" in path.name for label in others):  # other machines' parts of the same
+                path.unlink()
+    elif dataset_files(folder) and (not begun or len(same) < len(begun)):
+        raise UserError(
+            f"{folder} has another dataset, or one made with other options; go on with those, choose another "
+            "--output, or give --overwrite"
+        )
+    elif part.progress() in same:
+        return begun[part.progress()]
+    return {"settings": settings, "shards": [], "starts": [[first_file, 0, 0]]}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What is in a file; {} where that cannot be read."""
+    with suppress(OSError, ValueError):
+        return json.loads(path.read_text(encoding="utf-8"))
+    return {}
+
+
+def complete(folder: Path) -> bool:
+    """Whether the files of a folder have what its meta.json promises."""
+    if not (folder / "meta.json").is_file():
+        return False
+    meta = read_meta(folder)
+    width = np.dtype(meta["dtype"]).itemsize
+    sizes = {
+        split: sum(path.stat().st_size for path in folder.glob(f"{split}_*.bin")) for split in meta["tokens"]
+    }
+    return all(sizes[split] == width * tokens for split, tokens in meta["tokens"].items())
+
+
+def check_shards(folder: Path, part: Part, progress: dict[str, Any], width: int) -> None:
+    """Set the progress back to the first shard that is missing or not whole."""
+    for number, (tokens, _) in enumerate(progress["shards"]):
+        path = folder / part.name(number)
+        if not path.is_file() or path.stat().st_size != tokens * width:
+            progress["shards"], progress["starts"] = (
+                progress["shards"][:number],
+                progress["starts"][: number + 1],
+            )
+            return
+
+
+def write_part(
+    folder: Path,
+    source: Source,
+    tokenizer: Tokenizer,
+    part: Part,
+    progress: dict[str, Any],
+    workers: int,
+) -> None:
+    """Write the shards of a part from the first missing one on."""
+    settings, shards, starts = progress["settings"], progress["shards"], progress["starts"]
+    limit = np.inf if settings["max_tokens"] is None else np.ptp(share(settings["max_tokens"], part))
+    first, document, skipped = starts[-1]
+    pieces = from_document(source.pieces(first, share(len(source), part)[1]), document)
+    file, token = first, 0  # where a piece begins
+    total, before = sum(tokens for tokens, _ in shards), source.done()
+    temporary = folder / f"{part.label()}shard.tmp"
+
+    def share_done() -> float:
+        of_text = (source.done() - before) * part.of
+        return max(of_text, 0 if limit == np.inf else total / limit)
+
+    def end_shard(next_start: list[int] | None) -> None:
+        out.flush()
+        os.fsync(out.fileno())
+        out.close()
+        os.replace(temporary, folder / part.name(len(shards)))
+        shards.append(here)
+        starts.extend([next_start] if next_start else [])
+        write_json(folder / part.progress(), progress)
+
+    here = [0, 0]  # tokens of the shard, and bytes of text
+    out = open(temporary, "wb")
+    try:
+        with (
+            token_bar(share_done) as advance,
+            closing(encode_in_order(pieces, tokenizer, workers)) as encoded,
+        ):
+            for piece, ids in encoded:
+                if piece.file != file:
+                    file, document, token = piece.file, 0, 0
+                at = min(skipped, len(ids))  # is in the shard before
+                skipped -= at
+                while at < len(ids) and total < limit:
+                    count = int(min(len(ids) - at, settings["shard_tokens"] - here[0], limit - total))
+                    out.write(ids[at : at + count].tobytes())
+                    here[0] += count
+                    here[1] += bytes_of(tokenizer, piece, ids, at, count)
+                    total, at = total + count, at + count
+                    advance(count)
+                    if here[0] == settings["shard_tokens"]:
+                        end_shard([file, document, token + at])
+                        here, out = [0, 0], open(temporary, "wb")
+                if total >= limit:
+                    break
+                document, token = (document + 1, 0) if piece.ends else (document, token + len(ids))
+        if here[0]:
+            end_shard(None)
+        else:
+            progress["starts"] = starts[: len(shards)]
+            write_json(folder / part.progress(), progress)
+    finally:
+        out.close()
+        temporary.unlink(missing_ok=True)
+
+
+def from_document(pieces: Iterable[Piece], document: int) -> Iterator[Piece]:
+    """The pieces without those of the first documents."""
+    for piece in pieces:
+        if document <= 0:
+            yield piece
+        document -= piece.ends
+
+
+def bytes_of(tokenizer: Tokenizer, piece: Piece, ids: np.ndarray, at: int, count: int) -> int:
+    """The bytes of text in `count` ids of a piece from `at` on."""
+    if count == len(ids):
+        return text_bytes(piece.text)
+    some = ids[at : at + count]
+    return len(tokenizer.decode_bytes(some[some != tokenizer.end_of_text].tolist()))
+
+
+def finish(folder: Path, tokenizer: Tokenizer, part: Part, about: str) -> None:
+    """Write meta.json where all parts are done. Raises UserError where the text is too short."""
+    parts = [Part(number, part.of) for number in range(1, part.of + 1)]
+    progress = [read_json(folder / each.progress()) for each in parts]
+    left = sum(not each or len(each["starts"]) > len(each["shards"]) for each in progress)
+    if left:
+        print(f"part {part.number} of {part.of} is done; {left} to go")
+        return
+    shards = [shard for each in progress for shard in each["shards"]]
+    tokens, text = (sum(column) for column in zip(*shards, strict=True)) if shards else (0, 0)
+    val = shards[0] if progress[0]["shards"] else [0, 0]
+    if tokens < 2:
+        raise UserError("the text is too short: nothing is left for val; give a longer one")
+    if val[0] > tokens / 10:
+        val = shorten_val(folder, tokenizer, parts[0], max(1, tokens // 10))
+    sums = {"train": tokens - val[0], "val": val[0]}
+    bytes_ = {"train": text - val[1], "val": val[1]}
+    write_meta(folder, tokenizer, sums, bytes_, source=about)
+    for split, count in sums.items():
+        files = len(list(folder.glob(f"{split}_*.bin")))
+        print(f"{folder}: {count:,} tokens of {split} in {files} file{'s' if files > 1 else ''}")
+
+
+def shorten_val(folder: Path, tokenizer: Tokenizer, part: Part, tokens: int) -> list[int]:
+    """Leave the first so many tokens in val, and make the rest of it the first of train; returns them and
+    their bytes of text."""
+    path, dtype = folder / part.name(0), dtype_of(tokenizer)
+    train = path.with_name(path.name.replace("val", "train", 1))
+    text = 0
+    with open(path, "rb") as file:
+        for name, until in ((path, tokens), (train, np.inf)):
+            with open(name.with_suffix(".tmp"), "wb") as out:
+                while len(ids := np.fromfile(file, dtype, int(min(until, 10**6)))):
+                    until -= len(ids)
+                    ids.tofile(out)
+                    if name == path:
+                        text += len(tokenizer.decode_bytes(ids[ids != tokenizer.end_of_text].tolist()))
+                out.flush()
+                os.fsync(out.fileno())
+    for name in (train, path):  # in this order: val as it was begins anew, a train without it does not
+        os.replace(name.with_suffix(".tmp"), name)
+    return [tokens, text]

@@ -1,0 +1,253 @@
+"""Your own text as a dataset: python data/text/prepare.py --input notes/ --name mybook
+
+Files, folders and globs of .txt, .md, .jsonl, .csv and .parquet, all but the last also as .gz or .zst, and
+stdin by --input -. Each file of text is a document, or several with <|endoftext|> between them; so is each
+row of the others. It writes data/mybook and says which two commands come next.
+"""
+
+import argparse
+import math
+import os
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from itertools import islice
+from pathlib import Path
+from runpy import run_path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import numpy as np
+
+from data.documents import READERS, Corpus, Piece, find_files
+from data.draws import shuffled
+from data.meta import DATA, read_meta
+from data.source import argument_parser, named_tokenizer
+from data.tokenizer import (
+    BPETokenizer,
+    CharTokenizer,
+    GPT2Tokenizer,
+    Tokenizer,
+    code_points,
+    library_file,
+    train_bpe,
+)
+from data.writer import encode_in_order, full_disk_told, make_room, text_bytes, token_bar, write_dataset
+from errors import UserError, one_line_errors
+
+BPE_SAMPLE = 200_000_000  # bytes of files from which a tokenizer learns
+SPLIT_KEYS = np.random.SeedSequence(1337).generate_state(6, np.uint64)
+# up to so many bytes of train: layers, heads, width, block, sequences and micro-steps of a step, epochs
+SIZES = (
+    (100_000, 2, 2, 64, 128, 4, 1, 8),
+    (5_000_000, 4, 4, 128, 256, 4, 1, 4),
+    (50_000_000, 6, 6, 384, 256, 16, 1, 3),
+    (1_000_000_000, 8, 8, 512, 512, 16, 4, 2),
+    (math.inf, 12, 12, 768, 1024, 12, 40, 1),
+)
+
+
+class Survey(NamedTuple):
+    """What a first reading finds: enough to choose what is val, and the vocabulary of characters."""
+
+    sizes: list[int]  # characters of each document; of the first ones, where there are many
+    chars: str  # all characters, sorted; "" where nobody asked
+
+
+def survey(corpus: Corpus, enough: int, want_chars: bool) -> Survey:
+    """Read the corpus, or so many documents where only their number matters. Raises UserError."""
+    seen = np.zeros(0x110000, bool)
+    sizes, size = [], 0
+    for piece in corpus.pieces():
+        if want_chars:
+            seen[code_points(piece.text)] = True
+        size += len(piece.text)
+        if piece.ends:
+            sizes += [size] * (len(sizes) < enough)
+            size = 0
+            if len(sizes) == enough and not want_chars:
+                break
+    if not sizes:
+        others = " and the others" if len(corpus) > 1 else ""
+        raise UserError(f"there is no text in {corpus.files[0]}{others}; give --input with some")
+    return Survey(sizes, "".join(map(chr, np.flatnonzero(seen))))
+
+
+def val_documents(sizes: list[int], val_fraction: float, enough: int) -> Iterator[bool]:
+    """Whether each document is val, in their order, from a first one to one that never comes."""
+    if len(sizes) * val_fraction < 1:  # few: the one whose size is the nearest
+        wanted = sum(sizes) * val_fraction
+        nearest = min(range(len(sizes)), key=lambda i: abs(sizes[i] - wanted))
+        yield from (i == nearest for i in range(len(sizes) + 1))
+        return
+    end = len(sizes) if len(sizes) < enough else 1 << 32
+    for first in range(0, end, 4096):
+        documents = np.arange(first, min(first + 4096, end))
+        yield from shuffled(documents, end, SPLIT_KEYS) < min(end - 1, round(end * val_fraction))
+    yield False
+
+
+def in_two(pieces: Iterable[Piece], place: int) -> Iterator[Piece]:
+    """One document as two: the first `place` characters of it, and the rest."""
+    for piece in pieces:
+        if 0 < place <= len(piece.text):
+            yield piece._replace(text=piece.text[:place], ends=True)
+            piece, place = piece._replace(text=piece.text[place:]), 0
+        yield piece
+        place -= len(piece.text)
+
+
+def make_tokenizer(name: str, found: Survey, train: Iterable[str]) -> Tokenizer:
+    """char, bpe:SIZE, or what named_tokenizer knows; `train` is what a byte-pair encoding learns from."""
+    kind, _, size = name.partition(":")
+    if kind == "char":
+        return CharTokenizer(found.chars, ends=len(found.sizes) > 1)
+    if kind == "bpe":
+        if not size.isdigit() or not 257 < int(size) < 1 << 31:
+            raise UserError(f"--tokenizer {name} names no size; write bpe:4096, or another above 257")
+        tokenizer = train_bpe(train, int(size))
+        if tokenizer.vocab_size < int(size):
+            print(f"note: the text has no more than {tokenizer.vocab_size:,} tokens to join")
+        return tokenizer
+    return named_tokenizer(name)
+
+
+def with_split(
+    pairs: Iterable[tuple[Piece, Any]], is_val: Iterator[bool]
+) -> Iterator[tuple[str, Piece, Any]]:
+    """The pairs of a piece and something with the split of their document before them."""
+    val = next(is_val)
+    for piece, something in pairs:
+        yield "val" if val else "train", piece, something
+        if piece.ends:
+            val = next(is_val)
+
+
+def prepare(corpus: Corpus, folder: Path, tokenizer: str, val_fraction: float, workers: int) -> Tokenizer:
+    """Write the dataset of a corpus; returns its tokenizer. Raises UserError, and MachineError where the disk
+    takes no more."""
+    enough = math.ceil(10 / val_fraction)
+    found = survey(corpus, enough, want_chars=tokenizer == "char")
+    alone = len(found.sizes) == 1
+
+    def pieces() -> Iterable[Piece]:
+        return in_two(corpus.pieces(), int(found.sizes[0] * (1 - val_fraction))) if alone else corpus.pieces()
+
+    def is_val() -> Iterator[bool]:
+        return iter((False, True, False)) if alone else val_documents(found.sizes, val_fraction, enough)
+
+    size = sum(os.path.getsize(path) for path in corpus.files)
+    every_piece = with_split(((piece, None) for piece in pieces()), is_val())
+    train = (piece.text for split, piece, _ in every_piece if split == "train")
+    made = make_tokenizer(tokenizer, found, islice(train, 0, None, math.ceil(size / BPE_SAMPLE)))
+    if made.vocab_size > 1 << 16:
+        print(f"note: {made.vocab_size:,} ids are too many for 2 bytes; each takes 4 on disk (uint32)")
+    about = ", ".join(map(str, corpus.files[:20]))
+    with write_dataset(folder, made, source=about) as add, token_bar(corpus.done) as advance:
+        for split, piece, ids in with_split(encode_in_order(pieces(), made, workers), is_val()):
+            add(split, ids, text_bytes(piece.text))
+            advance(len(ids))
+    if isinstance(made, BPETokenizer):  # for other programs; ours read meta.json
+        (folder / "tokenizer.json").write_text(library_file(made), encoding="utf-8")
+    return made
+
+
+def next_commands(folder: Path, name: str, tokenizer: Tokenizer) -> tuple[str, str]:
+    """How to train on the dataset, with settings that fit its size, and to sample."""
+    meta = read_meta(folder)
+    tokens, size = meta["tokens"], next(row for row in SIZES if meta["bytes"]["train"] <= row[0])
+    names = ("n_layer", "n_head", "n_embd", "block_size", "batch_size", "gradient_accumulation_steps")
+    flags = dict(zip(names, size[1:7], strict=True))
+    while flags["block_size"] >= min(tokens.values()) and flags["block_size"] > 1:
+        flags["block_size"] //= 2
+    a_step = flags["block_size"] * flags["batch_size"] * flags["gradient_accumulation_steps"]
+    flags["max_iters"] = max(100, round(size[7] * tokens["train"] / a_step / 100) * 100)
+    flags["eval_interval"] = max(50, flags["max_iters"] // 10)
+    config = "train_own_text"
+    if isinstance(tokenizer, GPT2Tokenizer):
+        config, longest = "finetune_own_text", 1 << (min(tokens.values()) - 1).bit_length() - 1
+        flags = {"block_size": min(1024, max(1, longest))}
+    own = run_path(str(DATA.parent / "config" / f"{config}.py"))
+    flags = {"dataset": name, "out_dir": f"out-{Path(name).name}", **flags}
+    chosen = [f"--{key}={shlex.quote(str(value))}" for key, value in flags.items() if value != own[key]]
+    sample = f"python sample.py --out_dir={shlex.quote(flags['out_dir'])}"
+    return " ".join([f"python train.py config/{config}.py", *chosen]), sample
+
+
+def options() -> argparse.Namespace:
+    """The command line, checked. Raises UserError."""
+    parser = argument_parser(sys.argv[0], __doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--input", nargs="+", required=True, metavar="PATH", help="files, folders, globs; - is stdin")
+    add("--name", metavar="NAME", help="the dataset becomes data/NAME")
+    add("--tokenizer", default="char", help="char (default), byte, gpt2, bpe:4096, or another dataset's name")
+    add(
+        "--val_fraction",
+        type=float,
+        default=0.1,
+        help="of documents, or the end of one (default: 0.1)",
+    )
+    add("--field", default="text", metavar="NAME", help="of JSON lines and tables (default: text)")
+    add(
+        "--strip_lines",
+        action="append",
+        metavar="REGEX",
+        help="leave out lines that have it",
+    )
+    add("--encoding", default="utf-8", help="of the files (default: utf-8)")
+    add("--errors", default="strict", choices=("strict", "replace"), help="replace: U+FFFD for what is not")
+    add("--format", choices=sorted({kind[1:] for kind in READERS}), help="of all files, whatever their names")
+    add("--workers", type=int, default=os.cpu_count(), metavar="N", help="threads (default: the cores)")
+    add("--overwrite", action="store_true", help="write anew what is there")
+    args = parser.parse_args()
+    if args.output == Path(sys.argv[0]).resolve().parent:
+        if not args.name:
+            parser.error("--name is missing")
+        if not re.fullmatch(r"[\w.-]+", args.name) or args.name.startswith("."):
+            raise UserError(f"--name {args.name!r} is no name of a folder; use letters, digits, _ and -")
+        args.output = DATA / args.name
+    if (args.output / "prepare.py").exists():
+        raise UserError(f"{args.output} is a dataset of its own; choose another --name")
+    if not 0 < args.val_fraction < 1:
+        raise UserError(
+            f"--val_fraction {args.val_fraction} leaves nothing for train or val, which every run measures "
+            "itself on; give one above 0 and below 1, such as 0.1"
+        )
+    try:
+        "".encode(args.encoding)
+    except LookupError:
+        raise UserError(f"--encoding {args.encoding} is not known; try utf-8, latin-1 or utf-16") from None
+    try:
+        any_of = "|".join(f"(?:{one})" for one in args.strip_lines or ())
+        args.strip_lines = re.compile(any_of) if any_of else None
+    except re.error as error:
+        raise UserError(f"--strip_lines {args.strip_lines}: {error}; mend the regular expression") from None
+    return args
+
+
+def main() -> None:
+    args = options()
+    make_room(args.output, args.overwrite)
+    stdin = args.output / "stdin"
+    try:
+        if "-" in args.input:
+            with full_disk_told(args.output, "nothing there was changed"), open(stdin, "wb") as file:
+                shutil.copyfileobj(sys.stdin.buffer, file, 1 << 20)
+        files = find_files(str(stdin) if word == "-" else word for word in args.input)
+        corpus = Corpus(files, args.field, args.encoding, args.errors, args.strip_lines, args.format)
+        tokenizer = prepare(corpus, args.output, args.tokenizer, args.val_fraction, max(1, args.workers))
+    finally:
+        stdin.unlink(missing_ok=True)
+        with suppress(OSError):  # a folder with nothing in it would look like a dataset
+            args.output.rmdir()
+    name = args.name or os.path.relpath(args.output)
+    print("next:", *next_commands(args.output, name, tokenizer), sep="\n  ")
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()
