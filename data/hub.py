@@ -75,6 +75,7 @@ def prepare_shards(about: str, dataset: str | None = None, config: str | None = 
     """The whole of a prepare.py that writes shards; without `dataset`, one is named by its options."""
     parser = shard_options(about, dataset, config)
     args = parser.parse_args()
+    tokenizer = named_tokenizer(args.tokenizer)
     if args.input:
         text: Corpus | HubText = Corpus(find_files(args.input), field=args.field)
         about = ", ".join(args.input)
@@ -87,7 +88,6 @@ def prepare_shards(about: str, dataset: str | None = None, config: str | None = 
     if dataset is None and folder == Path(sys.argv[0]).resolve().parent:
         name = args.dataset or Path(args.input[0]).stem
         folder = DATA / re.sub(r"\W+", "_", "_".join(filter(None, (name, args.config)))).strip("_").lower()
-    tokenizer = named_tokenizer(args.tokenizer)
     settings = (args.shard_tokens, args.max_tokens, max(1, args.workers), args.shard)
     try:
         write_shards(folder, text, tokenizer, *settings, overwrite=args.overwrite, about=about)

@@ -6,6 +6,8 @@ progress.json tells where in the text each shard begins.
 
 import json
 import os
+import re
+import sys
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import closing, suppress
@@ -97,6 +99,7 @@ def write_shards(
     with full_disk_told(folder, KEPT):
         (folder / "meta.json").unlink(missing_ok=True)  # a shard is missing
         check_shards(folder, part, progress, dtype_of(tokenizer).itemsize)
+        write_json(folder / part.progress(), progress)  # the shards to come are this text's
         if len(progress["starts"]) > len(progress["shards"]):
             write_part(folder, source, tokenizer, part, progress, workers)
         finish(folder, tokenizer, part, about)
@@ -112,20 +115,26 @@ def begin_or_go_on(
 ) -> dict[str, Any]:
     """The progress of a part: its settings; of each finished shard its tokens and their bytes of text; and
     file, document and token where each of them starts, and the next, where there is one. Raises UserError."""
-    begun = {path.name: read_json(path) for path in folder.glob("progress*.json")}
-    same = [name for name, progress in begun.items() if progress.get("settings") == settings]
+    begun = {path: read_json(path) for path in folder.glob("progress*.json")}
+    same = [path.name for path, progress in begun.items() if progress.get("settings") == settings]
+    shards = [path for path in dataset_files(folder) if path.suffix == ".bin"]
     if overwrite:
-        others = [name.removeprefix("progress_")[:6] for name in same if name != part.progress()]
+        others = {name.removeprefix("progress") for name in same if name != part.progress()}
         for path in dataset_files(folder):
-            if not any(f"_{label}" in path.name for label in others):  # other machines' parts of the same
+            label = "".join(re.findall(r"_\d{5}(?=[_.])", path.name))
+            if f"{label}.json" not in others:  # those are other machines' parts of the same
                 path.unlink()
-    elif dataset_files(folder) and (not begun or len(same) < len(begun)):
+    elif shards and (not begun or len(same) < len(begun)):
         raise UserError(
             f"{folder} has another dataset, or one made with other options; go on with those, choose another "
             "--output, or give --overwrite"
         )
     elif part.progress() in same:
-        return begun[part.progress()]
+        return begun[folder / part.progress()]
+    else:
+        for path in begun:  # what came to nothing
+            if path.name not in same:
+                path.unlink()
     return {"settings": settings, "shards": [], "starts": [[first_file, 0, 0]]}
 
 
@@ -160,69 +169,83 @@ def check_shards(folder: Path, part: Part, progress: dict[str, Any], width: int)
             return
 
 
+class ShardWriter:
+    """Appends ids to the shard at hand. A finished one appears whole, and then stands in progress.json."""
+
+    def __init__(self, folder: Path, part: Part, progress: dict[str, Any]) -> None:
+        self.folder, self.part, self.progress = folder, part, progress
+        self.temporary = folder / f"{part.label()}shard.tmp"
+        self.begin()
+
+    def begin(self) -> None:
+        self.tokens = self.text = 0
+        self.file = open(self.temporary, "wb")
+
+    def room(self) -> int:
+        """How many ids the shard still takes."""
+        return self.progress["settings"]["shard_tokens"] - self.tokens
+
+    def add(self, ids: np.ndarray, text: int) -> None:
+        """Append ids that stand for so many bytes of text."""
+        self.file.write(ids.tobytes())
+        self.tokens += len(ids)
+        self.text += text
+
+    def end(self, *next_start: list[int]) -> None:
+        """Finish the shard, if there is anything in it; where the next one starts, if there is one."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        if self.tokens:
+            os.replace(self.temporary, self.folder / self.part.name(len(self.progress["shards"])))
+            self.progress["shards"].append([self.tokens, self.text])
+        done = len(self.progress["shards"])
+        self.progress["starts"] = [*self.progress["starts"][:done], *next_start]
+        write_json(self.folder / self.part.progress(), self.progress)
+
+    def close(self) -> None:
+        self.file.close()
+        self.temporary.unlink(missing_ok=True)
+
+
 def write_part(
-    folder: Path,
-    source: Source,
-    tokenizer: Tokenizer,
-    part: Part,
-    progress: dict[str, Any],
-    workers: int,
+    folder: Path, source: Source, tokenizer: Tokenizer, part: Part, progress: dict[str, Any], workers: int
 ) -> None:
     """Write the shards of a part from the first missing one on."""
-    settings, shards, starts = progress["settings"], progress["shards"], progress["starts"]
-    limit = np.inf if settings["max_tokens"] is None else np.ptp(share(settings["max_tokens"], part))
-    first, document, skipped = starts[-1]
-    pieces = from_document(source.pieces(first, share(len(source), part)[1]), document)
-    file, token = first, 0  # where a piece begins
-    total, before = sum(tokens for tokens, _ in shards), source.done()
-    temporary = folder / f"{part.label()}shard.tmp"
+    max_tokens = progress["settings"]["max_tokens"] or sys.maxsize
+    limit = share(max_tokens, part)[1] - share(max_tokens, part)[0]
+    left = limit - sum(tokens for tokens, _ in progress["shards"])
+    file, document, skipped = progress["starts"][-1]
+    token = 0  # where in its document the next piece begins
+    pieces = from_document(source.pieces(file, share(len(source), part)[1]), document)
+    before = source.done()
 
     def share_done() -> float:
-        of_text = (source.done() - before) * part.of
-        return max(of_text, 0 if limit == np.inf else total / limit)
+        return max((source.done() - before) * part.of, 1 - left / limit)
 
-    def end_shard(next_start: list[int] | None) -> None:
-        out.flush()
-        os.fsync(out.fileno())
-        out.close()
-        os.replace(temporary, folder / part.name(len(shards)))
-        shards.append(here)
-        starts.extend([next_start] if next_start else [])
-        write_json(folder / part.progress(), progress)
-
-    here = [0, 0]  # tokens of the shard, and bytes of text
-    out = open(temporary, "wb")
+    out = ShardWriter(folder, part, progress)
     try:
-        with (
-            token_bar(share_done) as advance,
-            closing(encode_in_order(pieces, tokenizer, workers)) as encoded,
-        ):
+        encoding = closing(encode_in_order(pieces, tokenizer, workers))
+        with token_bar(share_done) as advance, encoding as encoded:
             for piece, ids in encoded:
                 if piece.file != file:
                     file, document, token = piece.file, 0, 0
-                at = min(skipped, len(ids))  # is in the shard before
+                at = min(skipped, len(ids))  # so much of it is in the shard before
                 skipped -= at
-                while at < len(ids) and total < limit:
-                    count = int(min(len(ids) - at, settings["shard_tokens"] - here[0], limit - total))
-                    out.write(ids[at : at + count].tobytes())
-                    here[0] += count
-                    here[1] += bytes_of(tokenizer, piece, ids, at, count)
-                    total, at = total + count, at + count
+                while at < len(ids) and left:
+                    count = min(len(ids) - at, out.room(), left)
+                    out.add(ids[at : at + count], bytes_of(tokenizer, piece, ids, at, count))
+                    at, left = at + count, left - count
                     advance(count)
-                    if here[0] == settings["shard_tokens"]:
-                        end_shard([file, document, token + at])
-                        here, out = [0, 0], open(temporary, "wb")
-                if total >= limit:
+                    if not out.room():
+                        out.end([file, document, token + at])
+                        out.begin()
+                if not left:
                     break
                 document, token = (document + 1, 0) if piece.ends else (document, token + len(ids))
-        if here[0]:
-            end_shard(None)
-        else:
-            progress["starts"] = starts[: len(shards)]
-            write_json(folder / part.progress(), progress)
+        out.end()
     finally:
         out.close()
-        temporary.unlink(missing_ok=True)
 
 
 def from_document(pieces: Iterable[Piece], document: int) -> Iterator[Piece]:

@@ -4,10 +4,12 @@ import argparse
 import contextlib
 import io
 import os
+import runpy
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,7 +32,8 @@ MODERN = (
     "--embedding_lr=0.03", "--lr_schedule=wsd", "--sampling=epochs",
 )  # fmt: skip
 
-ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's client is imported
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 torch.set_num_threads(1)  # tiny models gain nothing from more, and suffer on a busy machine
 
 
@@ -55,6 +58,21 @@ def train_here(*flags: object) -> str:
     with contextlib.redirect_stdout(printed):
         train(read_settings(TrainConfig, [str(flag) for flag in flags]))
     return printed.getvalue()
+
+
+def prepare_here(script: str, *words: object) -> subprocess.CompletedProcess:
+    """Run a prepare.py within this process, which spares a start."""
+    out, err = io.StringIO(), io.StringIO()
+    status: Any = 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [str(REPO / script), *map(str, words)])
+        patch.setattr(sys, "path", list(sys.path))
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                runpy.run_path(str(REPO / script), run_name="__main__")
+            except SystemExit as end:
+                status = end.code
+    return subprocess.CompletedProcess(words, status, out.getvalue(), err.getvalue())
 
 
 def torchrun(ranks: int, *words: object, options: tuple[str, ...] = ("--standalone",)) -> list[str]:
