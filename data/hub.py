@@ -4,7 +4,6 @@ Read as a stream by Hugging Face's `datasets`: the disk holds nothing but the sh
 """
 
 import argparse
-import os
 import re
 import sys
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from typing import Any
 from data.documents import Corpus, Piece, find_files, not_blank, row_pieces
 from data.meta import DATA
 from data.shards import Part, write_shards
-from data.source import argument_parser, named_tokenizer
+from data.source import named_tokenizer, text_parser
 from errors import MachineError, UserError
 
 
@@ -98,32 +97,17 @@ def prepare_shards(about: str, dataset: str | None = None, config: str | None = 
 
 def shard_options(about: str, dataset: str | None, config: str | None) -> argparse.ArgumentParser:
     """The options of those prepare.py."""
-    parser = argument_parser(sys.argv[0], about)
+    parser = text_parser(sys.argv[0], about, "instead of the hub: files, folders, globs")
     add = parser.add_argument
-    add(
-        "--input",
-        nargs="+",
-        metavar="PATH",
-        help="instead of the hub: .jsonl, .parquet, .csv, .txt, folders, globs",
-    )
     if dataset is None:
         add("--dataset", metavar="NAME", help="of the hub, such as Salesforce/wikitext, or a folder")
     parser.set_defaults(dataset=dataset)
     add("--config", default=config, metavar="NAME", help=f"which of its configurations (default: {config})")
     add("--split", default="train", metavar="NAME", help="which of its splits is read (default: train)")
-    add("--field", default="text", metavar="NAME", help="the column of the text (default: text)")
     add("--tokenizer", default="gpt2", help="gpt2 (default), byte, or a dataset whose tokenizer to take")
     add("--max_tokens", type=whole_number, metavar="N", help="stop after so many, such as 1e9 (default: all)")
     add("--shard_tokens", type=whole_number, default=10**8, metavar="N", help="ids of a file (default: 1e8)")
     add("--shard", type=part, default=Part(), metavar="I/N", help="this machine does part I of N, from 1 on")
-    add(
-        "--workers",
-        type=int,
-        default=os.cpu_count(),
-        metavar="N",
-        help="threads (default: one for each core)",
-    )
-    add("--overwrite", action="store_true", help="write anew what is there")
     return parser
 
 

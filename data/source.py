@@ -33,6 +33,22 @@ def argument_parser(script: str, about: str, input_help: str | None = None) -> a
     return parser
 
 
+def text_parser(script: str, about: str, input_help: str) -> argparse.ArgumentParser:
+    """Those of one that takes text of any kind."""
+    parser = argument_parser(script, about)
+    add = parser.add_argument
+    add("--input", nargs="+", metavar="PATH", help=input_help)
+    add("--field", default="text", metavar="NAME", help="of JSON lines, or column of tables (default: text)")
+    add("--workers", type=int, default=cores(), metavar="N", help="threads (default: the cores)")
+    add("--overwrite", action="store_true", help="write anew what is there")
+    return parser
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def named_tokenizer(name: str) -> Tokenizer:
     """gpt2, byte, or the tokenizer of a dataset, by its name or folder. Raises UserError."""
     if name in ("gpt2", "byte"):

@@ -26,7 +26,7 @@ import numpy as np
 from data.documents import READERS, Corpus, Piece, find_files
 from data.draws import shuffled
 from data.meta import DATA, read_meta
-from data.source import argument_parser, named_tokenizer
+from data.source import named_tokenizer, text_parser
 from data.tokenizer import (
     BPETokenizer,
     CharTokenizer,
@@ -41,14 +41,13 @@ from errors import UserError, one_line_errors
 
 BPE_SAMPLE = 200_000_000  # bytes of files from which a tokenizer learns
 SPLIT_KEYS = np.random.SeedSequence(1337).generate_state(6, np.uint64)
-# up to so many bytes of train: layers, heads, width, block, sequences and micro-steps of a step, epochs
+# below so many bytes of train: layers, heads, width, block, sequences and micro-steps of a step, epochs
 SIZES = (
     (100_000, 2, 2, 64, 128, 4, 1, 8),
     (5_000_000, 4, 4, 128, 256, 4, 1, 4),
     (50_000_000, 6, 6, 384, 256, 16, 1, 3),
     (1_000_000_000, 8, 8, 512, 512, 16, 4, 2),
-    (math.inf, 12, 12, 768, 1024, 12, 40, 1),
-)
+)  # and more is for train_gpt2_modern
 
 
 class Survey(NamedTuple):
@@ -159,51 +158,45 @@ def prepare(corpus: Corpus, folder: Path, tokenizer: str, val_fraction: float, w
 def next_commands(folder: Path, name: str, tokenizer: Tokenizer) -> tuple[str, str]:
     """How to train on the dataset, with settings that fit its size, and to sample."""
     meta = read_meta(folder)
-    tokens, size = meta["tokens"], next(row for row in SIZES if meta["bytes"]["train"] <= row[0])
-    names = ("n_layer", "n_head", "n_embd", "block_size", "batch_size", "gradient_accumulation_steps")
-    flags = dict(zip(names, size[1:7], strict=True))
-    while flags["block_size"] >= min(tokens.values()) and flags["block_size"] > 1:
-        flags["block_size"] //= 2
-    a_step = flags["block_size"] * flags["batch_size"] * flags["gradient_accumulation_steps"]
-    flags["max_iters"] = max(100, round(size[7] * tokens["train"] / a_step / 100) * 100)
-    flags["eval_interval"] = max(50, flags["max_iters"] // 10)
-    config = "train_own_text"
-    if isinstance(tokenizer, GPT2Tokenizer):
-        config, longest = "finetune_own_text", 1 << (min(tokens.values()) - 1).bit_length() - 1
-        flags = {"block_size": min(1024, max(1, longest))}
-    own = run_path(str(DATA.parent / "config" / f"{config}.py"))
-    flags = {"dataset": name, "out_dir": f"out-{Path(name).name}", **flags}
-    chosen = [f"--{key}={shlex.quote(str(value))}" for key, value in flags.items() if value != own[key]]
+    tokens, text = meta["tokens"], meta["bytes"]["train"]
+    longest = 1 << max(0, (min(tokens.values()) - 1).bit_length() - 1)  # a power of two, below both splits
+    flags: dict[str, Any] = {"dataset": name, "out_dir": f"out-{Path(name).name}"}
+    if isinstance(tokenizer, GPT2Tokenizer) and text < SIZES[-1][0]:
+        config = "finetune_own_text"
+        flags |= {"block_size": min(1024, longest)}
+    elif text < SIZES[-1][0]:
+        config = "train_own_text"
+        *shape, block_size, batch_size, micro_steps, epochs = next(row[1:] for row in SIZES if text < row[0])
+        flags |= dict(zip(("n_layer", "n_head", "n_embd"), shape, strict=True))
+        flags |= {"block_size": min(block_size, longest), "batch_size": batch_size}
+        flags |= {"gradient_accumulation_steps": micro_steps}
+        steps = epochs * tokens["train"] / (flags["block_size"] * batch_size * micro_steps)
+        flags |= {
+            "max_iters": max(100, round(steps / 100) * 100),
+            "eval_interval": max(50, round(steps / 10)),
+        }
+    else:
+        config = "train_gpt2_modern"
+    usual = run_path(str(DATA.parent / "config" / f"{config}.py"))
+    words = [f"--{key}={shlex.quote(str(value))}" for key, value in flags.items() if value != usual.get(key)]
     sample = f"python sample.py --out_dir={shlex.quote(flags['out_dir'])}"
-    return " ".join([f"python train.py config/{config}.py", *chosen]), sample
+    return " ".join([f"python train.py config/{config}.py", *words]), sample
 
 
 def options() -> argparse.Namespace:
     """The command line, checked. Raises UserError."""
-    parser = argument_parser(sys.argv[0], __doc__.splitlines()[0])
+    parser = text_parser(sys.argv[0], __doc__.splitlines()[0], "files, folders, globs; - is stdin")
     add = parser.add_argument
-    add("--input", nargs="+", required=True, metavar="PATH", help="files, folders, globs; - is stdin")
     add("--name", metavar="NAME", help="the dataset becomes data/NAME")
     add("--tokenizer", default="char", help="char (default), byte, gpt2, bpe:4096, or another dataset's name")
-    add(
-        "--val_fraction",
-        type=float,
-        default=0.1,
-        help="of documents, or the end of one (default: 0.1)",
-    )
-    add("--field", default="text", metavar="NAME", help="of JSON lines and tables (default: text)")
-    add(
-        "--strip_lines",
-        action="append",
-        metavar="REGEX",
-        help="leave out lines that have it",
-    )
+    add("--val_fraction", type=float, default=0.1, help="of documents, or the end of one (default: 0.1)")
+    add("--strip_lines", action="append", metavar="REGEX", help="leave out lines that have it; repeatable")
     add("--encoding", default="utf-8", help="of the files (default: utf-8)")
     add("--errors", default="strict", choices=("strict", "replace"), help="replace: U+FFFD for what is not")
-    add("--format", choices=sorted({kind[1:] for kind in READERS}), help="of all files, whatever their names")
-    add("--workers", type=int, default=os.cpu_count(), metavar="N", help="threads (default: the cores)")
-    add("--overwrite", action="store_true", help="write anew what is there")
+    add("--format", choices=sorted(kind[1:] for kind in READERS), help="of all files, whatever their names")
     args = parser.parse_args()
+    if not args.input:
+        parser.error("--input is missing")
     if args.output == Path(sys.argv[0]).resolve().parent:
         if not args.name:
             parser.error("--name is missing")
