@@ -50,7 +50,15 @@ class Corpus:
     strip: re.Pattern[str] | None = None  # lines in which it is found are left out
     format: str | None = None  # of all files, such as jsonl; None: what their names say
 
-    at: float = 0.0  # bytes of the files read so far
+    def __post_init__(self) -> None:
+        """Raises UserError where a file is not to be read."""
+        self.at = 0  # bytes of the files read so far
+        self.sizes = []
+        for path in self.files:
+            try:
+                self.sizes.append(os.stat(path).st_size)
+            except OSError as error:
+                raise UserError(f"{path} cannot be read ({error.strerror}); see its permissions") from None
 
     def __len__(self) -> int:
         return len(self.files)
@@ -58,27 +66,32 @@ class Corpus:
     def pieces(self, first: int = 0, end: int | None = None) -> Iterator[Piece]:
         """All documents that are not blank, in the order of the files first..end-1. Raises UserError that
         names the file and, where it is known, the place."""
+        self.at = sum(self.sizes[:first])
         for number, path in enumerate(self.files[first:end], first):
-            kind = f".{self.format}" if self.format else kind_of(path)
-            before = self.at = float(sum(os.path.getsize(path) for path in self.files[:number]))
+            kind, before = f".{self.format}" if self.format else kind_of(path), self.at
             try:
                 for piece in not_blank(READERS.get(kind, text_pieces)(path, self)):
                     yield piece._replace(file=number)
             except (OSError, EOFError, zlib.error, csv.Error, Damaged) as error:
                 reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:120]
                 raise UserError(f"{path} cannot be read ({reason}); mend it or leave it out") from None
-            self.at = before + os.path.getsize(path)
-
-    def describe(self) -> dict[str, Any]:
-        """What tells whether it is the same text."""
-        files = [f"{path.name} {os.path.getsize(path)}" for path in self.files]
-        reading = {"field": self.field, "encoding": self.encoding, "errors": self.errors}
-        strip = self.strip.pattern if self.strip else None
-        return {"files": zlib.crc32("\n".join(files).encode()), **reading, "strip": strip}
+            self.at = before + self.sizes[number]
 
     def done(self) -> float:
         """The share of the files that has been read."""
-        return self.at / max(1, sum(os.path.getsize(path) for path in self.files))
+        return self.at / max(1, self.size)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files, as they are on disk."""
+        return sum(self.sizes)
+
+    def describe(self) -> dict[str, Any]:
+        """What tells whether it is the same text."""
+        files = [f"{path.name} {size}" for path, size in zip(self.files, self.sizes, strict=True)]
+        reading = {"field": self.field, "encoding": self.encoding, "errors": self.errors}
+        reading |= {"strip": self.strip.pattern if self.strip else None, "format": self.format}
+        return {"files": zlib.crc32("\n".join(files).encode("utf-8", "surrogateescape")), **reading}
 
 
 def find_files(inputs: Iterable[str]) -> list[Path]:
@@ -191,7 +204,7 @@ def parquet_pieces(path: Path, corpus: Corpus) -> Iterator[Piece]:
             for batch in file.iter_batches(ROWS, columns=columns):
                 for row in batch.to_pylist():
                     yield from row_pieces(row, str(path), corpus)
-                corpus.at += size * len(batch) / file.metadata.num_rows
+                corpus.at += size * len(batch) // file.metadata.num_rows
     except pyarrow.ArrowException as error:
         raise Damaged(error) from None
 
@@ -264,13 +277,15 @@ def cut(texts: Iterable[str], separator: str | None = None) -> Iterator[Piece]:
 
 
 def safe_cut(text: str) -> int:
-    """Where to cut a text whose end is not known yet: at the last space or newline that follows something
+    """Where to cut a text whose end is not known yet: before the last white space that follows something
     else; where there is none, before the last characters, which may be half a separator."""
-    place = len(text)
-    while place > 1:
-        place = max(text.rfind(" ", 0, place), text.rfind("\n", 0, place))
-        if place > 0 and not text[place - 1].isspace():
-            return place
+    before = text
+    for _ in range(100):
+        before = before[: max(map(before.rfind, " \n\t")) + 1].rstrip()
+        if not before:
+            break
+        if text[len(before)] in " \n\t":  # not one that only Python takes for white space
+            return len(before)
     return max(0, len(text) - len(END_OF_TEXT)) if len(text) > 4 * BLOCK else 0
 
 

@@ -13,7 +13,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from runpy import run_path
@@ -139,10 +139,9 @@ def prepare(corpus: Corpus, folder: Path, tokenizer: str, val_fraction: float, w
     def is_val() -> Iterator[bool]:
         return iter((False, True, False)) if alone else val_documents(found.sizes, val_fraction, enough)
 
-    size = sum(os.path.getsize(path) for path in corpus.files)
     every_piece = with_split(((piece, None) for piece in pieces()), is_val())
     train = (piece.text for split, piece, _ in every_piece if split == "train")
-    made = make_tokenizer(tokenizer, found, islice(train, 0, None, math.ceil(size / BPE_SAMPLE)))
+    made = make_tokenizer(tokenizer, found, islice(train, 0, None, math.ceil(corpus.size / BPE_SAMPLE)))
     if made.vocab_size > 1 << 16:
         print(f"note: {made.vocab_size:,} ids are too many for 2 bytes; each takes 4 on disk (uint32)")
     about = ", ".join(map(str, corpus.files[:20]))
@@ -173,7 +172,7 @@ def next_commands(folder: Path, name: str, tokenizer: Tokenizer) -> tuple[str, s
         steps = epochs * tokens["train"] / (flags["block_size"] * batch_size * micro_steps)
         flags |= {
             "max_iters": max(100, round(steps / 100) * 100),
-            "eval_interval": max(50, round(steps / 10)),
+            "eval_interval": max(50, round(steps / 100) * 10),
         }
     else:
         config = "train_gpt2_modern"
@@ -222,19 +221,30 @@ def options() -> argparse.Namespace:
     return args
 
 
+@contextmanager
+def pipes_kept(inputs: list[str], folder: Path) -> Iterator[list[str]]:
+    """The inputs with files in place of stdin (-) and other pipes, which cannot be read twice."""
+    kept = {word: folder / f"pipe{n}" for n, word in enumerate(inputs) if word == "-" or Path(word).is_fifo()}
+    try:
+        with full_disk_told(folder, "nothing there was changed"):
+            for word, path in kept.items():
+                with sys.stdin.buffer if word == "-" else open(word, "rb") as pipe, open(path, "wb") as copy:
+                    shutil.copyfileobj(pipe, copy, 1 << 20)
+        yield [str(kept.get(word, word)) for word in inputs]
+    finally:
+        for path in kept.values():
+            path.unlink(missing_ok=True)
+
+
 def main() -> None:
     args = options()
     make_room(args.output, args.overwrite)
-    stdin = args.output / "stdin"
+    reading = (args.field, args.encoding, args.errors, args.strip_lines, args.format)
     try:
-        if "-" in args.input:
-            with full_disk_told(args.output, "nothing there was changed"), open(stdin, "wb") as file:
-                shutil.copyfileobj(sys.stdin.buffer, file, 1 << 20)
-        files = find_files(str(stdin) if word == "-" else word for word in args.input)
-        corpus = Corpus(files, args.field, args.encoding, args.errors, args.strip_lines, args.format)
-        tokenizer = prepare(corpus, args.output, args.tokenizer, args.val_fraction, max(1, args.workers))
+        with pipes_kept(args.input, args.output) as inputs:
+            corpus = Corpus(find_files(inputs), *reading)
+            tokenizer = prepare(corpus, args.output, args.tokenizer, args.val_fraction, max(1, args.workers))
     finally:
-        stdin.unlink(missing_ok=True)
         with suppress(OSError):  # a folder with nothing in it would look like a dataset
             args.output.rmdir()
     name = args.name or os.path.relpath(args.output)
