@@ -19,10 +19,11 @@ TINY_SHAKESPEARE = (
 )
 
 
-def argument_parser(script: str, about: str, input_help: str) -> argparse.ArgumentParser:
-    """The options that every prepare.py has; mistakes end in one line."""
+def argument_parser(script: str, about: str, input_help: str | None = None) -> argparse.ArgumentParser:
+    """The options that every prepare.py has, --input where it reads one; mistakes end in one line."""
     parser = argparse.ArgumentParser(prog=f"python {script}", description=about)
-    parser.add_argument("--input", type=Path, metavar="PATH", help=input_help)
+    if input_help:
+        parser.add_argument("--input", type=Path, metavar="PATH", help=input_help)
     folder = Path(script).resolve().parent
     parser.add_argument(
         "--output", type=Path, default=folder, metavar="FOLDER", help="default: the script's folder"

@@ -92,6 +92,10 @@ class TokenStream:
         for begin in range(first, end, CHUNK):
             yield begin, self.windows(np.array([begin]), min(CHUNK, end - begin))[0]
 
+    def places(self, token: int) -> np.ndarray:
+        """Where that id stands, in order: (N,)."""
+        return np.concatenate([begin + np.flatnonzero(ids == token) for begin, ids in self.chunks()])
+
     @contextmanager
     def opened(self, i: int) -> Iterator[FileIO]:
         """File i, open. Raises UserError where it was changed, replaced or removed since the start."""

@@ -29,7 +29,8 @@ def test_help_and_mistakes(script, tmp_path):
         Path(s).parent.name for s in SCRIPTS
     }
     done = run(script, "--help", cwd=tmp_path)
-    assert done.returncode == 0 and "--input" in done.stdout and "--output" in done.stdout
+    generated = Path(script).parent.name in ("addition", "roman", "sequence")
+    assert done.returncode == 0 and "--output" in done.stdout and ("--input" in done.stdout) != generated
     assert_user_error(run(script, "--inputs=x", "--bogus", cwd=tmp_path), "--bogus")
 
 
