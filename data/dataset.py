@@ -130,6 +130,8 @@ def open_dataset(config: TrainConfig, splits: tuple[str, ...] = ("train", "val")
         newline = one_token("\n", parts[0].meta, "lines end with a newline, which")
     if config.loss_after is not None:
         separator = one_token(config.loss_after, parts[0].meta, "loss_after")
+        if separator == newline:
+            raise UserError("loss_after is the newline, which ends a line; choose a token within lines")
     if config.sampling == "lines":
         for part in parts:
             part.lines = {split: line_starts(stream, newline) for split, stream in part.streams.items()}
