@@ -221,7 +221,7 @@ def test_eval_counts_what_a_plain_loop_counts(lines, tmp_path, capsys):
     train_here(*TINY, *flags, "--max_iters=150", "--eval_interval=150", "--always_save_checkpoint=True")
     capsys.readouterr()
     where = {"out_dir": str(tmp_path / "out"), "device": "cpu", "dtype": "float32"}
-    found = evaluate_lines(EvalConfig(**where, batch_size=2))
+    found = evaluate_lines(EvalConfig(**where, batch_size=3))
     printed = capsys.readouterr().out.splitlines()
 
     from checkpoint import load_checkpoint, restore_model
