@@ -263,7 +263,7 @@ def train_model(
             found = None
             due = config.eval_only or step % config.eval_interval == 0 or step == config.max_iters
             if due and not (step == first and evaluated):
-                found = evaluate(model, data, config, runtime, lambda: bool(caught), trouble)
+                found = evaluate(model, data, config, runtime, lambda: bool(caught or trouble), trouble)
                 stopping = stopping or found is None
                 clock, clocked = time.perf_counter(), step
             if found:
