@@ -127,11 +127,11 @@ def open_dataset(config: TrainConfig, splits: tuple[str, ...] = ("train", "val")
     ]
     newline = separator = None
     if config.sampling == "lines" or config.loss_after is not None:
-        newline = one_token("\n", parts[0].meta, "lines end with a newline, which")
+        newline = one_token("\n", parts[0].meta, "the newline, which ends lines,")
     if config.loss_after is not None:
-        separator = one_token(config.loss_after, parts[0].meta, "loss_after")
+        separator = one_token(config.loss_after, parts[0].meta, f"the separator {config.loss_after!r}")
         if separator == newline:
-            raise UserError("loss_after is the newline, which ends a line; choose a token within lines")
+            raise UserError("the separator is the newline, which ends a line; choose a token within lines")
     if config.sampling == "lines":
         for part in parts:
             part.lines = {split: line_starts(stream, newline) for split, stream in part.streams.items()}
