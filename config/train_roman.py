@@ -1,4 +1,4 @@
-# Numbers up to 3,999 in Roman numerals, learned from 3,599 of them: 40 seconds on 2 CPU cores.
+# Numbers up to 3,999 in Roman numerals, learned from 3,599 of them: half a minute on 2 CPU cores.
 # python data/roman/prepare.py; python train.py train_roman; python eval.py --out_dir=out-roman
 
 out_dir = "out-roman"
