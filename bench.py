@@ -31,8 +31,8 @@ import torch.nn.functional as F
 import attention as attention_file
 import model as model_file
 from checkpoint import BEST, NEWEST, training_state, write_whole
-from data.meta import GPT2_META, find_dataset, read_meta
-from data.tokens import TokenStream
+from data.dataset import Dataset, Part, open_dataset
+from data.meta import GPT2_META
 from decoding import prepare, stream
 from errors import UserError, one_line_errors, writable
 from model import GPT
@@ -71,21 +71,21 @@ class RandomStream:
         return self.tokens[starts[:, None] + np.arange(length)]  # (N, length)
 
 
-def open_stream(config: BenchConfig) -> tuple[TokenStream | RandomStream, dict]:
-    """The train split of the dataset and its meta; random ids where real_data=False, or where the default
+def open_data(config: BenchConfig) -> Dataset:
+    """The train split of the dataset; random ids where real_data=False, or where the default
     dataset is not there. Raises UserError."""
     if config.real_data:
         try:
-            folder = find_dataset(config.dataset)
-            meta = read_meta(folder)
-            return TokenStream(folder, "train", meta, config.block_size), meta
+            return open_dataset(config, ("train",))
         except UserError as error:
             if config.dataset != BenchConfig.dataset:
                 raise UserError(
                     f"{error}; or --real_data=False, for random ids of GPT-2's vocabulary"
                 ) from None
     print("data     random ids of GPT-2's vocabulary")
-    return RandomStream(GPT2_META["vocab_size"], 1_000_000 + config.block_size), GPT2_META
+    stream = RandomStream(GPT2_META["vocab_size"], 1_000_000 + config.block_size)
+    lines = {"train": np.arange(0, 1_000_000, config.block_size)}
+    return Dataset([Part("random ids", 1.0, Path(), GPT2_META, {"train": stream}, lines)])
 
 
 def synchronize(runtime: Runtime) -> None:
@@ -126,12 +126,12 @@ def ratio(theirs: list[float], ours: list[float]) -> dict[str, float]:
 
 
 def our_step(
-    config: BenchConfig, stream: Any, meta: dict, runtime: Runtime, fused: bool = True, padded: bool = True
+    config: BenchConfig, data: Dataset, runtime: Runtime, fused: bool = True, padded: bool = True
 ) -> tuple[GPT, list[torch.optim.Optimizer], Step]:
     """A model and its optimizers as train.py makes them, and train.py's step; a rung may want less."""
-    model, _ = initial_model(replace(config, init_from="scratch"), meta)
+    model, _ = initial_model(replace(config, init_from="scratch"), data.meta)
     if not padded:
-        model = GPT(replace(model.config, vocab_size=meta["vocab_size"]))
+        model = GPT(replace(model.config, vocab_size=data.meta["vocab_size"]))
     model.activation_checkpointing = config.activation_checkpointing
     optimizers = make_optimizers(model.to(runtime.device).train(), config, runtime.device.type, runtime.dtype)
     scaler = runtime.loss_scaler()
@@ -142,13 +142,13 @@ def our_step(
         betas = (config.beta1, config.beta2)
         optimizers = [torch.optim.AdamW(groups, config.learning_rate, betas, fused=False)]
     maybe_compile(model, config.compile, runtime.device, config.max_iters, print)
-    batches = step_batches(stream, config, runtime, 0)
+    batches = step_batches(data, config, runtime, 0)
 
     def step(number: int) -> None:
         nonlocal batches
 
         def read_on() -> list:
-            return step_batches(stream, config, runtime, number + 1)
+            return step_batches(data, config, runtime, number + 1)
 
         made = training_step(model, optimizers, scaler, batches, config.grad_clip, runtime, read_on)
         batches = made.following
@@ -189,13 +189,13 @@ def profile(step: Step, runtime: Runtime) -> None:
 
 def bench_step(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
     """The training step: time, speed, share of the machine's peak, memory; beside another's where asked."""
-    stream, meta = open_stream(config)
-    model, _, step = our_step(config, stream, meta, runtime)
+    data = open_data(config)
+    model, _, step = our_step(config, data, runtime)
     steps = {"ours": step}
     if config.against:
         name = "transformers" if config.against == "transformers" else Path(config.against).resolve().name
         name = "theirs" if name in ("", "ours") else name
-        steps[name] = others_step(config.against, config, stream, model.config.vocab_size, runtime)[1]
+        steps[name] = others_step(config.against, config, data, model.config.vocab_size, runtime)[1]
     times = alternate(steps, config.warmup_steps, config.bench_steps, runtime)
     memory = peak_memory(runtime)  # before the peak is measured, which takes memory of its own
 
@@ -246,8 +246,8 @@ def bench_step(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
 
 def bench_checkpoint(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
     """What training loses to a checkpoint: the step waits for the copy, and writing slows those after it."""
-    stream, meta = open_stream(config)
-    model, optimizers, step = our_step(config, stream, meta, runtime)
+    data = open_data(config)
+    model, optimizers, step = our_step(config, data, runtime)
     usual = alternate({"ours": step}, config.warmup_steps, config.bench_steps, runtime)["ours"]
     median, count = statistics.median(usual), itertools.count(config.bench_steps)
     times: dict[str, list[float]] = {"wait": [], "lost": [], "write": []}
@@ -310,7 +310,7 @@ def plain_attention(
     return F.dropout(scores.masked_fill(later, -math.inf).softmax(dim=-1), p) @ v
 
 
-def rung_step(config: BenchConfig, stream: Any, meta: dict, runtime: Runtime, on: dict[str, Any]) -> Step:
+def rung_step(config: BenchConfig, data: Dataset, runtime: Runtime, on: dict[str, Any]) -> Step:
     """train.py's step with only the improvements in `on`; the others leave model.py for its time."""
     gpt2 = {"activation": on.get("activation", "gelu_tanh"), "optimizer": "adamw", "n_kv_head": None}
     config = replace(config, compile=on.get("compile", False), **gpt2)
@@ -320,7 +320,7 @@ def rung_step(config: BenchConfig, stream: Any, meta: dict, runtime: Runtime, on
     ours = {"dropout": model_file.dropout, "causal_attention": model_file.causal_attention}
     plain = {} if on.get("dropout") or runtime.device.type == "cuda" else {"dropout": F.dropout}
     plain |= {} if on.get("attention") else {"causal_attention": plain_attention}
-    _, _, step = our_step(config, stream, meta, place, on.get("fused", False), padded)
+    _, _, step = our_step(config, data, place, on.get("fused", False), padded)
 
     def with_less(number: int) -> None:
         before = torch.get_float32_matmul_precision()
@@ -340,12 +340,12 @@ def bench_ladder(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
 
     A rung's ms are the first's over all gains so far: its own would show how busy the machine was just then.
     """
-    stream, meta = open_stream(config)
+    data = open_data(config)
     on: dict[str, Any] = {}
     rungs, below, total = [], None, 1.0
-    for name, more in ladder_rungs(config, meta, runtime):
+    for name, more in ladder_rungs(config, data.meta, runtime):
         on |= more
-        step = rung_step(config, stream, meta, runtime, dict(on))
+        step = rung_step(config, data, runtime, dict(on))
         pair = {name: step} if below is None else {"below": below, name: step}
         times = alternate(pair, config.warmup_steps, config.bench_steps, runtime)
         gain = ratio(times["below"], times[name])["median"] if below else 1.0
@@ -357,7 +357,7 @@ def bench_ladder(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
     if runtime.device.type == "cuda":
         cpu = start_runtime("cpu")
         small = replace(config, batch_size=1, compile=False)
-        seconds = alternate({"cpu": our_step(small, stream, meta, cpu)[2]}, 1, 2, cpu)["cpu"]
+        seconds = alternate({"cpu": our_step(small, data, cpu)[2]}, 1, 2, cpu)["cpu"]
         ms = statistics.median(seconds) * 1000 * config.batch_size
         print(f"{'CPU, all but compile':18} {ms:10.2f} ms for as many sequences")
         gain, total = rungs[-1]["ms"] / ms, rungs[0]["ms"] / ms
@@ -392,8 +392,8 @@ def bench_generate(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
             f"block_size={config.block_size} leaves {fit} tokens after a prompt of {PROMPT}, too few for "
             f"max_new_tokens={config.max_new_tokens or 3}; raise --block_size or lower --max_new_tokens"
         )
-    _, meta = open_stream(config)
-    model, _ = initial_model(replace(config, init_from="scratch"), meta)
+    data = open_data(config)
+    model, _ = initial_model(replace(config, init_from="scratch"), data.meta)
     vocab_size = model.config.vocab_size
     weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
     kinds = {"ours": (False, runtime.dtype.itemsize), "ours, int8": (True, 1)}  # bytes of a weight

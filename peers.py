@@ -7,11 +7,11 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from data.dataset import Dataset
 from errors import UserError
 from runtime import Runtime, maybe_compile
 from settings import BenchConfig
@@ -58,7 +58,7 @@ def others_model(against: str, config: BenchConfig, vocab_size: int) -> torch.nn
 
 
 def others_step(
-    against: str, config: BenchConfig, stream: Any, vocab_size: int, runtime: Runtime
+    against: str, config: BenchConfig, data: Dataset, vocab_size: int, runtime: Runtime
 ) -> tuple[torch.nn.Module, Step]:
     """Their model, and a training step as they do it: fp32 on CPUs, autocast and compiled on a GPU."""
     other = others_model(against, config, vocab_size).to(runtime.device).train()
@@ -72,23 +72,23 @@ def others_step(
     if on_gpu:
         maybe_compile(other, config.compile, runtime.device, config.max_iters, print)
     place = replace(runtime, dtype=runtime.dtype if on_gpu else torch.float32)
-    batches = step_batches(stream, config, runtime, 0)
+    batches = step_batches(data, config, runtime, 0)
 
     def step(number: int) -> None:
         nonlocal batches
         with as_others(runtime):
-            for x, y, _ in batches:
+            for x, y, *_ in batches:
                 with place.autocast():
                     if against == "transformers":
                         logits = other(x, use_cache=False).logits
-                        loss = F.cross_entropy(logits.flatten(0, 1), y.flatten())
+                        loss = F.cross_entropy(logits.flatten(0, 1), y.flatten(), ignore_index=-1)
                     else:
                         _, loss = other(x, y.contiguous())
                 (loss / len(batches)).backward()
             torch.nn.utils.clip_grad_norm_(other.parameters(), config.grad_clip or math.inf)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        batches = step_batches(stream, config, runtime, number + 1)  # theirs does so, too
+        batches = step_batches(data, config, runtime, number + 1)  # theirs does so, too
 
     return other, step
 

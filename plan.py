@@ -28,7 +28,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import attention as attention_file
 import model as model_file
-from data.meta import GPT2_META, find_dataset, read_meta
+from data.dataset import folders_of
+from data.meta import GPT2_META
 from errors import UserError
 from model import GPT, GPTConfig
 from runtime import PEAK_FLOPS, Runtime, measured_flops, peak_flops
@@ -155,9 +156,9 @@ def planned_shape(config: BenchConfig) -> tuple[BenchConfig, GPTConfig, bool]:
     meta, found = GPT2_META, False
     if config.real_data:
         try:
-            folder = find_dataset(config.dataset)
-            found = any(folder.glob("train*.bin"))
-            meta = read_meta(folder) if found else meta
+            parts = folders_of(config.dataset)
+            found = all(any(folder.glob("train*.bin")) for _, _, folder, _ in parts)
+            meta = parts[0][-1] if found else meta
         except UserError:
             pass
     return config, new_shape(config, meta), found

@@ -26,6 +26,7 @@ from errors import MachineError, UserError
 LOG, LOCK, HISTORY = "log.csv", "run.lock", "step-????????.pt"
 COLUMNS = (
     "step", "tokens", "seconds", "loss", "lr", "grad_norm", "tokens_per_second", "train_loss", "val_loss",
+    "val_bits_per_byte",
 )  # fmt: skip
 HELD: set[str] = set()  # locks of this process: the system's do not keep it from itself
 PATIENCE = 5.0  # seconds: a killed run takes a moment to let go of its lock
@@ -88,7 +89,13 @@ class RunFolder:
         path = self.path / LOG
         text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
         lines = [line.split(",") for line in text.split("\n")[:-1]]  # without a line cut off
-        rows = {int(row[0]): row for row in lines if len(row) == len(COLUMNS) and row[0].isdecimal()}
+        names = lines[0] if lines and lines[0][0] == COLUMNS[0] else COLUMNS  # an older run's are fewer
+        whole = [dict(zip(names, row, strict=True)) for row in lines if len(row) == len(names)]
+        rows = {
+            int(row["step"]): [row.get(name, "") for name in COLUMNS]
+            for row in whole
+            if row["step"].isdecimal()
+        }
         self.kept = [row for number, row in sorted(rows.items()) if number < step]
         self.resumed = dict(zip(COLUMNS, rows.get(step, []), strict=False))
         if lines:

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from checkpoint import best_checkpoint, load_checkpoint, load_pretrained, restore_model
-from data.meta import GPT2_META, find_dataset, read_meta
+from data.dataset import read_dataset_meta
+from data.meta import GPT2_META
 from data.tokenizer import Tokenizer, from_description
 from decoding import prepare, stream
 from errors import UserError, one_line_errors
@@ -50,6 +51,7 @@ class Sampler:
         else:
             model, contents = load_pretrained(init_from)
             self.source = init_from
+        self.config = contents.get("config", {})  # the settings that it was trained with
         self.tokenizer = find_tokenizer(contents, model.config.vocab_size, self.source)
         compile = compile and compile_works(self.runtime.device, warn)
         self.model = prepare(model.to(self.runtime.device), self.runtime.dtype, int8, compile)
@@ -124,7 +126,7 @@ def find_tokenizer(contents: dict[str, Any], vocab_size: int, source: str) -> To
     """The tokenizer of a checkpoint: its own, or that of its dataset, or else GPT-2's. Raises UserError."""
     meta = contents.get("meta")
     if meta is None and "dataset" in contents.get("config", {}):  # nanoGPT's checkpoints name it only
-        meta = read_meta(find_dataset(contents["config"]["dataset"]))
+        meta = read_dataset_meta(contents["config"]["dataset"])
     meta = meta or GPT2_META
     if not meta["tokenizer"]:
         raise UserError(f"the vocabulary of {source} names no characters; put its meta.json beside the data")

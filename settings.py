@@ -28,7 +28,9 @@ class TrainConfig:
     # where things are and come from
     out_dir: str = setting("out", "folder of the checkpoints: ckpt.pt (best), last.pt (newest)", path=True)
     dataset: str = setting(
-        "openwebtext", "a folder of data/, or a path to one, made by a prepare.py", path=True
+        "openwebtext",
+        "a folder of data/, or a path to one, made by a prepare.py; a mixture: NAME:0.9,OTHER:0.1",
+        path=True,
     )
     init_from: str = setting(
         "scratch",
@@ -61,7 +63,13 @@ class TrainConfig:
     batch_size: int = setting(12, "sequences per micro-step", at_least=1)
     block_size: int = setting(1024, "tokens per sequence, the longest context", at_least=1)
     sampling: str = setting(
-        "random", "windows at random places; epochs: each window once per epoch", choices=("random", "epochs")
+        "random",
+        "windows at random places; epochs: each window once per epoch; lines: from the begin of a line, each "
+        "line once per epoch",
+        choices=("random", "epochs", "lines"),
+    )
+    loss_after: str | None = setting(
+        None, "a token, such as =: the loss counts what stands after it on its line; None counts all"
     )
 
     # model
@@ -222,6 +230,28 @@ class SampleConfig:
     int8: bool = setting(
         False, "weights in 8 bits: less memory, a little less exact; faster on a CPU for a few samples"
     )
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+
+@dataclass
+class EvalConfig:
+    """Ask a trained GPT the held-out lines of its dataset, and count the answers that are exact.
+
+    usage: python eval.py --out_dir=out-addition [--setting=value ...]
+    """
+
+    out_dir: str = setting("out", "folder of the checkpoint", path=True)
+    dataset: str | None = setting(None, "whose val split it is; None is what the checkpoint names", path=True)
+    separator: str | None = setting(
+        None, "the token that ends a prompt; None is the checkpoint's loss_after, or else ="
+    )
+    max_lines: int | None = setting(None, "so many lines of val, the first ones; None is all", at_least=1)
+    batch_size: int = setting(256, "prompts at once", at_least=1)
+    show: int = setting(10, "wrong answers to print", at_least=0)
+    device: str = setting("auto", "auto (cuda, else mps, else cpu), cpu, cuda, cuda:1, mps")
+    dtype: str = setting("auto", "of the arithmetic", choices=DTYPES)
 
     def __post_init__(self) -> None:
         check_settings(self)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from checkpoint import BEST, NEWEST, load_checkpoint, load_pretrained, newest_checkpoint, restore_model
-from data.tokens import TokenStream
+from data.dataset import Dataset
 from errors import UserError
 from model import GPT, GPTConfig
 from run_folder import LOG, is_restart, run_before_restart
@@ -95,12 +95,16 @@ def earlier_run(config: TrainConfig, runtime: Runtime) -> str | None:
     return f"{number:08x}" if number else None
 
 
-def fingerprint(streams: dict[str, TokenStream]) -> dict[str, list[int]]:
-    """Of each split its length and a checksum of some ids from all over it: whether the data is the same."""
+def fingerprint(data: Dataset) -> dict[str, list[int]]:
+    """Of each split its length and a checksum of some ids from all over it: whether the data is the same. Of
+    a mixture, that of each part by its number, and its share in millionths."""
     sums = {}
-    for split, stream in streams.items():
-        ids = stream.windows(np.linspace(0, len(stream) - 1, 256).astype(np.int64), 1)
-        sums[split] = [len(stream), zlib.crc32(ids.tobytes())]
+    for number, part in enumerate(data.parts):
+        of_mixture = [] if len(data.parts) == 1 else [round(part.share * 1e6)]
+        for split, stream in part.streams.items():
+            ids = stream.windows(np.linspace(0, len(stream) - 1, 256).astype(np.int64), 1)
+            name = f"{split} {number}" if of_mixture else split
+            sums[name] = [len(stream), zlib.crc32(ids.tobytes()), *of_mixture]
     return sums
 
 
@@ -117,16 +121,16 @@ def start_wandb(config: TrainConfig, run_id: str) -> Any:
         ) from None
 
 
-def describe_run(
-    config: TrainConfig, runtime: Runtime, folder: Path, streams: dict[str, TokenStream], model: GPT, say: Say
-) -> None:
+def describe_run(config: TrainConfig, runtime: Runtime, data: Dataset, model: GPT, say: Say) -> None:
     """Tell before the first step what is trained, on what, where, and what will be written."""
     shape, micro_steps = model.config, config.gradient_accumulation_steps
     tokens = micro_steps * config.batch_size * config.block_size
     averages = 2 if config.optimizer == "adamw" else 1  # beside the weights; Muon's AdamW has few of them
     megabytes = 4 * (1 + averages) * model.get_num_params(non_embedding=False) / 1e6
-    sizes = ", ".join(f"{len(stream):,} {split}" for split, stream in streams.items())
-    say(f"data     {folder}: {sizes} tokens, vocabulary {streams['train'].vocab_size:,}")
+    for part in data.parts:
+        sizes = ", ".join(f"{len(stream):,} {split}" for split, stream in part.streams.items())
+        share = "" if len(data.parts) == 1 else f"{part.share:.1%} "
+        say(f"data     {share}{part.folder}: {sizes} tokens, vocabulary {data.meta['vocab_size']:,}")
     say(
         f"model    {shape.n_layer} layers, {shape.n_head} heads, {shape.n_embd} wide, "
         f"block {shape.block_size}: {model.get_num_params(non_embedding=False):,} parameters"

@@ -25,10 +25,9 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from checkpoint import BEST, NEWEST, lost, restore_optimizers, training_state
-from data.draws import epoch_starts, random_starts
-from data.meta import find_dataset, read_meta
-from data.tokens import TokenStream
+from data.dataset import Dataset, open_dataset, step_windows, to_xy
 from errors import UserError, leave, one_line_errors
+from evaluation import attempt, evaluate, evaluation_line, wandb_names
 from guards import crowd_watch, spike_watch
 from model import GPT
 from optim import get_lr, make_optimizers, set_learning_rates
@@ -46,11 +45,21 @@ from runtime import (
 )
 from start import describe_resumption, describe_run, earlier_run, fingerprint, initial_model, start_wandb
 
-Batch = tuple[torch.Tensor, torch.Tensor, int]  # x (B, T), y (B, T), the seed of its dropout
+
+class Batch(NamedTuple):
+    """A micro-batch of one rank."""
+
+    x: torch.Tensor  # (B, T)
+    y: torch.Tensor  # (B, T)
+    seed: int  # of its dropout
+    share: float = 1.0  # of the targets that count in the step, times its micro-steps: 1.0 where all do
 
 
 class TrainResult(NamedTuple):
-    """What `train` returns; `losses` has a dict with step, train and val for each evaluation."""
+    """What `train` returns; `losses` has a dict with step, train and val for each evaluation.
+
+    Where they are known: bits_per_byte, and val/NAME of each part of a mixture.
+    """
 
     model: GPT
     iter_num: int
@@ -68,28 +77,33 @@ class Step(NamedTuple):
     following: Any  # what was read meanwhile
 
 
-def windows_to_xy(windows: np.ndarray, runtime: Runtime) -> tuple[torch.Tensor, torch.Tensor]:
-    """Windows (B, T + 1) as inputs x (B, T) and their next tokens y (B, T), on the device."""
-    tokens = runtime.to_device(windows)
-    return tokens[:, :-1], tokens[:, 1:]
-
-
-def step_batches(stream: TokenStream, config: TrainConfig, runtime: Runtime, step: int) -> list[Batch]:
+def step_batches(data: Dataset, config: TrainConfig, runtime: Runtime, step: int) -> list[Batch]:
     """This rank's micro-batches of one step.
 
     The samples of a step are drawn as one set, by seed and step alone; ranks and micro-steps share it out.
+    Raises UserError where the data is not what it was, or no target of a micro-batch counts.
     """
     B, T, micro_steps = config.batch_size, config.block_size, config.gradient_accumulation_steps
-    count = micro_steps * B
-    if config.sampling == "epochs":
-        starts = epoch_starts(config.seed, step * count, count, len(stream), T)  # (micro_steps·B,)
-    else:
-        starts = random_starts(config.seed, step, count, len(stream) - T)
+    which, starts = step_windows(data, config, step)  # (micro_steps·B,)
+    ours = range(runtime.rank, micro_steps, runtime.world_size)
+    read = ours if data.separator is None else range(micro_steps)  # a share needs the targets of all
+    windows, counted, shares = {}, {}, dict.fromkeys(ours, 1.0)
+    for micro in read:
+        some = slice(micro * B, (micro + 1) * B)
+        windows[micro] = data.windows("train", which[some], starts[some], T + 1)
+        counted[micro] = data.counted(windows[micro])
+    if data.separator is not None:
+        counts = np.array([counted[micro].sum() for micro in read])
+        if not counts.all():
+            raise UserError(
+                f"no target of a micro-step stands after loss_after={config.loss_after}; "
+                "raise batch_size, or choose another"
+            )
+        shares = dict(enumerate((counts / counts.mean()).tolist()))
     batches = []
-    for micro in range(runtime.rank, micro_steps, runtime.world_size):
-        x, y = windows_to_xy(stream.windows(starts[micro * B : (micro + 1) * B], T + 1), runtime)
+    for micro in ours:
         seed = np.random.SeedSequence((config.seed, step, micro)).generate_state(1, np.uint64)
-        batches.append((x, y, int(seed[0])))
+        batches.append(Batch(*to_xy(windows[micro], counted[micro], runtime), int(seed[0]), shares[micro]))
     return batches
 
 
@@ -107,14 +121,14 @@ def training_step(
     `meanwhile` is called while a GPU still computes.
     """
     total = torch.zeros((), device=runtime.device)
-    for number, (x, y, seed) in enumerate(batches, 1):
+    for number, (x, y, seed, share) in enumerate(batches, 1):
         torch.manual_seed(seed)  # dropout, too, depends on nothing drawn before
         if isinstance(model, DistributedDataParallel):
             model.require_backward_grad_sync = number == len(batches)  # exchange the sum, once
         with runtime.autocast():
             _, loss = model(x, y, only_loss=True)
-        scaler.scale(loss / len(batches)).backward()
-        total += loss.detach()
+        scaler.scale(loss / (len(batches) / share)).backward()
+        total.add_(loss.detach(), alpha=share)
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     norm = clip_gradients(model, grad_clip)
@@ -139,63 +153,6 @@ def clip_gradients(model: torch.nn.Module, grad_clip: float) -> torch.Tensor:
     return whole(norm)
 
 
-def evaluation_windows(
-    stream: TokenStream, config: TrainConfig, purpose: int, val_length: int, ranks: int = 1
-) -> tuple[np.ndarray, np.ndarray]:
-    """Where the windows of an evaluation start, and how many first targets of each do not count: (N,), (N,).
-
-    eval_iters batches at random places, the same at every evaluation. With eval_iters=0, all of the val split
-    (purpose 2), each token once, and a quarter as many of train (purpose 1). Each of the ranks gets as many.
-    """
-    B, T = config.batch_size, config.block_size
-    count = config.eval_iters * B or math.ceil((val_length - 1) / T)
-    if purpose == 2 and not config.eval_iters:
-        starts = np.minimum(np.arange(count) * T, val_length - 1 - T)  # the last one overlaps the one before
-        skip = np.arange(count) * T - starts
-    else:
-        count = count if config.eval_iters else math.ceil(count / 4)
-        starts = random_starts(config.seed, 0, count, len(stream) - T, purpose)
-        skip = np.zeros_like(starts)
-    padding = -count % (ranks * B)  # torch.compile likes equal batches; what is added does not count
-    return np.pad(starts, (0, padding)), np.pad(skip, (0, padding), constant_values=T)
-
-
-@torch.no_grad()
-def evaluate(
-    model: torch.nn.Module,
-    streams: dict[str, TokenStream],
-    config: TrainConfig,
-    runtime: Runtime,
-    stop_asked: Callable[[], bool] = lambda: False,
-) -> dict[str, float] | None:
-    """Mean loss per token of train and val, in nats; None where stop_asked before the end, on any rank.
-
-    The ranks share the batches.
-    """
-    losses = {}
-    B, T, ranks = config.batch_size, config.block_size, runtime.world_size
-    model.eval()
-    for purpose, split in enumerate(("train", "val"), 1):
-        starts, skip = evaluation_windows(streams[split], config, purpose, len(streams["val"]), ranks)
-        loss_sum = torch.zeros((), device=runtime.device, dtype=torch.float32)
-        count = torch.zeros((), device=runtime.device)
-        for i in range(runtime.rank * B, len(starts), ranks * B):
-            if runtime.total(stop_asked())[0]:
-                model.train()
-                return None
-            x, y = windows_to_xy(streams[split].windows(starts[i : i + B], T + 1), runtime)
-            y = y.masked_fill(runtime.to_device(np.arange(T) < skip[i : i + B, None]), -1)
-            with runtime.autocast():
-                _, loss = model(x, y, only_loss=True)
-            counted = (y >= 0).sum()
-            loss_sum += torch.where(counted > 0, loss * counted, 0.0)  # the mean of no losses is nan
-            count += counted
-        all_loss, all_count = runtime.total(loss_sum.item(), count.item())
-        losses[split] = all_loss / all_count
-    model.train()
-    return losses
-
-
 def train(config: TrainConfig) -> TrainResult:
     """Train as the settings say; returns the model and its losses. Raises UserError and MachineError."""
     runtime = start_runtime(config.device, config.dtype, config.backend)
@@ -206,24 +163,22 @@ def train(config: TrainConfig) -> TrainResult:
         )
     settings = zlib.crc32(repr(config).encode())
     runtime.agree(settings, "the ranks have not all the same settings; start them with the same command")
-    data = find_dataset(config.dataset)
-    meta = read_meta(data)
-    streams = {split: TokenStream(data, split, meta, config.block_size) for split in ("train", "val")}
+    data = open_dataset(config)
     earlier = earlier_run(config, runtime)  # before the lock is signed anew
     folder = None
     if runtime.is_main and not config.eval_only:
         folder = RunFolder(Path(config.out_dir), runtime.say, config.keep_checkpoints)
     with folder or nullcontext():
         runtime.agree(0, "")  # all wait until nobody else writes to out_dir
-        model, contents = initial_model(config, meta, earlier)
-        describe_run(config, runtime, data, streams, model, runtime.say)
-        return train_model(config, runtime, streams, model, contents, folder, earlier)
+        model, contents = initial_model(config, data.meta, earlier)
+        describe_run(config, runtime, data, model, runtime.say)
+        return train_model(config, runtime, data, model, contents, folder, earlier)
 
 
 def train_model(
     config: TrainConfig,
     runtime: Runtime,
-    streams: dict[str, TokenStream],
+    data: Dataset,
     model: GPT,
     contents: dict[str, Any],
     folder: RunFolder | None,
@@ -259,8 +214,8 @@ def train_model(
     if "optimizer" in contents and not config.eval_only:
         restore_optimizers(optimizers, contents, out_dir)
         scaler.load_state_dict(contents.get("scaler") or scaler.state_dict())
-    kept = {"config": asdict(config), "meta": streams["train"].meta, "run_id": run_id}
-    kept["data"] = fingerprint(streams)
+    kept = {"config": asdict(config), "meta": data.meta, "run_id": run_id}
+    kept["data"] = fingerprint(data)
     describe_resumption(config, model, contents, kept["data"], say)
     evaluated = bool(contents) and contents.get("evaluated", True) and not config.eval_only  # step `first`
     contents.clear()  # frees the copy on the CPU
@@ -291,22 +246,10 @@ def train_model(
     trouble: list[UserError] = []  # the data is not what it was: all ranks have to stop
 
     def read_on() -> list[Batch]:
-        try:
-            return step_batches(streams["train"], config, runtime, step + 1)
-        except UserError as error:
-            trouble.append(error)
-            return []
-
-    def stop_asked() -> bool:
-        try:
-            for stream in streams.values():
-                stream.check_unchanged()
-        except UserError as error:
-            trouble.append(error)
-        return bool(caught or trouble)
+        return attempt(lambda: step_batches(data, config, runtime, step + 1), trouble)
 
     losses: list[dict[str, float]] = []
-    batches = step_batches(streams["train"], config, runtime, step)
+    batches = step_batches(data, config, runtime, step)
     stopping, in_a_row = False, 0
     clock, clocked = time.perf_counter(), step
     catching = nullcontext([]) if config.eval_only else signals_caught()  # an evaluation has nothing to save
@@ -320,15 +263,16 @@ def train_model(
             found = None
             due = config.eval_only or step % config.eval_interval == 0 or step == config.max_iters
             if due and not (step == first and evaluated):
-                found = evaluate(model, streams, config, runtime, stop_asked)
+                found = evaluate(model, data, config, runtime, lambda: bool(caught or trouble), trouble)
                 stopping = stopping or found is None
                 clock, clocked = time.perf_counter(), step
             if found:
                 losses.append({"step": step, **found})
-                row |= {"step": step, **{f"{split}_loss": loss for split, loss in found.items()}}
-                say(f"step {step}: train loss {found['train']:.4f}, val loss {found['val']:.4f}")
+                row |= {"step": step, "train_loss": found["train"], "val_loss": found["val"]}
+                row["val_bits_per_byte"] = found.get("bits_per_byte", "")
+                say(evaluation_line(step, found))
                 if wandb:
-                    wandb.log({f"{split}/loss": loss for split, loss in found.items()}, step=step)
+                    wandb.log(wandb_names(found), step=step)
                 if not math.isfinite(found["val"]):
                     raise diverged()
             if folder and row:

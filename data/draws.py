@@ -1,8 +1,11 @@
 """Which windows of the ids a step trains on: functions of seed and step, so that nothing is stored."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
+
+PARTS_PER = 1 << 20  # in such parts of one are shares of a mixture counted, so that sums are exact
 
 
 def random_starts(seed: int, step: int, count: int, end: int, purpose: int = 0) -> np.ndarray:
@@ -14,21 +17,54 @@ def random_starts(seed: int, step: int, count: int, end: int, purpose: int = 0) 
     return np.random.Generator(philox).integers(0, end, size=count)
 
 
-def epoch_starts(seed: int, first: int, count: int, length: int, T: int) -> np.ndarray:
+def epoch_starts(seed: int, first: int, count: int, length: int, T: int, part: int = 0) -> np.ndarray:
     """Where samples first, first + 1, ... start, of T tokens and a target, among `length` ids: (count,).
 
     Each epoch cuts the text into windows, at places of its own, and takes each window once, in an order of
     its own: sample n is window n % windows of epoch n // windows, so that nothing is stored.
     """
     windows = max(1, (length - 1) // T - 1)  # one less than fit: it leaves T + 1 or more places for the first
+    order, more = epoch_order(seed, first, count, windows, part)
+    return order * T + (more % np.uint64(length - windows * T)).astype(np.int64)
+
+
+def epoch_order(seed: int, first: int, count: int, size: int, part: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Which of `size` things samples first, first + 1, ... take, each once per epoch, in an order of the
+    epoch's own: (count,); and a random number of 64 bits that the samples of an epoch share: (count,).
+
+    `part` of a mixture has orders of its own.
+    """
     numbers = first + np.arange(count)
-    starts = np.empty(count, np.int64)
-    for epoch in np.unique(numbers // windows):
-        here = numbers // windows == epoch
-        keys = np.random.SeedSequence((seed, int(epoch))).generate_state(7, np.uint64)
-        offset = int(keys[6]) % (length - windows * T)
-        starts[here] = shuffled(numbers[here] % windows, windows, keys[:6]) * T + offset
-    return starts
+    order, more = np.empty(count, np.int64), np.empty(count, np.uint64)
+    for epoch in np.unique(numbers // size):
+        here = numbers // size == epoch
+        entropy = (seed, int(epoch), part) if part else (seed, int(epoch))
+        keys = np.random.SeedSequence(entropy).generate_state(7, np.uint64)
+        order[here] = shuffled(numbers[here] % size, size, keys[:6])
+        more[here] = keys[6]
+    return order, more
+
+
+def shared_out(first: int, count: int, shares: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    """Which part of a mixture samples first, first + 1, ... belong to, and which of the part's own samples
+    each of them is: (count,) twice. Nothing is random: of any samples in a row, a part has its share, to
+    within one or two.
+
+    Of the first n samples, the first part has n·W/D, rounded down, where W/D is its share; so sample n is its
+    where that number rises after it. What is left goes to the other parts in the same way (Bresenham,
+    "Algorithm for computer control of a digital plotter", 1965).
+    """
+    numbers = first + np.arange(count)  # as the parts from `part` on count them
+    which, within = np.empty(count, np.int64), np.empty(count, np.int64)
+    left = np.arange(count)
+    for part, share in enumerate(shares[:-1]):
+        W = min(max(round(share / sum(shares[part:]) * PARTS_PER), 1), PARTS_PER - 1)
+        before = numbers * W // PARTS_PER
+        taken = (numbers + 1) * W // PARTS_PER > before
+        which[left[taken]], within[left[taken]] = part, before[taken]
+        left, numbers = left[~taken], (numbers - before)[~taken]
+    which[left], within[left] = len(shares) - 1, numbers
+    return which, within
 
 
 def shuffled(places: np.ndarray, end: int, keys: np.ndarray) -> np.ndarray:

@@ -21,11 +21,18 @@ PLAIN_OPCODES = frozenset(
 )
 
 
-def find_dataset(name: str) -> Path:
-    """The folder of a dataset: data/NAME here or in the repository, or NAME as a path. Raises UserError."""
+def dataset_folder(name: str) -> Path | None:
+    """The folder that find_dataset finds, None where there is none."""
     for folder in (Path("data") / name, DATA / name, Path(name)):
         if os.path.isdir(folder):  # Path.is_dir raises OSError for 5,000 characters
             return folder
+    return None
+
+
+def find_dataset(name: str) -> Path:
+    """The folder of a dataset: data/NAME here or in the repository, or NAME as a path. Raises UserError."""
+    if folder := dataset_folder(name):
+        return folder
     known = sorted(path.parent.name for path in DATA.glob("*/prepare.py"))
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {near[0]}?" if near else f"data/ has {', '.join(known)}"
@@ -63,9 +70,14 @@ def checked_meta(meta: Any) -> dict[str, Any]:
     tokenizer, vocab_size, tokens = meta["tokenizer"], meta["vocab_size"], meta.get("tokens", {})
     if not isinstance(tokenizer, dict | None) or meta["dtype"] not in ("uint16", "uint32"):
         raise ValueError("tokenizer or dtype is not what this version writes")
-    counts = (vocab_size, *tokens.values()) if isinstance(tokens, dict) else (None,)
+    sizes = (tokens, meta.get("bytes", {}))
+    counts = [None]
+    if all(isinstance(size, dict) for size in sizes):
+        counts = [vocab_size, *(count for size in sizes for count in size.values())]
     if any(type(count) is not int or count < 1 for count in counts) or vocab_size >= 1 << 31:
-        raise ValueError("vocab_size and tokens are not positive numbers, or vocab_size has over 31 bits")
+        raise ValueError(
+            "vocab_size, tokens and bytes are not positive numbers, or vocab_size has over 31 bits"
+        )
     named = ids_described(tokenizer or {})
     if named > vocab_size:
         raise ValueError(f"the tokenizer has {named} ids, which are more than vocab_size={vocab_size}")

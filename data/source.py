@@ -21,7 +21,7 @@ TINY_SHAKESPEARE = (
 
 
 def argument_parser(script: str, about: str, input_help: str | None = None) -> argparse.ArgumentParser:
-    """The options that every prepare.py has, --input where it takes one file; mistakes end in one line."""
+    """The options that every prepare.py has, --input where it reads one; mistakes end in one line."""
     parser = argparse.ArgumentParser(prog=f"python {script}", description=about)
     if input_help:
         parser.add_argument("--input", type=Path, metavar="PATH", help=input_help)

@@ -1,7 +1,10 @@
 """Token ids from disk: `TokenStream` reads windows of one split, train.bin or train_000000.bin and so on."""
 
 import os
-from collections.abc import Iterable
+from bisect import bisect_right
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -11,31 +14,43 @@ from data.meta import how_to_prepare
 from errors import UserError
 
 CHECKED_AT_START = 1 << 28  # ids of a split; those beyond are checked batch by batch, as they are read
+FILES_AT_START = 64  # of a split, from all over it; the others are opened when a batch is in them
+CHUNK = 1 << 22  # ids read at once where many are
 
 
 class TokenStream:
-    """All ids of one split, mapped from disk and checked: `len(stream)`, `stream.windows(starts, length)`."""
+    """All ids of one split, checked: `len(stream)`, `stream.windows(starts, length)`.
+
+    A file is open only while it is read, and it is read, not mapped: so a terabyte in thousands of files
+    takes no more memory than a megabyte in one, and a file that is cut off under the run is an error that
+    can be told, where a map would kill the process.
+    """
 
     def __init__(self, folder: Path, split: str, meta: dict[str, Any], block_size: int) -> None:
         """Raises UserError where no window of block_size + 1 ids in meta's vocabulary can be read."""
         self.name = str(folder / split)
         self.meta, self.vocab_size = meta, meta["vocab_size"]
+        self.dtype = np.dtype(meta["dtype"]).newbyteorder("<")
         paths = [folder / f"{split}.bin"]
         if not paths[0].is_file():
             paths = sorted(folder.glob(f"{split}_*.bin"))
         if not paths:
             raise UserError(f"{folder / split}.bin is missing; {how_to_prepare(folder)}")
         self.paths = paths
-        self.shards = [map_file(path, np.dtype(meta["dtype"]).newbyteorder("<")) for path in paths]
         self.states = [state_of(path) for path in paths]
-        self.begins = np.cumsum([0, *(len(shard) for shard in self.shards)])  # (shards + 1,)
+        self.begins = [0]  # of each file, in the stream; then the end
+        for path, state in zip(paths, self.states, strict=True):
+            self.begins.append(self.begins[-1] + ids_in(path, state, self.dtype))
         if len(self) <= block_size:
             raise UserError(
                 f"{self.name} has {len(self):,} tokens, too few for block_size={block_size}; "
                 f"set --block_size={max(len(self) - 1, 1)} or less, or prepare more text"
             )
-        for shard in self.shards:
-            self.check(shard[: CHECKED_AT_START // len(self.shards)])
+        looked_at = np.unique(np.linspace(0, len(paths) - 1, FILES_AT_START).astype(int)).tolist()
+        for i in looked_at:
+            size = min(self.begins[i + 1] - self.begins[i], CHECKED_AT_START // len(looked_at))
+            for _ in self.chunks(self.begins[i], self.begins[i] + size):
+                pass
         promised = meta.get("tokens", {}).get(split, len(self))
         if promised != len(self):
             raise UserError(
@@ -44,34 +59,61 @@ class TokenStream:
             )
 
     def __len__(self) -> int:
-        return int(self.begins[-1])
+        return self.begins[-1]
 
     def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """The ids from each start on: (N, length), int64. Raises UserError as `check` does, and where a file
-        that they are in is not what it was."""
-        places = starts[:, None] + np.arange(length)  # (N, length)
-        if len(self.shards) == 1:
-            self.check_unchanged([0])
-            ids = self.shards[0][places]
-        else:
-            shard_of = np.searchsorted(self.begins, places, side="right") - 1
-            ids = np.empty(places.shape, self.shards[0].dtype)
-            wanted = np.unique(shard_of)
-            self.check_unchanged(wanted)
-            for i in wanted:
-                here = shard_of == i
-                ids[here] = self.shards[i][places[here] - self.begins[i]]
+        """The ids from each start on: (N, length), int64; after the last id comes the first one.
+
+        Raises UserError as `check` and `opened` do.
+        """
+        ids = np.empty((len(starts), length), self.dtype)
+        pieces: dict[int, list[tuple[int, int, int, int]]] = {}  # of each file: row, column, place, count
+        for row, start in enumerate(starts.tolist()):
+            column = 0
+            while column < length:
+                place = (start + column) % len(self)
+                i = bisect_right(self.begins, place) - 1
+                count = min(length - column, self.begins[i + 1] - place)
+                pieces.setdefault(i, []).append((row, column, place - self.begins[i], count))
+                column += count
+        for i, found in pieces.items():
+            with self.opened(i) as file:
+                for row, column, place, count in found:
+                    file.seek(place * self.dtype.itemsize)
+                    read = file.readinto(ids[row, column : column + count])
+                    if read != count * self.dtype.itemsize:
+                        raise self.is_not_what_it_was(i, "changed")
         self.check(ids)
         return ids.astype(np.int64)
 
-    def check_unchanged(self, shards: Iterable[int] | None = None) -> None:
-        """Raises UserError where the files of these shards, or of all, were changed, replaced or removed:
-        reading on from one that was cut off would kill the process."""
-        for i in range(len(self.paths)) if shards is None else shards:
-            now = state_of(self.paths[i])
-            if now != self.states[i]:
-                what = "was removed" if now is None else "changed"
-                raise UserError(f"{self.paths[i]} {what} under the run; put back what it was, and resume")
+    def chunks(self, first: int = 0, end: int | None = None) -> Iterator[tuple[int, np.ndarray]]:
+        """All ids from `first` up to `end`, in pieces (N,) of bounded size, and where each begins."""
+        end = len(self) if end is None else end
+        for begin in range(first, end, CHUNK):
+            yield begin, self.windows(np.array([begin]), min(CHUNK, end - begin))[0]
+
+    def places(self, token: int) -> np.ndarray:
+        """Where that id stands, in order: (N,)."""
+        return np.concatenate([begin + np.flatnonzero(ids == token) for begin, ids in self.chunks()])
+
+    @contextmanager
+    def opened(self, i: int) -> Iterator[FileIO]:
+        """File i, open. Raises UserError where it was changed, replaced or removed since the start."""
+        path = self.paths[i]
+        try:
+            file = open(path, "rb", buffering=0)
+        except FileNotFoundError:
+            raise self.is_not_what_it_was(i, "was removed") from None
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error.strerror}); see its permissions") from None
+        with file:
+            found = os.fstat(file.fileno())
+            if (found.st_size, found.st_mtime_ns) != self.states[i]:
+                raise self.is_not_what_it_was(i, "changed")
+            yield file
+
+    def is_not_what_it_was(self, i: int, what: str) -> UserError:
+        return UserError(f"{self.paths[i]} {what} under the run; put back what it was, and resume")
 
     def check(self, ids: np.ndarray) -> None:
         """Raises UserError where an id is not in the vocabulary, which a GPU could not say."""
@@ -82,21 +124,18 @@ class TokenStream:
             )
 
 
-def map_file(path: Path, dtype: np.dtype) -> np.ndarray:
-    """The ids of one file, mapped. Raises UserError where it is empty or cut off within an id."""
-    try:
-        size = path.stat().st_size
-        if size and size % dtype.itemsize == 0:
-            return np.memmap(path, dtype=dtype, mode="r")
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); see its permissions") from None
-    raise UserError(f"{path} has {size:,} bytes, not whole {dtype.name} ids; run its prepare.py again")
-
-
-def state_of(path: Path) -> tuple[int, ...] | None:
-    """What tells whether a file is still the same; None where there is none."""
+def state_of(path: Path) -> tuple[int, int]:
+    """What tells whether a file is still the same: its size in bytes, and when it was changed. UserError."""
     try:
         found = os.stat(path)
-    except OSError:
-        return None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); see its permissions") from None
     return found.st_size, found.st_mtime_ns
+
+
+def ids_in(path: Path, state: tuple[int, int], dtype: np.dtype) -> int:
+    """How many ids a file has. Raises UserError where it is empty or cut off within an id."""
+    size = state[0]
+    if not size or size % dtype.itemsize:
+        raise UserError(f"{path} has {size:,} bytes, not whole {dtype.name} ids; run its prepare.py again")
+    return size // dtype.itemsize

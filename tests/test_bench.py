@@ -12,7 +12,7 @@ from conftest import REPO, TINY, assert_user_error, run
 
 import attention
 import model
-from bench import alternate, open_stream, our_step, ratio, rung_step
+from bench import alternate, open_data, our_step, ratio, rung_step
 from configurator import read_settings
 from runtime import Runtime
 from settings import BenchConfig
@@ -48,7 +48,7 @@ def test_it_compiles_where_train_py_would(layers, steps, compiled, monkeypatch, 
     monkeypatch.setattr("runtime.compile_works", lambda device, say: True)
     shape = (f"--n_layer={layers}", "--n_embd=96", "--compile=auto", f"--max_iters={steps}")
     config = read_settings(BenchConfig, [*TINY, f"--dataset={dataset}", "--batch_size=2", *shape])
-    made, _, _ = our_step(config, *open_stream(config), Runtime(torch.device("cpu"), torch.float32))
+    made, _, _ = our_step(config, open_data(config), Runtime(torch.device("cpu"), torch.float32))
     assert (made._compiled_call_impl is not None) == compiled
 
 
@@ -56,10 +56,10 @@ def test_a_rungs_vocabulary_and_optimizer_are_plain_ones(monkeypatch):
     calls, fused_adamw = [], torch._fused_adamw_
     monkeypatch.setattr(torch, "_fused_adamw_", lambda *a, **k: calls.append(1) or fused_adamw(*a, **k))
     config = read_settings(BenchConfig, [*TINY, "--real_data=False", "--batch_size=2", "--dtype=float16"])
-    stream, meta = open_stream(config)
+    data = open_data(config)
     place = Runtime(torch.device("cpu"), torch.float16)
     for padded, size in ((True, 50304), (False, 50257)):
-        made, _, step = our_step(config, stream, meta, place, fused=padded, padded=padded)
+        made, _, step = our_step(config, data, place, fused=padded, padded=padded)
         before = made.lm_head.weight.clone()
         calls.clear()
         step(0)  # fp16's loss scaling goes with either optimizer
@@ -159,8 +159,8 @@ def test_the_ladder_leaves_the_model_as_it_was(dataset):
     config = read_settings(BenchConfig, [*TINY, f"--dataset={dataset}", *modern])
     before = state()
     runtime = Runtime(torch.device("cpu"), torch.float32)
-    stream, meta = open_stream(config)
-    rung_step(config, stream, meta, runtime, {})(0)
+    data = open_data(config)
+    rung_step(config, data, runtime, {})(0)
     assert before == state()
 
 

@@ -21,7 +21,7 @@ from data.tokens import TokenStream
 from errors import MachineError, UserError
 from model import GPT, GPTConfig
 from runtime import Runtime
-from train import training_step
+from train import Batch, training_step
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
 SHAPE = {"block_size": 8, "vocab_size": 16, "n_layer": 1, "n_head": 2, "n_embd": 8}
@@ -189,7 +189,7 @@ def test_nanogpts_checkpoint_gives_its_logits_and_trains_on(name, tag):
         logits, _ = model(batches[0][:, :-1], batches[0][:, 1:])
     np.testing.assert_allclose(logits[:2].numpy(), expected[f"{tag}_logits"], atol=1e-6)
     losses = [
-        training_step(model, [optimizer], scaler, [(ids[:, :-1], ids[:, 1:], 0)], 1.0, CPU).loss
+        training_step(model, [optimizer], scaler, [Batch(ids[:, :-1], ids[:, 1:], 0)], 1.0, CPU).loss
         for ids in batches
     ]
     np.testing.assert_allclose(losses, expected[f"{tag}_losses"], atol=2e-6)

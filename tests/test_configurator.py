@@ -9,7 +9,7 @@ from conftest import REPO, assert_user_error, run
 
 from configurator import configure, read_settings
 from errors import UserError
-from settings import BenchConfig, SampleConfig, TrainConfig
+from settings import BenchConfig, EvalConfig, SampleConfig, TrainConfig
 
 
 def settings_of(*argv: str) -> TrainConfig:
@@ -175,7 +175,13 @@ def test_python_face_checks_too():
 
 
 @pytest.mark.parametrize(
-    ("script", "cls"), [("train.py", TrainConfig), ("sample.py", SampleConfig), ("bench.py", BenchConfig)]
+    ("script", "cls"),
+    [
+        ("train.py", TrainConfig),
+        ("sample.py", SampleConfig),
+        ("bench.py", BenchConfig),
+        ("eval.py", EvalConfig),
+    ],
 )
 def test_help_lists_every_setting_with_its_type_and_loads_nothing_heavy(script, cls):
     code = (

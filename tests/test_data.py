@@ -1,7 +1,11 @@
 """Token files and tokenizers: what is written is what is read, and what cannot be right is refused."""
 
 import json
+import os
 import pickle
+import re
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -38,6 +42,61 @@ def test_shards_read_as_one_stream(tmp_path):
     assert len(stream) == 60
     starts = np.arange(50)
     assert np.array_equal(stream.windows(starts, 10), ids[starts[:, None] + np.arange(10)])
+
+
+def test_after_the_last_id_comes_the_first(tmp_path):
+    ids = np.arange(60)
+    for number, part in enumerate((ids[:10], ids[10:40], ids[40:])):
+        write_bin(tmp_path, part, f"train_{number:06d}.bin")
+    stream = TokenStream(tmp_path, "train", META, block_size=8)
+    assert stream.windows(np.array([55, 3]), 70).tolist() == [[(55 + i) % 60 for i in range(70)],
+                                                              [(3 + i) % 60 for i in range(70)]]  # fmt: skip
+    assert stream.places(17).tolist() == [17]
+
+
+def test_many_files_are_read_without_memory_or_maps(tmp_path, monkeypatch):
+    """50 gigabytes in 500 files that take no room on the disk: what is read of them is let go of."""
+    for number in range(500):
+        with open(tmp_path / f"train_{number:06d}.bin", "wb") as file:
+            file.truncate(100_000_000)
+    opened = []
+    inside = TokenStream.opened
+    monkeypatch.setattr(TokenStream, "opened", lambda self, i: opened.append(i) or inside(self, i))
+    monkeypatch.setattr("data.tokens.CHECKED_AT_START", 64_000)
+    stream = TokenStream(tmp_path, "train", META, block_size=1024)
+    assert len(stream) == 25_000_000_000
+    assert len(set(opened)) == 64 and {0, 499} <= set(opened)  # the others wait until a batch is in them
+
+    def used() -> int:
+        status = Path("/proc/self/status").read_text()
+        return int(re.search(r"VmRSS:\s+(\d+)", status)[1])
+
+    rng = np.random.default_rng(0)
+    for batch in range(1500):
+        opened.clear()
+        starts = rng.integers(0, len(stream) - 1024, 12)
+        assert stream.windows(starts, 1025).shape == (12, 1025)
+        assert set(starts // 50_000_000) <= set(opened) and len(opened) <= 24  # and no other file
+        if batch == 100 and sys.platform == "linux":
+            before = used()
+    if sys.platform == "linux":
+        assert used() - before < 4000  # kB; a page of each window would be 60,000
+        assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+        assert not [link for link in Path("/proc/self/fd").iterdir() if str(tmp_path) in str(link.resolve())]
+
+
+@pytest.mark.parametrize("spoil", ["truncate", "remove", "touch"])
+def test_a_file_that_changes_is_told_when_it_is_read(spoil, tmp_path):
+    for number in range(3):
+        write_bin(tmp_path, np.arange(20), f"train_{number:06d}.bin")
+        os.utime(tmp_path / f"train_{number:06d}.bin", (1e9, 1e9))
+    stream = TokenStream(tmp_path, "train", META, block_size=8)
+    spoiled = tmp_path / "train_000001.bin"
+    {"truncate": lambda: os.truncate(spoiled, 4), "remove": spoiled.unlink, "touch": spoiled.touch}[spoil]()
+    assert stream.windows(np.array([0, 40]), 20)[1, 0] == 0  # the other files are what they were
+    says = "was removed under the run" if spoil == "remove" else "changed under the run"
+    with pytest.raises(UserError, match=f"train_000001.bin {says}"):
+        stream.windows(np.array([15]), 9)
 
 
 def test_uint32_where_meta_says_so(tmp_path):

@@ -16,12 +16,12 @@ from configurator import kinds_of, limit_broken, read_settings
 from data.meta import read_meta
 from data.tokens import TokenStream
 from sample import find_tokenizer
-from settings import BenchConfig, SampleConfig, TrainConfig
+from settings import BenchConfig, EvalConfig, SampleConfig, TrainConfig
 
 # settings
 
 NUMBERS = ["9" * 400, "9" * 5000, "1e400", "nan", "-inf", "1_0", "0x10", "1e", "\u0663", "-0.0", "None"]
-CLASSES = (TrainConfig, SampleConfig, BenchConfig)
+CLASSES = (TrainConfig, SampleConfig, BenchConfig, EvalConfig)
 ODD_WORDS = ["-", "--", "--=", "", ".", "a\0b", "x" * 5000, "--" + "y" * 5000, "/root/x", "--compile"]
 texts = st.text() | st.sampled_from(NUMBERS) | (st.integers(0, 70) | st.floats() | st.booleans()).map(str)
 
@@ -116,7 +116,7 @@ def use_dataset(folder: Path, files: dict[str, bytes]) -> None:
 
 
 IDS = np.arange(60, dtype="<u2") % len(CHARS)
-JSON = json.dumps({"version": 1, **META, "tokens": {"train": len(IDS)}}).encode()
+JSON = json.dumps({"version": 1, **META, "tokens": {"train": len(IDS)}, "bytes": {"val": 9}}).encode()
 NANOGPT = {
     "vocab_size": len(CHARS),
     "itos": dict(enumerate(CHARS)),

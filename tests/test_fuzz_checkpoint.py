@@ -31,12 +31,12 @@ from optim import make_optimizers
 from runtime import Runtime
 from sample import find_tokenizer
 from settings import TrainConfig
-from train import training_step
+from train import Batch, training_step
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
 SHAPE = {"block_size": 8, "vocab_size": len(CHARS), "n_layer": 1, "n_head": 2, "n_embd": 8}
 MODERN = {**SHAPE, "rotary": True, "norm": "rmsnorm", "n_kv_head": 1, "tied": False, "embedding_skip": True}
-BATCH = (torch.arange(8)[None], torch.arange(1, 9)[None], 0)
+BATCH = Batch(torch.arange(8)[None], torch.arange(1, 9)[None], 0)
 
 
 def a_run(shape: dict[str, Any], optimizer: str) -> tuple[GPT, list[torch.optim.Optimizer]]:
@@ -78,7 +78,9 @@ def use_checkpoint(data: bytes) -> None:
             assert isinstance(tokenizer.decode(column[0].tolist()), str)
         restore_optimizers(optimizers, contents, Path())
         x = torch.zeros(1, min(8, model.config.block_size), dtype=torch.long)
-        training_step(model, optimizers, torch.amp.GradScaler("cpu", enabled=False), [(x, x, 0)], 1.0, CPU)
+        training_step(
+            model, optimizers, torch.amp.GradScaler("cpu", enabled=False), [Batch(x, x, 0)], 1.0, CPU
+        )
 
 
 STATES = [a_checkpoint(SHAPE, "adamw"), a_checkpoint(MODERN, "muon")]

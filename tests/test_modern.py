@@ -18,7 +18,7 @@ from model import ACTIVATIONS, GPT, NORMS, GPTConfig
 from optim import make_optimizers
 from runtime import Runtime
 from settings import TrainConfig
-from train import training_step
+from train import Batch, training_step
 
 SMALL = {"block_size": 16, "vocab_size": 24, "n_layer": 2, "n_head": 4, "n_embd": 24}
 VALUES = {
@@ -152,7 +152,7 @@ def test_each_combination_samples_with_the_cache_as_without(part):
 @pytest.mark.parametrize("part", range(4))
 def test_each_combination_trains_is_saved_and_goes_on_bit_for_bit(part, tmp_path):
     place, scaler = Runtime(torch.device("cpu"), torch.bfloat16), torch.amp.GradScaler("cpu", enabled=False)
-    batches = [(ids(4, 17)[:, :-1], ids(4, 17)[:, 1:], 0)]
+    batches = [Batch(ids(4, 17)[:, :-1], ids(4, 17)[:, 1:], 0)]
     path = tmp_path / "ckpt.pt"
     for number, settings in enumerate(PICKED[part::4]):
         optimizer = ("adamw", "muon", "sgd")[number % 3]

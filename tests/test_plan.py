@@ -161,9 +161,10 @@ config = read_settings(BenchConfig, sys.argv[1:])
 place = bench.torch.device("cpu")
 runtime = Runtime(place, find_dtype(config.dtype, place))
 take_fast_float32(runtime)
-stream = bench.RandomStream(50257, 10_000)
+stream = {"train": bench.RandomStream(50257, 10_000)}
+data = bench.Dataset([bench.Part("random ids", 1.0, bench.Path(), bench.GPT2_META, stream)])
 before = resident("VmRSS")
-_, _, step = bench.our_step(config, stream, bench.GPT2_META, runtime)
+_, _, step = bench.our_step(config, data, runtime)
 for number in range(3):
     step(number)
 print(resident("VmHWM") - before)

@@ -372,9 +372,9 @@ def test_data_that_changes_under_an_evaluation_ends_it(copy, tmp_path):
     flags = (f"--dataset={copy}", f"--out_dir={tmp_path / 'out'}", "--eval_iters=100000")
     process = start(command(*flags))
     wait_until_it_catches(process, signal.SIGTERM)
-    os.truncate(copy / "val.bin", 100)  # while it still reads the other split
+    os.truncate(copy / "train.bin", 100)  # of which it reads the first of 100,000 batches
     _, errors = process.communicate(timeout=30)
-    assert process.returncode == 2 and errors.startswith(f"error: {copy / 'val.bin'} changed under the run")
+    assert process.returncode == 2 and errors.startswith(f"error: {copy / 'train.bin'} changed under the run")
 
 
 def test_other_data_on_resume_is_told(copy, tmp_path):

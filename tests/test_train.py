@@ -27,14 +27,14 @@ from conftest import (
 
 from checkpoint import load_checkpoint
 from configurator import read_settings
+from data.dataset import open_dataset
 from data.meta import read_meta
-from data.tokens import TokenStream
 from guards import crowd_watch
 from model import GPT, GPTConfig
 from optim import make_optimizers
 from runtime import Runtime, find_dtype, maybe_compile, take_fast_float32
 from settings import TrainConfig
-from train import evaluate, step_batches, train, training_step
+from train import Batch, evaluate, step_batches, train, training_step
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
 
@@ -68,7 +68,7 @@ def test_training_equals_a_plain_loop_over_transformers(tmp_path, dataset):
 
     meta = read_meta(dataset)
     assert meta["vocab_size"] <= 88
-    stream = TokenStream(dataset, "train", meta, 16)
+    data = open_dataset(config)
     decayed = [p for p in theirs.parameters() if p.dim() > 1]
     others = [p for p in theirs.parameters() if p.dim() == 1]
     groups = [{"params": decayed, "weight_decay": 0.3}, {"params": others, "weight_decay": 0.0}]
@@ -81,8 +81,8 @@ def test_training_equals_a_plain_loop_over_transformers(tmp_path, dataset):
         )
         for group in adamw.param_groups:
             group["lr"] = rate
-        batches = step_batches(stream, config, CPU, step)
-        x, y = torch.cat([batch[0] for batch in batches]), torch.cat([batch[1] for batch in batches])
+        batches = step_batches(data, config, CPU, step)
+        x, y = torch.cat([batch.x for batch in batches]), torch.cat([batch.y for batch in batches])
         logits = theirs(x).logits
         loss = torch.nn.functional.cross_entropy(logits.reshape(-1, 88), y.reshape(-1))
         loss.backward()
@@ -91,7 +91,7 @@ def test_training_equals_a_plain_loop_over_transformers(tmp_path, dataset):
             p.grad *= min(1.0, 0.5 / (norm + 1e-6))
         adamw.step()
         adamw.zero_grad()
-    x = torch.from_numpy(stream.windows(np.arange(8) * 100, 16))
+    x = torch.from_numpy(data.parts[0].streams["train"].windows(np.arange(8) * 100, 16))
     with torch.no_grad():
         ours_logits, _ = result.model.eval()(x, x)
         torch.testing.assert_close(ours_logits, theirs(x).logits, atol=2e-4, rtol=0)
@@ -130,21 +130,21 @@ def test_resumed_run_ends_bit_for_bit_as_the_unbroken_one(more, tmp_path, datase
 
 def test_dropout_is_not_the_same_at_each_step(dataset):
     config = config_of(f"--dataset={dataset}", "--gradient_accumulation_steps=2")
-    stream = TokenStream(dataset, "train", read_meta(dataset), 16)
-    seeds = [seed for step in range(50) for _, _, seed in step_batches(stream, config, CPU, step)]
+    data = open_dataset(config)
+    seeds = [batch.seed for step in range(50) for batch in step_batches(data, config, CPU, step)]
     assert len(set(seeds)) == 100
 
 
-@pytest.mark.parametrize("sampling", ["random", "epochs"])
+@pytest.mark.parametrize("sampling", ["random", "epochs", "lines"])
 def test_a_step_trains_on_the_same_samples_however_it_is_shared(sampling, dataset):
-    stream = TokenStream(dataset, "train", read_meta(dataset), 16)
+    data = open_dataset(config_of(f"--dataset={dataset}", f"--sampling={sampling}"))
 
     def samples(batch_size, micro_steps, world_size):
         flags = [f"--batch_size={batch_size}", f"--gradient_accumulation_steps={micro_steps}"]
         flags += [f"--sampling={sampling}"]
         ranks = [Runtime(torch.device("cpu"), torch.float32, rank, world_size) for rank in range(world_size)]
-        batches = [batch for rank in ranks for batch in step_batches(stream, config_of(*flags), rank, 4)]
-        rows = torch.cat([torch.cat([x, y[:, -1:]], 1) for x, y, _ in batches])
+        batches = [batch for rank in ranks for batch in step_batches(data, config_of(*flags), rank, 4)]
+        rows = torch.cat([torch.cat([batch.x, batch.y[:, -1:]], 1) for batch in batches])
         return sorted(map(tuple, rows.tolist()))
 
     expected = samples(24, 1, 1)
@@ -156,7 +156,7 @@ def test_a_step_trains_on_the_same_samples_however_it_is_shared(sampling, datase
 def test_whole_evaluation_counts_each_token_once(dataset):
     config = config_of(f"--dataset={dataset}", "--eval_iters=0")
     meta = read_meta(dataset)
-    streams = {split: TokenStream(dataset, split, meta, 16) for split in ("train", "val")}
+    data = open_dataset(config)
     torch.manual_seed(0)
     from model import GPTConfig
 
@@ -174,9 +174,9 @@ def test_whole_evaluation_counts_each_token_once(dataset):
         scores = torch.log_softmax(logits[0].double(), -1)
         for place in range(begin - start, 16):
             total -= float(scores[place, ids[start + place + 1]])
-    found = evaluate(model, streams, config, CPU)
+    found = evaluate(model, data, config, CPU)
     assert found["val"] == pytest.approx(total / (len(ids) - 1), abs=1e-5)
-    assert model.training and found == evaluate(model, streams, config, CPU)
+    assert model.training and found == evaluate(model, data, config, CPU)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM to catch")
@@ -405,11 +405,11 @@ def test_an_overflow_in_fp16_lets_no_optimizer_step():
         before = [p.detach().clone() for p in model.parameters()]
         x = torch.arange(16)[None]
         hook = model.lm_head.weight.register_hook(lambda gradient, value=value: gradient * value)
-        training_step(model, optimizers, scaler, [(x, x, 0)], 1.0, CPU)
+        training_step(model, optimizers, scaler, [Batch(x, x, 0)], 1.0, CPU)
         hook.remove()
         assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
         assert scaler.get_scale() == 2.0
-        training_step(model, optimizers, scaler, [(x, x, 0)], 0.0, CPU)  # and the next step is one
+        training_step(model, optimizers, scaler, [Batch(x, x, 0)], 0.0, CPU)  # and the next step is one
         assert all(bool(p.isfinite().all()) for p in model.parameters())
         assert not torch.equal(before[0], next(iter(model.parameters())))
 

@@ -1,0 +1,44 @@
+"""Numbers from 1 to 3,999 in Roman numerals, a line each (1987=MCMLXXXVII): 3,599 train and 400 val lines.
+
+--direction=from_roman writes MCMLXXXVII=1987, --direction=both both; then held-out numbers have neither line
+in train. No download.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from data.lines import line_parser, write_problems
+from errors import one_line_errors
+
+VALUES = (1000, 900, 500, 400, 100, 90, 50, 40, 10, 9, 5, 4, 1)
+NUMERALS = dict(zip(VALUES, "M CM D CD C XC L XL X IX V IV I".split(), strict=True))
+
+
+def roman(number: int) -> str:
+    """A number from 1 to 3,999 in Roman numerals: from the left, the largest that still fits."""
+    text = ""
+    for value, numeral in NUMERALS.items():
+        count, number = divmod(number, value)
+        text += numeral * count
+    return text
+
+
+def main() -> None:
+    parser = line_parser(sys.argv[0], __doc__.splitlines()[0])
+    ways = ("to_roman", "from_roman", "both")
+    parser.add_argument("--direction", choices=ways, default=ways[0], help="default: to_roman")
+    args = parser.parse_args()
+
+    def lines_of(number: int) -> list[str]:
+        number += 1  # there is no Roman 0
+        lines = [f"{number}={roman(number)}", f"{roman(number)}={number}"]
+        return {"to_roman": lines[:1], "from_roman": lines[1:], "both": lines}[args.direction]
+
+    write_problems(args, 3999, lines_of)
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()

@@ -1,0 +1,120 @@
+"""How well a network predicts each split of the data: losses, and what is told of them."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+from data.dataset import Dataset, Part, evaluation_windows, to_xy
+from errors import UserError
+from runtime import Runtime
+from settings import TrainConfig
+
+Found = TypeVar("Found")
+Losses = dict[
+    str, float
+]  # train, val, bits_per_byte where it is known, and of a mixture val/NAME of each part
+
+
+@torch.no_grad()
+def evaluate(
+    model: torch.nn.Module,
+    data: Dataset,
+    config: TrainConfig,
+    runtime: Runtime,
+    stop_asked: Callable[[], bool] = lambda: False,
+    trouble: list[UserError] | None = None,
+) -> Losses | None:
+    """Mean loss per token of train and val, in nats, of a mixture weighted by its shares; None where it did
+    not come to its end, on any rank: stop_asked, or the data is not what it was, which is added to `trouble`,
+    or raised where there is no such list. Raises UserError where no target counts.
+    """
+    losses: dict[str, list[float]] = {"train": [], "val": []}
+    for number, part in enumerate(data.parts):
+        for split, found in losses.items():
+            loss = mean_loss(model, data, part, number, split, config, runtime, stop_asked, trouble)
+            if loss is None:
+                return None
+            found.append(loss)
+    shares = [part.share for part in data.parts]
+    means = {split: weighted(found, shares) for split, found in losses.items()}
+    ratios = [part.tokens_per_byte() for part in data.parts]
+    if all(ratios) and data.separator is None:  # of some targets only, there are no bytes to count
+        bits = [loss * ratio / math.log(2) for loss, ratio in zip(losses["val"], ratios, strict=True)]
+        means["bits_per_byte"] = weighted(bits, shares)
+    if len(data.parts) > 1:
+        means |= {f"val/{part.name}": loss for part, loss in zip(data.parts, losses["val"], strict=True)}
+    return means
+
+
+def mean_loss(
+    model: torch.nn.Module,
+    data: Dataset,
+    part: Part,
+    number: int,
+    split: str,
+    config: TrainConfig,
+    runtime: Runtime,
+    stop_asked: Callable[[], bool],
+    trouble: list[UserError] | None,
+) -> float | None:
+    """Mean loss per token of a split of part `number`, in nats; the ranks share the batches. None and errors
+    as `evaluate` has them."""
+    B, T, ranks = config.batch_size, config.block_size, runtime.world_size
+    starts, skip = evaluation_windows(part, number, split, config, ranks)
+    loss_sum = torch.zeros((), device=runtime.device, dtype=torch.float32)
+    count = torch.zeros((), device=runtime.device)
+    model.eval()
+    for i in range(runtime.rank * B, len(starts), ranks * B):
+        windows = attempt(lambda i=i: part.streams[split].windows(starts[i : i + B], T + 1), trouble)
+        if runtime.total(windows is None or stop_asked())[0]:
+            model.train()
+            return None
+        counted = np.arange(T) >= skip[i : i + B, None]  # (B, T)
+        answers = data.counted(windows)
+        x, y = to_xy(windows, counted if answers is None else counted & answers, runtime)
+        with runtime.autocast():
+            _, loss = model(x, y, only_loss=True)
+        counted = (y >= 0).sum()
+        loss_sum += torch.where(counted > 0, loss * counted, 0.0)  # the mean of no losses is nan
+        count += counted
+    model.train()
+    all_loss, all_count = runtime.total(loss_sum.item(), count.item())
+    if not all_count:
+        raise UserError(
+            f"{part.name}: no target of {split} stands after loss_after={config.loss_after}; choose another"
+        )
+    return all_loss / all_count
+
+
+def attempt(read: Callable[[], Found], trouble: list[UserError] | None) -> Found | None:
+    """What `read` returns, or None and its UserError in `trouble`, for all ranks have to stop together."""
+    try:
+        return read()
+    except UserError as error:
+        if trouble is None:
+            raise
+        trouble.append(error)
+        return None
+
+
+def weighted(values: Sequence[float], shares: Sequence[float]) -> float:
+    """The mean of the values by their shares, which are 1 in all."""
+    return sum(value * share for value, share in zip(values, shares, strict=True))
+
+
+def evaluation_line(step: int, found: Losses) -> str:
+    """An evaluation, in words."""
+    line = f"step {step}: train loss {found['train']:.4f}, val loss {found['val']:.4f}"
+    if "bits_per_byte" in found:
+        line += f", {found['bits_per_byte']:.4f} bits per byte"
+    parts = [f"{name[4:]} {loss:.4f}" for name, loss in found.items() if name.startswith("val/")]
+    return f"{line} ({', '.join(parts)})" if parts else line
+
+
+def wandb_names(found: Losses) -> dict[str, float]:
+    """The values of an evaluation by the names that Weights & Biases shows: train/loss, val/bits_per_byte."""
+    bits = {"bits_per_byte": "val/bits_per_byte"}
+    return {bits.get(name, f"{name}/loss"): value for name, value in found.items()}
