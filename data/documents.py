@@ -47,7 +47,7 @@ class Corpus:
     field: str = "text"  # of JSON lines, and the column of tables
     encoding: str = "utf-8"
     errors: str = "strict"  # replace: what is not in the encoding becomes U+FFFD
-    strip: re.Pattern[str] | None = None  # lines in which it is found are left out
+    strip: tuple[re.Pattern[str], ...] = ()  # lines in which one of them is found are left out
     format: str | None = None  # of all files, such as jsonl; None: what their names say
 
     def __post_init__(self) -> None:
@@ -79,19 +79,30 @@ class Corpus:
 
     def done(self) -> float:
         """The share of the files that has been read."""
-        return self.at / max(1, self.size)
+        return self.at / max(1, self.size())
 
-    @property
     def size(self) -> int:
         """Bytes of all files, as they are on disk."""
         return sum(self.sizes)
 
     def describe(self) -> dict[str, Any]:
         """What tells whether it is the same text."""
-        files = [f"{path.name} {size}" for path, size in zip(self.files, self.sizes, strict=True)]
         reading = {"field": self.field, "encoding": self.encoding, "errors": self.errors}
-        reading |= {"strip": self.strip.pattern if self.strip else None, "format": self.format}
-        return {"files": zlib.crc32("\n".join(files).encode("utf-8", "surrogateescape")), **reading}
+        reading |= {"strip": [one.pattern for one in self.strip], "format": self.format}
+        return {"files": [checksum(path) for path in self.files], **reading}
+
+
+def checksum(path: Path) -> int:
+    """Of a file's name, size, and what it begins and ends with. Raises UserError."""
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - 4096))
+            end = file.read()
+            file.seek(0)
+            return zlib.crc32(b"%d" % size + file.read(4096) + end, zlib.crc32(os.fsencode(path.name)))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); see its permissions") from None
 
 
 def find_files(inputs: Iterable[str]) -> list[Path]:
@@ -101,9 +112,9 @@ def find_files(inputs: Iterable[str]) -> list[Path]:
     for word in inputs:
         path = Path(word)
         if os.path.isdir(path):
-            inside = (p for p in path.rglob("*") if kind_of(p) in READERS and p.is_file())
+            inside = (p for p in path.rglob("*") if kind_of(p) in READERS and kind_of(p) != ".json")
             files = sorted(inside, key=lambda p: p.relative_to(path).as_posix())
-            files = [p for p in files if not any(part[0] == "." for part in p.relative_to(path).parts)]
+            files = [p for p in files if p.is_file() and "/." not in f"/{p.relative_to(path).as_posix()}"]
         elif os.path.exists(path):
             files = [path]
         else:
@@ -113,7 +124,7 @@ def find_files(inputs: Iterable[str]) -> list[Path]:
             kinds = f"{', '.join(READERS)}, also with {' or '.join(PACKED)}"
             raise UserError(f"--input {word[:200]} {what}; give a file, folder or glob with {kinds}")
         found += files
-    return list(dict.fromkeys(found))
+    return list({os.path.realpath(path): path for path in reversed(found)}.values())[::-1]  # each once
 
 
 def kind_of(path: Path) -> str:
@@ -177,7 +188,7 @@ def json_pieces(path: Path, corpus: Corpus) -> Iterator[Piece]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}, line {number} is no JSON ({error}); mend it or leave it out") from None
         if not isinstance(row, dict):
             raise UserError(f'{path}, line {number} is no JSON object; write {{"text": ...}} on each line')
@@ -188,6 +199,8 @@ def csv_pieces(path: Path, corpus: Corpus) -> Iterator[Piece]:
     """A document per row, in a column that the first row names."""
     csv.field_size_limit(2**31 - 1)
     for number, row in enumerate(csv.DictReader(lines(decoded(path, corpus)), strict=True), 1):
+        if None in row or None in row.values():
+            raise UserError(f"{path}, row {number} has not the columns of the first; quote text with commas")
         yield from row_pieces(row, f"{path}, row {number}", corpus)
 
 
@@ -205,7 +218,7 @@ def parquet_pieces(path: Path, corpus: Corpus) -> Iterator[Piece]:
                 for row in batch.to_pylist():
                     yield from row_pieces(row, str(path), corpus)
                 corpus.at += size * len(batch) // file.metadata.num_rows
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise Damaged(error) from None
 
 
@@ -253,27 +266,28 @@ def lines(texts: Iterable[str]) -> Iterator[str]:
         yield last
 
 
-def without_lines(texts: Iterable[str], strip: re.Pattern[str] | None) -> Iterable[str]:
-    """The texts without the lines in which the pattern is found."""
+def without_lines(texts: Iterable[str], strip: tuple[re.Pattern[str], ...]) -> Iterable[str]:
+    """The texts without the lines in which one of the patterns is found."""
     if not strip:
         return texts
-    return (line for line in lines(texts) if not strip.search(line.removesuffix("\n")))
+    return (line for line in lines(texts) if not any(one.search(line.removesuffix("\n")) for one in strip))
 
 
 def cut(texts: Iterable[str], separator: str | None = None) -> Iterator[Piece]:
     """Texts, which follow each other, as documents in pieces; the separator is between documents."""
     waiting: list[str] = []
-    size = 0
+    size, enough = 0, BLOCK
     for text in chain(texts, [""]):
         waiting.append(text)
         size += len(text)
-        if text and size < BLOCK:
+        if text and size < enough:
             continue
         *documents, rest = "".join(waiting).split(separator) if separator else ["".join(waiting)]
         yield from (Piece(document, True) for document in documents)
         place = safe_cut(rest) if text else len(rest)
         yield Piece(rest[:place], not text)
         waiting, size = [rest[place:]], len(rest) - place
+        enough = size + BLOCK
 
 
 def safe_cut(text: str) -> int:

@@ -4,16 +4,17 @@ Read as a stream by Hugging Face's `datasets`: the disk holds nothing but the sh
 """
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data.documents import Corpus, Piece, find_files, not_blank, row_pieces
+from data.documents import Corpus, Piece, not_blank, row_pieces
 from data.meta import DATA
 from data.shards import Part, write_shards
-from data.source import named_tokenizer, text_parser
+from data.source import corpus_of, named_tokenizer, text_parser
 from errors import MachineError, UserError
 
 
@@ -66,6 +67,13 @@ class HubText:
         """The share of the documents that has been read; 0 where their number is not known."""
         return min(1.0, self.read / self.documents) if self.documents else 0.0
 
+    def size(self) -> int | None:
+        """Bytes of the text, or of its files, where they are known."""
+        if os.path.isdir(self.settings["dataset"]):
+            return sum(path.stat().st_size for path in Path(self.settings["dataset"]).rglob("*"))
+        known = (self.rows.info.splits or {}).get(self.settings["split"])
+        return known.num_bytes if known else None
+
     def describe(self) -> dict[str, Any]:
         return self.settings
 
@@ -76,7 +84,7 @@ def prepare_shards(about: str, dataset: str | None = None, config: str | None = 
     args = parser.parse_args()
     tokenizer = named_tokenizer(args.tokenizer)
     if args.input:
-        text: Corpus | HubText = Corpus(find_files(args.input), field=args.field)
+        text: Corpus | HubText = corpus_of(args, args.input)
         about = ", ".join(args.input)
     elif args.dataset:
         text = HubText(args.dataset, args.config, args.split, args.field)
@@ -86,8 +94,11 @@ def prepare_shards(about: str, dataset: str | None = None, config: str | None = 
     folder = args.output
     if dataset is None and folder == Path(sys.argv[0]).resolve().parent:
         name = args.dataset or Path(args.input[0]).stem
-        folder = DATA / re.sub(r"\W+", "_", "_".join(filter(None, (name, args.config)))).strip("_").lower()
-    settings = (args.shard_tokens, args.max_tokens, max(1, args.workers), args.shard)
+        name = re.sub(r"\W+", "_", "_".join(filter(None, (name, args.config)))).strip("_").lower()
+        folder = DATA / name
+        if not name or (folder / "prepare.py").exists():
+            raise UserError("the input names no folder of its own; choose one by --output data/NAME")
+    settings = (args.shard_tokens, args.max_tokens, args.val_tokens, max(1, args.workers), args.shard)
     try:
         write_shards(folder, text, tokenizer, *settings, overwrite=args.overwrite, about=about)
     except KeyboardInterrupt:
@@ -107,6 +118,7 @@ def shard_options(about: str, dataset: str | None, config: str | None) -> argpar
     add("--tokenizer", default="gpt2", help="gpt2 (default), byte, or a dataset whose tokenizer to take")
     add("--max_tokens", type=whole_number, metavar="N", help="stop after so many, such as 1e9 (default: all)")
     add("--shard_tokens", type=whole_number, default=10**8, metavar="N", help="ids of a file (default: 1e8)")
+    add("--val_tokens", type=whole_number, metavar="N", help="of them (default: one, or a tenth of the text)")
     add("--shard", type=part, default=Part(), metavar="I/N", help="this machine does part I of N, from 1 on")
     return parser
 

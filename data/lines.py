@@ -57,8 +57,9 @@ def write_problems(args: argparse.Namespace, total: int, lines_of: Callable[[int
         split: [line for number in numbers for line in lines_of(number)] for split, numbers in splits.items()
     }
     tokenizer = CharTokenizer("".join(sorted(set("\n".join(lines["val"] + lines["train"]) + "\n"))))
-    command = " ".join([Path(sys.argv[0]).parent.name, *sys.argv[1:]])
-    with write_dataset(args.output, tokenizer, source=f"generated: {command}") as add:
+    words = (word for word in sys.argv[1:] if word != "--overwrite")
+    command = " ".join([Path(sys.argv[0]).parent.name, *words])
+    with write_dataset(args.output, tokenizer, args.overwrite, source=f"generated: {command}") as add:
         for split, order in (("train", keys[6:12]), ("val", keys[12:])):
             of_split = lines[split]
             places = shuffled(np.arange(len(of_split)), len(of_split), order)

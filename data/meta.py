@@ -54,6 +54,8 @@ def read_meta(folder: Path) -> dict[str, Any]:
         path, read = folder / "meta.json", read_meta_json
     elif (folder / "meta.pkl").is_file():
         path, read = folder / "meta.pkl", read_meta_pickle
+    elif (folder / "meta.json.tmp").is_file() or next(folder.glob("progress*.json"), None):
+        raise UserError(f"{folder} is not whole yet; let its prepare.py come to its end, or run it again")
     else:
         return GPT2_META
     try:
@@ -90,7 +92,7 @@ def ids_described(tokenizer: dict[str, Any]) -> int:
     if isinstance(chars, str):
         return len(chars) + bool(tokenizer.get("ends"))
     if isinstance(merges, str):
-        return 256 + len(merges.split("\n")) + 1
+        return 256 + len(merges.splitlines()) + 1
     return {"gpt2": 50257, "byte": 257}.get(str(tokenizer.get("kind")), 0)
 
 

@@ -10,7 +10,7 @@ import re
 import sys
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import closing, suppress
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -18,12 +18,14 @@ import numpy as np
 
 from data.documents import Piece
 from data.meta import read_meta
-from data.tokenizer import Tokenizer
+from data.tokenizer import TiktokenTokenizer, Tokenizer
 from data.writer import (
     dataset_files,
     dtype_of,
     encode_in_order,
     full_disk_told,
+    make_folder,
+    read_json,
     text_bytes,
     token_bar,
     write_json,
@@ -40,6 +42,7 @@ class Source(Protocol):
     def __len__(self) -> int: ...
     def pieces(self, first: int = 0, end: int | None = None) -> Iterator[Piece]: ...
     def done(self) -> float: ...
+    def size(self) -> int | None: ...
     def describe(self) -> dict[str, Any]: ...
 
 
@@ -68,6 +71,7 @@ def write_shards(
     tokenizer: Tokenizer,
     shard_tokens: int = 10**8,
     max_tokens: int | None = None,
+    val_tokens: int | None = None,
     workers: int = 1,
     part: Part = Part(),  # noqa: B008, which is immutable
     overwrite: bool = False,
@@ -75,9 +79,10 @@ def write_shards(
 ) -> None:
     """Write the documents of a source, or one part of them, or go on with that.
 
-    Shards have `shard_tokens` ids each, the last one what is left; the first is val, or the first tenth of
-    the text where that is less. `about` tells meta.json where the text came from. Raises UserError where the
-    folder has another dataset, MachineError where it takes no more.
+    Shards have `shard_tokens` ids each, the last one what is left; the first is val, with `val_tokens`: by
+    default as many, or a tenth of a small text, as far as its bytes tell. `about` tells meta.json where the
+    text came from. Raises UserError where the folder has another dataset, MachineError where it takes no
+    more.
     """
     if part.of > len(source):
         raise UserError(
@@ -88,10 +93,11 @@ def write_shards(
         "text": source.describe(),
         "tokenizer": zlib.crc32(json.dumps(tokenizer.describe()).encode()),
         "shard_tokens": shard_tokens,
+        "val_tokens": val_tokens or usual_val_tokens(source, tokenizer, shard_tokens, max_tokens),
         "max_tokens": max_tokens,
         "parts": part.of,
     }
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     progress = begin_or_go_on(folder, part, settings, overwrite, share(len(source), part)[0])
     if complete(folder):
         print(f"{folder} is complete; --overwrite writes it anew")
@@ -105,6 +111,13 @@ def write_shards(
         finish(folder, tokenizer, part, about)
 
 
+def usual_val_tokens(source: Source, tokenizer: Tokenizer, shard_tokens: int, max_tokens: int | None) -> int:
+    """A shard, or a tenth of the text, by guess, where that is less: it is known before the text is read."""
+    bytes_per_token = 4 if isinstance(tokenizer, TiktokenTokenizer) else 1  # of English
+    guesses = [count for count in (max_tokens, (source.size() or 0) // bytes_per_token) if count]
+    return max(1, min(shard_tokens, *(count // 10 for count in guesses), shard_tokens))
+
+
 def share(count: int, part: Part) -> tuple[int, int]:
     """Where a part of `count` things begins and ends."""
     return count * (part.number - 1) // part.of, count * part.number // part.of
@@ -115,15 +128,16 @@ def begin_or_go_on(
 ) -> dict[str, Any]:
     """The progress of a part: its settings; of each finished shard its tokens and their bytes of text; and
     file, document and token where each of them starts, and the next, where there is one. Raises UserError."""
+    files = dataset_files(folder)  # before their progress is read: what another machine adds now is not in it
     begun = {path: read_json(path) for path in folder.glob("progress*.json")}
     same = [path.name for path, progress in begun.items() if progress.get("settings") == settings]
-    shards = [path for path in dataset_files(folder) if path.suffix == ".bin"]
+    shards = [path for path in files if path.suffix == ".bin"]
     if overwrite:
         others = {name.removeprefix("progress") for name in same if name != part.progress()}
-        for path in dataset_files(folder):
+        for path in files:
             label = "".join(re.findall(r"_\d{5}(?=[_.])", path.name))
             if f"{label}.json" not in others:  # those are other machines' parts of the same
-                path.unlink()
+                path.unlink(missing_ok=True)
     elif shards and (not begun or len(same) < len(begun)):
         raise UserError(
             f"{folder} has another dataset, or one made with other options; go on with those, choose another "
@@ -134,15 +148,8 @@ def begin_or_go_on(
     else:
         for path in begun:  # what came to nothing
             if path.name not in same:
-                path.unlink()
+                path.unlink(missing_ok=True)
     return {"settings": settings, "shards": [], "starts": [[first_file, 0, 0]]}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """What is in a file; {} where that cannot be read."""
-    with suppress(OSError, ValueError):
-        return json.loads(path.read_text(encoding="utf-8"))
-    return {}
 
 
 def complete(folder: Path) -> bool:
@@ -183,7 +190,8 @@ class ShardWriter:
 
     def room(self) -> int:
         """How many ids the shard still takes."""
-        return self.progress["settings"]["shard_tokens"] - self.tokens
+        is_val = self.part.number == 1 and not self.progress["shards"]
+        return self.progress["settings"]["val_tokens" if is_val else "shard_tokens"] - self.tokens
 
     def add(self, ids: np.ndarray, text: int) -> None:
         """Append ids that stand for so many bytes of text."""
@@ -273,36 +281,16 @@ def finish(folder: Path, tokenizer: Tokenizer, part: Part, about: str) -> None:
         print(f"part {part.number} of {part.of} is done; {left} to go")
         return
     shards = [shard for each in progress for shard in each["shards"]]
-    tokens, text = (sum(column) for column in zip(*shards, strict=True)) if shards else (0, 0)
-    val = shards[0] if progress[0]["shards"] else [0, 0]
-    if tokens < 2:
-        raise UserError("the text is too short: nothing is left for val; give a longer one")
-    if val[0] > tokens / 10:
-        val = shorten_val(folder, tokenizer, parts[0], max(1, tokens // 10))
-    sums = {"train": tokens - val[0], "val": val[0]}
-    bytes_ = {"train": text - val[1], "val": val[1]}
-    write_meta(folder, tokenizer, sums, bytes_, source=about)
-    for split, count in sums.items():
+    val = progress[0]["shards"][0] if progress[0]["shards"] else [0, 0]
+    all_tokens, all_text = (sum(column) for column in zip([0, 0], *shards, strict=True))
+    tokens = {"train": all_tokens - val[0], "val": val[0]}
+    for split, count in tokens.items():
+        if not count:
+            raise UserError(
+                f"nothing of {all_tokens:,} tokens is left for {split}; give a smaller --val_tokens, or more "
+                "text, with --overwrite"
+            )
+    write_meta(folder, tokenizer, tokens, {"train": all_text - val[1], "val": val[1]}, source=about)
+    for split, count in tokens.items():
         files = len(list(folder.glob(f"{split}_*.bin")))
         print(f"{folder}: {count:,} tokens of {split} in {files} file{'s' if files > 1 else ''}")
-
-
-def shorten_val(folder: Path, tokenizer: Tokenizer, part: Part, tokens: int) -> list[int]:
-    """Leave the first so many tokens in val, and make the rest of it the first of train; returns them and
-    their bytes of text."""
-    path, dtype = folder / part.name(0), dtype_of(tokenizer)
-    train = path.with_name(path.name.replace("val", "train", 1))
-    text = 0
-    with open(path, "rb") as file:
-        for name, until in ((path, tokens), (train, np.inf)):
-            with open(name.with_suffix(".tmp"), "wb") as out:
-                while len(ids := np.fromfile(file, dtype, int(min(until, 10**6)))):
-                    until -= len(ids)
-                    ids.tofile(out)
-                    if name == path:
-                        text += len(tokenizer.decode_bytes(ids[ids != tokenizer.end_of_text].tolist()))
-                out.flush()
-                os.fsync(out.fileno())
-    for name in (train, path):  # in this order: val as it was begins anew, a train without it does not
-        os.replace(name.with_suffix(".tmp"), name)
-    return [tokens, text]

@@ -4,11 +4,13 @@ import argparse
 import hashlib
 import http.client
 import os
+import re
 import sys
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
+from data.documents import READERS, Corpus, find_files
 from data.meta import find_dataset, read_meta
 from data.tokenizer import Tokenizer, from_description
 from data.writer import text_bytes, write_dataset
@@ -29,6 +31,7 @@ def argument_parser(script: str, about: str, input_help: str | None = None) -> a
     parser.add_argument(
         "--output", type=Path, default=folder, metavar="FOLDER", help="default: the script's folder"
     )
+    parser.add_argument("--overwrite", action="store_true", help="write anew what is there")
     parser.error = lambda message: stop(2, f"{message}; --help lists the options")
     return parser
 
@@ -39,9 +42,25 @@ def text_parser(script: str, about: str, input_help: str) -> argparse.ArgumentPa
     add = parser.add_argument
     add("--input", nargs="+", metavar="PATH", help=input_help)
     add("--field", default="text", metavar="NAME", help="of JSON lines, or column of tables (default: text)")
+    add("--format", choices=sorted(kind[1:] for kind in READERS), help="of all files, whatever their names")
+    add("--encoding", default="utf-8", help="of the files (default: utf-8)")
+    add("--errors", default="strict", choices=("strict", "replace"), help="replace: U+FFFD for what is not")
+    add("--strip_lines", action="append", metavar="REGEX", help="leave out lines that have it; repeatable")
     add("--workers", type=int, default=cores(), metavar="N", help="threads (default: the cores)")
-    add("--overwrite", action="store_true", help="write anew what is there")
     return parser
+
+
+def corpus_of(args: argparse.Namespace, inputs: list[str]) -> Corpus:
+    """The files that are named, to be read as the options of text_parser say. Raises UserError."""
+    try:
+        "".encode(args.encoding)
+    except (LookupError, UnicodeError):
+        raise UserError(f"--encoding {args.encoding} is not known; try utf-8, latin-1 or utf-16") from None
+    try:
+        strip = tuple(map(re.compile, args.strip_lines or ()))
+    except re.error as error:
+        raise UserError(f"--strip_lines {args.strip_lines}: {error}; mend the regular expression") from None
+    return Corpus(find_files(inputs), args.field, args.encoding, args.errors, strip, args.format)
 
 
 def cores() -> int:
@@ -65,7 +84,7 @@ def prepare_shakespeare(about: str, make_tokenizer: Callable[[str], Tokenizer]) 
     text, source = tiny_shakespeare(args.input, args.output)
     tokenizer = make_tokenizer(text)
     split = int(len(text) * 0.9)
-    with write_dataset(args.output, tokenizer, **source) as add:
+    with write_dataset(args.output, tokenizer, args.overwrite, **source) as add:
         for name, part in (("train", text[:split]), ("val", text[split:])):
             add(name, tokenizer.encode(part), text_bytes(part))
 

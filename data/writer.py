@@ -5,7 +5,9 @@ A .bin file is raw little-endian ids without header, uint16 unless meta.json say
 
 import json
 import os
+import secrets
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,12 +29,19 @@ def encode_in_order(pieces: Iterable[Piece], tokenizer: Tokenizer, workers: int)
 
     In threads: tiktoken and numpy work outside of Python's lock, and nothing has to be sent.
     """
-    dtype = dtype_of(tokenizer)
+    dtype, own = dtype_of(tokenizer), threading.local()
+
+    def begin() -> None:
+        own.tokenizer = tokenizer.for_thread()
 
     def encode(batch: list[Piece]) -> list[Encoded]:
-        return [(piece, encode_piece(piece, tokenizer, dtype)) for piece in batch]
+        found = own.tokenizer.encode_texts([piece.text for piece in batch])
+        return [
+            (piece, with_end(piece, ids, dtype, tokenizer.end_of_text))
+            for piece, ids in zip(batch, found, strict=True)
+        ]
 
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(workers, initializer=begin) as pool:
         waiting: deque[Future[list[Encoded]]] = deque()
         for batch in batches(pieces):
             waiting.append(pool.submit(encode, batch))
@@ -42,10 +51,11 @@ def encode_in_order(pieces: Iterable[Piece], tokenizer: Tokenizer, workers: int)
             yield from waiting.popleft().result()
 
 
-def encode_piece(piece: Piece, tokenizer: Tokenizer, dtype: np.dtype) -> np.ndarray:
-    ids = tokenizer.encode_text(piece.text).astype(dtype)
-    ends = piece.ends and tokenizer.end_of_text is not None
-    return np.append(ids, dtype.type(tokenizer.end_of_text)) if ends else ids
+def with_end(piece: Piece, ids: np.ndarray, dtype: np.dtype, end: int | None) -> np.ndarray:
+    """The ids of a piece, and the one that ends its document."""
+    made = np.empty(len(ids) + (piece.ends and end is not None), dtype)
+    made[: len(ids)], made[len(ids) :] = ids, end or 0
+    return made
 
 
 def batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
@@ -79,8 +89,13 @@ def dataset_files(folder: Path) -> list[Path]:
 
 def make_room(folder: Path, overwrite: bool) -> None:
     """Make the folder of a new dataset. Raises UserError where one is there that is not to be overwritten."""
-    if dataset_files(folder) and not overwrite:
-        raise UserError(f"{folder} has a dataset already; choose another --name, or give --overwrite")
+    if not overwrite and any(not path.name.startswith("progress") for path in dataset_files(folder)):
+        raise UserError(f"{folder} has a dataset already; choose another --output, or give --overwrite")
+    make_folder(folder)
+
+
+def make_folder(folder: Path) -> None:
+    """Raises UserError where nothing can be written into a folder of that name."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
@@ -110,9 +125,16 @@ def write_meta(
     write_json(folder / f"meta.json{suffix}", meta)
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """What is in a file; {} where that cannot be read."""
+    with suppress(OSError, ValueError):
+        return json.loads(path.read_text(encoding="utf-8"))
+    return {}
+
+
 def write_json(path: Path, contents: Any) -> None:
     """Write a file whole or not at all."""
-    temporary = path.with_name(path.name + ".part")
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")  # several machines may write it
     try:
         with open(temporary, "w", encoding="utf-8") as file:
             json.dump(contents, file, indent=1)
@@ -152,17 +174,19 @@ def full_disk_told(folder: Path, kept: str) -> Iterator[None]:
 
 @contextmanager
 def write_dataset(
-    folder: Path, tokenizer: Tokenizer, **about: Any
+    folder: Path, tokenizer: Tokenizer, overwrite: bool = False, **about: Any
 ) -> Iterator[Callable[[str, np.ndarray | list[int], int], None]]:
     """Yields add(split, ids, text_bytes), which appends to "train" or "val"; the files appear when the block
     ends well.
 
-    `about` goes into meta.json: where the text came from, its sha256.
+    `about` goes into meta.json: where the text came from, its sha256. Raises UserError where the folder has a
+    dataset about something else, unless `overwrite`.
     """
     dtype = dtype_of(tokenizer)
     names = {"train": "train.bin", "val": "val.bin"}
+    there = read_json(folder / "meta.json")
+    make_room(folder, overwrite or (about and about.items() <= there.items()))  # the same anew is no loss
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         files = {split: open(folder / f"{name}.tmp", "wb") for split, name in names.items()}
     except OSError as error:
         raise UserError(f"{folder} cannot be written ({error.strerror}); choose another --output") from None
@@ -177,8 +201,8 @@ def write_dataset(
     try:
         yield add
         for split, count in counts.items():
-            if not count:
-                raise UserError(f"the text is too short: nothing is left for {split}; give a longer one")
+            if count < 2:
+                raise UserError(f"the text is too short: {split} has {count} tokens; give a longer one")
         with full_disk_told(folder, "nothing there was changed"):
             for file in files.values():
                 file.flush()

@@ -165,12 +165,15 @@ def test_an_interrupted_writer_leaves_what_was_there(tmp_path):
     tokenizer = CharTokenizer("ab")
     with write_dataset(tmp_path, tokenizer) as add:
         add("train", [0, 1, 0], 3)
-        add("val", [1], 1)
+        add("val", [1, 0], 2)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(KeyboardInterrupt), write_dataset(tmp_path, tokenizer) as add:
+    with pytest.raises(KeyboardInterrupt), write_dataset(tmp_path, tokenizer, overwrite=True) as add:
         add("train", [1] * 1000, 1000)
         raise KeyboardInterrupt
-    with pytest.raises(UserError, match="nothing is left for val"), write_dataset(tmp_path, tokenizer) as add:
+    with (
+        pytest.raises(UserError, match="val has 0 tokens"),
+        write_dataset(tmp_path, tokenizer, overwrite=True) as add,
+    ):
         add("train", [1] * 1000, 1000)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 

@@ -69,7 +69,7 @@ def test_addition_of_more_digits_draws_distinct_pairs_and_reverses(tmp_path):
     lengths = [len(line.split("+")[0]) for line in train + val]
     assert sum(length == 6 for length in lengths) == pytest.approx(900, abs=50)  # of uniform numbers
     assert prepare("addition", tmp_path, *flags) == (train, val)
-    assert prepare("addition", tmp_path, *flags, "--seed=1")[1] != val
+    assert prepare("addition", tmp_path, *flags, "--seed=1", "--overwrite")[1] != val
 
 
 def test_roman_both_ways_holds_numbers_out_in_both(tmp_path):

@@ -2,11 +2,12 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import assert_user_error, prepare_here
+from conftest import REPO, assert_user_error, prepare_here, start
 
 import data.shards
 from data.documents import Corpus, find_files
@@ -126,33 +127,19 @@ def test_killed_at_any_rename_it_ends_with_the_same_bytes(source, tmp_path, monk
     assert kills > 2 * len(expected)
 
 
-def test_a_small_text_killed_while_its_val_is_cut(source, tmp_path, monkeypatch):
-    write(source, tmp_path / "whole", shard_tokens=10**8)
-    rename, fatal = os.replace, 1
-    for fatal in range(1, 7):
-        calls = 0
-
-        def failing(*names, fatal=fatal):
-            nonlocal calls
-            calls += 1
-            if calls == fatal:
-                raise Killed
-            rename(*names)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "replace", failing)
-            with pytest.raises(Killed):
-                write(source, tmp_path / str(fatal), shard_tokens=10**8)
-        write(source, tmp_path / str(fatal), shard_tokens=10**8)
-        assert shards_of(tmp_path / str(fatal)) == shards_of(tmp_path / "whole")
-
-
-def test_the_first_tenth_of_a_small_text_is_val(source, ids, tmp_path):
+def test_a_tenth_of_a_small_text_is_val(source, ids, tmp_path):
     write(source, tmp_path, shard_tokens=10**8)
-    assert list(shards_of(tmp_path)) == ["train_000000.bin", "val_000000.bin"]
+    assert list(shards_of(tmp_path)) == ["train_000001.bin", "val_000000.bin"]
     assert np.array_equal(stream_of(tmp_path), ids)
-    assert read_meta(tmp_path)["tokens"]["val"] == len(ids) // 10
-    assert read_meta(tmp_path)["bytes"]["val"] == (ids[: len(ids) // 10] < 256).sum()
+    meta = read_meta(tmp_path)
+    assert 0.08 < meta["tokens"]["val"] / len(ids) < 0.15  # the files have more than the text
+    assert meta["bytes"]["val"] == (ids[: meta["tokens"]["val"]] < 256).sum()
+    val = (tmp_path / "val_000000.bin").stat()
+    (tmp_path / "train_000001.bin").unlink()
+    write(source, tmp_path, shard_tokens=10**8)
+    assert np.array_equal(stream_of(tmp_path), ids) and (tmp_path / "val_000000.bin").stat() == val
+    write(source, tmp_path / "own", shard_tokens=10**8, val_tokens=777)
+    assert read_meta(tmp_path / "own")["tokens"]["val"] == 777
 
 
 def test_it_goes_on_at_the_first_missing_shard(source, whole, tmp_path):
@@ -183,6 +170,21 @@ def test_parts_for_several_machines(source, ids, tmp_path):
     write(source, tmp_path, part=Part(2, 3), overwrite=True)
     assert np.array_equal(stream_of(tmp_path), ids) and read_meta(tmp_path) == meta
     assert (tmp_path / "train_00001_000001.bin").stat().st_mtime_ns == first
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_parts_at_once(overwrite, source, ids, tmp_path):
+    """Several machines on one folder, with another dataset in it that each would overwrite."""
+    if overwrite:
+        write(source, tmp_path, shard_tokens=3000)
+    words = ("--input", source, "--tokenizer=byte", "--shard_tokens=2000", "--output", tmp_path)
+    command = [sys.executable, str(REPO / SCRIPT), *map(str, words), *["--overwrite"] * overwrite]
+    runs = [start([*command, f"--shard={number}/3"]) for number in (1, 2, 3)]
+    for each in runs:
+        out, err = each.communicate(timeout=60)
+        assert each.returncode == 0, (out, err)
+    assert np.array_equal(stream_of(tmp_path), ids) and read_meta(tmp_path)["tokens"]["val"] == 2000
+    assert not [path for path in tmp_path.iterdir() if path.suffix not in (".bin", ".json")]
 
 
 def test_a_sample_of_so_many_tokens(source, ids, tmp_path):
@@ -228,12 +230,13 @@ def test_hub_sets_through_datasets_are_the_same(kind, whole, tmp_path):
         path = tmp_path / "set" / f"{number}.{kind}"
         part.to_json(path) if kind == "jsonl" else part.to_parquet(path)
     words = (f"--dataset={tmp_path / 'set'}", "--tokenizer=byte", "--shard_tokens=5e3")
+    words = (*words, "--val_tokens=5000")
     done = prepare_here(SCRIPT, *words, f"--output={tmp_path / 'out'}", "--workers=2")
     assert done.returncode == 0 and "tokens/s" in done.stderr, done.stderr
     assert shards_of(tmp_path / "out") == shards_of(whole)
     for number in (1, 2):
-        words = (*words[:2], "--shard_tokens=5e3", f"--shard={number}/2", f"--output={tmp_path / 'parts'}")
-        assert prepare_here(SCRIPT, *words).returncode == 0
+        part = (f"--shard={number}/2", f"--output={tmp_path / 'parts'}")
+        assert prepare_here(SCRIPT, *words, *part).returncode == 0
     assert np.array_equal(stream_of(tmp_path / "parts"), stream_of(whole))
     wrong = prepare_here(SCRIPT, *words[:2], "--field=body", f"--output={tmp_path / 'no'}")
     assert_user_error(wrong, "no field 'body', but", "text")
@@ -280,7 +283,7 @@ def test_mistakes(source, whole, tmp_path):
         "--output",
         tmp_path / "1",
     )
-    assert_user_error(prepare_here(SCRIPT, *short), "too short")
+    assert_user_error(prepare_here(SCRIPT, *short), "nothing of 1 tokens is left for train", "--val_tokens")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")

@@ -90,7 +90,7 @@ def test_two_bytes_an_id_up_to_65536():
     assert (dtype_of(Sized(65_536)), dtype_of(Sized(65_537))) == (np.dtype("<u2"), np.dtype("<u4"))
 
 
-@pytest.mark.parametrize("merges", ["a", "a b c", "a b\na b", "ab c", "a \u2028", "a b\n", " ", 5])
+@pytest.mark.parametrize("merges", ["a", "a b c", "a b\na b", "ab c", "a \u2028", "a b\n\n", " ", 5])
 def test_a_damaged_description_is_refused(merges):
     with pytest.raises(UserError, match="not known, or not whole"):
         from_description({"kind": "bpe", "merges": merges})

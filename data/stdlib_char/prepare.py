@@ -43,7 +43,8 @@ def main() -> None:
             f"{folder} has {len(texts)} plain .py files, too few; give --input FOLDER with Python code"
         )
     tokenizer = CharTokenizer(CHARS)
-    with write_dataset(args.output, tokenizer, source=f"{folder}, Python {sys.version.split()[0]}") as add:
+    about = f"{folder}, Python {sys.version.split()[0]}"
+    with write_dataset(args.output, tokenizer, args.overwrite, source=about) as add:
         for number, text in enumerate(texts):
             add("val" if number % 10 == 9 else "train", tokenizer.encode(text), len(text))
 

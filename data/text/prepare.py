@@ -12,9 +12,10 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
+from bisect import bisect
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from itertools import islice
+from itertools import accumulate
 from pathlib import Path
 from runpy import run_path
 from typing import Any, NamedTuple
@@ -23,10 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 
-from data.documents import READERS, Corpus, Piece, find_files
-from data.draws import shuffled
+from data.documents import Corpus, Piece
 from data.meta import DATA, read_meta
-from data.source import named_tokenizer, text_parser
+from data.source import corpus_of, named_tokenizer, text_parser
 from data.tokenizer import (
     BPETokenizer,
     CharTokenizer,
@@ -39,8 +39,7 @@ from data.tokenizer import (
 from data.writer import encode_in_order, full_disk_told, make_room, text_bytes, token_bar, write_dataset
 from errors import UserError, one_line_errors
 
-BPE_SAMPLE = 200_000_000  # bytes of files from which a tokenizer learns
-SPLIT_KEYS = np.random.SeedSequence(1337).generate_state(6, np.uint64)
+BPE_SAMPLE = 50_000_000  # characters from which a tokenizer learns: its memory grows with different words
 # below so many bytes of train: layers, heads, width, block, sequences and micro-steps of a step, epochs
 SIZES = (
     (100_000, 2, 2, 64, 128, 4, 1, 8),
@@ -76,22 +75,46 @@ def survey(corpus: Corpus, enough: int, want_chars: bool) -> Survey:
     return Survey(sizes, "".join(map(chr, np.flatnonzero(seen))))
 
 
-def val_documents(sizes: list[int], val_fraction: float, enough: int) -> Iterator[bool]:
-    """Whether each document is val, in their order, from a first one to one that never comes."""
-    if len(sizes) * val_fraction < 1:  # few: the one whose size is the nearest
-        wanted = sum(sizes) * val_fraction
-        nearest = min(range(len(sizes)), key=lambda i: abs(sizes[i] - wanted))
-        yield from (i == nearest for i in range(len(sizes) + 1))
-        return
-    end = len(sizes) if len(sizes) < enough else 1 << 32
-    for first in range(0, end, 4096):
-        documents = np.arange(first, min(first + 4096, end))
-        yield from shuffled(documents, end, SPLIT_KEYS) < min(end - 1, round(end * val_fraction))
-    yield False
+def lot(number: int) -> float:
+    """A number from 0 to 1 that looks random: splitmix64 (Steele et al., 2014)."""
+    mask = (1 << 64) - 1
+    x = (number + 1) * 0x9E3779B97F4A7C15 & mask
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & mask
+    x = (x ^ x >> 27) * 0x94D049BB133111EB & mask
+    return (x ^ x >> 31) / 2**64
+
+
+def choose_val(sizes: list[int], val_fraction: float, enough: int) -> tuple[Callable[[int], bool], int]:
+    """Whether a document is val, by its number; and how many characters into the text a document is cut in
+    two, or 0.
+
+    Of many documents, each by lot. Of fewer, by lot up to the wanted size, without those that are too large
+    for it; or else the one nearest to it. Where this is under half of it, or over a third of the text, as
+    where there is one document: the end of the text.
+    """
+    if len(sizes) == enough:
+        return lambda number: lot(number) < val_fraction, 0
+    wanted, total = sum(sizes) * val_fraction, sum(sizes)
+    chosen: set[int] = set()
+    so_far = 0
+    for number in sorted(range(len(sizes)), key=lot):
+        if so_far < wanted and so_far + sizes[number] <= min(1.5 * wanted, total - 1):
+            chosen.add(number)
+            so_far += sizes[number]
+    nearest = min(range(len(sizes)), key=lambda number: abs(sizes[number] - wanted))
+    if so_far < wanted / 2 <= sizes[nearest] <= total / 3:
+        chosen, so_far = {nearest}, sizes[nearest]
+    if so_far >= wanted / 2:
+        return chosen.__contains__, 0
+    ends = list(accumulate(sizes))
+    place = int(total * (1 - val_fraction))
+    place -= place in ends  # so that there is a document to cut
+    cut = bisect(ends, place)
+    return lambda number: number > cut, place
 
 
 def in_two(pieces: Iterable[Piece], place: int) -> Iterator[Piece]:
-    """One document as two: the first `place` characters of it, and the rest."""
+    """The pieces with the document in two that has the character `place` in it, which begins the second."""
     for piece in pieces:
         if 0 < place <= len(piece.text):
             yield piece._replace(text=piece.text[:place], ends=True)
@@ -106,8 +129,8 @@ def make_tokenizer(name: str, found: Survey, train: Iterable[str]) -> Tokenizer:
     if kind == "char":
         return CharTokenizer(found.chars, ends=len(found.sizes) > 1)
     if kind == "bpe":
-        if not size.isdigit() or not 257 < int(size) < 1 << 31:
-            raise UserError(f"--tokenizer {name} names no size; write bpe:4096, or another above 257")
+        if not re.fullmatch("[0-9]{3,7}", size) or int(size) < 258:
+            raise UserError(f"--tokenizer {name} has no size from 258 to 9999999; write bpe:4096")
         tokenizer = train_bpe(train, int(size))
         if tokenizer.vocab_size < int(size):
             print(f"note: the text has no more than {tokenizer.vocab_size:,} tokens to join")
@@ -115,40 +138,36 @@ def make_tokenizer(name: str, found: Survey, train: Iterable[str]) -> Tokenizer:
     return named_tokenizer(name)
 
 
-def with_split(
-    pairs: Iterable[tuple[Piece, Any]], is_val: Iterator[bool]
-) -> Iterator[tuple[str, Piece, Any]]:
-    """The pairs of a piece and something with the split of their document before them."""
-    val = next(is_val)
-    for piece, something in pairs:
-        yield "val" if val else "train", piece, something
-        if piece.ends:
-            val = next(is_val)
-
-
 def prepare(corpus: Corpus, folder: Path, tokenizer: str, val_fraction: float, workers: int) -> Tokenizer:
     """Write the dataset of a corpus; returns its tokenizer. Raises UserError, and MachineError where the disk
     takes no more."""
     enough = math.ceil(10 / val_fraction)
     found = survey(corpus, enough, want_chars=tokenizer == "char")
-    alone = len(found.sizes) == 1
+    is_val, place = choose_val(found.sizes, val_fraction, enough)
 
-    def pieces() -> Iterable[Piece]:
-        return in_two(corpus.pieces(), int(found.sizes[0] * (1 - val_fraction))) if alone else corpus.pieces()
+    def sample() -> Iterator[str]:
+        """Text of train, all or the first BPE_SAMPLE characters."""
+        document, left = 0, BPE_SAMPLE
+        for piece in in_two(corpus.pieces(), place):
+            if not is_val(document) and left > 0:
+                yield piece.text[:left]
+                left -= len(piece.text)
+            document += piece.ends
 
-    def is_val() -> Iterator[bool]:
-        return iter((False, True, False)) if alone else val_documents(found.sizes, val_fraction, enough)
-
-    every_piece = with_split(((piece, None) for piece in pieces()), is_val())
-    train = (piece.text for split, piece, _ in every_piece if split == "train")
-    made = make_tokenizer(tokenizer, found, islice(train, 0, None, math.ceil(corpus.size / BPE_SAMPLE)))
+    made = make_tokenizer(tokenizer, found, sample())
     if made.vocab_size > 1 << 16:
         print(f"note: {made.vocab_size:,} ids are too many for 2 bytes; each takes 4 on disk (uint32)")
+    if made.end_of_text is None and len(found.sizes) > 1:
+        print(f"note: {tokenizer} has no token that ends documents; they follow each other without one")
     about = ", ".join(map(str, corpus.files[:20]))
-    with write_dataset(folder, made, source=about) as add, token_bar(corpus.done) as advance:
-        for split, piece, ids in with_split(encode_in_order(pieces(), made, workers), is_val()):
-            add(split, ids, text_bytes(piece.text))
+    document, val = 0, is_val(0)
+    with write_dataset(folder, made, overwrite=True, source=about) as add, token_bar(corpus.done) as advance:
+        for piece, ids in encode_in_order(in_two(corpus.pieces(), place), made, workers):
+            add("val" if val else "train", ids, text_bytes(piece.text))
             advance(len(ids))
+            if piece.ends:
+                document += 1
+                val = is_val(document)
     if isinstance(made, BPETokenizer):  # for other programs; ours read meta.json
         (folder / "tokenizer.json").write_text(library_file(made), encoding="utf-8")
     return made
@@ -179,6 +198,10 @@ def next_commands(folder: Path, name: str, tokenizer: Tokenizer) -> tuple[str, s
     usual = run_path(str(DATA.parent / "config" / f"{config}.py"))
     words = [f"--{key}={shlex.quote(str(value))}" for key, value in flags.items() if value != usual.get(key)]
     sample = f"python sample.py --out_dir={shlex.quote(flags['out_dir'])}"
+    if tokenizer.end_of_text is not None:
+        sample += " --start="  # a new document
+    elif "\n" not in tokenizer.chars:
+        sample += f" --start={shlex.quote(tokenizer.chars[-1])}"
     return " ".join([f"python train.py config/{config}.py", *words]), sample
 
 
@@ -189,10 +212,6 @@ def options() -> argparse.Namespace:
     add("--name", metavar="NAME", help="the dataset becomes data/NAME")
     add("--tokenizer", default="char", help="char (default), byte, gpt2, bpe:4096, or another dataset's name")
     add("--val_fraction", type=float, default=0.1, help="of documents, or the end of one (default: 0.1)")
-    add("--strip_lines", action="append", metavar="REGEX", help="leave out lines that have it; repeatable")
-    add("--encoding", default="utf-8", help="of the files (default: utf-8)")
-    add("--errors", default="strict", choices=("strict", "replace"), help="replace: U+FFFD for what is not")
-    add("--format", choices=sorted(kind[1:] for kind in READERS), help="of all files, whatever their names")
     args = parser.parse_args()
     if not args.input:
         parser.error("--input is missing")
@@ -209,21 +228,14 @@ def options() -> argparse.Namespace:
             f"--val_fraction {args.val_fraction} leaves nothing for train or val, which every run measures "
             "itself on; give one above 0 and below 1, such as 0.1"
         )
-    try:
-        "".encode(args.encoding)
-    except LookupError:
-        raise UserError(f"--encoding {args.encoding} is not known; try utf-8, latin-1 or utf-16") from None
-    try:
-        any_of = "|".join(f"(?:{one})" for one in args.strip_lines or ())
-        args.strip_lines = re.compile(any_of) if any_of else None
-    except re.error as error:
-        raise UserError(f"--strip_lines {args.strip_lines}: {error}; mend the regular expression") from None
     return args
 
 
 @contextmanager
 def pipes_kept(inputs: list[str], folder: Path) -> Iterator[list[str]]:
     """The inputs with files in place of stdin (-) and other pipes, which cannot be read twice."""
+    if "-" in inputs and sys.stdin is None:
+        raise UserError("--input - reads standard input, which is closed; give it some text")
     kept = {word: folder / f"pipe{n}" for n, word in enumerate(inputs) if word == "-" or Path(word).is_fifo()}
     try:
         with full_disk_told(folder, "nothing there was changed"):
@@ -239,15 +251,14 @@ def pipes_kept(inputs: list[str], folder: Path) -> Iterator[list[str]]:
 def main() -> None:
     args = options()
     make_room(args.output, args.overwrite)
-    reading = (args.field, args.encoding, args.errors, args.strip_lines, args.format)
     try:
         with pipes_kept(args.input, args.output) as inputs:
-            corpus = Corpus(find_files(inputs), *reading)
-            tokenizer = prepare(corpus, args.output, args.tokenizer, args.val_fraction, max(1, args.workers))
+            corpus, workers = corpus_of(args, inputs), max(1, args.workers)
+            tokenizer = prepare(corpus, args.output, args.tokenizer, args.val_fraction, workers)
     finally:
         with suppress(OSError):  # a folder with nothing in it would look like a dataset
             args.output.rmdir()
-    name = args.name or os.path.relpath(args.output)
+    name = args.name if args.output == DATA / str(args.name) else os.path.relpath(args.output)
     print("next:", *next_commands(args.output, name, tokenizer), sep="\n  ")
 
 
