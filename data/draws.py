@@ -47,8 +47,8 @@ def epoch_order(seed: int, first: int, count: int, size: int, part: int = 0) -> 
 
 def shared_out(first: int, count: int, shares: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
     """Which part of a mixture samples first, first + 1, ... belong to, and which of the part's own samples
-    each of them is: (count,) twice. Nothing is random: of any samples in a row, a part has its share, to
-    within one or two.
+    each of them is: (count,) twice. Nothing is random: of any samples in a row, a part has its share, which
+    is counted in 2^-20, to within as many samples as there are parts.
 
     Of the first n samples, the first part has n·W/D, rounded down, where W/D is its share; so sample n is its
     where that number rises after it. What is left goes to the other parts in the same way (Bresenham,

@@ -191,6 +191,28 @@ def test_without_meta_it_is_gpt2s_vocabulary(tmp_path):
     assert read_meta(tmp_path)["vocab_size"] == 50257
 
 
+@pytest.mark.parametrize("left", ["progress.json", "progress_00002.json", "meta.json.tmp"])
+def test_a_dataset_that_is_not_whole_is_not_taken_for_gpt2s(left, tmp_path):
+    write_bin(tmp_path, [1] * 100)
+    (tmp_path / left).write_text("{}")
+    with pytest.raises(UserError, match="is not whole yet"):
+        read_meta(tmp_path)
+
+
+def test_another_dataset_is_overwritten_on_demand_only(tmp_path):
+    tokenizer = CharTokenizer("ab")
+    for about, overwrite in (("one", False), ("one", False), ("two", True)):
+        with write_dataset(tmp_path, tokenizer, overwrite, source=about) as add:
+            add("train", [0, 1, 0], 3)
+            add("val", [1, 0], 2)
+    for overwrite in (False, True):
+        writer = write_dataset(tmp_path, tokenizer, overwrite, source="three")
+        if not overwrite:
+            with pytest.raises(UserError, match="--overwrite"), writer:
+                pass
+    assert read_meta(tmp_path)["source"] == "two"
+
+
 class Hostile:
     """A pickle of it creates a file when it is read without care."""
 

@@ -290,6 +290,12 @@ MISTAKES = [
     (b'{"text": "a"}\n{"te', ["--format=jsonl"], ["line 2 is no JSON"]),
     (b"[1]\n", ["--format=jsonl"], ["line 1 is no JSON object"]),
     (b"a,b\n1,2\n", ["--format=csv"], ["row 1", "no field 'text', but a, b"]),
+    (b"id,text\n1,Hello, world\n", ["--format=csv"], ["row 1 has not the columns", "quote"]),
+    (b"id,text\n1\n", ["--format=csv"], ["row 1 has not the columns"]),
+    (b"[" * 100_000, ["--format=jsonl"], ["line 1 is no JSON"]),
+    (b"text " * 100, ["--tokenizer=bpe:\u00b2"], ["bpe:4096"]),
+    (b"text " * 100, ["--tokenizer=bpe:2000000000"], ["bpe:4096"]),
+    (b"text " * 100, ["--encoding=undefined"], ["--encoding undefined"]),
     (b"nothing like it", ["--format=parquet"], ["book.txt cannot be read"]),
 ]  # fmt: skip
 
@@ -311,6 +317,28 @@ def test_wrong_encodings_can_be_read_on_demand(tmp_path):
         assert done.returncode == 0, done.stderr
         both = documents_of(tmp_path / "out", "train") + documents_of(tmp_path / "out", "val")
         assert "".join(both) == read * 20
+
+
+def test_a_text_without_pairs_has_a_tokenizer_of_bytes(tmp_path):
+    (tmp_path / "digits.txt").write_text("".join(f"{n}\n" for n in range(10)) * 9)
+    assert prepare(tmp_path, "--input", tmp_path / "digits.txt", "--tokenizer=bpe:300").returncode == 0
+    assert documents_of(tmp_path / "out", "train")[0].startswith("0\n1\n2\n")
+
+
+def test_lines_without_end_are_read_in_time(tmp_path):
+    """A million blank lines with --strip_lines, nowhere to cut: joined once, not for each of them."""
+    (tmp_path / "blank.txt").write_text("x" + "\n" * 3_000_000 + "x\n")
+    done = prepare(tmp_path, "--input", tmp_path / "blank.txt", "--strip_lines=nothing", "--tokenizer=byte")
+    assert done.returncode == 0 and len(ids_of(tmp_path / "out", "train")) > 2_500_000
+
+
+def test_the_same_file_by_two_paths_is_one_document(tmp_path):
+    for number in (1, 2, 3):
+        (tmp_path / f"{number}.md").write_text(f"note {number} " * 20)
+    twice = [tmp_path / "1.md", tmp_path / ".." / tmp_path.name / "1.md", tmp_path]
+    assert prepare(tmp_path, "--input", *twice, "--tokenizer=byte").returncode == 0
+    both = documents_of(tmp_path / "out", "train") + documents_of(tmp_path / "out", "val")
+    assert sorted(both) == [f"note {number} " * 20 for number in (1, 2, 3)]
 
 
 def test_files_that_are_not_what_their_names_say(tmp_path):
