@@ -1,6 +1,6 @@
 """Documents out of files: .txt and .md, .jsonl, .csv and .parquet, of all but these also .gz and .zst.
 
-A document comes in pieces of a million characters or so: no file is in memory whole. It is cut only before
+A document comes in pieces of some ten thousand characters: no file is in memory whole. It is cut only before
 white space that follows something else, where no tokenizer joins the two sides.
 """
 
@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from data.tokenizer import END_OF_TEXT
 from errors import UserError
 
-BLOCK = 1 << 20  # bytes read at once, and characters of a piece, or so
+BLOCK = 1 << 16  # bytes read at once, and characters of a piece, or so: one foreign letter widens them all
 ROWS = 64  # of a parquet file at once: they can be long
 PACKED = (".gz", ".zst")
 
@@ -134,7 +134,7 @@ def kind_of(path: Path) -> str:
 
 
 def blocks(path: Path, corpus: Corpus) -> Iterator[bytes]:
-    """The bytes of a file, unpacked, a megabyte at a time."""
+    """The bytes of a file, unpacked, a block at a time."""
     suffix = path.suffix.lower()
     with open(path, "rb") as file:
         unpacked: Any = file
@@ -293,14 +293,16 @@ def cut(texts: Iterable[str], separator: str | None = None) -> Iterator[Piece]:
 def safe_cut(text: str) -> int:
     """Where to cut a text whose end is not known yet: before the last white space that follows something
     else; where there is none, before the last characters, which may be half a separator."""
-    before = text
-    for _ in range(100):
-        before = before[: max(map(before.rfind, " \n\t")) + 1].rstrip()
-        if not before:
-            break
-        if text[len(before)] in " \n\t":  # not one that only Python takes for white space
-            return len(before)
-    return max(0, len(text) - len(END_OF_TEXT)) if len(text) > 4 * BLOCK else 0
+    for first in (max(0, len(text) - 1000), 0):  # most often it is near the end
+        before = text[first:]
+        for _ in range(100):
+            before = before[: max(map(before.rfind, " \n\t")) + 1].rstrip()
+            if not before:
+                break
+            place = first + len(before)
+            if text[place] in " \n\t":  # not one that only Python takes for white space
+                return place
+    return max(0, len(text) - len(END_OF_TEXT)) if len(text) > 64 * BLOCK else 0
 
 
 def not_blank(pieces: Iterable[Piece]) -> Iterator[Piece]:

@@ -195,7 +195,7 @@ class ShardWriter:
 
     def add(self, ids: np.ndarray, text: int) -> None:
         """Append ids that stand for so many bytes of text."""
-        self.file.write(ids.tobytes())
+        self.file.write(np.ascontiguousarray(ids).data)
         self.tokens += len(ids)
         self.text += text
 

@@ -75,13 +75,19 @@ class CharTokenizer(Tokenizer):
         codes = code_points(chars)  # (V,)
         self.ids = np.full(int(codes.max(initial=0)) + 2, -1, np.int32)  # by code point; the last is unknown
         self.ids[codes] = np.arange(len(chars))
+        by_ascii = self.ids[np.arange(128).clip(max=len(self.ids) - 1)]
+        self.of_ascii = by_ascii.astype(np.uint8).tobytes() + bytes(128) if by_ascii.max() < 255 else None
 
     def encode_text(self, text: str) -> np.ndarray:
         """ids (N,). Raises UserError that names the first character outside of the vocabulary."""
-        codes = code_points(text)
-        ids = self.ids.take(codes, mode="clip")
-        if len(ids) and ids.min() < 0:
-            place = int(np.argmin(ids))
+        if self.of_ascii and text.isascii():  # twice as fast
+            ids = np.frombuffer(text.encode().translate(self.of_ascii), dtype=np.uint8)
+            unknown = ids == 255
+        else:
+            ids = self.ids.take(code_points(text), mode="clip")
+            unknown = ids < 0
+        if unknown.any():
+            place = int(np.argmax(unknown))
             raise UserError(
                 f"character {text[place]!r} at position {place} is not in the vocabulary of "
                 f"{self.vocab_size}; leave it out, or replace it"

@@ -17,11 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from data.documents import BLOCK, Piece
+from data.documents import Piece
 from data.tokenizer import Tokenizer
 from errors import MachineError, UserError
 
 Encoded = tuple[Piece, np.ndarray]
+BATCH = 1 << 18  # characters that a thread gets at once, or some more
 
 
 def encode_in_order(pieces: Iterable[Piece], tokenizer: Tokenizer, workers: int) -> Iterator[Encoded]:
@@ -65,7 +66,7 @@ def batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
     for piece in pieces:
         batch.append(piece)
         size += len(piece.text) + 100  # many small ones are work, too
-        if size >= BLOCK // 4:
+        if size >= BATCH:
             yield batch
             batch, size = [], 0
     yield batch
@@ -194,7 +195,7 @@ def write_dataset(
 
     def add(split: str, ids: np.ndarray | list[int], text_bytes: int) -> None:
         with full_disk_told(folder, "nothing there was changed"):
-            files[split].write(np.asarray(ids).astype(dtype).tobytes())
+            files[split].write(np.ascontiguousarray(ids, dtype).data)
         counts[split] += len(ids)
         text[split] += text_bytes
 

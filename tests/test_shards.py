@@ -214,7 +214,7 @@ def test_memory_holds_a_few_batches_whatever_the_size(source, tmp_path, monkeypa
             yield each
 
     monkeypatch.setattr(data.shards, "encode_in_order", counted)
-    monkeypatch.setattr("data.writer.BLOCK", 4000)
+    monkeypatch.setattr("data.writer.BATCH", 1000)
     write(source, tmp_path, workers=2)
     assert 20 < most < 120  # of 900
 

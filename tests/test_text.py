@@ -214,7 +214,7 @@ def test_pieces_are_tokenized_as_the_whole(text, block):
         pieces = list(cut(parts))
         assert "".join(piece.text for piece in pieces) == text
         assert [piece.ends for piece in pieces] == [False] * (len(pieces) - 1) + [True]
-        if max((len(word) for word in text.split()), default=0) < 4 * block - len(END_OF_TEXT):
+        if max((len(word) for word in text.split()), default=0) < 64 * block - len(END_OF_TEXT):
             ids = np.concatenate([tokenizer.encode_text(piece.text) for piece in pieces])
             assert ids.tolist() == tokenizer.encode_text(text).tolist()
         documents = "".join(piece.text + "\0" * piece.ends for piece in cut(parts, END_OF_TEXT))

@@ -58,10 +58,14 @@ class Survey(NamedTuple):
 
 def survey(corpus: Corpus, enough: int, want_chars: bool) -> Survey:
     """Read the corpus, or so many documents where only their number matters. Raises UserError."""
-    seen = np.zeros(0x110000, bool)
+    seen, known = np.zeros(0x110000, bool), b""
     sizes, size = [], 0
     for piece in corpus.pieces():
-        if want_chars:
+        if want_chars and piece.text.isascii():  # most often there is nothing new
+            new = piece.text.encode().translate(None, delete=known)
+            seen[list(new)] = True
+            known += bytes(set(new))
+        elif want_chars:
             seen[code_points(piece.text)] = True
         size += len(piece.text)
         if piece.ends:
