@@ -115,7 +115,7 @@ def usual_val_tokens(source: Source, tokenizer: Tokenizer, shard_tokens: int, ma
     """A shard, or a tenth of the text, by guess, where that is less: it is known before the text is read."""
     bytes_per_token = 4 if isinstance(tokenizer, TiktokenTokenizer) else 1  # of English
     guesses = [count for count in (max_tokens, (source.size() or 0) // bytes_per_token) if count]
-    return max(1, min(shard_tokens, *(count // 10 for count in guesses), shard_tokens))
+    return max(1, min([shard_tokens, *(count // 10 for count in guesses)]))
 
 
 def share(count: int, part: Part) -> tuple[int, int]:
