@@ -50,6 +50,8 @@ class Dataset(NamedTuple):
 
     def windows(self, split: str, which: np.ndarray, starts: np.ndarray, length: int) -> np.ndarray:
         """The ids of each sample, of part which[i] from starts[i] on: (N, length), int64. UserError."""
+        if len(self.parts) == 1:
+            return self.parts[0].streams[split].windows(starts, length)
         windows = np.empty((len(starts), length), np.int64)
         for number, part in enumerate(self.parts):
             here = which == number
@@ -185,6 +187,8 @@ def step_windows(data: Dataset, config: TrainConfig, step: int) -> tuple[np.ndar
     Functions of seed and step alone: ranks and micro-steps share them out.
     """
     count = config.gradient_accumulation_steps * config.batch_size
+    if len(data.parts) == 1:
+        return np.zeros(count, np.int64), part_starts(data.parts[0], 0, config, step, step * count, count)
     which, within = shared_out(step * count, count, [part.share for part in data.parts])
     starts = np.empty(count, np.int64)
     for number, part in enumerate(data.parts):
