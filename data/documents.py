@@ -59,6 +59,7 @@ class Corpus:
                 self.sizes.append(os.stat(path).st_size)
             except OSError as error:
                 raise UserError(f"{path} cannot be read ({error.strerror}); see its permissions") from None
+        self.size = sum(self.sizes)  # bytes of all files, as they are on disk
 
     def __len__(self) -> int:
         return len(self.files)
@@ -79,11 +80,7 @@ class Corpus:
 
     def done(self) -> float:
         """The share of the files that has been read."""
-        return self.at / max(1, self.size())
-
-    def size(self) -> int:
-        """Bytes of all files, as they are on disk."""
-        return sum(self.sizes)
+        return self.at / max(1, self.size)
 
     def describe(self) -> dict[str, Any]:
         """What tells whether it is the same text."""

@@ -38,6 +38,9 @@ class HubText:
             self.rows = self.rows.select_columns([field])
         known = (self.rows.info.splits or {}).get(split)
         self.documents = known.num_examples if known else 0
+        self.size = known.num_bytes if known else None  # bytes of the text, or of its files
+        if os.path.isdir(name):
+            self.size = sum(path.stat().st_size for path in Path(name).rglob("*"))
         self.read = 0
 
     def __len__(self) -> int:
@@ -66,13 +69,6 @@ class HubText:
     def done(self) -> float:
         """The share of the documents that has been read; 0 where their number is not known."""
         return min(1.0, self.read / self.documents) if self.documents else 0.0
-
-    def size(self) -> int | None:
-        """Bytes of the text, or of its files, where they are known."""
-        if os.path.isdir(self.settings["dataset"]):
-            return sum(path.stat().st_size for path in Path(self.settings["dataset"]).rglob("*"))
-        known = (self.rows.info.splits or {}).get(self.settings["split"])
-        return known.num_bytes if known else None
 
     def describe(self) -> dict[str, Any]:
         return self.settings

@@ -93,7 +93,7 @@ def ids_described(tokenizer: dict[str, Any]) -> int:
         return len(chars) + bool(tokenizer.get("ends"))
     if isinstance(merges, str):
         return 256 + len(merges.splitlines()) + 1
-    return {"gpt2": 50257, "byte": 257}.get(str(tokenizer.get("kind")), 0)
+    return {"gpt2": GPT2_META["vocab_size"], "byte": 257}.get(str(tokenizer.get("kind")), 0)
 
 
 def read_meta_json(path: Path) -> dict[str, Any]:

@@ -39,10 +39,11 @@ KEPT = "the shards so far are kept: free some space, and the same command goes o
 class Source(Protocol):
     """Documents in files: see documents.Corpus."""
 
+    size: int | None
+
     def __len__(self) -> int: ...
     def pieces(self, first: int = 0, end: int | None = None) -> Iterator[Piece]: ...
     def done(self) -> float: ...
-    def size(self) -> int | None: ...
     def describe(self) -> dict[str, Any]: ...
 
 
@@ -114,7 +115,7 @@ def write_shards(
 def usual_val_tokens(source: Source, tokenizer: Tokenizer, shard_tokens: int, max_tokens: int | None) -> int:
     """A shard, or a tenth of the text, by guess, where that is less: it is known before the text is read."""
     bytes_per_token = 4 if isinstance(tokenizer, TiktokenTokenizer) else 1  # of English
-    guesses = [count for count in (max_tokens, (source.size() or 0) // bytes_per_token) if count]
+    guesses = [count for count in (max_tokens, (source.size or 0) // bytes_per_token) if count]
     return max(1, min([shard_tokens, *(count // 10 for count in guesses)]))
 
 

@@ -71,6 +71,7 @@ class CharTokenizer(Tokenizer):
     def __init__(self, chars: str, ends: bool = False) -> None:
         self.chars = chars
         self.end_of_text = len(chars) if ends else None
+        self.named = [*chars, END_OF_TEXT]
         self.vocab_size = len(chars) + ends
         codes = code_points(chars)  # (V,)
         self.ids = np.full(int(codes.max(initial=0)) + 2, -1, np.int32)  # by code point; the last is unknown
@@ -95,8 +96,7 @@ class CharTokenizer(Tokenizer):
         return ids
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        named = [*self.chars, END_OF_TEXT]
-        return "".join(named[i] for i in ids).encode("utf-8", "replace")
+        return "".join(self.named[i] for i in ids).encode("utf-8", "replace")
 
     def describe(self) -> dict[str, Any]:
         return {"kind": "char", "chars": self.chars} | ({"ends": True} if self.end_of_text else {})

@@ -69,7 +69,8 @@ def survey(corpus: Corpus, enough: int, want_chars: bool) -> Survey:
             seen[code_points(piece.text)] = True
         size += len(piece.text)
         if piece.ends:
-            sizes += [size] * (len(sizes) < enough)
+            if len(sizes) < enough:
+                sizes.append(size)
             size = 0
             if len(sizes) == enough and not want_chars:
                 break
