@@ -95,7 +95,7 @@ def causal_attention(
     if shared:
         k, v = (x.repeat_interleave(H // x.size(1), dim=1) for x in (k, v))
     q, k, v = (x.reshape(B * H, T, D) for x in (q, k, v))
-    rows = max(128, T // 4)  # of queries at a time: most of what a causal model may not read is not computed
+    rows = max(128, T // 64 * 16)  # of queries at a time: most of what no position may read is not computed
     parts = []
     for begin in range(0, T, rows):
         end = min(begin + rows, T)
@@ -110,17 +110,18 @@ def causal_attention(
 class KVCache:
     """Keys and values of the tokens read so far, for B sequences of up to `size`, allocated once.
 
-    `heads` (K) and `width` (D) are those of a layer's keys and values.
+    `heads` (K) and `width` (D) are those of a layer's keys and values. Before a reading, `rows` says which
+    sequences are read from position 0 on, or else `length` how many places the longest one takes then.
     """
 
     def __init__(self, n_layer: int, heads: int, width: int, B: int, size: int, like: torch.Tensor) -> None:
         self.static = like.is_cuda  # the same shapes at every token, for CUDA graphs
-        size += -size % 8 if self.static else 0  # a mask of another length would be copied at every reading
-        # on CPUs in fp32: torch's attention of one query is four times as fast as in bf16
+        size += -size % 16  # GPUs copy a mask of another length at every reading; CPUs: see below
         self.dtype = like.dtype if like.is_cuda else torch.float32
         shape = (n_layer, 2, B, heads, size, width)
         self.layers = torch.zeros(shape, device=like.device, dtype=self.dtype).unbind(0)
-        self.length = 0  # tokens in it
+        self.length = 0
+        self.rows = self.all = torch.arange(B, device=like.device)
 
     def attend(
         self,
@@ -131,24 +132,61 @@ class KVCache:
         scale: float,
         position: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Put in new keys and values, (B, K, T, D), and read them and the older ones for q (B, H, T, D).
+        """Put in new keys and values, (N, K, T, D), and read them and the older ones for q (N, H, T, D).
 
-        T tokens from 0 on, or one at `position` (1,).
+        T tokens from 0 on, which go into one or more `rows` each; or one at `position`, (1, 1), of all B
+        sequences, or at a place of its own of each, (B, 1).
         """
-        past = self.layers[layer]  # (2, B, K, size, D)
+        past, new = self.layers[layer], torch.stack((k, v)).to(self.dtype)  # (2, B, K, size, D)
         if position is None:
-            past[0, :, :, : k.size(2)], past[1, :, :, : k.size(2)] = k, v  # one row of k goes into all B
+            past[:, self.rows, :, : k.size(2)] = new.repeat_interleave(len(self.rows) // len(k), dim=1)
             return causal_attention(q, k, v, scale)
-        past.index_copy_(3, position, torch.stack((k, v)).to(self.dtype))
-        keys, values = past if self.static else past[:, :, :, : self.length + 1]
-        if self.static and layer == 0:  # what is added to the scores in all layers: -inf after `position`
+        if len(position) == 1:
+            past.index_copy_(3, position[0], new)
+        else:
+            past[:, self.all, :, position[:, 0]] = new.squeeze(3).transpose(0, 1)  # (B, 2, K, D)
+        past = past if self.static else past[:, :, :, : self.length + -self.length % 16]
+        if layer == 0:  # what is added to the scores in all layers: -inf after `position`
             later = torch.arange(past.size(3), device=past.device) > position
-            self.bias = torch.zeros_like(later, dtype=self.dtype).masked_fill_(later, -math.inf)[None]
+            self.bias = torch.zeros_like(later, dtype=self.dtype).masked_fill_(later, -math.inf)[
+                :, None, None
+            ]
+        q = q.to(self.dtype)
+        if q.device.type == "cpu":
+            return one_query_on_cpu(q, *past, self.bias, scale)
         return F.scaled_dot_product_attention(
-            q.to(self.dtype),
-            keys,
-            values,
-            attn_mask=self.bias if self.static else None,
-            scale=scale,
-            enable_gqa=q.size(1) != k.size(1),
+            q, *past, attn_mask=self.bias, scale=scale, enable_gqa=q.size(1) != k.size(1)
         )
+
+
+def one_query_on_cpu(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """softmax(scale q kᵀ + bias) v for one query of each sequence: q (B, H, 1, D), k and v (B, K, T, D), bias
+    (1 or B, 1, 1, T).
+
+    As fast as torch's own; and where T is a multiple of 16, a sequence gets the same numbers to the last bit
+    alone and beside others, which torch's own does not grant.
+    """
+    B, H, _, D = q.shape
+    q = (q * scale).view(B, k.size(1), -1, D)  # heads that read the same keys are rows of one product
+    scores = torch.matmul(q, k.transpose(2, 3)).add_(bias)  # (B, K, H/K, T)
+    return torch.matmul(scores.softmax(dim=-1), v).view(B, H, 1, D)
+
+
+class Branches:
+    """In place of a KVCache: sequences of which not each position reads all before it, in one pass.
+
+    So the endings of one text stand behind it one after another, and each reads the text and itself.
+    """
+
+    def __init__(self, reads: torch.Tensor) -> None:
+        """reads (B, T, T): whether each position, by rows, reads each other one; it has to read one."""
+        self.reads = reads[:, None]  # (B, 1, T, T)
+
+    def attend(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, position: object
+    ) -> torch.Tensor:
+        """q (B, H, T, D), k and v (B, K, T, D) to q's shape."""
+        shared = q.size(1) != k.size(1)
+        return F.scaled_dot_product_attention(q, k, v, self.reads, scale=scale, enable_gqa=shared)

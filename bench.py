@@ -33,7 +33,7 @@ import model as model_file
 from checkpoint import BEST, NEWEST, training_state, write_whole
 from data.dataset import Dataset, Part, open_dataset
 from data.meta import GPT2_META
-from decoding import prepare, stream
+from decoding import Choice, prepare, stream
 from errors import UserError, one_line_errors, writable
 from model import GPT
 from optim import make_optimizers
@@ -406,11 +406,11 @@ def bench_generate(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
     other = others_generate(config.against, config, new, vocab_size, runtime) if config.against else None
     prompt = torch.randint(vocab_size, (1, half), device=runtime.device)
 
-    def seconds(idx: torch.Tensor, m: GPT, count: int) -> tuple[float, float, float]:
+    def seconds(idx: torch.Tensor, m: GPT, count: int, copies: int = 1) -> tuple[float, float, float]:
         """To the first token; from the second to the last; in all. At the second, a GPU records its graph."""
         synchronize(runtime)
         begin = time.perf_counter()
-        tokens = stream(m, idx, count, 0.8, 200)
+        tokens = stream(m, idx, count, Choice(0.8, 200), copies=copies)
         next(tokens)
         synchronize(runtime)
         first = time.perf_counter()
@@ -430,7 +430,7 @@ def bench_generate(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
     for number in range(config.rounds + 1):
         for name, B in runs:
             to_first, _, _ = seconds(prompt, ready[name], 1)
-            _, rest, all_of_it = seconds(prompt[:, :PROMPT].expand(B, -1), ready[name], new)
+            _, rest, all_of_it = seconds(prompt[:, :PROMPT], ready[name], new, B)
             if number == 0:  # a warm-up, for all
                 continue
             prefill[name, B].append(half / to_first)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from data.dataset import Dataset, open_dataset
-from decoding import stream
+from decoding import Choice, stream
 from errors import UserError, one_line_errors
 from sample import Sampler, warn
 from settings import TrainConfig
@@ -55,7 +55,7 @@ def answers(
             idx = torch.tensor([prompt for prompt, _ in some], device=sampler.runtime.device)  # (N, T)
             most = max(len(right) for _, right in some) + 1
             columns, ended = [], torch.zeros(len(some), 1, dtype=torch.bool, device=idx.device)
-            for column in stream(sampler.model, idx, most, 0.0, None, sampler.tokenizer.vocab_size):
+            for column, _ in stream(sampler.model, idx, most, Choice(0.0), sampler.tokenizer.vocab_size):
                 columns.append(column)  # (N, 1)
                 ended |= column == newline
                 if ended.all():

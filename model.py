@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from attention import KVCache, causal_attention, dropout, rms_norm, rotate, rotation
-from decoding import stream
+from decoding import Choice, stream
 from optim import adamw
 
 
@@ -226,14 +226,16 @@ class GPT(nn.Module):
     def hidden(
         self, idx: torch.Tensor, cache: KVCache | None = None, position: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """What lm_head reads, (B, T, C), of idx (B, T): tokens from position 0 on, or one at `position`."""
+        """What lm_head reads, (B, T, C), of idx (B, T): tokens from position 0 on, or at `position`
+        (1 or B, T), beside what the cache has."""
         T, config = idx.size(1), self.config
-        if T > config.block_size:
+        if T > config.block_size and position is None:
             raise ValueError(f"{T} tokens do not fit into block_size={config.block_size}")
-        positions = torch.arange(T, device=idx.device) if position is None else position
+        positions = torch.arange(T, device=idx.device)[None] if position is None else position
         x, turn = self.transformer.wte(idx), None  # (B, T, C)
         if config.rotary:
-            turn = rotation(config.block_size, config.n_embd // config.n_head, idx.device)[:, positions]
+            turn = rotation(config.block_size, config.n_embd // config.n_head, idx.device)
+            turn = turn[:, positions].unsqueeze(2)  # (2, 1 or B, 1, T, D/2)
         else:
             x = x + self.transformer.wpe(positions)
         x = x0 = dropout(x, config.dropout, self.training)
@@ -251,14 +253,14 @@ class GPT(nn.Module):
         logits, cap = self.lm_head(x), self.config.logit_softcap
         return cap * torch.tanh(logits.float() / cap) if cap else logits
 
-    def prefill(self, idx: torch.Tensor, cache: KVCache) -> torch.Tensor:
-        """Read idx (1 or B, T) from position 0 on into the cache; logits of what comes next (1 or B, V)."""
+    def prefill(self, idx: torch.Tensor, last: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        """Read idx (N, T) from position 0 on into the cache; logits (N, V) of what follows position
+        `last` (N,) of each, behind which nothing counts."""
         x = self.hidden(idx, cache)
-        cache.length = idx.size(1)
-        return self.scores(x[:, -1])
+        return self.scores(x[torch.arange(len(x), device=x.device), last])
 
     def decode(self, ids: torch.Tensor, position: torch.Tensor, cache: KVCache) -> torch.Tensor:
-        """Read one more token of each sequence, ids (B, 1) at position (1,); logits of the next (B, V)."""
+        """Read a token more of each sequence, ids (B, 1) at position (1 or B, 1); next logits (B, V)."""
         return self.scores(self.hidden(ids, cache, position)[:, -1])
 
     @torch.no_grad()
@@ -266,7 +268,8 @@ class GPT(nn.Module):
         self, idx: torch.Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None
     ) -> torch.Tensor:
         """idx (B, T) with max_new_tokens sampled ones after it, (B, T + max_new_tokens): decoding.stream."""
-        return torch.cat([idx, *stream(self, idx, max_new_tokens, temperature, top_k)], dim=1)
+        drawn = stream(self, idx, max_new_tokens, Choice(temperature, top_k))
+        return torch.cat([idx, *(ids for ids, _ in drawn)], dim=1)
 
     @classmethod
     def from_pretrained(cls, model_type: str, override_args: dict[str, Any] | None = None) -> "GPT":

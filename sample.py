@@ -22,7 +22,7 @@ from checkpoint import best_checkpoint, load_checkpoint, load_pretrained, restor
 from data.dataset import read_dataset_meta
 from data.meta import GPT2_META
 from data.tokenizer import Tokenizer, from_description
-from decoding import prepare, stream
+from decoding import Choice, prepare, stream, uniform_draws
 from errors import UserError, one_line_errors
 from runtime import compile_works, start_runtime
 
@@ -79,9 +79,11 @@ class Sampler:
             SampleConfig(start=prompt, num_samples=num_samples, max_new_tokens=max_new_tokens, **choices)
         except ValueError as error:
             raise UserError(error) from None
-        idx = self.encode(prompt).expand(num_samples, -1)  # (N, T)
-        torch.manual_seed(seed)
-        return stream(self.model, idx, max_new_tokens, temperature, top_k, self.tokenizer.vocab_size)
+        idx = self.encode(prompt)  # (1, T)
+        draws = uniform_draws(seed, num_samples, max_new_tokens)
+        sizes = {"vocab_size": self.tokenizer.vocab_size, "copies": num_samples}
+        drawn = stream(self.model, idx, max_new_tokens, Choice(temperature, top_k), draws=draws, **sizes)
+        return (ids for ids, _ in drawn)
 
     def generate(
         self,

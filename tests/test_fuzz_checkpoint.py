@@ -74,7 +74,7 @@ def use_checkpoint(data: bytes) -> None:
         scaler.load_state_dict(contents.get("scaler") or scaler.state_dict())
         tokenizer = find_tokenizer(contents, model.config.vocab_size, "ckpt.pt")
         idx = torch.tensor(tokenizer.encode("ab"))[None, -model.config.block_size :]
-        for column in stream(model, idx, 2, 1.0, None, tokenizer.vocab_size):
+        for column, _ in stream(model, idx, 2, vocab_size=tokenizer.vocab_size):
             assert isinstance(tokenizer.decode(column[0].tolist()), str)
         restore_optimizers(optimizers, contents, Path())
         x = torch.zeros(1, min(8, model.config.block_size), dtype=torch.long)

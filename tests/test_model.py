@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from attention import causal_attention, dropout
-from decoding import sample_token, stream
+from decoding import Choice, sample_token, stream, uniform_draws
 from model import GPT, GPTConfig
 
 SMALL = {"block_size": 32, "vocab_size": 96, "n_layer": 3, "n_head": 4, "n_embd": 32}
@@ -244,22 +244,26 @@ def test_stream_yields_what_generate_returns():
     torch.manual_seed(5)
     whole = model.generate(idx, 6, top_k=10)
     torch.manual_seed(5)
-    assert torch.equal(torch.cat(list(stream(model, idx, 6, top_k=10)), 1), whole[:, 4:])
+    assert torch.equal(
+        torch.cat([ids for ids, _ in stream(model, idx, 6, Choice(top_k=10))], 1), whole[:, 4:]
+    )
 
 
 def test_a_padded_vocabulary_is_never_drawn_from():
     model = small()
     with torch.no_grad():
         model.lm_head.weight[90:] += 10 * model.transformer.ln_f.weight  # the padding would win
-    ids = torch.cat(list(stream(model, random_ids(8, 4), 20, 1.5, None, vocab_size=90)), 1)
-    assert ids.max() < 90
+    drawn = stream(model, random_ids(8, 4), 20, Choice(1.5), vocab_size=90)
+    assert max(int(ids.max()) for ids, _ in drawn) < 90
 
 
 def test_sampling_follows_the_softmax():
     logits = torch.tensor([[0.0, 1.0, 2.0, 3.0]]).expand(20_000, 4)
-    torch.manual_seed(0)
+    draws = uniform_draws(0, 20_000, 1)
     for temperature, top_k, kept in ((1.0, None, 4), (0.7, None, 4), (1.0, 2, 2), (2.0, 3, 3), (1.0, 9, 4)):
-        drawn = sample_token(logits, temperature, top_k).flatten().bincount(minlength=4) / len(logits)
+        drawn = sample_token(logits, Choice(temperature, top_k), draws).flatten().bincount(minlength=4) / len(
+            logits
+        )
         expected = torch.softmax(logits[0].double() / temperature, 0)
         expected[: 4 - kept] = 0
         assert torch.allclose(drawn.double(), expected / expected.sum(), atol=0.02), (temperature, top_k)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import settings as settings_file
 from attention import KVCache, rms_norm, rotate, rotation
 from checkpoint import load_checkpoint, restore_model, restore_optimizers, training_state, write_whole
-from decoding import prepare, stream
+from decoding import Choice, prepare, stream
 from model import ACTIVATIONS, GPT, NORMS, GPTConfig
 from optim import make_optimizers
 from runtime import Runtime
@@ -138,7 +138,7 @@ def test_each_combination_samples_with_the_cache_as_without(part):
     """Also where the block is full and the window slides: 20 tokens after a prompt of 5, a block of 16."""
     for settings in PICKED[part::4]:
         model = made(**settings)
-        found = torch.cat([ids(2, 5), *stream(model, ids(2, 5), 20, temperature=0.0)], dim=1)
+        found = torch.cat([ids(2, 5), *(new for new, _ in stream(model, ids(2, 5), 20, Choice(0.0)))], dim=1)
         window = idx = ids(2, 5)
         for _ in range(20):
             with torch.no_grad():
@@ -188,10 +188,11 @@ def test_decoding_scores_each_position_as_the_whole_sequence_does(settings, stat
         expected = model(idx, targets=idx)[0]  # (B, T, V)
         cache = KVCache(2, model.config.kv_heads, 6, 2, 16, model.lm_head.weight)
         cache.static = static
-        torch.testing.assert_close(model.prefill(idx[:, :5], cache), expected[:, 4], atol=1e-4, rtol=1e-4)
+        found = model.prefill(idx[:, :9], torch.tensor([4, 4]), cache)  # what stands behind does not count
+        torch.testing.assert_close(found, expected[:, 4], atol=1e-4, rtol=1e-4)
         for t in range(5, 16):
-            found = model.decode(idx[:, t : t + 1], torch.tensor([t]), cache)
-            cache.length += 1
+            cache.length = t + 1
+            found = model.decode(idx[:, t : t + 1], torch.tensor([[t]] * (1 + t % 2)), cache)
             torch.testing.assert_close(found, expected[:, t], atol=1e-4, rtol=1e-4)
 
 
@@ -202,7 +203,7 @@ def test_a_modern_model_made_ready_to_decode_scores_nearly_the_same(int8):
     with torch.no_grad():
         expected, found = model(idx, idx)[0], ready(idx, idx)[0].float()
     assert (found - expected).abs().mean() < 0.1 * expected.std()
-    assert len(list(stream(ready, idx[:, :3], 10, 0.8, 5))) == 10
+    assert len(list(stream(ready, idx[:, :3], 10, Choice(0.8, 5)))) == 10
 
 
 def test_settings_and_network_know_the_same_names():
