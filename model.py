@@ -263,6 +263,20 @@ class GPT(nn.Module):
         """Read a token more of each sequence, ids (B, 1) at position (1 or B, 1); next logits (B, V)."""
         return self.scores(self.hidden(ids, cache, position)[:, -1])
 
+    def log_likelihood(
+        self,
+        idx: torch.Tensor,
+        places: torch.Tensor,
+        targets: torch.Tensor,
+        cache: Any = None,
+        position: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Logarithms (N,) of the chances of the ids `targets` (N,) to follow `places` (N,), which count through
+        the rows of idx (B, T)."""
+        x = self.hidden(idx, cache, position).flatten(0, 1)[places]  # (N, C)
+        parts = zip(x.split(256), targets.split(256), strict=True)  # all logits at once would take gigabytes
+        return torch.cat([-F.cross_entropy(self.scores(x).float(), y, reduction="none") for x, y in parts])
+
     @torch.no_grad()
     def generate(
         self, idx: torch.Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None

@@ -26,14 +26,17 @@ def share_model(model: torch.nn.Module, shard: bool, runtime: Runtime) -> torch.
     if runtime.dtype == torch.float16:
         raise UserError("shard=True has no scaling of fp16's loss; use --dtype=bfloat16 or float32")
     from torch.distributed.device_mesh import init_device_mesh  # half a second
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
     mesh = init_device_mesh(runtime.device.type, (runtime.world_size,))
     half = MixedPrecisionPolicy(runtime.dtype, torch.float32, cast_forward_inputs=False)
     for block in model.transformer.h:
         for part in (block.attn, block.mlp):  # what autocast multiplies in bf16; it keeps norms in fp32
             fully_shard(part, mesh=mesh, mp_policy=half)
-    return fully_shard(model, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    for name in ("prefill", "decode", "log_likelihood"):  # which read the model, too
+        register_fsdp_forward_method(model, name)
+    return model
 
 
 def in_parts(tensor: torch.Tensor) -> bool:

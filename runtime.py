@@ -73,6 +73,12 @@ class Runtime:
         dist.all_reduce(sums)  # on the CPU, over gloo: nothing waits for a GPU
         return sums.tolist()
 
+    def sum_over_ranks(self, array: np.ndarray) -> np.ndarray:
+        """The sum of each number of an array over all ranks."""
+        if self.world_size > 1:
+            dist.all_reduce(torch.from_numpy(array))
+        return array
+
     def agree(self, value: float, message: str) -> None:
         """Raises UserError where the ranks have different values."""
         lowest, highest = (
