@@ -482,7 +482,8 @@ def bench_generate(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
 
 def bench_batch(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
     """The largest batch that fits, and the fastest that was timed: a table, and flags for both."""
-    config, on_gpu = planned_shape(config)[0], runtime.device.type == "cuda"
+    config = planned_shape(replace(config, max_epochs=None))[0]  # it makes a few steps
+    on_gpu = runtime.device.type == "cuda"
     data = open_data(config)._replace(separator=None)  # a small batch may have no target that counts
     room = USABLE * torch.cuda.mem_get_info()[0] if on_gpu else HOLES * available_memory()
     place = find_place(replace(config, gpu="here"), runtime, peak=1.0)
@@ -537,7 +538,7 @@ def bench_batch(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
         trials = search(attempt, computed, careful=not on_gpu)
     if not trials[1].fits:
         raise UserError(
-            f"one sequence needs {trials[1].memory / 2**30:,.2f} GiB of the {room / 2**30:,.2f} that can be used; "
+            f"one sequence needs {trials[1].memory / 2**30:,.2f} GiB, {room / 2**30:,.2f} can be used; "
             "lower --block_size or --n_embd, or set --activation_checkpointing=True"
         )
     found = found_in(trials, config)

@@ -103,7 +103,9 @@ class TrainConfig:
 
     # optimizer and learning rate
     optimizer: str = setting(
-        "adamw", "muon: for the matrices of the blocks, AdamW for the rest", choices=OPTIMIZERS
+        "adamw",
+        "muon: for the matrices of the blocks, AdamW for the rest; sgd: with Nesterov's momentum",
+        choices=OPTIMIZERS,
     )
     learning_rate: float = setting(6e-4, "the highest", above=0)
     muon_lr: float = setting(0.02, "the highest of Muon's matrices", above=0)
