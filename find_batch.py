@@ -13,7 +13,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from plan import share_out
 from settings import BenchConfig
 
 LARGEST = 1 << 15  # sequences; beyond, GPU kernels run out of numbers
@@ -70,10 +69,13 @@ def worth_timing(trials: Iterable[Trial], careful: bool) -> bool:
 
 
 def shared(config: BenchConfig, largest: int) -> dict[str, Any]:
-    """How micro-steps of at most `largest` sequences make a step next to that of the settings."""
-    sequences = config.gradient_accumulation_steps * config.batch_size
-    B, rounds = share_out(sequences, config.n_gpus, largest)
-    steps = config.n_gpus * rounds
+    """Micro-steps of at most `largest` sequences, and of half as many at least, that make a step next to that
+    of the settings."""
+    sequences, n = config.gradient_accumulation_steps * config.batch_size, config.n_gpus
+    most = max(1, min(largest, sequences // n))
+    splits = [(B, max(1, round(sequences / (n * B)))) for B in range(most // 2 + 1, most + 1)]
+    B, rounds = min(splits, key=lambda split: (abs(n * split[0] * split[1] - sequences), -split[0]))
+    steps = n * rounds
     flags = f"--batch_size={B} --gradient_accumulation_steps={steps}"
     return {"batch_size": B, "gradient_accumulation_steps": steps, "flags": flags, "sequences": B * steps}
 
