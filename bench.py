@@ -526,7 +526,8 @@ def bench_batch(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
             found = found._replace(memory=torch.cuda.max_memory_allocated()) if found.fits else found
             torch.cuda.reset_peak_memory_stats()
         model.zero_grad(set_to_none=True)
-        gc.collect()
+        if not found.fits:
+            gc.collect()  # what a step that broke off has left
         torch.cuda.empty_cache()  # does nothing where there is none
         give_back_memory()
         return found
