@@ -146,7 +146,8 @@ def clock(monkeypatch, interrupt):
 
 
 def test_max_minutes_count_the_whole_run(dataset, tmp_path, clock, interrupt, capsys):
-    flags = [f"--dataset={dataset}", "--eval_interval=100", "--max_iters=40", "--init_from=auto"]
+    flags = [f"--dataset={dataset}", "--eval_interval=100", "--log_interval=4", "--init_from=auto"]
+    flags.append("--max_iters=40")
     whole = train(config_of(*flags, "--max_minutes=1", f"--out_dir={tmp_path / 'whole'}"))
     assert (whole.iter_num, whole.stopped_by) == (10, None)
     assert [point["step"] for point in whole.losses] == [0, 10]
