@@ -37,8 +37,8 @@ INGREDIENTS = (
 )  # fmt: skip
 # What a study decides itself, whatever the recipe says.
 FIXED = {
-    "init_from": "scratch", "eval_iters": 0, "eval_only": False, "seed": 0, "out_dir": "-",
-    "log_interval": 1000, "wandb_log": False, "wandb_project": "-", "wandb_run_name": "-",
+    "init_from": "scratch", "eval_iters": 0, "eval_splits": "val", "eval_only": False, "seed": 0,
+    "out_dir": "-", "log_interval": 1000, "wandb_log": False, "wandb_project": "-", "wandb_run_name": "-",
 }  # fmt: skip
 Run = dict[str, float]  # seed, val (inf: it diverged), seconds
 
@@ -139,7 +139,8 @@ def ablate(config: AblateConfig) -> dict[str, list[Run]]:
     with writable(config.json):  # before hours of training
         runs = read_results(path, settings)
     seeds = [config.seed + number for number in range(config.seeds)]
-    print(f"study    {len(todo)} variants x {config.seeds} seeds of {config.max_iters} steps, kept in {path}")
+    length = f"{config.max_epochs:g} epochs" if config.max_epochs else f"{config.max_iters} steps"
+    print(f"study    {len(todo)} variants x {config.seeds} seeds of {length}, kept in {path}")
     for seed in seeds:  # in turns, so that a busy hour slows all variants alike
         for name, changes in todo.items():
             if seed in [run["seed"] for run in runs.setdefault(name, [])]:

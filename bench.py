@@ -14,6 +14,7 @@ if __name__ == "__main__":
 
 import copy
 import functools
+import gc
 import itertools
 import json
 import math
@@ -34,11 +35,12 @@ from checkpoint import BEST, NEWEST, training_state, write_whole
 from data.dataset import Dataset, Part, open_dataset
 from data.meta import GPT2_META
 from decoding import Choice, prepare, stream
-from errors import UserError, one_line_errors, writable
+from errors import UserError, is_out_of_memory, one_line_errors, writable
+from find_batch import HOLES, Trial, available_memory, found_in, give_back_memory, search, table
 from model import GPT
 from optim import make_optimizers
 from peers import Step, others_generate, others_step
-from plan import plan, planned_shape
+from plan import USABLE, Split, count, find_place, memory, plan, planned_shape
 from run_folder import RunFolder
 from runtime import (
     Runtime,
@@ -51,6 +53,7 @@ from runtime import (
     start_runtime,
     take_fast_float32,
 )
+from start import new_shape, planned
 from train import initial_model, step_batches, training_step
 
 TRACE, PLOT = "bench_trace.json", "bench_ladder.png"
@@ -134,14 +137,25 @@ def our_step(
         model = GPT(replace(model.config, vocab_size=data.meta["vocab_size"]))
     model.activation_checkpointing = config.activation_checkpointing
     optimizers = make_optimizers(model.to(runtime.device).train(), config, runtime.device.type, runtime.dtype)
-    scaler = runtime.loss_scaler()
     if not fused:
         groups = [
             {key: group[key] for key in ("params", "weight_decay")} for group in optimizers[0].param_groups
         ]
         betas = (config.beta1, config.beta2)
         optimizers = [torch.optim.AdamW(groups, config.learning_rate, betas, fused=False)]
-    maybe_compile(model, config.compile, runtime.device, config.max_iters, print)
+    maybe_compile(model, config.compile, runtime.device, planned(config, data).max_iters, print)
+    return model, optimizers, step_of(model, optimizers, config, data, runtime)
+
+
+def step_of(
+    model: GPT,
+    optimizers: list[torch.optim.Optimizer],
+    config: BenchConfig,
+    data: Dataset,
+    runtime: Runtime,
+) -> Step:
+    """train.py's step of that model, on batches of its own."""
+    scaler = runtime.loss_scaler()
     batches = step_batches(data, config, runtime, 0)
 
     def step(number: int) -> None:
@@ -153,7 +167,7 @@ def our_step(
         made = training_step(model, optimizers, scaler, batches, config.grad_clip, runtime, read_on)
         batches = made.following
 
-    return model, optimizers, step
+    return step
 
 
 def peak_memory(runtime: Runtime) -> int | None:
@@ -466,6 +480,73 @@ def bench_generate(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
     return result
 
 
+def bench_batch(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
+    """The largest batch that fits, and the fastest that was timed: a table, and flags for both."""
+    config = planned_shape(replace(config, max_epochs=None))[0]  # it makes a few steps
+    on_gpu = runtime.device.type == "cuda"
+    data = open_data(config)._replace(separator=None)  # a small batch may have no target that counts
+    room = USABLE * torch.cuda.mem_get_info()[0] if on_gpu else HOLES * available_memory()
+    place = find_place(replace(config, gpu="here"), runtime, peak=1.0)
+    half, shape = runtime.dtype != torch.float32, new_shape(config, data.meta)
+    counts = count(shape, config, half, not place.is_cpu)
+    sequences = config.gradient_accumulation_steps * config.batch_size
+
+    def adds_up(batch: int) -> bool:
+        return config.n_gpus > 1 or batch < sequences  # to gradients that are there before
+
+    def computed(batch: int) -> Trial:
+        split = Split(1, batch, 1 + adds_up(batch), again=config.activation_checkpointing)
+        peak = memory(counts, place, split)["peak"]
+        return Trial(batch, peak, peak <= room)
+
+    def timed(batch: int) -> float:
+        sized = replace(config, batch_size=batch, gradient_accumulation_steps=1)
+        step, seconds = step_of(model, optimizers, sized, data, runtime), []
+        for number in range(4):
+            for p in model.parameters() if adds_up(batch) else ():
+                p.grad = torch.zeros_like(p)
+            synchronize(runtime)
+            begin = time.perf_counter()
+            step(number)
+            synchronize(runtime)
+            seconds.append(time.perf_counter() - begin)
+            if sum(seconds[1:]) > 1:
+                break
+        return statistics.median(seconds[1:])  # the first one is a warm-up
+
+    def attempt(batch: int) -> Trial:
+        found = computed(batch)
+        try:
+            found = found._replace(seconds=timed(batch), fits=True)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            found = found._replace(fits=False)
+        if on_gpu:
+            found = found._replace(memory=torch.cuda.max_memory_allocated()) if found.fits else found
+            torch.cuda.reset_peak_memory_stats()
+        model.zero_grad(set_to_none=True)
+        if not found.fits:
+            gc.collect()  # what a step that broke off has left
+        torch.cuda.empty_cache()  # does nothing where there is none
+        give_back_memory()
+        return found
+
+    trials = {1: computed(1)}
+    if on_gpu or trials[1].fits:
+        one = replace(config, batch_size=1, gradient_accumulation_steps=1)
+        model, optimizers, _ = our_step(one, data, runtime)
+        trials = search(attempt, computed, careful=not on_gpu)
+    if not trials[1].fits:
+        raise UserError(
+            f"one sequence needs {trials[1].memory / 2**30:,.2f} GiB, {room / 2**30:,.2f} can be used; "
+            "lower --block_size or --n_embd, or set --activation_checkpointing=True"
+        )
+    found = found_in(trials, config)
+    print("\n".join(table(found, config)))
+    return found
+
+
 def bench_plan(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
     """What the run would take: on this machine from a few steps measured now, else from data sheets alone."""
     if config.gpu != "here" or config.mfu:
@@ -484,7 +565,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     elsewhere = config.plan and config.gpu != "here"
     runtime = start_runtime("cpu" if elsewhere else config.device, config.dtype)
     ways = {"plan": bench_plan, "ladder": bench_ladder, "generate": bench_generate}
-    ways |= {"checkpoint": bench_checkpoint, "profile": bench_step}
+    ways |= {"checkpoint": bench_checkpoint, "find_batch": bench_batch, "profile": bench_step}
     modes = [name for name in ways if getattr(config, name)]
     measure = ways[modes[0]] if modes else bench_step
     modes += ["against"] if config.against and measure not in (bench_step, bench_generate) else []

@@ -102,8 +102,13 @@ def has_text_keys(value: Any) -> bool:
 
 def is_config(value: Any) -> bool:
     """Plain values, as in nanoGPT; those that are used are text."""
-    texts = [value.get(key, "") for key in ("dataset", "optimizer")]
+    texts = [value.get(key, "") for key in ("dataset", "optimizer", "eval_splits")]
     return has_text_keys(value) and all(isinstance(text, str) for text in texts)
+
+
+def is_fingerprint(value: Any) -> bool:
+    """As start.py makes them: some whole numbers for each name."""
+    return has_text_keys(value) and all(type(n) is int for numbers in value.values() for n in numbers)
 
 
 def is_number(value: Any) -> bool:
@@ -145,6 +150,8 @@ PARTS: dict[str, tuple[Any, Callable[[Any], bool]]] = {
     "run_id": ("0", lambda value: isinstance(value, str) and value.isalnum()),
     "seconds": (0.0, lambda value: type(value) is float and math.isfinite(value)),
     "skipped": (0, lambda value: type(value) is int),
+    "no_lower": (0, lambda value: type(value) is int),  # evaluations since that of best_val_loss
+    "data": ({}, is_fingerprint),
 }
 
 

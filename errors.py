@@ -50,13 +50,16 @@ def one_line_errors(out_of_memory: str = SMALLER) -> Iterator[None]:
         text = str(error).lower()
         if "gloo" in text or "nccl" in text or type(error).__name__ == "DistBackendError":
             stop(1, f"another rank was lost ({text[:60]}); start again: --init_from=auto goes on")
-        if (
-            not isinstance(error, MemoryError)
-            and "out of memory" not in text
-            and "t allocate memory" not in text
-        ):
+        if not is_out_of_memory(error):
             raise
         stop(1, f"out of memory; {out_of_memory}")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch or Python says by it that memory does not suffice, a GPU's or the machine's."""
+    text = str(error).lower()
+    said = "out of memory" in text or "t allocate memory" in text or "not enough memory" in text
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and said)
 
 
 def stop(status: int, error: object) -> NoReturn:

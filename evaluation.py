@@ -7,7 +7,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from data.dataset import Dataset, Part, evaluation_windows, to_xy
+from data.dataset import Dataset, Part, evaluation_windows, measured_splits, to_xy
 from errors import UserError
 from runtime import Runtime
 from settings import TrainConfig
@@ -27,11 +27,12 @@ def evaluate(
     stop_asked: Callable[[], bool] = lambda: False,
     trouble: list[UserError] | None = None,
 ) -> Losses | None:
-    """Mean loss per token of train and val, in nats, of a mixture weighted by its shares; None where it did
-    not come to its end, on any rank: stop_asked, or the data is not what it was, which is added to `trouble`,
-    or raised where there is no such list. Raises UserError where no target counts.
+    """Mean loss per token of train and val, or of what eval_splits says, in nats, of a mixture weighted by
+    its shares; None where it did not come to its end, on any rank: stop_asked, or the data is not what it
+    was, which is added to `trouble`, or raised where there is no such list. Raises UserError where no target
+    counts.
     """
-    losses: dict[str, list[float]] = {"train": [], "val": []}
+    losses: dict[str, list[float]] = {split: [] for split in measured_splits(config)}
     for number, part in enumerate(data.parts):
         for split, found in losses.items():
             loss = mean_loss(model, data, part, number, split, config, runtime, stop_asked, trouble)
@@ -40,6 +41,8 @@ def evaluate(
             found.append(loss)
     shares = [part.share for part in data.parts]
     means = {split: weighted(found, shares) for split, found in losses.items()}
+    if "val" not in losses:
+        return means
     ratios = [part.tokens_per_byte() for part in data.parts]
     if all(ratios) and data.separator is None:  # of some targets only, there are no bytes to count
         bits = [loss * ratio / math.log(2) for loss, ratio in zip(losses["val"], ratios, strict=True)]
@@ -107,7 +110,8 @@ def weighted(values: Sequence[float], shares: Sequence[float]) -> float:
 
 def evaluation_line(step: int, found: Losses) -> str:
     """An evaluation, in words."""
-    line = f"step {step}: train loss {found['train']:.4f}, val loss {found['val']:.4f}"
+    both = [f"{split} loss {found[split]:.4f}" for split in ("train", "val") if split in found]
+    line = f"step {step}: {', '.join(both)}"
     if "bits_per_byte" in found:
         line += f", {found['bits_per_byte']:.4f} bits per byte"
     parts = [f"{name[4:]} {loss:.4f}" for name, loss in found.items() if name.startswith("val/")]

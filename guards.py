@@ -1,13 +1,26 @@
-"""What watches over a run: gradients that are no numbers, losses that jump, a crowded machine."""
+"""What watches over a run: reasons to end it early, losses that jump, a crowded machine."""
 
 import math
 from collections.abc import Callable
 
 import torch
 
+from data.dataset import measured_splits
 from runtime import Runtime
+from settings import TrainConfig
 
 Say = Callable[[str], None]
+
+
+def early_end(config: TrainConfig, step: int, seconds: float, no_lower: int) -> str:
+    """Why a run ends after a step that is not its last one, "" where it goes on or would end anyway: after so
+    many seconds of training, and so many evaluations in a row without a lower loss."""
+    if step >= config.max_iters:
+        return ""
+    if config.patience is not None and no_lower >= config.patience:
+        return f"no lower {measured_splits(config)[-1]} loss in {no_lower} evaluation{'s' * (no_lower > 1)}"
+    late = config.max_minutes is not None and seconds >= 60 * config.max_minutes
+    return f"max_minutes={config.max_minutes:g} are over" if late else ""
 
 
 def spike_watch(say: Say, after: int = 50) -> Callable[[int, float], None]:

@@ -28,13 +28,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import attention as attention_file
 import model as model_file
-from data.dataset import folders_of
+from data.dataset import folders_of, open_dataset
 from data.meta import GPT2_META
 from errors import UserError
 from model import GPT, GPTConfig
 from runtime import PEAK_FLOPS, Runtime, measured_flops, peak_flops
 from settings import BenchConfig
-from start import new_shape
+from start import new_shape, planned
 
 MFU = 0.4  # where none is known: llm.c's on H100, see above
 LINK_SHARE, LATENCY = 0.8, 10e-6  # of the nominal bandwidth; seconds
@@ -146,7 +146,8 @@ def find_place(config: BenchConfig, runtime: Runtime, peak: float | None = None)
 def planned_shape(config: BenchConfig) -> tuple[BenchConfig, GPTConfig, bool]:
     """The settings, with GPT-2's shape where init_from names one; the network; whether the dataset is here.
 
-    Without a dataset, the vocabulary is GPT-2's. Raises UserError where the shape is in a file.
+    Without a dataset, the vocabulary is GPT-2's. Raises UserError where the shape is in a file, or max_epochs
+    are to be counted on a dataset that is not here.
     """
     if config.init_from in GPT2_SHAPES:
         layers, heads, width = GPT2_SHAPES[config.init_from]
@@ -161,6 +162,10 @@ def planned_shape(config: BenchConfig) -> tuple[BenchConfig, GPTConfig, bool]:
             meta = parts[0][-1] if found else meta
         except UserError:
             pass
+    if config.max_epochs is not None:
+        if not found:
+            raise UserError("max_epochs is counted on the dataset, which is not here; give --max_iters alone")
+        config = planned(config, open_dataset(config, ("train",)))
     return config, new_shape(config, meta), found
 
 
@@ -364,7 +369,8 @@ def flags_of(config: BenchConfig, split: Split) -> str:
     """The flags that make the settings those of `split`, for the same number of tokens; "" for none."""
     longer = config.gradient_accumulation_steps * config.batch_size / split.sequences
     wanted = {"batch_size": split.B, "gradient_accumulation_steps": split.n * split.rounds}
-    steps = {name: getattr(config, name) for name in ("max_iters", "lr_decay_iters")}
+    lengths = ("max_iters", "lr_decay_iters") if config.max_epochs is None else ("lr_decay_iters",)
+    steps = {name: getattr(config, name) for name in lengths}
     wanted |= {name: round(value * longer) for name, value in steps.items() if value is not None}
     wanted |= {"shard": split.shard, "activation_checkpointing": split.again}
     return " ".join(f"--{name}={value}" for name, value in wanted.items() if value != getattr(config, name))

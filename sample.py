@@ -47,7 +47,8 @@ class Sampler:
             contents = load_checkpoint(path)
             model = restore_model(contents, path)
             loss = contents.get("val_loss", contents.get("best_val_loss", math.nan))
-            self.source = f"{path}, step {contents['iter_num']}, val loss {float(loss):.4f}"
+            split = "train" if contents.get("config", {}).get("eval_splits") == "train" else "val"
+            self.source = f"{path}, step {contents['iter_num']}, {split} loss {float(loss):.4f}"
         else:
             model, contents = load_pretrained(init_from)
             self.source = init_from

@@ -7,6 +7,7 @@ from configurator import check_settings, setting
 ACTIVATIONS = ("gelu_tanh", "gelu", "relu2", "swiglu")
 NORMS = ("layernorm", "rmsnorm")
 OPTIMIZERS = ("adamw", "muon", "sgd")
+EVAL_SPLITS = ("both", "train", "val")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 COMPILE = ("auto", True, False)
 GPUS = (
@@ -44,6 +45,9 @@ class TrainConfig:
     eval_iters: int = setting(
         200, "batches per evaluation and split; 0 is every token of val once", at_least=0
     )
+    eval_splits: str = setting(
+        "both", "what an evaluation measures; with train, the best is that of train", choices=EVAL_SPLITS
+    )
     eval_only: bool = setting(False, "evaluate once and stop")
     log_interval: int = setting(1, "steps between log lines", at_least=1)
     always_save_checkpoint: bool = setting(True, "write ckpt.pt at each evaluation, not only at the best")
@@ -60,7 +64,9 @@ class TrainConfig:
 
     # batches: a step trains on gradient_accumulation_steps * batch_size * block_size tokens, over all ranks
     gradient_accumulation_steps: int = setting(40, "micro-steps per step, shared among the ranks", at_least=1)
-    batch_size: int = setting(12, "sequences per micro-step", at_least=1)
+    batch_size: int = setting(
+        12, "sequences per micro-step; bench.py --find_batch=True finds the largest", at_least=1
+    )
     block_size: int = setting(1024, "tokens per sequence, the longest context", at_least=1)
     sampling: str = setting(
         "random",
@@ -97,13 +103,29 @@ class TrainConfig:
 
     # optimizer and learning rate
     optimizer: str = setting(
-        "adamw", "muon: for the matrices of the blocks, AdamW for the rest", choices=OPTIMIZERS
+        "adamw",
+        "muon: for the matrices of the blocks, AdamW for the rest; sgd: with Nesterov's momentum",
+        choices=OPTIMIZERS,
     )
     learning_rate: float = setting(6e-4, "the highest", above=0)
     muon_lr: float = setting(0.02, "the highest of Muon's matrices", above=0)
     embedding_lr: float | None = setting(None, "the highest of wte and wpe; None is learning_rate", above=0)
     head_lr: float | None = setting(None, "the highest of an untied lm_head; None is learning_rate", above=0)
     max_iters: int = setting(600_000, "optimizer steps in all", at_least=0)
+    max_epochs: float | None = setting(
+        None,
+        "passes over the training data, instead of max_iters; a pass is as many samples as the data has "
+        "windows, or lines with sampling=lines",
+        above=0,
+    )
+    max_minutes: float | None = setting(
+        None,
+        "the run ends after the step in which it has taken so long in all; the schedule still goes by steps",
+        above=0,
+    )
+    patience: int | None = setting(
+        None, "evaluations in a row without a lower val loss, after which the run ends", at_least=1
+    )
     weight_decay: float = setting(0.1, "of matrices and embeddings", at_least=0)
     beta1: float = setting(0.9, "AdamW's averaging of gradients", at_least=0, below=1)
     beta2: float = setting(0.95, "AdamW's averaging of squared gradients", at_least=0, below=1)
@@ -171,9 +193,10 @@ class BenchConfig(TrainConfig):
         None, "time these too, in turns: a nanoGPT checkout's folder, or transformers", path=True
     )
     json: str | None = setting(None, "write the results to this file too", path=True)
+    find_batch: bool = setting(False, "the largest batch_size that fits, and the fastest; flags for both")
     plan: bool = setting(False, "say what the run would take on n_gpus: memory, time, exchange")
     gpu: str = setting("here", "with plan: whose data sheet; here measures this machine", choices=GPUS)
-    n_gpus: int = setting(1, "with plan: GPUs of the run", at_least=1, at_most=2**20)
+    n_gpus: int = setting(1, "with plan and find_batch: GPUs of the run", at_least=1, at_most=2**20)
     gpus_per_node: int | None = setting(
         None, "with plan: GPUs of a node; None is 8, or this machine's", at_least=1
     )

@@ -1,8 +1,10 @@
 """How a run begins: the network, and what it goes on from; and what is told before the first step."""
 
+import math
 import zlib
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +12,31 @@ import numpy as np
 import torch
 
 from checkpoint import BEST, NEWEST, load_checkpoint, load_pretrained, newest_checkpoint, restore_model
-from data.dataset import Dataset
+from data.dataset import Dataset, epoch_samples
 from errors import UserError
+from guards import early_end
 from model import GPT, GPTConfig
 from run_folder import LOG, is_restart, run_before_restart
 from runtime import Runtime
 from settings import TrainConfig
 
 Say = Callable[[str], None]
+
+
+def planned(config: TrainConfig, data: Dataset) -> TrainConfig:
+    """The settings with the max_iters that max_epochs asks for on this data. Raises UserError."""
+    if config.max_epochs is None or "train" not in data.parts[0].streams:
+        return config
+    samples = Fraction(str(config.max_epochs)) * epoch_samples(data, config)  # of floats, 0.1 is too much
+    try:
+        return replace(config, max_iters=math.ceil(samples / samples_of(config)))
+    except ValueError as error:
+        raise UserError(f"max_epochs={config.max_epochs:g}: {error}; lower it") from None
+
+
+def samples_of(config: TrainConfig) -> int:
+    """Samples of a step, over all ranks."""
+    return config.gradient_accumulation_steps * config.batch_size
 
 
 def checkpoint_to_resume(config: TrainConfig, earlier: str | None) -> tuple[Path | None, dict[str, Any]]:
@@ -71,6 +90,9 @@ def initial_model(
             f"{source} was trained with another tokenizer than {config.dataset} has; choose the dataset that "
             "it was trained on, or --init_from=scratch"
         )
+    measured = contents.get("config", {}).get("eval_splits", "both")
+    if contents and (measured == "train") != (config.eval_splits == "train"):
+        contents |= {"best_val_loss": math.inf, "no_lower": 0}  # of another split, not to be compared
     if meta["vocab_size"] > model.config.vocab_size:
         raise UserError(
             f"the dataset has {meta['vocab_size']} tokens, the model of init_from={config.init_from} only "
@@ -108,6 +130,13 @@ def fingerprint(data: Dataset) -> dict[str, list[int]]:
     return sums
 
 
+def same_data(one: dict[str, list[int]], other: dict[str, list[int]]) -> bool:
+    """Whether two fingerprints are of the same data, as far as both have read it."""
+    split_of = {name: name.partition(" ")[0] for name in (*one, *other)}
+    read = {split_of[name] for name in one} & {split_of[name] for name in other}
+    return all(one.get(name) == other.get(name) for name, split in split_of.items() if split in read)
+
+
 def start_wandb(config: TrainConfig, run_id: str) -> Any:
     """A Weights & Biases run, or that of this id gone on with. Raises UserError where it cannot be."""
     try:
@@ -125,7 +154,8 @@ def describe_run(config: TrainConfig, runtime: Runtime, data: Dataset, model: GP
     """Tell before the first step what is trained, on what, where, and what will be written."""
     shape, micro_steps = model.config, config.gradient_accumulation_steps
     tokens = micro_steps * config.batch_size * config.block_size
-    averages = 2 if config.optimizer == "adamw" else 1  # beside the weights; Muon's AdamW has few of them
+    # beside the weights; Muon's AdamW has few of them
+    averages = {"adamw": 2, "muon": 1, "sgd": int(config.momentum > 0)}[config.optimizer]
     megabytes = 4 * (1 + averages) * model.get_num_params(non_embedding=False) / 1e6
     for part in data.parts:
         sizes = ", ".join(f"{len(stream):,} {split}" for split, stream in part.streams.items())
@@ -137,6 +167,10 @@ def describe_run(config: TrainConfig, runtime: Runtime, data: Dataset, model: GP
     )
     say(f"machine  {runtime.describe()}")
     say(f"step     {tokens:,} tokens: {micro_steps} x {config.batch_size} sequences of {config.block_size}")
+    if config.max_epochs is not None and not config.eval_only:
+        steps = f"{epoch_samples(data, config) / samples_of(config):,.1f}".removesuffix(".0")
+        epochs = f"{config.max_epochs:g} epoch{'s' * (config.max_epochs != 1)}"
+        say(f"length   {epochs} of {steps} steps, {config.max_iters:,} in all")
     if not config.eval_only:
         often = min(config.eval_interval, config.save_interval or config.eval_interval)
         say(
@@ -151,11 +185,13 @@ def describe_resumption(
     """Tell where a run goes on, and what of it is not as the settings or the unbroken run would have it."""
     step = contents.get("iter_num", 0)
     if contents:
-        finished = step >= config.max_iters and not config.eval_only
-        say(f"resumes  after step {step}" + (": nothing left to do" if finished else ""))
+        ended = early_end(config, step, contents.get("seconds", 0.0), contents.get("no_lower", 0))
+        finished = (ended or step >= config.max_iters) and not config.eval_only
+        why = f" ({ended})" if ended else ""
+        say(f"resumes  after step {step}" + (f": nothing left to do{why}" if finished else ""))
         if "optimizer" not in contents:
             say("note     without the optimizer's averages, which start anew")
-        if contents.get("data", data) != data:
+        if not same_data(contents.get("data", data), data):
             if is_restart():
                 raise UserError("the data changed under the run; put back what it was, and resume")
             say("note     the data changed since: the run goes on, but not as it would have")

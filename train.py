@@ -25,10 +25,10 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from checkpoint import BEST, NEWEST, lost, restore_optimizers, training_state
-from data.dataset import Dataset, open_dataset, step_windows, to_xy
+from data.dataset import Dataset, measured_splits, open_dataset, step_windows, to_xy
 from errors import UserError, leave, one_line_errors
 from evaluation import attempt, evaluate, evaluation_line, wandb_names
-from guards import crowd_watch, spike_watch
+from guards import crowd_watch, early_end, spike_watch
 from model import GPT
 from optim import get_lr, make_optimizers, set_learning_rates
 from parallel import local, share_model, whole
@@ -43,7 +43,15 @@ from runtime import (
     stop_runtime,
     take_fast_float32,
 )
-from start import describe_resumption, describe_run, earlier_run, fingerprint, initial_model, start_wandb
+from start import (
+    describe_resumption,
+    describe_run,
+    earlier_run,
+    fingerprint,
+    initial_model,
+    planned,
+    start_wandb,
+)
 
 
 class Batch(NamedTuple):
@@ -56,7 +64,8 @@ class Batch(NamedTuple):
 
 
 class TrainResult(NamedTuple):
-    """What `train` returns; `losses` has a dict with step, train and val for each evaluation.
+    """What `train` returns; `losses` has a dict with step, train and val for each evaluation, or with what
+    eval_splits says; best_val_loss is train's where that alone is measured.
 
     Where they are known: bits_per_byte, and val/NAME of each part of a mixture.
     """
@@ -164,6 +173,7 @@ def train(config: TrainConfig) -> TrainResult:
     settings = zlib.crc32(repr(config).encode())
     runtime.agree(settings, "the ranks have not all the same settings; start them with the same command")
     data = open_dataset(config)
+    config = planned(config, data)
     earlier = earlier_run(config, runtime)  # before the lock is signed anew
     folder = None
     if runtime.is_main and not config.eval_only:
@@ -188,7 +198,10 @@ def train_model(
     one. `earlier` is the id of this run where it was started again."""
     began = time.perf_counter() - contents.get("seconds", 0.0)
     first = step = contents.get("iter_num", 0)
-    best_val_loss = float(contents.get("best_val_loss", math.inf))
+    best_val_loss = lowest = float(contents.get("best_val_loss", math.inf))
+    no_lower = contents.get("no_lower", 0)  # evaluations in a row whose loss was not below `lowest`
+    ended = early_end(config, step, contents.get("seconds", 0.0), no_lower)
+    judge = measured_splits(config)[-1]  # whose loss chooses the best
     out_dir, run_id = Path(config.out_dir), contents.get("run_id") or earlier or secrets.token_hex(4)
     runtime.agree(step, f"the ranks do not find the same checkpoint; put out_dir={out_dir} where all see it")
     skipped = contents.get("skipped", 0)  # steps whose gradient was not finite
@@ -225,7 +238,7 @@ def train_model(
         return lost(step, out_dir if folder and folder.own else None)
 
     def save(found: dict[str, float] | None) -> None:
-        nonlocal best_val_loss
+        nonlocal best_val_loss, lowest, no_lower
         if runtime.total(not all(bool(local(p).isfinite().all()) for p in model.parameters()))[0]:
             raise diverged()
         if folder:
@@ -234,11 +247,12 @@ def train_model(
         names = [NEWEST]
         more = {**kept, "iter_num": step, "evaluated": found is not None, "skipped": skipped}
         if found:
-            names = [BEST, NEWEST] if found["val"] < best_val_loss or config.always_save_checkpoint else names
-            best_val_loss = min(best_val_loss, found["val"])
-            more["val_loss"] = found["val"]
-        more |= {"best_val_loss": best_val_loss, "seconds": time.perf_counter() - began}
-        more["scaler"] = scaler.state_dict()
+            more["val_loss"] = loss = found[judge]
+            names = [BEST, NEWEST] if loss < best_val_loss or config.always_save_checkpoint else names
+            best_val_loss = min(best_val_loss, loss)
+            lowest, no_lower = (loss, 0) if loss < lowest else (lowest, no_lower + 1)
+        more |= {"best_val_loss": best_val_loss, "no_lower": no_lower, "scaler": scaler.state_dict()}
+        more["seconds"] = time.perf_counter() - began
         state = training_state(model, optimizers, keep=runtime.is_main, **more)
         if folder:
             folder.save(state, *names)
@@ -249,7 +263,7 @@ def train_model(
         return attempt(lambda: step_batches(data, config, runtime, step + 1), trouble)
 
     losses: list[dict[str, float]] = []
-    batches = step_batches(data, config, runtime, step)
+    batches = [] if config.eval_only else step_batches(data, config, runtime, step)
     stopping, in_a_row = False, 0
     clock, clocked = time.perf_counter(), step
     catching = nullcontext([]) if config.eval_only else signals_caught()  # an evaluation has nothing to save
@@ -261,35 +275,39 @@ def train_model(
             folder.say = say
         while True:
             found = None
-            due = config.eval_only or step % config.eval_interval == 0 or step == config.max_iters
+            due = config.eval_only or ended or step % config.eval_interval == 0 or step == config.max_iters
             if due and not (step == first and evaluated):
                 found = evaluate(model, data, config, runtime, lambda: bool(caught or trouble), trouble)
                 stopping = stopping or found is None
                 clock, clocked = time.perf_counter(), step
             if found:
                 losses.append({"step": step, **found})
-                row |= {"step": step, "train_loss": found["train"], "val_loss": found["val"]}
+                row |= {"step": step, "train_loss": found.get("train", "")}
+                row["val_loss"] = found.get("val", "")
                 row["val_bits_per_byte"] = found.get("bits_per_byte", "")
                 say(evaluation_line(step, found))
                 if wandb:
                     wandb.log(wandb_names(found), step=step)
-                if not math.isfinite(found["val"]):
+                if not math.isfinite(found[judge]):
                     raise diverged()
             if folder and row:
                 folder.log(row)
             row = {}
             if found and not config.eval_only and (step > 0 or step == config.max_iters):
                 save(found)
+                ended = ended or early_end(config, step, 0.0, no_lower)
             elif step > first and (stopping or step % (config.save_interval or math.inf) == 0):
                 save(None)
-            if config.eval_only or stopping or step >= config.max_iters:
+            if config.eval_only or stopping or ended or step >= config.max_iters:
                 break
 
             set_learning_rates(optimizers, step, config)
             made = training_step(trained, optimizers, scaler, batches, config.grad_clip, runtime, read_on)
             step += 1
             batches = made.following
-            stopping = runtime.total(len(caught) + len(trouble))[0] > 0  # all ranks at the same step
+            spent = (time.perf_counter() - began) * runtime.is_main  # by one clock, for all ranks
+            asked, spent = runtime.total(len(caught) + len(trouble), spent)
+            stopping, ended = asked > 0, early_end(config, step, spent, 0)
             if made.taken:
                 in_a_row = 0
                 watch_loss(step, made.loss)
@@ -299,7 +317,7 @@ def train_model(
                 if in_a_row >= config.skip_limit:
                     raise diverged()
 
-            if step % config.log_interval == 0 or step == config.max_iters:
+            if step % config.log_interval == 0 or ended or step == config.max_iters:
                 seconds = (time.perf_counter() - clock) / (step - clocked)
                 sequences = config.gradient_accumulation_steps * config.batch_size
                 mfu = model.estimate_mfu(sequences / runtime.world_size, seconds, peak)
@@ -327,8 +345,9 @@ def train_model(
         again = "" if config.init_from.partition(":")[0] == "auto" else " and --init_from=resume"
         say(f"stopped after step {step}; go on with the same command{again}")
     elif not config.eval_only:
-        result = f"best val loss {best_val_loss:.4f} in {time.perf_counter() - began:.0f} s"
-        say(f"done: {result}; python sample.py --out_dir={out_dir}")
+        early = f"early stop after step {step}: {ended}; " if ended else ""
+        result = f"best {judge} loss {best_val_loss:.4f} in {time.perf_counter() - began:.0f} s"
+        say(f"done: {early}{result}; python sample.py --out_dir={out_dir}")
     return TrainResult(model, step, best_val_loss, losses, caught[0] if caught and stopping else None)
 
 

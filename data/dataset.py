@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from data.draws import epoch_order, epoch_starts, random_starts, shared_out
+from data.draws import epoch_order, epoch_starts, epoch_windows, random_starts, shared_out
 from data.meta import dataset_folder, find_dataset, read_meta
 from data.tokenizer import from_description
 from data.tokens import TokenStream
@@ -115,8 +115,17 @@ def read_dataset_meta(text: str) -> dict[str, Any]:
     return folders_of(text)[0][3]
 
 
-def open_dataset(config: TrainConfig, splits: tuple[str, ...] = ("train", "val")) -> Dataset:
-    """The dataset or mixture that the settings name, checked. Raises UserError."""
+def measured_splits(config: TrainConfig) -> tuple[str, ...]:
+    """The splits that an evaluation measures; by the last one's loss, the best is chosen."""
+    return ("train", "val") if config.eval_splits == "both" else (config.eval_splits,)
+
+
+def open_dataset(config: TrainConfig, splits: tuple[str, ...] | None = None) -> Dataset:
+    """The dataset or mixture that the settings name, checked; None: the splits that a run of them reads.
+    Raises UserError."""
+    if splits is None:
+        read = measured_splits(config) if config.eval_only else ("train", *measured_splits(config))
+        splits = tuple(dict.fromkeys(read))
     parts = [
         Part(
             name,
@@ -211,6 +220,13 @@ def part_starts(
     return random_starts(config.seed, step, count, length - T, purpose=3 * number)
 
 
+def epoch_samples(data: Dataset, config: TrainConfig) -> int:
+    """How many samples a pass over the training data has, over that of all parts of a mixture."""
+    if config.sampling == "lines":
+        return sum(len(part.lines["train"]) for part in data.parts)
+    return sum(epoch_windows(len(part.streams["train"]), config.block_size) for part in data.parts)
+
+
 def evaluation_windows(
     part: Part, number: int, split: str, config: TrainConfig, ranks: int = 1
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -218,14 +234,16 @@ def evaluation_windows(
     count: (N,), (N,).
 
     eval_iters batches at random places, the same at every evaluation. With eval_iters=0, all of val, each
-    token once, and a quarter as many of train. With sampling=lines, windows start with a line: eval_iters=0
-    is one for each line of val. Each of the ranks gets as many.
+    token once, and a quarter as many of train; all of train where that alone is measured. With
+    sampling=lines, windows start with a line: eval_iters=0 is one for each line of val. Each of the ranks
+    gets as many.
     """
     B, T, purpose = config.batch_size, config.block_size, 3 * number + ("train", "val").index(split) + 1
-    length = len(part.streams["val"])
+    whole = "train" if config.eval_splits == "train" else "val"  # what eval_iters=0 reads all of
+    length = len(part.streams[whole])
     at_lines = config.sampling == "lines"
-    count = len(part.lines["val"]) if at_lines else math.ceil((length - 1) / T)
-    if config.eval_iters or split == "train":
+    count = len(part.lines[whole]) if at_lines else math.ceil((length - 1) / T)
+    if config.eval_iters or split != whole:
         count = config.eval_iters * B or math.ceil(count / 4)
         end = len(part.lines[split]) if at_lines else len(part.streams[split]) - T
         starts = random_starts(config.seed, 0, count, end, purpose)

@@ -23,9 +23,14 @@ def epoch_starts(seed: int, first: int, count: int, length: int, T: int, part: i
     Each epoch cuts the text into windows, at places of its own, and takes each window once, in an order of
     its own: sample n is window n % windows of epoch n // windows, so that nothing is stored.
     """
-    windows = max(1, (length - 1) // T - 1)  # one less than fit: it leaves T + 1 or more places for the first
+    windows = epoch_windows(length, T)
     order, more = epoch_order(seed, first, count, windows, part)
     return order * T + (more % np.uint64(length - windows * T)).astype(np.int64)
+
+
+def epoch_windows(length: int, T: int) -> int:
+    """How many windows of T tokens and a target an epoch of `length` ids has."""
+    return max(1, (length - 1) // T - 1)  # one less than fit: it leaves T + 1 or more places for the first
 
 
 def epoch_order(seed: int, first: int, count: int, size: int, part: int = 0) -> tuple[np.ndarray, np.ndarray]:

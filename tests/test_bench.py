@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import shutil
 from pathlib import Path
@@ -11,9 +12,12 @@ import torch
 from conftest import REPO, TINY, assert_user_error, run
 
 import attention
+import bench
 import model
 from bench import alternate, open_data, our_step, ratio, rung_step
 from configurator import read_settings
+from errors import UserError, is_out_of_memory
+from find_batch import LARGEST, Trial, available_memory, search, shared
 from runtime import Runtime
 from settings import BenchConfig
 
@@ -83,7 +87,6 @@ def test_it_takes_a_training_config_and_its_own_settings():
 
 
 def test_the_step_is_train_pys():
-    import bench
     import train
 
     assert bench.training_step is train.training_step and bench.step_batches is train.step_batches
@@ -191,3 +194,154 @@ def test_what_a_checkpoint_costs(dataset, tmp_path):
     assert round(found["bytes"] / 1e6) == size and found["wait"]["median"] > 0 < found["write"]["median"]
     assert re.search(r"lost     -?\d+\.\d\d s a checkpoint, .* -?\d+\.\d\d% of 250 steps", done.stdout)
     assert [path.name for path in tmp_path.iterdir()] == ["found.json"]
+
+
+# the largest batch
+
+
+@pytest.mark.parametrize("careful", [True, False])
+def test_the_search_finds_the_largest_batch_to_an_eighth(careful):
+    for limit in [*range(1, 40), 100, 255, 256, 257, 1000, LARGEST - 1]:
+        attempted = []
+
+        def attempt(batch, limit=limit, attempted=attempted):
+            attempted.append(batch)
+            return Trial(batch, batch, batch <= limit, 1.0)
+
+        def computed(batch, limit=limit):  # trusted only by the careful
+            return Trial(batch, batch, batch <= (limit if careful else 3))
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("find_batch.worth_timing", lambda *_: True)
+            trials = search(attempt, computed, careful)
+        largest = max(batch for batch, trial in trials.items() if trial.fits)
+        assert largest <= limit <= largest + largest // 8 and list(trials) == sorted(trials)
+        assert set(attempted) <= set(trials) and len(attempted) == len(set(attempted)) < 2 * 16
+        assert max(attempted) <= limit if careful else limit < max(attempted)
+    none = search(lambda batch: Trial(batch, 1, False), lambda batch: Trial(batch, 1, True), careful)
+    assert list(none) == [1]
+    most = search(lambda batch: Trial(batch, 1, True, 1.0), lambda batch: Trial(batch, 1, True), careful)
+    assert max(most) == LARGEST
+
+
+def test_larger_batches_are_not_timed_where_it_is_not_worth_it():
+    def timed(seconds_of, careful):
+        trials = search(
+            lambda batch: Trial(batch, 1, True, seconds_of(batch)),
+            lambda batch: Trial(batch, 1, batch <= 1000),
+            careful,
+        )
+        assert max(batch for batch, trial in trials.items() if trial.fits) > (900 if careful else 2**14)
+        return [batch for batch, trial in trials.items() if trial.seconds]
+
+    assert timed(lambda batch: 0.1 + 0.1 * batch, True) == [1, 2, 4, 8, 16, 32, 64]  # slow: 6.5 s
+    assert timed(lambda batch: 0.01 * max(batch, 4), True) == [1, 2, 4, 8, 16, 32]  # flat from 4 on
+    assert timed(lambda batch: 0.0001 * max(batch, 4), False)[-1] == LARGEST  # only trying knows
+
+
+@pytest.mark.parametrize(
+    "steps, size, gpus, largest, flags",
+    [
+        (40, 12, 1, 100, "--batch_size=96 --gradient_accumulation_steps=5"),
+        (40, 12, 1, 7, "--batch_size=6 --gradient_accumulation_steps=80"),
+        (1, 12, 1, 2000, "--batch_size=12 --gradient_accumulation_steps=1"),
+        (40, 12, 8, 100, "--batch_size=60 --gradient_accumulation_steps=8"),
+        (1, 13, 1, 12, "--batch_size=12 --gradient_accumulation_steps=1"),  # 13 is prime: nearest
+    ],
+)
+def test_flags_keep_the_tokens_of_a_step(steps, size, gpus, largest, flags):
+    words = [f"--gradient_accumulation_steps={steps}", f"--batch_size={size}", f"--n_gpus={gpus}"]
+    found = shared(read_settings(BenchConfig, words), largest)
+    assert found["flags"] == flags and found["batch_size"] <= largest
+    assert abs(found["sequences"] - steps * size) <= (flags.startswith("--batch_size=12") and size == 13)
+
+
+FIND = (*TINY, "--find_batch=True", "--gradient_accumulation_steps=10", "--loss_after==")
+
+
+def test_on_a_cpu_nothing_is_tried_that_memory_has_no_room_for(monkeypatch, tmp_path, capsys, dataset):
+    tried, room, flags = [], 0.7 * 0.185 * 2**30, [*FIND, f"--dataset={dataset}"]
+    plain = bench.training_step
+
+    def step(model, optimizers, scaler, batches, *more):
+        held = all(p.grad is not None for p in model.parameters())
+        tried.append((len(batches), batches[0].x.size(0), held))
+        return plain(model, optimizers, scaler, batches, *more)
+
+    monkeypatch.setattr(bench, "training_step", step)
+    monkeypatch.setattr(bench, "available_memory", lambda: 0.185 * 2**30)
+    monkeypatch.setattr("find_batch.worth_timing", lambda *_: True)
+    found = bench.bench(read_settings(BenchConfig, [*flags, f"--json={tmp_path / 'found.json'}"]))
+    largest = found["largest"]
+    assert {count for count, _, _ in tried} == {1} and largest["batch"] == max(size for _, size, _ in tried)
+    assert all(held == (size < 40) for _, size, held in tried)  # of the micro-steps before, in a step of 40
+    assert largest["memory"] <= room < max(row["memory"] for row in found["trials"])
+    for row in found["trials"]:
+        assert row["fits"] == (row["memory"] <= room) == bool(row["seconds"])
+        if row["fits"]:
+            assert row["tokens_per_second"] == pytest.approx(row["batch"] * 16 / row["seconds"])
+    assert found["fastest"]["tokens_per_second"] == max(
+        row["tokens_per_second"] or 0 for row in found["trials"]
+    )
+    told = capsys.readouterr().out
+    assert "too much" in told
+    for name in ("largest", "fastest"):
+        config = read_settings(BenchConfig, re.search(rf"^{name} .*: (--.*)$", told, re.M)[1].split())
+        assert config.batch_size * config.gradient_accumulation_steps == 40
+        assert config.batch_size <= found[name]["batch"]
+    assert json.loads((tmp_path / "found.json").read_text())["largest"] == largest
+    monkeypatch.setattr(bench, "available_memory", lambda: 2**20)
+    tried.clear()
+    with pytest.raises(UserError, match=r"one sequence needs 0\.\d+ GiB, 0\.00 can be used; lower"):
+        bench.bench(read_settings(BenchConfig, flags))
+    assert not tried
+
+
+def test_what_runs_out_of_memory_is_too_large(monkeypatch, dataset):
+    plain, flags = bench.training_step, [*FIND, f"--dataset={dataset}"]
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    def step(model, optimizers, scaler, batches, *more):
+        if batches[0].x.size(0) > 11:
+            raise error
+        return plain(model, optimizers, scaler, batches, *more)
+
+    monkeypatch.setattr(bench, "training_step", step)
+    monkeypatch.setattr(bench, "available_memory", lambda: math.inf)
+    monkeypatch.setattr("find_batch.worth_timing", lambda *_: True)
+    found = bench.bench(read_settings(BenchConfig, flags))
+    assert found["largest"]["batch"] == 11
+    assert [row["batch"] for row in found["trials"] if not row["fits"]] == [12, 16]
+    error = RuntimeError("a bug")
+    with pytest.raises(RuntimeError, match="a bug"):
+        bench.bench(read_settings(BenchConfig, flags))
+    for kind, words in ((RuntimeError, "DefaultCPUAllocator: can't allocate memory"), (MemoryError, "")):
+        assert is_out_of_memory(kind(words)) and not is_out_of_memory(OSError(words))
+
+
+def test_what_is_left_of_memory_is_the_least_that_the_system_says(tmp_path):
+    proc, cgroups = tmp_path / "proc", tmp_path / "cgroup"
+    (proc / "self").mkdir(parents=True)
+    (proc / "meminfo").write_text("MemTotal: 9000 kB\nMemFree: 10 kB\nMemAvailable:    5000 kB\n")
+    (proc / "self" / "cgroup").write_text("4:cpu:/\n")
+    assert available_memory(proc, cgroups) == 5000 * 1024
+
+    def limited(folder, limit, used, stat, names):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in zip((*names, "stat"), (limit, used, stat), strict=True):
+            (folder / f"memory.{name}").write_text(f"{text}\n")
+
+    (proc / "self" / "cgroup").write_text("0::/job/step\n")  # version 2; the limit stands above
+    limited(cgroups / "job" / "step", "max", 100, "inactive_file 7", ("max", "current"))
+    assert available_memory(proc, cgroups) == 5000 * 1024
+    limited(cgroups / "job", 3000, 1000, "anon 5\ninactive_file 500\nactive_file 9", ("max", "current"))
+    assert available_memory(proc, cgroups) == 2500
+    (proc / "self" / "cgroup").write_text("0::/\n9:cpu,memory:/docker/abc\n")  # 1, in a container
+    names = ("limit_in_bytes", "usage_in_bytes")
+    limited(cgroups / "memory", 4000, 3900, "inactive_file 1\ntotal_inactive_file 20", names)
+    assert available_memory(proc, cgroups) == 120
+    limited(cgroups / "memory", 4000, 4100, "inactive_file 1", names)
+    assert available_memory(proc, cgroups) == 0
+    if hasattr(os, "sysconf"):
+        assert 2**20 < available_memory(tmp_path / "none") < 2**50  # another system
+    assert available_memory() > 0

@@ -1,6 +1,7 @@
-"""How weights change: Muon against its formula by singular values, groups and rates, schedules."""
+"""How weights change: each optimizer against its formula, groups and rates, schedules."""
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -8,9 +9,13 @@ import torch
 from conftest import TINY
 
 from configurator import read_settings
+from data.dataset import open_dataset
 from model import GPT, GPTConfig
 from optim import POLYNOMIALS, Muon, get_lr, make_optimizers, orthogonalize, set_learning_rates
+from runtime import Runtime
 from settings import TrainConfig
+from start import initial_model
+from train import step_batches, train
 
 SHAPE = {"block_size": 8, "vocab_size": 16, "n_layer": 2, "n_head": 2, "n_embd": 8}
 
@@ -177,6 +182,80 @@ def test_a_tied_head_is_an_embedding_and_adamw_alone_has_nanogpts_two_groups():
     (sgd,) = make_optimizers(model, config, "cpu", torch.float32)
     assert isinstance(sgd, torch.optim.SGD)
     assert {group["lr"]: len(group["params"]) for group in sgd.param_groups}[0.5] == 2
+
+
+def steps_with(config: TrainConfig, steps: int = 6) -> tuple[dict, dict, list[dict], list[float]]:
+    """The weights of a small model before and after steps on random gradients, those, and the rates."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**SHAPE, bias=True))
+    before = {name: p.detach().double() for name, p in model.named_parameters()}
+    (optimizer,) = make_optimizers(model, config, "cpu", torch.float32)
+    gradients, rates = [], []
+    for step in range(steps):
+        set_learning_rates([optimizer], step, config)
+        gradients.append({name: torch.randn(p.shape) for name, p in model.named_parameters()})
+        for name, p in model.named_parameters():
+            p.grad = gradients[-1][name].clone()
+        optimizer.step()
+        rates.append(get_lr(step, config))
+    after = {name: p.detach().double() for name, p in model.named_parameters()}
+    return before, after, gradients, rates
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.8])
+def test_sgd_is_momentum_nesterov_and_decay_of_the_formula(momentum):
+    config = config_of("--optimizer=sgd", f"--momentum={momentum}", "--weight_decay=0.3")
+    before, after, gradients, rates = steps_with(config)
+    for name, p in before.items():
+        mean = 0.0
+        for gradient, rate in zip(gradients, rates, strict=True):
+            g = gradient[name].double() + (0.3 * p if p.dim() > 1 else 0)
+            mean = momentum * mean + g
+            p = p - rate * (g + momentum * mean)
+        torch.testing.assert_close(after[name], p, atol=1e-5, rtol=1e-5, msg=name)
+
+
+def test_adamw_is_the_papers_formula():
+    config = config_of("--beta1=0.8", "--beta2=0.9", "--weight_decay=0.3", "--learning_rate=0.05")
+    before, after, gradients, rates = steps_with(config)
+    assert len(set(rates)) == len(rates)
+    for name, p in before.items():
+        mean = square = 0.0
+        for t, (gradient, rate) in enumerate(zip(gradients, rates, strict=True), 1):
+            g = gradient[name].double()
+            mean, square = 0.8 * mean + 0.2 * g, 0.9 * square + 0.1 * g * g
+            update = mean / (1 - 0.8**t) / ((square / (1 - 0.9**t)).sqrt() + 1e-8)
+            p = p - rate * update - rate * (0.3 * p if p.dim() > 1 else 0)
+        torch.testing.assert_close(after[name], p, atol=1e-5, rtol=1e-5, msg=name)
+
+
+def test_a_run_with_sgd_is_torchs_run_by_hand(tmp_path, dataset):
+    """Interrupted, too; with clipping, accumulation and the schedule."""
+    flags = ["--optimizer=sgd", "--momentum=0.9", "--learning_rate=0.5", "--weight_decay=0.05", "--seed=7"]
+    flags += ["--gradient_accumulation_steps=2", "--grad_clip=0.4", f"--dataset={dataset}"]
+    flags += [f"--out_dir={tmp_path}", "--lr_decay_iters=9"]
+    train(config_of(*flags, "--max_iters=4"))
+    config = config_of(*flags, "--max_iters=9", "--init_from=resume")
+    found = dict(train(config).model.named_parameters())
+    data, runtime = open_dataset(config), Runtime(torch.device("cpu"), torch.float32)
+    model, _ = initial_model(replace(config, init_from="scratch"), data.meta)
+    groups = [
+        {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.05},
+        {"params": [p for p in model.parameters() if p.dim() == 1]},
+    ]
+    sgd = torch.optim.SGD(groups, lr=0.5, momentum=0.9, nesterov=True)
+    for step in range(9):
+        share = (step + 1) / 3 if step < 2 else 0.1 + 0.9 * (1 + math.cos(math.pi * (step - 2) / 7)) / 2
+        for group in sgd.param_groups:
+            group["lr"] = 0.5 * share
+        batches = step_batches(data, config, runtime, step)
+        x, y = (torch.cat([getattr(batch, name) for batch in batches]) for name in "xy")
+        model(x, y)[1].backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.4)
+        sgd.step()
+        sgd.zero_grad()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(found[name], p, atol=1e-5, rtol=1e-5, msg=name)
 
 
 def test_each_group_follows_the_schedule_from_its_own_rate():

@@ -35,6 +35,7 @@ RECIPE = (
     *MODERN, "--zero_init=False", "--gradient_accumulation_steps=6", "--n_layer=2",
     "--muon_lr=2e-3", "--learning_rate=1e-3", "--embedding_lr=3e-3",  # at higher ones rounding grows to 1e-3
 )  # fmt: skip
+SGD = ("--optimizer=sgd", "--learning_rate=0.3")
 shares_a_run = pytest.mark.xdist_group("unbroken")  # one worker makes it, once
 no_signals = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM to catch")
 
@@ -84,7 +85,7 @@ def test_ranks_learn_what_one_process_learns(ranks, more, alone, tmp_path, datas
     ("ranks", "flags"),
     [
         (2, DROPOUT),
-        (2, (*DROPOUT, "--grad_clip=0.1", "--tied=False", "--activation_checkpointing=True")),
+        (2, (*DROPOUT, "--grad_clip=0.1", "--tied=False", "--activation_checkpointing=True", *SGD)),
         (3, RECIPE),  # parts of unequal size
     ],
     ids=["gpt2", "untied", "recipe"],
