@@ -102,7 +102,7 @@ def has_text_keys(value: Any) -> bool:
 
 def is_config(value: Any) -> bool:
     """Plain values, as in nanoGPT; those that are used are text."""
-    texts = [value.get(key, "") for key in ("dataset", "optimizer", "eval_splits")]
+    texts = [value.get(key) or "" for key in ("dataset", "optimizer", "eval_splits", "loss_after")]
     return has_text_keys(value) and all(isinstance(text, str) for text in texts)
 
 
@@ -290,6 +290,19 @@ def load_pretrained(name: str, dropout: float = 0.0) -> tuple[GPT, dict[str, Any
             f"init_from={name} cannot be loaded ({first_line(error)}); give a folder with its "
             "config.json and model.safetensors, or go online"
         ) from None
+
+
+def load_trained(out_dir: str, init_from: str) -> tuple[GPT, dict[str, Any], str]:
+    """A network to use, on the CPU: out_dir's best with init_from="resume", else a pretrained one; the
+    checkpoint that it stood in, and what to call it. Raises UserError."""
+    if init_from != "resume":
+        return *load_pretrained(init_from), init_from
+    path = best_checkpoint(Path(out_dir))
+    contents = load_checkpoint(path)
+    loss = contents.get("val_loss", contents.get("best_val_loss", math.nan))
+    split = "train" if contents.get("config", {}).get("eval_splits") == "train" else "val"
+    told = f"{path}, step {contents['iter_num']}, {split} loss {float(loss):.4f}"
+    return restore_model(contents, path), contents, told
 
 
 def check_hub(name: str) -> None:

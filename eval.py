@@ -1,7 +1,7 @@
-"""How many held-out lines a trained GPT answers exactly: python eval.py --out_dir=out-addition
+"""Measure a trained GPT: python eval.py --out_dir=out-addition
+                           python eval.py --init_from=gpt2 --tasks=hellaswag
 
-Each line of the val split is a prompt, up to the separator, and its answer, up to the newline. The model goes
-on from the prompt with the likeliest token, again and again, until it writes a newline.
+Each task first finds what it needs, so that mistakes are told before anything is computed.
 """
 
 from configurator import configure
@@ -10,97 +10,215 @@ from settings import EvalConfig
 if __name__ == "__main__":
     CONFIG = configure(EvalConfig)  # before torch is loaded, so that --help and mistakes answer at once
 
-from collections.abc import Iterator
-from typing import NamedTuple
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
 
-import numpy as np
-import torch
+from checkpoint import load_trained, write_whole
+from data.dataset import Dataset, evaluation_windows, open_dataset, padded, strided_windows
+from data.questions import GPT2_HELLASWAG, hellaswag_file, read_questions
+from data.tokenizer import Tokenizer, start_of_text
+from errors import UserError, leave, one_line_errors
+from evaluation import means_of, summed_loss
+from model import GPT
+from runtime import Runtime, start_runtime, stop_runtime
+from sample import find_tokenizer, read_prompt, warn
+from settings import EVAL_TASKS, TrainConfig
+from tasks import answers, check_lengths, choices, held_out_lines, next_tokens
 
-from data.dataset import Dataset, open_dataset
-from decoding import Choice, stream
-from errors import UserError, one_line_errors
-from sample import Sampler, warn
-from settings import TrainConfig
-
-
-class Answer(NamedTuple):
-    """A prompt, what the model made of it, and what is right: ids, without the newline."""
-
-    prompt: list[int]
-    given: list[int]
-    right: list[int]
-
-
-def held_out_lines(data: Dataset, max_lines: int | None = None) -> list[tuple[list[int], list[int]]]:
-    """Prompt and answer of each line of val that has the separator, in ids; the separator ends the prompt."""
-    problems = []
-    for part in data.parts:
-        ids = np.concatenate([ids for _, ids in part.streams["val"].chunks()])
-        ends = np.flatnonzero(ids == data.newline)
-        for line in np.split(ids, ends + 1)[: len(ends)]:  # what follows the last newline is no line
-            at = np.flatnonzero(line == data.separator)
-            if len(at):
-                problems.append((line[: at[0] + 1].tolist(), line[at[0] + 1 : -1].tolist()))
-    return problems[:max_lines]
+Result = dict[str, Any]
 
 
-def answers(
-    sampler: Sampler, problems: list[tuple[list[int], list[int]]], newline: int, batch_size: int
-) -> Iterator[Answer]:
-    """What the model answers, greedily, up to a newline; prompts of one length together."""
-    for length in sorted({len(prompt) for prompt, _ in problems}):
-        same = [problem for problem in problems if len(problem[0]) == length]
-        for begin in range(0, len(same), batch_size):
-            some = same[begin : begin + batch_size]
-            idx = torch.tensor([prompt for prompt, _ in some], device=sampler.runtime.device)  # (N, T)
-            most = max(len(right) for _, right in some) + 1
-            columns, ended = [], torch.zeros(len(some), 1, dtype=torch.bool, device=idx.device)
-            for column, _ in stream(sampler.model, idx, most, Choice(0.0), sampler.tokenizer.vocab_size):
-                columns.append(column)  # (N, 1)
-                ended |= column == newline
-                if ended.all():
-                    break
-            rows = torch.cat(columns, dim=1).tolist()
-            for (prompt, right), row in zip(some, rows, strict=True):
-                end = row.index(newline) if newline in row else None  # None: longer than any right answer
-                yield Answer(prompt, row[:end], right)
+class Trained(NamedTuple):
+    """What is measured, and where."""
+
+    model: GPT
+    tokenizer: Tokenizer
+    settings: dict[str, Any]  # that it was trained with, {} where nobody knows them
+    source: str
+    runtime: Runtime
 
 
-def evaluate_lines(config: EvalConfig) -> list[Answer]:
-    """Ask the checkpoint each held-out line; print how many answers are exact, and some that are not.
+def measure(config: EvalConfig) -> dict[str, Result]:
+    """Do the tasks that the settings name; print them as a table. Raises UserError."""
+    runtime = start_runtime(config.device, config.dtype)
+    model, contents, source = load_trained(config.out_dir, config.init_from)
+    tokenizer = find_tokenizer(contents, model.config.vocab_size, source)
+    settings = contents.get("config", {})
+    trained = Trained(model.to(runtime.device).eval(), tokenizer, settings, source, runtime)
+    prepare = {
+        "loss": loss,
+        "hellaswag": questions,
+        "choice": questions,
+        "accuracy": accuracy,
+        "next": following,
+    }
+    ready = [(name, prepare[name](config, trained, name)) for name in tasks_of(config, settings)]
+    if runtime.is_main:
+        warn(f"{source} ({runtime.describe()})")
+    results = {}
+    for name, task in ready:
+        begin = time.perf_counter()
+        results[name] = task()
+        results[name]["seconds"] = round(time.perf_counter() - begin, 2)
+    if runtime.is_main:
+        print("\n".join(table(results)))
+        if config.json:
+            text = json.dumps({"source": source, **results}, indent=1, ensure_ascii=False)
+            write_whole(lambda file: file.write(text.encode("utf-8", "replace")), Path(config.json))
+    return results
 
-    Raises UserError.
-    """
-    sampler = Sampler(config.out_dir, device=config.device, dtype=config.dtype)
-    block_size, decode = sampler.model.config.block_size, sampler.tokenizer.decode
-    warn(f"{sampler.source} ({sampler.runtime.describe()})")
-    dataset = config.dataset or sampler.config.get("dataset")
+
+def tasks_of(config: EvalConfig, settings: dict[str, Any]) -> list[str]:
+    """The names in `tasks`; of auto what the run was for. Raises UserError."""
+    if config.tasks == "auto":
+        return ["accuracy" if settings.get("loss_after") else "loss"]
+    names = [name.strip() for name in config.tasks.split(",")]
+    for name in names:
+        if name not in EVAL_TASKS:
+            raise UserError(f"tasks={name[:40]} is not known; name some of {', '.join(EVAL_TASKS)}, by comma")
+    return list(dict.fromkeys(names))
+
+
+def data_of(config: EvalConfig, trained: Trained, **settings: Any) -> tuple[Dataset, TrainConfig]:
+    """The data that the settings name, or that it was trained on, and how it is read. Raises UserError."""
+    dataset = config.dataset or trained.settings.get("dataset")
     if not dataset:
-        raise UserError(f"{sampler.source} names no dataset; give --dataset=NAME")
-    separator = config.separator or sampler.config.get("loss_after") or "="
-    asked = TrainConfig(dataset=dataset, loss_after=separator, block_size=1)
-    data = open_dataset(asked, ("val",))
-    if sampler.tokenizer.describe() != data.meta["tokenizer"]:
-        raise UserError(
-            f"{config.out_dir} was trained with another tokenizer than {dataset} has; use its own"
-        )
-    problems = held_out_lines(data, config.max_lines)
-    if not problems:
-        raise UserError(f"no line of {dataset}'s val split has {separator!r}; give another --separator")
-    longest = max(len(prompt) for prompt, _ in problems)
-    if longest > block_size:
-        raise UserError(
-            f"a prompt has {longest} tokens, the model reads {block_size}; train it with a larger block_size"
-        )
-    found = list(answers(sampler, problems, data.newline, config.batch_size))
-    wrong = [answer for answer in found if answer.given != answer.right]
-    exact = len(found) - len(wrong)
-    print(f"exact {100 * exact / len(found):.1f} % ({exact} of {len(found)})")
-    for prompt, given, right in wrong[: config.show]:
-        print(f"wrong {decode(prompt)}{decode(given)}, not {decode(right)}")
-    return found
+        raise UserError(f"{trained.source} names no dataset; give --dataset=NAME")
+    asked = TrainConfig(dataset=dataset, eval_iters=0, eval_splits=config.split, **settings)
+    data = open_dataset(asked, (config.split,))
+    if trained.tokenizer.describe() != data.meta["tokenizer"]:
+        raise UserError(f"{trained.source} has another tokenizer than {dataset}; use a dataset of its own")
+    return data, asked
+
+
+def loss(config: EvalConfig, trained: Trained, name: str) -> Callable[[], Result]:
+    """Loss, perplexity and bits per byte of each token of a split; of lines, what training measures."""
+    lines = {"sampling": "lines"} if trained.settings.get("sampling") == "lines" else {}
+    lines["loss_after"] = trained.settings.get("loss_after")
+    T = config.block_size or trained.model.config.block_size
+    if T > trained.model.config.block_size:
+        longest = trained.model.config.block_size
+        raise UserError(f"block_size={T} is longer than the model reads; give {longest} or less")
+    data, asked = data_of(config, trained, block_size=T, batch_size=config.batch_size or 16, **lines)
+    runtime, B, stride = trained.runtime, asked.batch_size, config.stride or T
+    if stride > T:
+        raise UserError(f"stride={stride} is longer than a window of {T} tokens; give {T} or less")
+
+    def task() -> Result:
+        found = []
+        for number, part in enumerate(data.parts):
+            stream = part.streams[config.split]
+            if asked.sampling == "lines":
+                windows = evaluation_windows(part, number, config.split, asked, runtime.world_size)
+            else:
+                windows = strided_windows(len(stream), T, stride)
+                windows = padded(*windows, T, B * runtime.world_size)
+            found.append(summed_loss(trained.model, data, stream, *windows, B, T, runtime))
+        if not all(count for _, count in found):
+            raise UserError(f"no target of {config.split} stands after the separator; choose another dataset")
+        means = means_of(data, {config.split: [total / count for total, count in found]}, config.split)
+        mean = means.pop(config.split)
+        tokens = int(sum(count for _, count in found))
+        return {"loss": mean, "perplexity": math.exp(min(mean, 700)), **means, "tokens": tokens}
+
+    return task
+
+
+def questions(config: EvalConfig, trained: Trained, name: str) -> Callable[[], Result]:
+    """Multiple choice: how often the right ending is the likeliest, by the sum (acc) and by the mean over its
+    tokens (acc_norm) of the logarithms of their chances."""
+    if name == "choice" and not config.input:
+        raise UserError("choice reads a file; give --input=FILE, or --tasks=hellaswag")
+    runtime, block_size = trained.runtime, trained.model.config.block_size
+    path = hellaswag_file(config.input, runtime.is_main)
+    runtime.total()  # all ranks wait for the one that downloads it
+    begin = start_of_text(trained.tokenizer)
+    found = read_questions(path, trained.tokenizer, begin, block_size, config.max_items)
+
+    def task() -> Result:
+        chosen = choices(trained.model, found, runtime, config.batch_size or 16)
+        right = chosen == [[question.label] for question in found]  # (N, 2)
+        acc, acc_norm = right.mean(axis=0).tolist()
+        result = {"acc": acc, "acc_norm": acc_norm, "questions": len(found)}
+        if name == "hellaswag" and config.init_from in GPT2_HELLASWAG:
+            result["published"] = dict(
+                zip(("acc", "acc_norm"), GPT2_HELLASWAG[config.init_from], strict=True)
+            )
+        return result
+
+    return task
+
+
+def accuracy(config: EvalConfig, trained: Trained, name: str) -> Callable[[], Result]:
+    """How many held-out lines are answered exactly; each is a prompt, up to the separator, and its answer."""
+    separator = config.separator or trained.settings.get("loss_after") or "="
+    data, _ = data_of(config, trained, block_size=1, loss_after=separator)
+    problems = held_out_lines(data, config.split, config.max_items)
+    check_lengths(problems, trained.model.config.block_size, separator)
+    sizes = (trained.tokenizer.vocab_size, trained.runtime, config.batch_size or 256)
+
+    def task() -> Result:
+        found = answers(trained.model, problems, data.newline, *sizes)
+        wrong = [answer for answer in found if answer.given != answer.right]
+        right, decode = len(found) - len(wrong), trained.tokenizer.decode
+        shown = [
+            dict(zip(answer._fields, map(decode, answer), strict=True)) for answer in wrong[: config.show]
+        ]
+        return {"exact": right / len(found), "right": right, "lines": len(found), "wrong": shown}
+
+    return task
+
+
+def following(config: EvalConfig, trained: Trained, name: str) -> Callable[[], Result]:
+    """The likeliest next tokens after a prompt."""
+    prompt = read_prompt(config.start)
+    ids = trained.tokenizer.encode(prompt).tolist() or [start_of_text(trained.tokenizer)]
+    if len(ids) > trained.model.config.block_size:
+        longest = trained.model.config.block_size
+        raise UserError(f"the prompt has {len(ids)} tokens, the model reads {longest}; shorten it")
+
+    def task() -> Result:
+        vocab_size, count = trained.tokenizer.vocab_size, max(config.show, 1)
+        found = next_tokens(trained.model, ids, vocab_size, trained.runtime, count)
+        rows = [{"token": trained.tokenizer.decode([i]), "id": i, "probability": p} for i, p in found]
+        return {"prompt": prompt, "tokens": rows}
+
+    return task
+
+
+def table(results: dict[str, Result]) -> list[str]:
+    """The results as lines: task, what, value."""
+    rows: list[tuple[str, str, str]] = []
+    for name, result in results.items():
+        if name == "next":
+            rows += [
+                (name, repr(row["token"]), f"{100 * row['probability']:.2f} %") for row in result["tokens"]
+            ]
+        elif name == "accuracy":
+            exact = f"{100 * result['exact']:.1f} % ({result['right']} of {result['lines']})"
+            rows.append((name, "exact", exact))
+            wrong = [
+                f"{prompt}{given}, not {right}" for prompt, given, right in map(dict.values, result["wrong"])
+            ]
+            rows += [(name, "wrong", line) for line in wrong]
+        else:
+            for what, value in result.items():
+                if isinstance(value, dict):
+                    rows += [(name, f"{what} {key}", f"{level:.4f}") for key, level in value.items()]
+                elif what != "seconds":
+                    rows.append((name, what, f"{value:.4f}" if isinstance(value, float) else f"{value:,}"))
+    width = max(len(what) for _, what, _ in rows)
+    return [f"{name:10} {what:{width}}  {value}" for name, what, value in rows]
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")
     with one_line_errors("lower --batch_size"):
-        evaluate_lines(CONFIG)
+        measure(CONFIG)
+        stop_runtime()
+        leave(0)

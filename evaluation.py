@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from data.dataset import Dataset, Part, evaluation_windows, measured_splits, to_xy
+from data.tokens import TokenStream
 from errors import UserError
 from runtime import Runtime
 from settings import TrainConfig
@@ -39,16 +40,23 @@ def evaluate(
             if loss is None:
                 return None
             found.append(loss)
+    return means_of(data, losses)
+
+
+def means_of(data: Dataset, losses: dict[str, list[float]], split: str = "val") -> Losses:
+    """Of the losses of each part in each split, the means by the parts' shares. Where they are known, also
+    bits_per_byte and, of a mixture, SPLIT/NAME of each part: of one split."""
     shares = [part.share for part in data.parts]
-    means = {split: weighted(found, shares) for split, found in losses.items()}
-    if "val" not in losses:
+    means = {name: weighted(found, shares) for name, found in losses.items()}
+    if split not in losses:
         return means
-    ratios = [part.tokens_per_byte() for part in data.parts]
+    ratios = [part.tokens_per_byte(split) for part in data.parts]
     if all(ratios) and data.separator is None:  # of some targets only, there are no bytes to count
-        bits = [loss * ratio / math.log(2) for loss, ratio in zip(losses["val"], ratios, strict=True)]
+        bits = [loss * ratio / math.log(2) for loss, ratio in zip(losses[split], ratios, strict=True)]
         means["bits_per_byte"] = weighted(bits, shares)
     if len(data.parts) > 1:
-        means |= {f"val/{part.name}": loss for part, loss in zip(data.parts, losses["val"], strict=True)}
+        parts = zip(data.parts, losses[split], strict=True)
+        means |= {f"{split}/{part.name}": loss for part, loss in parts}
     return means
 
 
@@ -65,13 +73,36 @@ def mean_loss(
 ) -> float | None:
     """Mean loss per token of a split of part `number`, in nats; the ranks share the batches. None and errors
     as `evaluate` has them."""
-    B, T, ranks = config.batch_size, config.block_size, runtime.world_size
-    starts, skip = evaluation_windows(part, number, split, config, ranks)
+    windows = evaluation_windows(part, number, split, config, runtime.world_size)
+    sizes = (config.batch_size, config.block_size)
+    found = summed_loss(model, data, part.streams[split], *windows, *sizes, runtime, stop_asked, trouble)
+    if found and not found[1]:
+        raise UserError(
+            f"{part.name}: no target of {split} stands after loss_after={config.loss_after}; choose another"
+        )
+    return found and found[0] / found[1]
+
+
+@torch.no_grad()
+def summed_loss(
+    model: torch.nn.Module,
+    data: Dataset,
+    stream: TokenStream,
+    starts: np.ndarray,
+    skip: np.ndarray,
+    B: int,
+    T: int,
+    runtime: Runtime,
+    stop_asked: Callable[[], bool] = lambda: False,
+    trouble: list[UserError] | None = None,
+) -> tuple[float, float] | None:
+    """The sum of the losses over windows of T tokens, B at a time, without the first `skip` of each, and how
+    many they are. The ranks share the batches; None and errors as `evaluate` has them."""
     loss_sum = torch.zeros((), device=runtime.device, dtype=torch.float32)
     count = torch.zeros((), device=runtime.device)
     model.eval()
-    for i in range(runtime.rank * B, len(starts), ranks * B):
-        windows = attempt(lambda i=i: part.streams[split].windows(starts[i : i + B], T + 1), trouble)
+    for i in range(runtime.rank * B, len(starts), runtime.world_size * B):
+        windows = attempt(lambda i=i: stream.windows(starts[i : i + B], T + 1), trouble)
         if runtime.total(windows is None or stop_asked())[0]:
             model.train()
             return None
@@ -85,11 +116,7 @@ def mean_loss(
         count += counted
     model.train()
     all_loss, all_count = runtime.total(loss_sum.item(), count.item())
-    if not all_count:
-        raise UserError(
-            f"{part.name}: no target of {split} stands after loss_after={config.loss_after}; choose another"
-        )
-    return all_loss / all_count
+    return all_loss, all_count
 
 
 def attempt(read: Callable[[], Found], trouble: list[UserError] | None) -> Found | None:
@@ -114,6 +141,8 @@ def evaluation_line(step: int, found: Losses) -> str:
     line = f"step {step}: {', '.join(both)}"
     if "bits_per_byte" in found:
         line += f", {found['bits_per_byte']:.4f} bits per byte"
+    for name in ("hellaswag", "accuracy"):
+        line += f", {name} {100 * found[name]:.2f} %" if name in found else ""
     parts = [f"{name[4:]} {loss:.4f}" for name, loss in found.items() if name.startswith("val/")]
     return f"{line} ({', '.join(parts)})" if parts else line
 

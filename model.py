@@ -271,8 +271,8 @@ class GPT(nn.Module):
         cache: Any = None,
         position: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Logarithms (N,) of the chances of the ids `targets` (N,) to follow `places` (N,), which count through
-        the rows of idx (B, T)."""
+        """Logarithms (N,) of the chances of the ids `targets` (N,) to follow `places` (N,) of idx (B, T), all
+        of its rows being one."""
         x = self.hidden(idx, cache, position).flatten(0, 1)[places]  # (N, C)
         parts = zip(x.split(256), targets.split(256), strict=True)  # all logits at once would take gigabytes
         return torch.cat([-F.cross_entropy(self.scores(x).float(), y, reduction="none") for x, y in parts])

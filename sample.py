@@ -21,7 +21,7 @@ import torch
 from checkpoint import best_checkpoint, load_checkpoint, load_pretrained, restore_model
 from data.dataset import read_dataset_meta
 from data.meta import GPT2_META
-from data.tokenizer import Tokenizer, from_description
+from data.tokenizer import Tokenizer, from_description, start_of_text
 from decoding import Choice, prepare, stream, uniform_draws
 from errors import UserError, one_line_errors
 from runtime import compile_works, start_runtime
@@ -139,13 +139,6 @@ def find_tokenizer(contents: dict[str, Any], vocab_size: int, source: str) -> To
             "put the meta.json that it was trained with into its data folder"
         )
     return from_description(meta["tokenizer"])
-
-
-def start_of_text(tokenizer: Tokenizer) -> int:
-    """The id that an empty prompt stands for: a new line, or the end of the text before."""
-    if tokenizer.end_of_text is None:
-        return max(tokenizer.chars.find("\n"), 0)
-    return tokenizer.end_of_text
 
 
 def read_prompt(start: str) -> str:

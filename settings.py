@@ -7,6 +7,7 @@ from configurator import check_settings, setting
 ACTIVATIONS = ("gelu_tanh", "gelu", "relu2", "swiglu")
 NORMS = ("layernorm", "rmsnorm")
 OPTIMIZERS = ("adamw", "muon", "sgd")
+EVAL_TASKS = ("loss", "hellaswag", "choice", "accuracy", "next")
 EVAL_SPLITS = ("both", "train", "val")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 COMPILE = ("auto", True, False)
@@ -49,6 +50,19 @@ class TrainConfig:
         "both", "what an evaluation measures; with train, the best is that of train", choices=EVAL_SPLITS
     )
     eval_only: bool = setting(False, "evaluate once and stop")
+    eval_hellaswag: bool = setting(False, "tell how many of HellaSwag's endings it finds, too (acc_norm)")
+    hellaswag_input: str | None = setting(
+        None, "another file of such questions; None is HellaSwag's own, downloaded once", path=True
+    )
+    hellaswag_items: int | None = setting(
+        None, "so many of its questions, the first ones; None is all", at_least=1
+    )
+    eval_accuracy: bool = setting(
+        False, "tell how many of val's lines it finishes exactly, from loss_after on, too"
+    )
+    eval_samples: int = setting(0, "so many samples to print, too", at_least=0)
+    sample_start: str = setting("\n", "their prompt")
+    sample_tokens: int = setting(100, "tokens of each", at_least=1)
     log_interval: int = setting(1, "steps between log lines", at_least=1)
     always_save_checkpoint: bool = setting(True, "write ckpt.pt at each evaluation, not only at the best")
     save_interval: int | None = setting(
@@ -260,19 +274,54 @@ class SampleConfig:
 
 @dataclass
 class EvalConfig:
-    """Ask a trained GPT the held-out lines of its dataset, and count the answers that are exact.
+    """Measure a trained GPT, or GPT-2: its loss, what it knows, what it answers.
 
     usage: python eval.py --out_dir=out-addition [--setting=value ...]
+           python eval.py --init_from=gpt2 --tasks=hellaswag
+           python eval.py --out_dir=out --tasks=loss,next --stride=64 --start="To be or not"
     """
 
-    out_dir: str = setting("out", "folder of the checkpoint", path=True)
-    dataset: str | None = setting(None, "whose val split it is; None is what the checkpoint names", path=True)
-    separator: str | None = setting(
-        None, "the token that ends a prompt; None is the checkpoint's loss_after, or else ="
+    init_from: str = setting(
+        "resume", "resume (out_dir's checkpoint), gpt2[-medium|-large|-xl], or a folder", path=True
     )
-    max_lines: int | None = setting(None, "so many lines of val, the first ones; None is all", at_least=1)
-    batch_size: int = setting(256, "prompts at once", at_least=1)
-    show: int = setting(10, "wrong answers to print", at_least=0)
+    out_dir: str = setting("out", "folder of the checkpoint", path=True)
+    tasks: str = setting(
+        "auto",
+        "some of loss, hellaswag, choice, accuracy, next, by comma; auto: accuracy after training with "
+        "loss_after, else loss",
+    )
+    batch_size: int | None = setting(
+        None, "sequences, questions or lines at once; None is 16, of lines 256", at_least=1
+    )
+    max_items: int | None = setting(
+        None, "so many lines or questions, the first ones; None is all", at_least=1
+    )
+    show: int = setting(10, "wrong answers and next tokens to print", at_least=0)
+    json: str | None = setting(None, "write the results to this file too", path=True)
+
+    # loss, accuracy
+    dataset: str | None = setting(None, "None is the one that the checkpoint names", path=True)
+    split: str = setting("val", "of the dataset", choices=("train", "val"))
+    block_size: int | None = setting(
+        None, "loss: tokens of a window; None is what the model reads", at_least=1
+    )
+    stride: int | None = setting(
+        None,
+        "loss: tokens from window to window; a smaller one gives each token more context, and takes longer; "
+        "None is block_size",
+        at_least=1,
+    )
+    separator: str | None = setting(
+        None, "accuracy: the token that ends a prompt; None is the checkpoint's loss_after, or else ="
+    )
+    # hellaswag, choice
+    input: str | None = setting(
+        None, 'file of JSON lines, {"ctx": "text", "endings": ["one", ...], "label": 0}', path=True
+    )
+    # next
+    start: str = setting("\n", "the prompt; FILE:path reads it from a file; empty starts a new document")
+
+    # the machine
     device: str = setting("auto", "auto (cuda, else mps, else cpu), cpu, cuda, cuda:1, mps")
     dtype: str = setting("auto", "of the arithmetic", choices=DTYPES)
 

@@ -52,6 +52,7 @@ from start import (
     planned,
     start_wandb,
 )
+from tasks import make_ask
 
 
 class Batch(NamedTuple):
@@ -233,6 +234,7 @@ def train_model(
     evaluated = bool(contents) and contents.get("evaluated", True) and not config.eval_only  # step `first`
     contents.clear()  # frees the copy on the CPU
     peak = peak_flops(runtime)
+    ask = make_ask(config, data, runtime)
 
     def diverged() -> UserError:
         return lost(step, out_dir if folder and folder.own else None)
@@ -278,6 +280,8 @@ def train_model(
             due = config.eval_only or ended or step % config.eval_interval == 0 or step == config.max_iters
             if due and not (step == first and evaluated):
                 found = evaluate(model, data, config, runtime, lambda: bool(caught or trouble), trouble)
+                more = found and ask(model, say, lambda: runtime.total(len(caught))[0] > 0)
+                found = None if more is None else found | more
                 stopping = stopping or found is None
                 clock, clocked = time.perf_counter(), step
             if found:

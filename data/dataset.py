@@ -28,10 +28,10 @@ class Part:
     streams: dict[str, TokenStream]
     lines: dict[str, np.ndarray] = field(default_factory=dict)  # with sampling=lines, where each line starts
 
-    def tokens_per_byte(self) -> float | None:
-        """Of the val split; None where meta.json does not say how many bytes its text has."""
-        size = self.meta.get("bytes", {}).get("val")
-        return len(self.streams["val"]) / size if size else None
+    def tokens_per_byte(self, split: str = "val") -> float | None:
+        """Of a split; None where meta.json does not say how many bytes its text has."""
+        size = self.meta.get("bytes", {}).get(split)
+        return len(self.streams[split]) / size if size else None
 
 
 class Dataset(NamedTuple):
@@ -227,6 +227,15 @@ def epoch_samples(data: Dataset, config: TrainConfig) -> int:
     return sum(epoch_windows(len(part.streams["train"]), config.block_size) for part in data.parts)
 
 
+def strided_windows(length: int, T: int, stride: int) -> tuple[np.ndarray, np.ndarray]:
+    """Windows of T tokens and a target over `length` ids, each `stride` behind the one before, the last one
+    less: where they start, and how many first targets of each do not count, as they did before: (N,), (N,).
+    So each id but the first is a target once, and is told from T - stride ids or more before it."""
+    last = length - 1 - T
+    starts = np.minimum(np.arange(1 + math.ceil(last / stride)) * stride, last)
+    return starts, np.append(0, starts[:-1] + T - starts[1:])
+
+
 def evaluation_windows(
     part: Part, number: int, split: str, config: TrainConfig, ranks: int = 1
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -240,9 +249,8 @@ def evaluation_windows(
     """
     B, T, purpose = config.batch_size, config.block_size, 3 * number + ("train", "val").index(split) + 1
     whole = "train" if config.eval_splits == "train" else "val"  # what eval_iters=0 reads all of
-    length = len(part.streams[whole])
     at_lines = config.sampling == "lines"
-    count = len(part.lines[whole]) if at_lines else math.ceil((length - 1) / T)
+    count = len(part.lines[whole]) if at_lines else math.ceil((len(part.streams[whole]) - 1) / T)
     if config.eval_iters or split != whole:
         count = config.eval_iters * B or math.ceil(count / 4)
         end = len(part.lines[split]) if at_lines else len(part.streams[split]) - T
@@ -251,7 +259,11 @@ def evaluation_windows(
     elif at_lines:
         starts, skip = part.lines[split], np.zeros_like(part.lines[split])
     else:
-        starts = np.minimum(np.arange(count) * T, length - 1 - T)  # the last one overlaps the one before
-        skip = np.arange(count) * T - starts
-    padding = -count % (ranks * B)  # torch.compile likes equal batches; what is added does not count
+        starts, skip = strided_windows(len(part.streams[split]), T, T)
+    return padded(starts, skip, T, ranks * B)
+
+
+def padded(starts: np.ndarray, skip: np.ndarray, T: int, multiple: int) -> tuple[np.ndarray, np.ndarray]:
+    """The windows and so many more, whose targets do not count, that batches are equal."""
+    padding = -len(starts) % multiple  # torch.compile likes equal batches; what is added does not count
     return np.pad(starts, (0, padding)), np.pad(skip, (0, padding), constant_values=T)

@@ -1,4 +1,4 @@
-"""Multiple choice from JSON lines, as HellaSwag has it: {"ctx": text, "endings": [text, ...], "label": number}."""
+"""Multiple choice from JSON lines as in HellaSwag: {"ctx": text, "endings": [text, ...], "label": 0}."""
 
 import json
 from pathlib import Path
@@ -25,12 +25,10 @@ class Question(NamedTuple):
     label: int
 
 
-def hellaswag_file(given: str | None = None) -> Path:
+def hellaswag_file(given: str | None = None, fetch: bool = True) -> Path:
     """The file, or HellaSwag's 10,042 questions, downloaded once into data/hellaswag. Raises UserError."""
-    if given is not None:
-        return Path(given)
-    url, sha256 = HELLASWAG
-    return download(url, sha256, DATA / "hellaswag" / "hellaswag_val.jsonl")
+    path = DATA / "hellaswag" / "hellaswag_val.jsonl" if given is None else Path(given)
+    return download(*HELLASWAG, path) if given is None and fetch else path
 
 
 def read_questions(

@@ -253,6 +253,13 @@ def library_file(tokenizer: BPETokenizer) -> str:
     return bpe.to_str()
 
 
+def start_of_text(tokenizer: Tokenizer) -> int:
+    """The id that an empty prompt stands for: a new line, or the end of the text before."""
+    if tokenizer.end_of_text is None:
+        return max(tokenizer.chars.find("\n"), 0)
+    return tokenizer.end_of_text
+
+
 def from_description(description: dict[str, Any]) -> Tokenizer:
     """The tokenizer that `describe` described. Raises UserError."""
     kind, chars, merges = (description.get(key) for key in ("kind", "chars", "merges"))

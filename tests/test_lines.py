@@ -15,7 +15,7 @@ from data.dataset import after, evaluation_windows, open_dataset, step_windows
 from data.tokenizer import CharTokenizer
 from data.writer import write_dataset
 from errors import UserError
-from eval import EvalConfig, evaluate_lines
+from eval import EvalConfig, measure
 from evaluation import evaluate
 from model import GPT, GPTConfig
 from runtime import Runtime
@@ -221,7 +221,7 @@ def test_eval_counts_what_a_plain_loop_counts(lines, tmp_path, capsys):
     train_here(*TINY, *flags, "--max_iters=150", "--eval_interval=150", "--always_save_checkpoint=True")
     capsys.readouterr()
     where = {"out_dir": str(tmp_path / "out"), "device": "cpu", "dtype": "float32"}
-    found = evaluate_lines(EvalConfig(**where, batch_size=3))
+    found = measure(EvalConfig(**where, batch_size=3))["accuracy"]
     printed = capsys.readouterr().out.splitlines()
 
     from checkpoint import load_checkpoint, restore_model
@@ -240,10 +240,11 @@ def test_eval_counts_what_a_plain_loop_counts(lines, tmp_path, capsys):
                 given += chars[ids[0, -1]]
             exact += given == right + "\n"
             wrong += [] if given == right + "\n" else [prompt]
-    assert len(found) == 6 and printed[0] == f"exact {100 * exact / 6:.1f} % ({exact} of 6)"
+    assert printed[0].split(maxsplit=2) == ["accuracy", "exact", f"{100 * exact / 6:.1f} % ({exact} of 6)"]
     assert 0 < exact < 6  # the test sees both kinds
-    assert sorted(line.split()[1].split("=")[0] for line in printed[1:]) == sorted(wrong)
-    assert "not" in printed[1]
+    assert sorted(line.split()[2].split("=")[0] for line in printed[1:]) == sorted(wrong)
+    assert "not" in printed[1] and [one["prompt"] for one in found["wrong"]]
+    assert (found["right"], found["lines"]) == (exact, 6)
 
     for more, says in (
         ({"separator": "+="}, "is 2"),
@@ -251,17 +252,17 @@ def test_eval_counts_what_a_plain_loop_counts(lines, tmp_path, capsys):
         ({"dataset": "none"}, "no dataset none"),
     ):
         with pytest.raises(UserError, match=re.escape(says)):
-            evaluate_lines(EvalConfig(**where, **more))
+            measure(EvalConfig(**where, **more))
     tokenizer = CharTokenizer(chars)
     with write_dataset(tmp_path / "long", tokenizer) as add:
         add("train", tokenizer.encode("1=1\n" * 9), 36)
         add("val", tokenizer.encode("1" * 16 + "=1\n"), 19)
     with pytest.raises(UserError, match="a prompt has 17 tokens, the model reads 16"):
-        evaluate_lines(EvalConfig(**where, dataset=str(tmp_path / "long")))
-    with pytest.raises(UserError, match="no line of"):
-        evaluate_lines(EvalConfig(**where, dataset=str(tmp_path / "long"), separator="+"))
+        measure(EvalConfig(**where, dataset=str(tmp_path / "long")))
+    with pytest.raises(UserError, match="no line to ask"):
+        measure(EvalConfig(**where, dataset=str(tmp_path / "long"), separator="+"))
     with pytest.raises(UserError, match="is the newline"):
-        evaluate_lines(EvalConfig(**where, separator="\n"))
+        measure(EvalConfig(**where, separator="\n"))
 
 
 def test_mistakes_of_lines_as_samples(lines, copy):
