@@ -3,7 +3,9 @@
 import argparse
 import contextlib
 import io
+import json
 import os
+import random
 import runpy
 import subprocess
 import sys
@@ -136,6 +138,26 @@ def dataset(tmp_path_factory: pytest.TempPathFactory, text: str) -> Path:
     done = run("data/shakespeare_char/prepare.py", "--input", folder / "text.txt", "--output", folder)
     assert done.returncode == 0, done.stderr
     return folder
+
+
+def write_lines(path: Path, entries: list[dict[str, Any]]) -> None:
+    """A file of JSON lines."""
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def questions_file(tmp_path_factory: pytest.TempPathFactory, text: str) -> Path:
+    """Questions about a text: what stands there, or what stands elsewhere."""
+    rng, entries = random.Random(1), []
+    for _ in range(50):
+        begin = rng.randrange(len(text) - 100)
+        endings = [text[at : at + rng.randint(4, 9)] for at in (begin + 6, *rng.sample(range(len(text)), 3))]
+        label = rng.randrange(4)
+        endings[0], endings[label] = endings[label], endings[0]
+        entries.append({"ctx": text[begin : begin + 6], "endings": endings, "label": label, "ind": 7})
+    path = tmp_path_factory.mktemp("questions") / "questions.jsonl"
+    write_lines(path, entries)
+    return path
 
 
 @pytest.fixture

@@ -10,7 +10,17 @@ import subprocess
 import numpy as np
 import pytest
 import torch
-from conftest import ENVIRONMENT, MODERN, TINY, assert_user_error, losses_of, run, torchrun, train_here
+from conftest import (
+    ENVIRONMENT,
+    MODERN,
+    TINY,
+    assert_user_error,
+    losses_of,
+    run,
+    torchrun,
+    train_here,
+    write_lines,
+)
 
 import data.questions
 import data.source
@@ -86,25 +96,6 @@ def test_endings_read_together_score_as_each_alone(shape):
             map(list, zip(by_sum, by_mean, strict=True))
         )
     assert choices(model, questions, CPU, 7, lambda: True) is None
-
-
-def write_lines(path, entries) -> None:
-    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
-
-
-@pytest.fixture(scope="module")
-def questions_file(tmp_path_factory, text):
-    """Questions about a text: what stands there, or what stands elsewhere."""
-    rng, entries = random.Random(1), []
-    for _ in range(50):
-        begin = rng.randrange(len(text) - 100)
-        endings = [text[at : at + rng.randint(4, 9)] for at in (begin + 6, *rng.sample(range(len(text)), 3))]
-        label = rng.randrange(4)
-        endings[0], endings[label] = endings[label], endings[0]
-        entries.append({"ctx": text[begin : begin + 6], "endings": endings, "label": label, "ind": 7})
-    path = tmp_path_factory.mktemp("questions") / "questions.jsonl"
-    write_lines(path, entries)
-    return path
 
 
 @pytest.fixture(scope="module")

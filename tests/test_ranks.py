@@ -61,6 +61,12 @@ def alone(tmp_path_factory, dataset):
     return out_dir
 
 
+def asking(flags, questions_file):
+    """The recipe's runs ask questions, too, and tell samples."""
+    asks = ("--eval_hellaswag=True", "--eval_samples=2", "--sample_tokens=20")
+    return (*flags, *asks, f"--hellaswag_input={questions_file}") if flags == RECIPE else flags
+
+
 def assert_same_run(one, other, atol=2e-4) -> None:
     """Both learned the same, but for the order of sums."""
     assert_same_weights(one / "last.pt", other / "last.pt", atol)
@@ -74,7 +80,8 @@ def assert_same_run(one, other, atol=2e-4) -> None:
     [(1, DROPOUT), (2, DROPOUT), (4, DROPOUT), (2, RECIPE)],
     ids=lambda value: str(value)[:9],
 )
-def test_ranks_learn_what_one_process_learns(ranks, more, alone, tmp_path, dataset):
+def test_ranks_learn_what_one_process_learns(ranks, more, alone, tmp_path, dataset, questions_file):
+    more = asking(more, questions_file)
     done = train_on(ranks, f"--dataset={dataset}", f"--out_dir={tmp_path}", *more)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("step 20: loss") == 1  # one rank speaks
@@ -90,7 +97,10 @@ def test_ranks_learn_what_one_process_learns(ranks, more, alone, tmp_path, datas
     ],
     ids=["gpt2", "untied", "recipe"],
 )
-def test_ranks_with_a_part_of_each_weight_learn_the_same(ranks, flags, alone, tmp_path, dataset):
+def test_ranks_with_a_part_of_each_weight_learn_the_same(
+    ranks, flags, alone, tmp_path, dataset, questions_file
+):
+    flags = asking(flags, questions_file)
     done = train_on(ranks, f"--dataset={dataset}", f"--out_dir={tmp_path}", "--shard=True", *flags)
     assert done.returncode == 0, done.stderr
     assert_same_run(alone(*(flag for flag in flags if "checkpointing" not in flag)), tmp_path)
