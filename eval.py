@@ -24,11 +24,12 @@ from data.questions import GPT2_HELLASWAG, hellaswag_file, read_questions
 from data.tokenizer import Tokenizer, start_of_text
 from errors import UserError, leave, one_line_errors
 from evaluation import means_of, summed_loss
+from insight import next_tokens
 from model import GPT
 from runtime import Runtime, start_runtime, stop_runtime
 from sample import find_tokenizer, read_prompt, warn
 from settings import EVAL_TASKS, TrainConfig
-from tasks import answers, check_lengths, choices, held_out_lines, next_tokens
+from tasks import answers, check_lengths, choices, held_out_lines
 
 Result = dict[str, Any]
 
@@ -178,9 +179,7 @@ def following(config: EvalConfig, trained: Trained, name: str) -> Callable[[], R
     """The likeliest next tokens after a prompt."""
     prompt = read_prompt(config.start)
     ids = trained.tokenizer.encode(prompt).tolist() or [start_of_text(trained.tokenizer)]
-    if len(ids) > trained.model.config.block_size:
-        longest = trained.model.config.block_size
-        raise UserError(f"the prompt has {len(ids)} tokens, the model reads {longest}; shorten it")
+    check_lengths([(ids, [])], trained.model.config.block_size, "")
 
     def task() -> Result:
         vocab_size, count = trained.tokenizer.vocab_size, max(config.show, 1)

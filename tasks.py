@@ -136,7 +136,8 @@ def check_lengths(problems: list[tuple[list[int], list[int]]], block_size: int, 
     longest = max(len(prompt) for prompt, _ in problems)
     if longest > block_size:
         raise UserError(
-            f"a prompt has {longest} tokens, the model reads {block_size}; train it with a larger block_size"
+            f"a prompt has {longest} tokens, the model reads {block_size}; shorten it, or train with a "
+            "larger block_size"
         )
 
 
@@ -177,16 +178,6 @@ def answers(
         Answer(prompt, (row[row > 0] - 1).tolist(), right)
         for (prompt, right), row in zip(problems, given, strict=True)
     ]
-
-
-def next_tokens(
-    model: GPT, ids: list[int], vocab_size: int, runtime: Runtime, count: int
-) -> list[tuple[int, float]]:
-    """The `count` likeliest ids to follow, and their chances."""
-    with torch.no_grad(), runtime.autocast():
-        logits, _ = model(torch.tensor([ids], device=runtime.device))
-    chances, found = logits[0, 0, :vocab_size].float().softmax(dim=-1).topk(min(count, vocab_size))
-    return list(zip(found.tolist(), chances.tolist(), strict=True))
 
 
 def make_ask(config: TrainConfig, data: Dataset, runtime: Runtime) -> Ask:

@@ -31,9 +31,10 @@ from data.questions import Question, read_questions
 from data.tokenizer import ByteTokenizer, from_description
 from errors import UserError
 from eval import EvalConfig, measure
+from insight import Watch, attention_weights, next_tokens
 from model import GPT, GPTConfig
 from runtime import Runtime
-from tasks import choices, ending_scores, next_tokens
+from tasks import choices, ending_scores
 
 LONGER = ("--block_size=24", "--max_iters=60", "--eval_interval=30")
 CPU = Runtime(torch.device("cpu"), torch.float32)
@@ -347,7 +348,7 @@ def test_mistakes(learner, dataset, tmp_path):
         ({"tasks": "hellaswag", "input": str(tmp_path / "none.jsonl")}, "has no question"),
         ({"stride": 25}, "stride=25 is longer"),
         ({"block_size": 25}, "block_size=25 is longer"),
-        ({"tasks": "next", "start": "x" * 25}, "the prompt has 25 tokens, the model reads 24"),
+        ({"tasks": "next", "start": "x" * 25}, "a prompt has 25 tokens, the model reads 24"),
         ({"tasks": "accuracy", "separator": "=="}, "is 2"),
         ({"init_from": "gpt3"}, "init_from=gpt3"),
     ):
@@ -384,3 +385,27 @@ def test_a_checkpoint_without_a_dataset(tmp_path):
     torch.save(state, tmp_path / "ckpt.pt")
     with pytest.raises(UserError, match="names no dataset"):
         measure(EvalConfig(out_dir=str(tmp_path), device="cpu"))
+
+
+def test_attention_weights_are_transformers(tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    shape = {"n_positions": 32, "n_layer": 2, "n_head": 2, "n_embd": 8, "initializer_range": 0.5}
+    config = GPT2Config(vocab_size=50, **shape, bos_token_id=None, eos_token_id=None)
+    theirs = GPT2LMHeadModel._from_config(config, attn_implementation="eager").eval()
+    theirs.save_pretrained(tmp_path)
+    ids = [3, 1, 4, 1, 5, 9, 2, 6]
+    with torch.no_grad():
+        expected = torch.cat(theirs(torch.tensor([ids]), output_attentions=True).attentions)
+    found = attention_weights(GPT.from_pretrained(str(tmp_path)).eval(), ids)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_attention_of_a_modern_network_reads_what_the_network_reads():
+    model, ids = lively(**MODERN_SHAPE), [3, 1, 4, 1, 5, 9, 2, 6]
+    found = attention_weights(model, ids)
+    assert found.shape == (2, 2, 8, 8) and bool((found.triu(1) == 0).all())
+    torch.testing.assert_close(found.sum(-1), torch.ones(2, 2, 8))
+    watched = model.hidden(torch.tensor([ids]), Watch(), torch.arange(8)[None])
+    torch.testing.assert_close(watched, model.hidden(torch.tensor([ids])), atol=1e-5, rtol=1e-4)
