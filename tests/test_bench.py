@@ -12,7 +12,7 @@ from conftest import REPO, TINY, assert_user_error, run
 
 import attention
 import model
-from bench import alternate, open_data, our_step, ratio, rung_step
+from bench import alternate, bench, open_data, our_step, ratio, rung_step
 from configurator import read_settings
 from runtime import Runtime
 from settings import BenchConfig
@@ -191,3 +191,15 @@ def test_what_a_checkpoint_costs(dataset, tmp_path):
     assert round(found["bytes"] / 1e6) == size and found["wait"]["median"] > 0 < found["write"]["median"]
     assert re.search(r"lost     -?\d+\.\d\d s a checkpoint, .* -?\d+\.\d\d% of 250 steps", done.stdout)
     assert [path.name for path in tmp_path.iterdir()] == ["found.json"]
+
+
+def test_what_logs_cost(dataset, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("plot.find_spec", lambda name: None)  # no picture, whose steps take seconds
+    flags = [*TINY, f"--dataset={dataset}", "--logs=True", "--bench_steps=20"]
+    found = bench(read_settings(BenchConfig, flags))
+    assert 0 < found["lines"] < 0.1 and found["share"] == pytest.approx(found["cost"] / found["step"])
+    printed = capsys.readouterr().out
+    assert re.search(r"^lines    \d\.\d{3} ms a step, \d+\.\d\d%: screen, log\.csv, Tensor", printed, re.M)
+    assert re.search(r"^cost     \d\.\d{3} ms a step, \d+\.\d\d%$", printed, re.M)
+    assert not list(tmp_path.iterdir())
