@@ -4,8 +4,6 @@ The training step is train.py's own, on its own batches: bench.py measures train
 compared takes turns of a few steps, so that a busy machine slows all of it alike; medians are told.
 """
 
-import sys
-
 from configurator import configure
 from settings import BenchConfig
 
@@ -18,29 +16,31 @@ import gc
 import itertools
 import json
 import math
+import os
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
 import attention as attention_file
 import model as model_file
 from checkpoint import BEST, NEWEST, training_state, write_whole
-from data.dataset import Dataset, Part, open_dataset
-from data.meta import GPT2_META
+from data.dataset import Dataset
 from decoding import Choice, prepare, stream
 from errors import UserError, is_out_of_memory, one_line_errors, writable
 from find_batch import HOLES, Trial, available_memory, found_in, give_back_memory, search, table
+from logs import Logs
 from model import GPT
-from optim import make_optimizers
+from optim import get_lr, make_optimizers
 from peers import Step, others_generate, others_step
 from plan import USABLE, Split, count, find_place, memory, plan, planned_shape
+from plot import SHARE
 from run_folder import RunFolder
 from runtime import (
     Runtime,
@@ -54,78 +54,12 @@ from runtime import (
     take_fast_float32,
 )
 from start import new_shape, planned
+from timing import alternate, open_data, peak_memory, ratio, spread, synchronize
 from train import initial_model, step_batches, training_step
 
 TRACE, PLOT = "bench_trace.json", "bench_ladder.png"
 PROMPT = 16  # tokens before those that are timed
-
-
-class RandomStream:
-    """Stands in for a TokenStream where there is no dataset: `length` uniform ids."""
-
-    def __init__(self, vocab_size: int, length: int) -> None:
-        self.vocab_size = vocab_size
-        self.tokens = np.random.default_rng(0).integers(0, vocab_size, length)
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
-        return self.tokens[starts[:, None] + np.arange(length)]  # (N, length)
-
-
-def open_data(config: BenchConfig) -> Dataset:
-    """The train split of the dataset; random ids where real_data=False, or where the default
-    dataset is not there. Raises UserError."""
-    if config.real_data:
-        try:
-            return open_dataset(config, ("train",))
-        except UserError as error:
-            if config.dataset != BenchConfig.dataset:
-                raise UserError(
-                    f"{error}; or --real_data=False, for random ids of GPT-2's vocabulary"
-                ) from None
-    print("data     random ids of GPT-2's vocabulary")
-    stream = RandomStream(GPT2_META["vocab_size"], 1_000_000 + config.block_size)
-    lines = {"train": np.arange(0, 1_000_000, config.block_size)}
-    return Dataset([Part("random ids", 1.0, Path(), GPT2_META, {"train": stream}, lines)])
-
-
-def synchronize(runtime: Runtime) -> None:
-    """Wait until the device has done all that it was given."""
-    if runtime.device.type == "cuda":
-        torch.cuda.synchronize()
-    elif runtime.device.type == "mps":
-        torch.mps.synchronize()
-
-
-def alternate(steps: dict[str, Step], warmup: int, count: int, runtime: Runtime) -> dict[str, list[float]]:
-    """Seconds of `count` steps of each, the device's work included. They take turns of a tenth of them."""
-    for step in steps.values():
-        for number in range(warmup):
-            step(number)
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    turn = math.ceil(count / 10)  # a step that follows another one's finds the caches cold
-    for first in range(0, count, turn):
-        for name, step in steps.items():
-            for number in range(first, min(first + turn, count)):
-                synchronize(runtime)
-                begin = time.perf_counter()
-                step(number)
-                synchronize(runtime)
-                times[name].append(time.perf_counter() - begin)
-    return times
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    """Median and quartiles."""
-    low, median, high = np.percentile(values, (25, 50, 75))
-    return {"median": float(median), "low": float(low), "high": float(high)}
-
-
-def ratio(theirs: list[float], ours: list[float]) -> dict[str, float]:
-    """How many times faster ours is: the spread of the ratios of neighbouring measurements."""
-    return spread([slow / fast for slow, fast in zip(theirs, ours, strict=True)])
+ALL_LOGS = {"log_interval": 1, "tensorboard_log": True, "loss_plot": True}
 
 
 def our_step(
@@ -168,18 +102,6 @@ def step_of(
         batches = made.following
 
     return step
-
-
-def peak_memory(runtime: Runtime) -> int | None:
-    """Bytes of the largest memory so far: the GPU's allocations, or the process's resident set."""
-    if runtime.device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def profile(step: Step, runtime: Runtime) -> None:
@@ -295,6 +217,55 @@ def bench_checkpoint(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
     )
     print(f"         {write:.2f} s, or {write / (250 * median):.2%}, if steps waited for the disk")
     return found | {"bytes": size, "step": median}
+
+
+def bench_logs(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
+    """What training loses to all its logs: a line at each step, and loss.png as often as it is redrawn."""
+    data = open_data(config)
+    model, _, step = our_step(config, data, runtime)
+    sequences = config.gradient_accumulation_steps * config.batch_size
+    at_peak = model.estimate_mfu(sequences, 1.0, peak_flops(runtime))  # a step's seconds
+    times: dict[str, list[float]] = {"step": [], "lines": [], "picture": []}
+    with (
+        tempfile.TemporaryDirectory(dir=".", prefix="out-bench-") as out_dir,
+        open(os.devnull, "w") as screen,
+        RunFolder(Path(out_dir), print) as folder,
+        Logs(replace(config, out_dir=out_dir, **ALL_LOGS), runtime, folder, "0", 0, 0.0) as logs,
+    ):
+        logs.say = functools.partial(print, file=screen, flush=True)
+
+        def timed(what: str, do: Callable[..., object], *given: Any) -> float:
+            began = time.perf_counter()
+            do(*given)
+            synchronize(runtime)
+            times[what].append(time.perf_counter() - began)
+            return times[what][-1]
+
+        def log(number: int, seconds: float, found: dict[str, float] | None) -> None:
+            logs.step(number, 3.0, 1.0, get_lr(number, config), seconds, at_peak / seconds)
+            logs.write(number, found)
+
+        for number in range(config.warmup_steps):
+            step(number)
+        for number in range(config.bench_steps):
+            timed("lines", log, number, timed("step", step, number), None)
+        timed("lines", logs.flush)
+        for _ in range(config.rounds if logs.picture else 0):
+            log(number, 1.0, {"train": 3.0, "val": 3.0})
+            logs.picture.share = math.inf  # now
+            slow = [timed("step", step, number)]
+            while logs.picture.drawing():
+                slow.append(timed("step", step, number))
+            times["picture"].append(sum(slow) - sum(timed("step", step, number) for _ in slow))
+    median, lines = statistics.median(times["step"]), sum(times["lines"]) / config.bench_steps
+    picture = statistics.median(times["picture"] or [0.0])
+    often = max(config.eval_interval * median, logs.picture.cost / SHARE) if logs.picture else math.inf
+    cost = lines + picture * median / often
+    print(f"step     {median * 1000:,.2f} ms median, {model.get_num_params(False):,} parameters")
+    print(f"lines    {lines * 1000:.3f} ms a step, {lines / median:.2%}: screen, log.csv, TensorBoard")
+    print(f"picture  {picture * 1000:,.0f} ms, at most every {often:,.0f} s")
+    print(f"cost     {cost * 1000:.3f} ms a step, {cost / median:.2%}")
+    return {"step": median, "lines": lines, "picture": picture, "cost": cost, "share": cost / median}
 
 
 def ladder_rungs(config: BenchConfig, meta: dict, runtime: Runtime) -> list[tuple[str, dict[str, Any]]]:
@@ -565,7 +536,8 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     elsewhere = config.plan and config.gpu != "here"
     runtime = start_runtime("cpu" if elsewhere else config.device, config.dtype)
     ways = {"plan": bench_plan, "ladder": bench_ladder, "generate": bench_generate}
-    ways |= {"checkpoint": bench_checkpoint, "find_batch": bench_batch, "profile": bench_step}
+    ways |= {"checkpoint": bench_checkpoint, "logs": bench_logs, "find_batch": bench_batch}
+    ways |= {"profile": bench_step}
     modes = [name for name in ways if getattr(config, name)]
     measure = ways[modes[0]] if modes else bench_step
     modes += ["against"] if config.against and measure not in (bench_step, bench_generate) else []

@@ -145,9 +145,3 @@ def evaluation_line(step: int, found: Losses) -> str:
         line += f", {name} {100 * found[name]:.2f} %" if name in found else ""
     parts = [f"{name[4:]} {loss:.4f}" for name, loss in found.items() if name.startswith("val/")]
     return f"{line} ({', '.join(parts)})" if parts else line
-
-
-def wandb_names(found: Losses) -> dict[str, float]:
-    """The values of an evaluation by the names that Weights & Biases shows: train/loss, val/bits_per_byte."""
-    bits = {"bits_per_byte": "val/bits_per_byte"}
-    return {bits.get(name, f"{name}/loss"): value for name, value in found.items()}

@@ -4,6 +4,7 @@ ckpt.pt              the best so far, or each evaluation's with always_save_chec
 last.pt              the newest, from which training resumes
 step-00002000.pt     with keep_checkpoints, the newest of some steps
 log.csv              a line for each step that is logged or evaluated
+tensorboard          a folder with the same, where asked for
 run.lock             who writes here; locked as long as that process lives
 """
 
@@ -23,10 +24,10 @@ import torch
 from checkpoint import BEST, NEWEST, write_whole
 from errors import MachineError, UserError
 
-LOG, LOCK, HISTORY = "log.csv", "run.lock", "step-????????.pt"
+LOG, LOCK, HISTORY, TENSORBOARD = "log.csv", "run.lock", "step-????????.pt", "tensorboard"
 COLUMNS = (
     "step", "tokens", "seconds", "loss", "lr", "grad_norm", "tokens_per_second", "train_loss", "val_loss",
-    "val_bits_per_byte",
+    "val_bits_per_byte", "hellaswag", "accuracy",
 )  # fmt: skip
 HELD: set[str] = set()  # locks of this process: the system's do not keep it from itself
 PATIENCE = 5.0  # seconds: a killed run takes a moment to let go of its lock
@@ -60,7 +61,9 @@ class RunFolder:
         """Rename another run's files before the first of this one: a start too many loses nothing."""
         if not self.own:
             self.own = True
-            self.set_aside([*(self.path / name for name in (BEST, NEWEST, LOG)), *self.path.glob(HISTORY)])
+            self.set_aside(
+                [*(self.path / name for name in (BEST, NEWEST, LOG, TENSORBOARD)), *self.path.glob(HISTORY)]
+            )
             self.sign()
 
     def sign(self) -> None:
@@ -70,9 +73,9 @@ class RunFolder:
     def set_aside(self, files: list[Path]) -> None:
         """Rename them to *.previous-1.* or the next number. Raises MachineError."""
         number = 1
-        while list(self.path.glob(f"*.previous-{number}.*")):
+        while list(self.path.glob(f"*.previous-{number}*")):
             number += 1
-        for old in sorted(path for path in files if path.is_file()):
+        for old in sorted(path for path in files if path.exists()):
             new = f"{old.stem}.previous-{number}{old.suffix}"
             try:
                 os.rename(old, self.path / new)
@@ -107,20 +110,22 @@ class RunFolder:
         text = "".join(",".join(row) + "\n" for row in rows)
         write_whole(lambda file: file.write(text.encode()), self.path / LOG)
 
-    def log(self, row: dict[str, Any]) -> None:
-        """Add a line to log.csv. Where the disk does not take it, that is told once, and the run goes on."""
+    def log(self, *rows: dict[str, Any]) -> None:
+        """Add lines to log.csv. Where the disk does not take them, that is told once, and the run goes on."""
         self.take_over()
         path = self.path / LOG
-        line = ",".join(str(row.get(name, "")) for name in COLUMNS) + "\n"
-        if str(row["step"]) == self.resumed.get("step"):  # was stopped before it was evaluated
-            self.resumed |= {name: str(value) for name, value in row.items()}
-            return self.rewrite_log()
+        if rows and str(rows[0]["step"]) == self.resumed.get("step"):  # was stopped before it was evaluated
+            self.resumed |= {name: str(value) for name, value in rows[0].items()}
+            self.rewrite_log()
+            rows = rows[1:]
+        text = "".join(",".join(str(row.get(name, "")) for name in COLUMNS) + "\n" for row in rows).encode()
         try:
             with open(path, "ab", buffering=0) as file:
                 end = file.tell()
-                line = line if end else ",".join(COLUMNS) + "\n" + line
-                if file.write(line.encode()) != len(line):
-                    file.truncate(end)
+                text = text if end else ",".join(COLUMNS).encode() + b"\n" + text
+                written = file.write(text)
+                if written != len(text):
+                    file.truncate(end + text.rfind(b"\n", 0, written) + 1)  # what it took of whole lines
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             self.log_full = False
         except OSError as error:

@@ -365,8 +365,9 @@ def signals_caught() -> Iterator[list[int]]:
 @contextmanager
 def progress_bar(
     first: int, last: int, runtime: Runtime, say: Callable[[str], None]
-) -> Iterator[tuple[Callable[[str], None], Callable[[], object]]]:
-    """Yields say(line) and advance(): tqdm's bar with the time left under the lines, on a terminal.
+) -> Iterator[tuple[Callable[[str], None], Callable[[float], object]]]:
+    """Yields say(line) and advance(loss): tqdm's bar with the loss and the time left under the lines, on a
+    terminal.
 
     In a file, on other ranks and without tqdm: the given `say`, and no bar.
     """
@@ -377,7 +378,12 @@ def progress_bar(
         except ImportError:
             pass
     if tqdm is None:
-        yield say, lambda: None
+        yield say, lambda loss: None
         return
     with tqdm(total=last, initial=first, unit="step", dynamic_ncols=True) as bar:
-        yield bar.write, bar.update
+
+        def advance(loss: float) -> None:
+            bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)  # shown when the bar next is
+            bar.update()
+
+        yield bar.write, advance

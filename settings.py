@@ -75,6 +75,14 @@ class TrainConfig:
     wandb_log: bool = setting(False, "log to Weights & Biases too")
     wandb_project: str = setting("owt", "its project")
     wandb_run_name: str = setting("gpt2", "its run")
+    tensorboard_log: bool = setting(False, "log to TensorBoard, out_dir/tensorboard, too")
+    loss_plot: bool = setting(True, "redraw out_dir/loss.png at each evaluation, in the background")
+    baseline_loss: float | None = setting(
+        None, "a published val loss, told and drawn beside one's own", above=0
+    )
+    baseline_hellaswag: float | None = setting(
+        None, "a published share of HellaSwag's questions, likewise", at_least=0, at_most=1
+    )
 
     # batches: a step trains on gradient_accumulation_steps * batch_size * block_size tokens, over all ranks
     gradient_accumulation_steps: int = setting(40, "micro-steps per step, shared among the ranks", at_least=1)
@@ -197,12 +205,13 @@ class BenchConfig(TrainConfig):
     profile: bool = setting(False, "show the costliest operations and write bench_trace.json for a browser")
     ladder: bool = setting(False, "one improvement after another: a table and bench_ladder.png")
     checkpoint: bool = setting(False, "time what a checkpoint costs the steps")
+    logs: bool = setting(False, "time what logs and plots cost the steps")
     generate: bool = setting(False, "time sampling instead of training")
     max_new_tokens: int | None = setting(
         None, "with generate: tokens of a sample; None is 256, or what fits", at_least=3
     )
     num_samples: int = setting(10, "with generate: samples at once, beside one alone", at_least=1)
-    rounds: int = setting(3, "with generate and checkpoint: how often each is timed", at_least=1)
+    rounds: int = setting(3, "with generate, checkpoint and logs: how often each is timed", at_least=1)
     against: str | None = setting(
         None, "time these too, in turns: a nanoGPT checkout's folder, or transformers", path=True
     )
@@ -237,6 +246,25 @@ class AblateConfig(TrainConfig):
     seeds: int = setting(3, "runs of each, with seeds from `seed` on", at_least=1)
     json: str = setting("ablate.json", "file of the runs made so far", path=True)
     plot: str = setting("ablate.png", "file of the plot", path=True)
+
+
+@dataclass
+class PlotConfig:
+    """Draw the losses of runs beside each other, from their log.csv.
+
+    usage: python plot.py OUT_DIR [OUT_DIR ...] [--setting=value ...]
+    """
+
+    by: str = setting("steps", "what goes to the right", choices=("steps", "tokens", "seconds"))
+    output: str = setting("compare.png", "file of the picture: .png, .svg, .pdf", path=True)
+    baseline_loss: float | None = setting(None, "a published val loss, as a line", above=0)
+    baseline_hellaswag: float | None = setting(
+        None, "a published share of HellaSwag's questions, as a line", at_least=0, at_most=1
+    )
+    follow: bool = setting(False, "redraw OUT_DIR/loss.png at each line on stdin, as train.py asks for it")
+
+    def __post_init__(self) -> None:
+        check_settings(self)
 
 
 @dataclass

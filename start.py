@@ -137,19 +137,6 @@ def same_data(one: dict[str, list[int]], other: dict[str, list[int]]) -> bool:
     return all(one.get(name) == other.get(name) for name, split in split_of.items() if split in read)
 
 
-def start_wandb(config: TrainConfig, run_id: str) -> Any:
-    """A Weights & Biases run, or that of this id gone on with. Raises UserError where it cannot be."""
-    try:
-        import wandb
-
-        where = {"project": config.wandb_project, "name": config.wandb_run_name}
-        return wandb.init(**where, config=asdict(config), id=run_id, resume="allow")
-    except Exception as error:
-        raise UserError(
-            f"wandb does not start ({error}); pip install wandb and log in, or --wandb_log=False"
-        ) from None
-
-
 def describe_run(config: TrainConfig, runtime: Runtime, data: Dataset, model: GPT, say: Say) -> None:
     """Tell before the first step what is trained, on what, where, and what will be written."""
     shape, micro_steps = model.config, config.gradient_accumulation_steps

@@ -27,8 +27,9 @@ from torch.nn.parallel import DistributedDataParallel
 from checkpoint import BEST, NEWEST, lost, restore_optimizers, training_state
 from data.dataset import Dataset, measured_splits, open_dataset, step_windows, to_xy
 from errors import UserError, leave, one_line_errors
-from evaluation import attempt, evaluate, evaluation_line, wandb_names
+from evaluation import attempt, evaluate, evaluation_line
 from guards import crowd_watch, early_end, spike_watch
+from logs import Logs
 from model import GPT
 from optim import get_lr, make_optimizers, set_learning_rates
 from parallel import local, share_model, whole
@@ -43,15 +44,7 @@ from runtime import (
     stop_runtime,
     take_fast_float32,
 )
-from start import (
-    describe_resumption,
-    describe_run,
-    earlier_run,
-    fingerprint,
-    initial_model,
-    planned,
-    start_wandb,
-)
+from start import describe_resumption, describe_run, earlier_run, fingerprint, initial_model, planned
 from tasks import make_ask
 
 
@@ -163,8 +156,13 @@ def clip_gradients(model: torch.nn.Module, grad_clip: float) -> torch.Tensor:
     return whole(norm)
 
 
-def train(config: TrainConfig) -> TrainResult:
-    """Train as the settings say; returns the model and its losses. Raises UserError and MachineError."""
+def train(
+    config: TrainConfig, on_evaluation: Callable[[list[dict[str, float]]], object] | None = None
+) -> TrainResult:
+    """Train as the settings say; returns the model and its losses. Raises UserError and MachineError.
+
+    `on_evaluation` is called with the losses so far after each evaluation, in rank 0.
+    """
     runtime = start_runtime(config.device, config.dtype, config.backend)
     if config.gradient_accumulation_steps % runtime.world_size:
         raise UserError(
@@ -183,7 +181,7 @@ def train(config: TrainConfig) -> TrainResult:
         runtime.agree(0, "")  # all wait until nobody else writes to out_dir
         model, contents = initial_model(config, data.meta, earlier)
         describe_run(config, runtime, data, model, runtime.say)
-        return train_model(config, runtime, data, model, contents, folder, earlier)
+        return train_model(config, runtime, data, model, contents, folder, earlier, on_evaluation)
 
 
 def train_model(
@@ -194,6 +192,7 @@ def train_model(
     contents: dict[str, Any],
     folder: RunFolder | None,
     earlier: str | None,
+    on_evaluation: Callable[[list[dict[str, float]]], object] | None = None,
 ) -> TrainResult:
     """Train the network of a checkpoint's contents, {} for a new run's, and write to the folder, if there is
     one. `earlier` is the id of this run where it was started again."""
@@ -211,7 +210,8 @@ def train_model(
         folder.run_id = run_id
         if contents or earlier:
             folder.go_on(step, best_val_loss)
-    wandb = start_wandb(config, run_id) if config.wandb_log and runtime.is_main else None
+    evaluated = bool(contents) and contents.get("evaluated", True) and not config.eval_only  # step `first`
+    logs = Logs(config, runtime, folder, run_id, first + evaluated, began)
 
     take_fast_float32(runtime)
     model.activation_checkpointing = config.activation_checkpointing
@@ -231,9 +231,9 @@ def train_model(
     kept = {"config": asdict(config), "meta": data.meta, "run_id": run_id}
     kept["data"] = fingerprint(data)
     describe_resumption(config, model, contents, kept["data"], say)
-    evaluated = bool(contents) and contents.get("evaluated", True) and not config.eval_only  # step `first`
     contents.clear()  # frees the copy on the CPU
-    peak = peak_flops(runtime)
+    sequences = config.gradient_accumulation_steps * config.batch_size
+    at_peak = model.estimate_mfu(sequences / runtime.world_size, 1.0, peak_flops(runtime))  # a step's seconds
     ask = make_ask(config, data, runtime)
 
     def diverged() -> UserError:
@@ -243,6 +243,7 @@ def train_model(
         nonlocal best_val_loss, lowest, no_lower
         if runtime.total(not all(bool(local(p).isfinite().all()) for p in model.parameters()))[0]:
             raise diverged()
+        logs.flush()
         if folder:
             folder.report(wait=True)  # the save before this one: its copy is freed, and its loss known
             best_val_loss = folder.best
@@ -270,9 +271,9 @@ def train_model(
     clock, clocked = time.perf_counter(), step
     catching = nullcontext([]) if config.eval_only else signals_caught()  # an evaluation has nothing to save
     bar = progress_bar(step, step if config.eval_only else config.max_iters, runtime, say)
-    row: dict[str, Any] = {}  # the line of log.csv that is not written yet
-    with bar as (say, advance), catching as caught:
+    with logs, bar as (say, advance), catching as caught:
         watch_speed, watch_loss = crowd_watch(runtime, say), spike_watch(say)
+        logs.say = say
         if folder:
             folder.say = say
         while True:
@@ -286,17 +287,13 @@ def train_model(
                 clock, clocked = time.perf_counter(), step
             if found:
                 losses.append({"step": step, **found})
-                row |= {"step": step, "train_loss": found.get("train", "")}
-                row["val_loss"] = found.get("val", "")
-                row["val_bits_per_byte"] = found.get("bits_per_byte", "")
                 say(evaluation_line(step, found))
-                if wandb:
-                    wandb.log(wandb_names(found), step=step)
                 if not math.isfinite(found[judge]):
                     raise diverged()
-            if folder and row:
-                folder.log(row)
-            row = {}
+            logs.write(step, found)
+            if found and on_evaluation and runtime.is_main:
+                on_evaluation(losses)
+                clock = time.perf_counter()
             if found and not config.eval_only and (step > 0 or step == config.max_iters):
                 save(found)
                 ended = ended or early_end(config, step, 0.0, no_lower)
@@ -323,25 +320,14 @@ def train_model(
 
             if step % config.log_interval == 0 or ended or step == config.max_iters:
                 seconds = (time.perf_counter() - clock) / (step - clocked)
-                sequences = config.gradient_accumulation_steps * config.batch_size
-                mfu = model.estimate_mfu(sequences / runtime.world_size, seconds, peak)
-                tokens = sequences * config.block_size
-                speed = f"{seconds * 1000:.2f} ms, {tokens / seconds:,.0f} tokens/s, mfu {mfu:.1%}"
-                say(f"step {step}: loss {made.loss:.4f}, {speed}")
+                logs.step(step, made.loss, made.norm, get_lr(step - 1, config), seconds, at_peak / seconds)
                 watch_speed(seconds)
-                row = {"loss": made.loss, "lr": get_lr(step - 1, config), "grad_norm": made.norm}
-                if wandb:
-                    wandb.log({**row, "mfu": mfu}, step=step)
-                row |= {"step": step, "tokens": step * tokens, "tokens_per_second": round(tokens / seconds)}
-                row["seconds"] = round(time.perf_counter() - began, 3)
                 clock, clocked = time.perf_counter(), step
             if folder:
                 folder.report()
-            advance()
+            advance(made.loss)
         if folder:
             folder.finish()
-    if wandb:
-        wandb.finish()
     stop_runtime()
     if trouble:
         raise trouble[0]

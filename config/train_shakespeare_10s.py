@@ -9,6 +9,7 @@ compile = False  # compiling takes three times as long as the run
 eval_interval = 500  # at the start and at the end
 eval_iters = 20  # batches; --eval_iters=0 is the whole val set, a second more
 log_interval = 50
+loss_plot = False  # the picture takes half a second of the ten
 
 # nanoGPT's shape for a CPU
 gradient_accumulation_steps = 1

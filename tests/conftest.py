@@ -25,7 +25,7 @@ TINY = (
     "--device=cpu --dtype=float32 --compile=False --n_layer=1 --n_head=2 --n_embd=16 --block_size=16 "
     "--batch_size=4 "
     "--gradient_accumulation_steps=1 --eval_iters=2 --eval_interval=10 --log_interval=5 --warmup_iters=2 "
-    "--learning_rate=1e-2 --max_iters=20"
+    "--learning_rate=1e-2 --max_iters=20 --loss_plot=False"
 ).split()
 
 MODERN = (

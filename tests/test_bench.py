@@ -345,3 +345,15 @@ def test_what_is_left_of_memory_is_the_least_that_the_system_says(tmp_path):
     if hasattr(os, "sysconf"):
         assert 2**20 < available_memory(tmp_path / "none") < 2**50  # another system
     assert available_memory() > 0
+
+
+def test_what_logs_cost(dataset, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("plot.find_spec", lambda name: None)  # no picture, whose steps take seconds
+    flags = [*TINY, f"--dataset={dataset}", "--logs=True", "--bench_steps=20"]
+    found = bench.bench(read_settings(BenchConfig, flags))
+    assert 0 < found["lines"] < 0.1 and found["share"] == pytest.approx(found["cost"] / found["step"])
+    printed = capsys.readouterr().out
+    assert re.search(r"^lines    \d\.\d{3} ms a step, \d+\.\d\d%: screen, log\.csv, Tensor", printed, re.M)
+    assert re.search(r"^cost     \d\.\d{3} ms a step, \d+\.\d\d%$", printed, re.M)
+    assert not list(tmp_path.iterdir())

@@ -9,7 +9,7 @@ from conftest import REPO, assert_user_error, run
 
 from configurator import configure, read_settings
 from errors import UserError
-from settings import BenchConfig, EvalConfig, SampleConfig, TrainConfig
+from settings import BenchConfig, EvalConfig, PlotConfig, SampleConfig, TrainConfig
 
 
 def settings_of(*argv: str) -> TrainConfig:
@@ -181,6 +181,7 @@ def test_python_face_checks_too():
         ("sample.py", SampleConfig),
         ("bench.py", BenchConfig),
         ("eval.py", EvalConfig),
+        ("plot.py", PlotConfig),
     ],
 )
 def test_help_lists_every_setting_with_its_type_and_loads_nothing_heavy(script, cls):
@@ -188,7 +189,8 @@ def test_help_lists_every_setting_with_its_type_and_loads_nothing_heavy(script, 
         "import runpy, sys\n"
         "try:\n    runpy.run_path(sys.argv[1], run_name='__main__')\n"
         "finally:\n"
-        "    heavy = {'torch', 'numpy', 'transformers', 'tiktoken', 'datasets', 'wandb'} & set(sys.modules)\n"
+        "    heavy = {'torch', 'numpy', 'transformers', 'tiktoken', 'datasets', 'wandb', 'matplotlib'}\n"
+        "    heavy &= set(sys.modules)\n"
         "    print('loaded:', heavy or 'nothing')\n"
     )
     done = subprocess.run(

@@ -508,6 +508,7 @@ def test_on_a_terminal_there_is_a_bar_with_the_time_left(tmp_path, dataset):
         shown += part
     assert process.wait(timeout=60) == 0
     assert b"20/20" in shown and b"step 20: loss" in shown and b"\r" in shown
+    assert re.search(rb"20/20 \[[^\]]*<[^\]]*, loss \d\.\d{4}\]", shown)  # the time left, and the loss
     os.close(parent)
 
 
