@@ -251,7 +251,7 @@ def test_a_notebook_shows_the_run_in_place(tmp_path, dataset, monkeypatch):
         return Handle()
 
     there = types.SimpleNamespace(display=display, Image=lambda data: types.SimpleNamespace(data=data))
-    shell = types.SimpleNamespace(display=there, get_ipython=lambda: cell)
+    shell = types.SimpleNamespace(display=there, get_ipython=lambda: cell, version_info=(9, 0))
     monkeypatch.setitem(sys.modules, "IPython", shell)
     monkeypatch.setitem(sys.modules, "IPython.display", there)
     flags = [*TINY, f"--dataset={dataset}", f"--out_dir={tmp_path}"]
