@@ -156,6 +156,7 @@ def curve_names(found: Losses) -> dict[str, float]:
 def beside_published(config: TrainConfig, found: Losses) -> list[str]:
     """How an evaluation compares with the published levels, in words."""
     levels = {
+        "train": ("train loss", config.baseline_train_loss),
         "val": ("val loss", config.baseline_loss),
         "hellaswag": ("HellaSwag", config.baseline_hellaswag),
     }

@@ -77,9 +77,10 @@ class TrainConfig:
     wandb_run_name: str = setting("gpt2", "its run")
     tensorboard_log: bool = setting(False, "log to TensorBoard, out_dir/tensorboard, too")
     loss_plot: bool = setting(True, "redraw out_dir/loss.png at each evaluation, in the background")
-    baseline_loss: float | None = setting(
-        None, "a published val loss, told and drawn beside one's own", above=0
+    baseline_train_loss: float | None = setting(
+        None, "a published train loss, told beside one's own", above=0
     )
+    baseline_loss: float | None = setting(None, "a published val loss, told and drawn likewise", above=0)
     baseline_hellaswag: float | None = setting(
         None, "a published share of HellaSwag's questions, likewise", at_least=0, at_most=1
     )

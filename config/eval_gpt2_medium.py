@@ -5,3 +5,6 @@ eval_only = True
 eval_iters = 500  # batches of each split; the loss is then good to about 0.01
 batch_size = 8
 wandb_log = False
+# as published, told beside what is found: the losses by nanoGPT
+baseline_train_loss = 2.85
+baseline_loss = 2.84
