@@ -182,11 +182,18 @@ class Branches:
 
     def __init__(self, reads: torch.Tensor) -> None:
         """reads (B, T, T): whether each position, by rows, reads each other one; it has to read one."""
-        self.reads = reads[:, None]  # (B, 1, T, T)
+        bias = torch.zeros(reads.shape, device=reads.device)
+        self.bias = bias.masked_fill_(~reads, -math.inf)[:, None]  # (B, 1, T, T)
 
     def attend(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, position: object
     ) -> torch.Tensor:
         """q (B, H, T, D), k and v (B, K, T, D) to q's shape."""
+        self.bias = self.bias.to(q.dtype)
         shared = q.size(1) != k.size(1)
-        return F.scaled_dot_product_attention(q, k, v, self.reads, scale=scale, enable_gqa=shared)
+        if q.device.type != "cpu":
+            return F.scaled_dot_product_attention(q, k, v, self.bias, scale=scale, enable_gqa=shared)
+        if shared:
+            k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
+        scores = torch.add(self.bias, torch.matmul(q, k.transpose(2, 3)), alpha=scale)  # (B, H, T, T)
+        return torch.matmul(scores.softmax(dim=-1), v)

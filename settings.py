@@ -207,6 +207,7 @@ class BenchConfig(TrainConfig):
     ladder: bool = setting(False, "one improvement after another: a table and bench_ladder.png")
     checkpoint: bool = setting(False, "time what a checkpoint costs the steps")
     logs: bool = setting(False, "time what logs and plots cost the steps")
+    questions: bool = setting(False, "time multiple choice, batched against one by one")
     generate: bool = setting(False, "time sampling instead of training")
     max_new_tokens: int | None = setting(
         None, "with generate: tokens of a sample; None is 256, or what fits", at_least=3

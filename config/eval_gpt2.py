@@ -5,7 +5,8 @@ eval_only = True
 eval_iters = 500  # batches of each split; the loss is then good to about 0.01
 batch_size = 8
 wandb_log = False
-# as published, told beside what is found: the losses by nanoGPT; acc_norm, with --eval_hellaswag=True, by build-nanogpt
+# as published, told beside what is found: losses by nanoGPT; acc_norm, with --eval_hellaswag=True, by
+# build-nanogpt
 baseline_train_loss = 3.11
 baseline_loss = 3.12
 baseline_hellaswag = 0.2955
