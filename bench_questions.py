@@ -21,8 +21,8 @@ BATCHES = (1, 4, 16, COUNT)
 
 
 def made_up(count: int, block_size: int) -> list[Question]:
-    """Questions of random ids, about as long as HellaSwag's in GPT-2's tokens, or as fits: neighbours by length
-    out of many, as those of a batch are."""
+    """Questions of random ids, about as long as HellaSwag's in GPT-2's tokens, or as fits: neighbours by
+    length out of many, as those of a batch are."""
     rng = random.Random(0)
 
     def ids(low: int, high: int) -> list[int]:
