@@ -148,14 +148,15 @@ class KVCache:
         past = past if self.static else past[:, :, :, : self.length + -self.length % 16]
         if layer == 0:  # what is added to the scores in all layers: -inf after `position`
             later = torch.arange(past.size(3), device=past.device) > position
-            self.bias = torch.zeros_like(later, dtype=self.dtype).masked_fill_(later, -math.inf)[
-                :, None, None
-            ]
+            bias = torch.zeros_like(later, dtype=self.dtype).masked_fill_(later, -math.inf)[:, None]
+            of_each = q.device.type == "cpu" and len(position) > 1
+            self.bias = bias.repeat_interleave(past.size(2), dim=0) if of_each else bias
         q = q.to(self.dtype)
         if q.device.type == "cpu":
             return one_query_on_cpu(q, *past, self.bias, scale)
+        shared = q.size(1) != k.size(1)
         return F.scaled_dot_product_attention(
-            q, *past, attn_mask=self.bias, scale=scale, enable_gqa=q.size(1) != k.size(1)
+            q, *past, attn_mask=self.bias[:, None], scale=scale, enable_gqa=shared
         )
 
 
@@ -163,15 +164,16 @@ def one_query_on_cpu(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, scale: float
 ) -> torch.Tensor:
     """softmax(scale q kᵀ + bias) v for one query of each sequence: q (B, H, 1, D), k and v (B, K, T, D), bias
-    (1 or B, 1, 1, T).
+    (1 or B·K, 1, T).
 
     As fast as torch's own; and where T is a multiple of 16, a sequence gets the same numbers to the last bit
     alone and beside others, which torch's own does not grant.
     """
     B, H, _, D = q.shape
-    q = (q * scale).view(B, k.size(1), -1, D)  # heads that read the same keys are rows of one product
-    scores = torch.matmul(q, k.transpose(2, 3)).add_(bias)  # (B, K, H/K, T)
-    return torch.matmul(scores.softmax(dim=-1), v).view(B, H, 1, D)
+    K = k.size(1)
+    q = q.reshape(B * K, H // K, D)  # heads that read the same keys are rows of one product
+    scores = torch.baddbmm(bias, q, k.flatten(0, 1).transpose(1, 2), alpha=scale)  # (B·K, H/K, T)
+    return torch.bmm(scores.softmax(dim=-1), v.flatten(0, 1)).view(B, H, 1, D)
 
 
 class Branches:

@@ -43,17 +43,16 @@ def sample_token(
     `draws` (B, 1), uniform in [0, 1), decide: a row depends on its own alone. `seen` (B, V) is for the
     penalty of repetition.
     """
-    logits, ids = logits.float(), None
     if seen is not None:
         penalty = choice.repetition_penalty
         lowered = torch.where(logits > 0, logits / penalty, logits * penalty)
         logits = torch.where(seen, lowered, logits)
     if choice.temperature < 1e-5:  # 0, or too small to divide by
         return logits.argmax(dim=-1, keepdim=True)
-    limited = choice.top_k and choice.top_k < logits.size(-1)
+    limited, ids = choice.top_k and choice.top_k < logits.size(-1), None
     if limited or choice.top_p < 1:
         logits, ids = logits.topk(choice.top_k if limited else logits.size(-1))  # the likeliest first
-    chances = (logits / choice.temperature).softmax(dim=-1)
+    chances = (logits.float() / choice.temperature).softmax(dim=-1)
     if choice.top_p < 1:
         chances = chances.masked_fill(chances.cumsum(dim=-1) - chances >= choice.top_p, 0.0)
     if choice.min_p:
@@ -181,8 +180,8 @@ class Int8Linear(nn.Module):
         one_each = x.dim() == 2 or x.size(1) == 1  # a row of each sequence: by the same kernel for any number
         if x.device.type == "cpu" and one_each and rows.size(1) % 16 == 0:  # else the kernel crashes,
             some = rows.bfloat16().split(16)  # and for more rows
-            y = torch.cat([torch.ops.aten._weight_int8pack_mm(x, self.weight, self.scale) for x in some])
-            y = y.to(x.dtype).view(*x.shape[:-1], -1)
+            ys = [torch.ops.aten._weight_int8pack_mm(rows, self.weight, self.scale) for rows in some]
+            y = (ys[0] if len(ys) == 1 else torch.cat(ys)).to(x.dtype).view(*x.shape[:-1], -1)
         else:
             y = nn.functional.linear(x, self.weight.to(x.dtype)) * self.scale.to(x.dtype)
         return y if self.bias is None else y + self.bias
