@@ -358,9 +358,9 @@ def signals_caught() -> Iterator[list[int]]:
 
 @contextmanager
 def progress_bar(
-    first: int, last: int, runtime: Runtime, say: Callable[[str], None]
-) -> Iterator[tuple[Callable[[str], None], Callable[[], object]]]:
-    """Yields say(line) and advance(): tqdm's bar with the time left under the lines, on a terminal.
+    first: int, last: int, runtime: Runtime, say: Callable[[str], None], unit: str = "step"
+) -> Iterator[tuple[Callable[[str], None], Callable[..., object]]]:
+    """Yields say(line) and advance(units=1): tqdm's bar with the time left under the lines, on a terminal.
 
     In a file, on other ranks and without tqdm: the given `say`, and no bar.
     """
@@ -371,7 +371,7 @@ def progress_bar(
         except ImportError:
             pass
     if tqdm is None:
-        yield say, lambda: None
+        yield say, lambda units=1: None
         return
-    with tqdm(total=last, initial=first, unit="step", dynamic_ncols=True) as bar:
+    with tqdm(total=last, initial=first, unit=unit, dynamic_ncols=True) as bar:
         yield bar.write, bar.update
