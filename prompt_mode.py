@@ -44,7 +44,7 @@ def prompt_mode(sampler: Any, config: SampleConfig) -> None:
         while True:
             try:
                 line = read_line("> ")
-                if line == "/quit":
+                if line.strip() == "/quit":
                     return
                 if line.startswith("/"):
                     config = obey(line[1:], config)
