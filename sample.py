@@ -67,7 +67,7 @@ class Sampler:
         return torch.tensor([self.ids_of(prompt)], device=self.runtime.device)
 
     def ids_of(self, prompt: str, name: str = "the prompt", whole: bool = True) -> list[int]:
-        """The prompt's ids, one at least. Raises UserError, where it is not `whole` not for its length."""
+        """The prompt's ids, one at least; with `whole` no more than the network reads. Raises UserError."""
         checked(SampleConfig, "start", prompt)
         try:
             ids = self.tokenizer.encode(prompt).tolist() if prompt else [start_of_text(self.tokenizer)]
@@ -76,7 +76,7 @@ class Sampler:
         block_size = self.model.config.block_size
         if whole and len(ids) > block_size:
             raise UserError(f"{name} has {len(ids)} tokens, the model reads {block_size}; shorten it")
-        return ids[-block_size:]
+        return ids
 
     def steps(
         self, prompts: Sequence[list[int]], draws: torch.Tensor, asked: SampleConfig, every: int = 1

@@ -141,7 +141,9 @@ def test_on_a_terminal(trained, tmp_path):
     keyboard.wait_for(".{400}")  # it streams
     keyboard.press("\x03")
     keyboard.wait_for("\n> ")
-    keyboard.press("half\x03")
+    keyboard.press("half")
+    keyboard.wait_for("half")
+    keyboard.press("\x03")
     keyboard.wait_for("Ctrl-D or /quit leaves\n> ")
 
     keyboard.press("/max_new_tokens 12\n")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import assert_user_error, sample_here
 
+import decoding
 import sample
 from data.tokenizer import END_OF_TEXT, ByteTokenizer, CharTokenizer, Tokenizer, train_bpe
 from decoding import Choice, prepare, sample_token
@@ -119,6 +120,26 @@ def test_a_prompt_gets_the_same_texts_alone_and_beside_others(controls, dtype):
     )
 
 
+def test_all_limits_reach_the_choice_and_no_more_sequences_are_made_at_once_than_asked(chars, monkeypatch):
+    sizes = []
+
+    def watched(model, idx, *args):
+        sizes.append(len(idx) * args[-1])
+        return decoding.stream(model, idx, *args)
+
+    monkeypatch.setattr(sample, "stream", watched)
+    limits = {"temperature": 1.1, "top_k": 9, "top_p": 0.8, "min_p": 0.03, "repetition_penalty": 1.4}
+    found = chars.generate(["abc", "j"], 5, 20, seed=8, batch_size=3, echo=False, **limits)
+    assert sizes == [3, 2, 3, 2]
+    chars.generate(["a"] * 5, 2, 20, batch_size=7)
+    assert sizes[4:] == [6, 4]
+    for number, prompt in enumerate(("abc", "j")):
+        draws, idx = decoding.uniform_draws(8, 5, 20), chars.encode(prompt)
+        drawn = decoding.stream(chars.model, idx, 20, Choice(**limits), draws=draws, copies=5)
+        rows = torch.cat([ids for ids, _ in drawn], 1).tolist()
+        assert found[5 * number : 5 * number + 5] == [chars.tokenizer.decode(row) for row in rows]
+
+
 def test_what_ended_is_looked_at_now_and_then_where_that_costs(chars):
     """GPUs are waited for every 16 tokens; the text is that of every token."""
     asked = sample.asked_for(50, 0.8, None, 3, stop=["ab", "c"], num_samples=2)
@@ -141,7 +162,9 @@ def test_text_ends_before_a_stop_string_and_no_more_is_held_back_than_may_begin_
     tokenizer = {"char": CharTokenizer("".join(sorted(set(TEXT)))), "byte": ByteTokenizer(), "bpe": bpe}[kind]
     ids = tokenizer.encode(TEXT).tolist()
     known = [len(tokenizer.decode_bytes(ids[:n]).decode("utf-8", "ignore")) for n in range(len(ids) + 1)]
-    some = [(stop,) for stop in STOPS] + [tuple(random.Random(n).sample(STOPS, 3)) for n in range(20)]
+    some = [("return", "ur"), *((stop,) for stop in STOPS)] + [
+        tuple(random.Random(n).sample(STOPS, 3)) for n in range(20)
+    ]
     for stops in some:
         ends = [(TEXT.index(stop) + len(stop), TEXT.index(stop)) for stop in stops if stop in TEXT]
         expected = TEXT[: min(ends)[1]] if ends else TEXT
@@ -161,6 +184,7 @@ def test_text_ends_before_a_stop_string_and_no_more_is_held_back_than_may_begin_
         assert out + writer.take_text() == writer.text == expected
         assert "".join(token.text for token in tokens) == expected
         assert [token.id for token in tokens] == ids[: len(tokens)]
+        assert not tokens or tokens[-1].text  # not the begin of a character that the text lacks
         assert [token.logprob for token in tokens] == [-float(n + 1) for n in range(len(tokens))]
 
 
