@@ -168,7 +168,7 @@ class Sampler:
         ids = [
             self.ids_of(text, f"prompt {n}" if several else "the prompt") for n, text in enumerate(prompts, 1)
         ]
-        begins = [text if asked.echo else "" for text in prompts for _ in range(num_samples)]
+        begins = [text if asked.echo else "" for text in prompts for _ in range(asked.num_samples)]
         return [begin + done.text for begin, done in zip(begins, self.samples(ids, asked), strict=True)]
 
     def stream(

@@ -225,10 +225,9 @@ def test_a_sample_ends_with_its_document_and_the_batch_with_its_last(kind, bpe, 
 # candidates and chances
 
 
-def plain_logprobs(sampler: Sampler, prompt: str, text: str) -> list[float]:
-    """Of each token of `text`, from a network that reads all before it anew."""
-    ids, new = sampler.ids_of(prompt), sampler.tokenizer.encode(text).tolist()
-    found = []
+def plain_logprobs(sampler: Sampler, prompt: str, new: list[int]) -> list[float]:
+    """Of each new token, from a network that reads all before it anew."""
+    ids, found = sampler.ids_of(prompt), []
     for id in new:
         with torch.no_grad():
             logits = sampler.model(torch.tensor([ids]))[0][0, -1].float()
@@ -237,21 +236,27 @@ def plain_logprobs(sampler: Sampler, prompt: str, text: str) -> list[float]:
     return found
 
 
-@pytest.mark.parametrize("stop", [(), ("e",)])
-def test_the_best_of_some_is_the_likeliest_of_them(chars, stop):
-    how = {"max_new_tokens": 20, "temperature": 1.5, "seed": 4, "echo": False, "stop": stop}
-    all_of_them = chars.generate("abc", 12, **how)
-    scores = []
-    for text in all_of_them:
-        logprobs = plain_logprobs(chars, "abc", text if len(text) == 20 else text + "e")
+@pytest.mark.parametrize("stop", ["", "e"])
+def test_the_best_of_some_is_the_likeliest_of_them(stop):
+    """The tokens that end a sample count, those after them do not."""
+    sampler = sampler_of(CharTokenizer(CHARS, ends=True))
+    how = {"max_new_tokens": 20, "temperature": 1.5, "seed": 4, "echo": False}
+    candidates, scores = [], []
+    for text in sampler.generate("abc", 12, stop_at_end=False, **how):
+        ids = sampler.tokenizer.encode(text).tolist()
+        ends = {sampler.tokenizer.end_of_text, *sampler.tokenizer.encode(stop)}
+        end = next((n for n, id in enumerate(ids) if id in ends), len(ids))
+        logprobs = plain_logprobs(sampler, "abc", ids[: end + 1])
+        candidates.append(sampler.tokenizer.decode(ids[:end]))
         scores.append(sum(logprobs) / len(logprobs))
-    expected = [all_of_them[max(range(n, n + 4), key=scores.__getitem__)] for n in (0, 4, 8)]
-    assert expected != all_of_them[::4]
+    expected = [candidates[max(range(n, n + 4), key=scores.__getitem__)] for n in (0, 4, 8)]
+    assert expected != candidates[::4] and len(set(map(len, candidates))) > 3
+    stops = (stop,) if stop else ()
     for batch_size in (3, 64):
-        assert chars.generate("abc", 3, best_of=4, batch_size=batch_size, **how) == expected
-    del how["echo"]
-    assert "".join(chars.stream("abc", best_of=4, **how)) == expected[0]
-    assert chars.generate("abc", 1, best_of=3, temperature=0) == chars.generate("abc", 1, temperature=0)
+        assert sampler.generate("abc", 3, best_of=4, batch_size=batch_size, stop=stops, **how) == expected
+    assert "".join(sampler.stream("abc", best_of=4, stop=stops, **how)) == expected[0]
+    same = sampler.generate("abc", 1, best_of=3, temperature=0)
+    assert same == sampler.generate("abc", 1, temperature=0)
 
 
 def test_chances_are_the_networks_own(chars):
@@ -262,7 +267,7 @@ def test_chances_are_the_networks_own(chars):
     assert [token.id for token in tokens] == chars.tokenizer.encode(text).tolist()
     torch.testing.assert_close(
         torch.tensor([token.logprob for token in tokens]),
-        torch.tensor(plain_logprobs(chars, "abc", text)),
+        torch.tensor(plain_logprobs(chars, "abc", [token.id for token in tokens])),
         atol=1e-4,
         rtol=1e-4,
     )
