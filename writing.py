@@ -62,11 +62,13 @@ class Writer:
     def push(self, text: str, last: bool = False) -> None:
         """Decide how much of the text that is held, and of this, is certain."""
         self.held += text
-        found = [(at + len(stop), at) for stop in self.stop if (at := self.held.find(stop)) >= 0]
-        free = min(found)[1] if found else len(self.held)
-        if not found and not last:
-            free -= max((begun(self.held, stop) for stop in self.stop), default=0)
-        self.ended = last or bool(found)
+        free, self.ended = len(self.held), last
+        if self.stop:
+            found = [(at + len(stop), at) for stop in self.stop if (at := self.held.find(stop)) >= 0]
+            if found:
+                free, self.ended = min(found)[1], True
+            elif not last:
+                free -= max(begun(self.held, stop) for stop in self.stop)
         self.fresh.append(self.held[:free])
         self.held = self.held[free:]
         self.certain += free
