@@ -1,6 +1,7 @@
 """Settings of a command: a dataclass's defaults, then config files, then --key=value flags; with --help.
 
-A setting is a dataclass field made by `setting(default, "explanation", ...)`; its annotation is its type.
+A setting is a dataclass field made by `setting(default, "explanation", ...)`; its annotation is its type. One
+of type tuple[str, ...] has several values: its flag is given again for each, a config file names a list.
 """
 
 import ctypes
@@ -56,9 +57,12 @@ def read_settings(cls: type[Settings], argv: list[str]) -> Settings:
         path = find_config(name)
         for key, value in run_config_file(path, values).items():
             values[key] = checked(cls, key, value, f"{path}: ")
+    flags: dict[str, Any] = {}
     for word in (word for word in argv if word.startswith("-")):
         key, _, text = word.removeprefix("--").partition("=")
-        values[key] = checked(cls, key, text, text=True)
+        value = checked(cls, key, text, text=True)
+        flags[key] = flags.get(key, ()) + value if value and isinstance(value, tuple) else value
+    values |= flags
     try:
         return cls(**values)
     except ValueError as error:  # what the dataclass itself finds wrong between settings
@@ -169,9 +173,13 @@ def brief(value: Any, write: Callable[[Any], str] = str) -> str:
 
 
 def kinds_of(cls: type) -> dict[str, tuple[type, ...]]:
-    """The types that each field takes: (int,) for `int`, (float, NoneType) for `float | None`."""
+    """The types that each field takes: (int,) for `int`, (float, NoneType) for `float | None`, (tuple,) for
+    `tuple[str, ...]`."""
     hints = typing.get_type_hints(cls)
-    return {name: typing.get_args(hint) or (hint,) for name, hint in hints.items()}
+    return {
+        name: (tuple,) if typing.get_origin(hint) is tuple else typing.get_args(hint) or (hint,)
+        for name, hint in hints.items()
+    }
 
 
 def kind_name(kind: type) -> str:
@@ -180,18 +188,22 @@ def kind_name(kind: type) -> str:
         int: "a whole number",
         float: "a number",
         str: "text",
+        tuple: "a list of texts that are not empty",
         types.NoneType: "None",
     }
     return names[kind]
 
 
 def from_text(text: str, kinds: tuple[type, ...]) -> Any:
-    """A flag's text as the first of `kinds` that it can be. Raises ValueError."""
+    """A flag's text as the first of `kinds` that it can be; as one of several, or none of them where it is
+    empty. Raises ValueError."""
     words = {"true": True, "false": False, "1": True, "0": False}
     if types.NoneType in kinds and text.lower() == "none":
         return None
     if bool in kinds and text.lower() in words:
         return words[text.lower()]
+    if tuple in kinds:
+        return (typed(text),) if text else ()
     for kind in (int, float):
         if kind in kinds:
             try:
@@ -205,10 +217,19 @@ def from_text(text: str, kinds: tuple[type, ...]) -> Any:
     raise ValueError(text)
 
 
+def typed(text: str) -> str:
+    r"""A text with what a shell's user cannot easily type: the characters \n are a newline, \t a tab."""
+    return text.replace("\\n", "\n").replace("\\t", "\t")
+
+
 def from_python(value: Any, kinds: tuple[type, ...]) -> Any:
     """A value as one of `kinds`: 1 does for a float or a bool, 5e3 for an int. Raises ValueError or
     OverflowError."""
-    if type(value) in kinds:
+    if tuple in kinds:
+        several = (value,) if isinstance(value, str) else value
+        if isinstance(several, (tuple, list)) and all(isinstance(part, str) and part for part in several):
+            return tuple(several)
+    elif type(value) in kinds:
         return value
     if bool in kinds and isinstance(value, int) and value in (0, 1):
         return bool(value)
@@ -227,8 +248,10 @@ def help_text(cls: type) -> str:
     lines = [inspect.getdoc(cls) or "", "", "settings (--name=default, type, meaning):", ""]
     for field in dataclasses.fields(cls):
         limits = field.metadata
-        kinds = [kind.__name__.replace("NoneType", "None") for kind in kinds_of(cls)[field.name]]
+        names = {types.NoneType: "None", tuple: "str, again for more"}
+        kinds = [names.get(kind, kind.__name__) for kind in kinds_of(cls)[field.name]]
         kind = " | ".join(map(str, limits["choices"])) if "choices" in limits else " | ".join(kinds)
-        default = field.default if str(field.default).isprintable() else repr(field.default)
+        default = "" if field.default == () else field.default
+        default = default if str(default).isprintable() else repr(default)
         lines.append(f"  --{field.name}={default}".ljust(36) + f" {limits['explanation']}  [{kind}]")
     return "\n".join(lines)

@@ -364,10 +364,10 @@ def signals_caught() -> Iterator[list[int]]:
 
 @contextmanager
 def progress_bar(
-    first: int, last: int, runtime: Runtime, say: Callable[[str], None]
-) -> Iterator[tuple[Callable[[str], None], Callable[[float], object]]]:
-    """Yields say(line) and advance(loss): tqdm's bar with the loss and the time left under the lines, on a
-    terminal.
+    first: int, last: int, runtime: Runtime, say: Callable[[str], None], unit: str = "step"
+) -> Iterator[tuple[Callable[[str], None], Callable[..., object]]]:
+    """Yields say(line) and advance(units=1, loss=None): tqdm's bar with the loss and the time left under the
+    lines, on a terminal.
 
     In a file, on other ranks and without tqdm: the given `say`, and no bar.
     """
@@ -378,12 +378,13 @@ def progress_bar(
         except ImportError:
             pass
     if tqdm is None:
-        yield say, lambda loss: None
+        yield say, lambda units=1, loss=None: None
         return
-    with tqdm(total=last, initial=first, unit="step", dynamic_ncols=True) as bar:
+    with tqdm(total=last, initial=first, unit=unit, dynamic_ncols=True) as bar:
 
-        def advance(loss: float) -> None:
-            bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)  # shown when the bar next is
-            bar.update()
+        def advance(units: int = 1, loss: float | None = None) -> None:
+            if loss is not None:
+                bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)  # shown when the bar next is
+            bar.update(units)
 
         yield bar.write, advance

@@ -11,21 +11,26 @@ from settings import SampleConfig
 if __name__ == "__main__":
     CONFIG = configure(SampleConfig)  # before torch is loaded, so that --help and mistakes answer at once
 
-import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from checkpoint import best_checkpoint, load_checkpoint, load_pretrained, restore_model
+from checkpoint import load_trained
+from configurator import checked, typed
 from data.dataset import read_dataset_meta
 from data.meta import GPT2_META
 from data.tokenizer import Tokenizer, from_description, start_of_text
 from decoding import Choice, prepare, stream, uniform_draws
 from errors import UserError, one_line_errors
-from runtime import compile_works, start_runtime
+from prompt_mode import prompt_mode
+from runtime import compile_works, progress_bar, start_runtime
+from settings import OF_A_SAMPLE
+from writing import Token, Writer, decode_stream, form_of, legend, shown
 
+__all__ = ["SEPARATOR", "Sampler", "decode_stream", "find_tokenizer", "warn"]
 SEPARATOR = "---------------"
 
 
@@ -42,16 +47,7 @@ class Sampler:
         int8: bool = False,
     ) -> None:
         self.runtime = start_runtime(device, dtype)
-        if init_from == "resume":
-            path = best_checkpoint(Path(out_dir))
-            contents = load_checkpoint(path)
-            model = restore_model(contents, path)
-            loss = contents.get("val_loss", contents.get("best_val_loss", math.nan))
-            split = "train" if contents.get("config", {}).get("eval_splits") == "train" else "val"
-            self.source = f"{path}, step {contents['iter_num']}, {split} loss {float(loss):.4f}"
-        else:
-            model, contents = load_pretrained(init_from)
-            self.source = init_from
+        model, contents, self.source = load_trained(out_dir, init_from)
         self.config = contents.get("config", {})  # the settings that it was trained with
         self.tokenizer = find_tokenizer(contents, model.config.vocab_size, self.source)
         compile = compile and compile_works(self.runtime.device, warn)
@@ -59,46 +55,112 @@ class Sampler:
 
     def encode(self, prompt: str) -> torch.Tensor:
         """The prompt's ids (1, T), T >= 1; an empty one is the start of a document. Raises UserError."""
-        ids = self.tokenizer.encode(prompt) if prompt else [start_of_text(self.tokenizer)]
-        block_size = self.model.config.block_size
-        if len(ids) > block_size:
-            raise UserError(f"the prompt has {len(ids)} tokens, the model reads {block_size}; shorten it")
-        return torch.tensor([list(map(int, ids))], device=self.runtime.device)
+        return torch.tensor([self.ids_of(prompt)], device=self.runtime.device)
 
-    def ids(
-        self,
-        prompt: str,
-        num_samples: int,
-        max_new_tokens: int,
-        temperature: float,
-        top_k: int | None,
-        seed: int,
-    ) -> Iterator[torch.Tensor]:
-        """The next id of each sample (N, 1), max_new_tokens times: what follows the prompt. UserError."""
-        choices = {"temperature": temperature, "top_k": top_k, "seed": seed}
+    def ids_of(self, prompt: str, name: str = "the prompt", whole: bool = True) -> list[int]:
+        """The prompt's ids, one at least; with `whole` no more than the network reads. Raises UserError."""
+        checked(SampleConfig, "start", prompt)
         try:
-            SampleConfig(start=prompt, num_samples=num_samples, max_new_tokens=max_new_tokens, **choices)
-        except ValueError as error:
-            raise UserError(error) from None
-        idx = self.encode(prompt)  # (1, T)
-        draws = uniform_draws(seed, num_samples, max_new_tokens)
-        sizes = {"vocab_size": self.tokenizer.vocab_size, "copies": num_samples}
-        drawn = stream(self.model, idx, max_new_tokens, Choice(temperature, top_k), draws=draws, **sizes)
-        return (ids for ids, _ in drawn)
+            ids = self.tokenizer.encode(prompt).tolist() if prompt else [start_of_text(self.tokenizer)]
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from None
+        block_size = self.model.config.block_size
+        if whole and len(ids) > block_size:
+            raise UserError(f"{name} has {len(ids)} tokens, the model reads {block_size}; shorten it")
+        return ids
+
+    def steps(
+        self, prompts: Sequence[list[int]], draws: torch.Tensor, asked: SampleConfig, every: int = 1
+    ) -> Iterator[list[Writer]]:
+        """The samples of one batch while they are written, the same ones each time: after `every` tokens of
+        each and when all have ended. Each of N prompts goes on once for each row of draws."""
+        copies, scored = len(draws), asked.best_of > 1 or asked.show_probs
+        end = self.tokenizer.end_of_text if asked.stop_at_end else None
+        writers = [Writer(self.tokenizer, asked.stop, end) for _ in range(len(prompts) * copies)]
+        lengths = [len(ids) for ids in prompts]
+        rows = [[*ids, *[0] * (max(lengths) - len(ids))] for ids in prompts]
+        drawn = stream(
+            self.model,
+            torch.tensor(rows, device=self.runtime.device),  # (N, T)
+            asked.max_new_tokens,
+            Choice(asked.temperature, asked.top_k, asked.top_p, asked.min_p, asked.repetition_penalty),
+            self.tokenizer.vocab_size,
+            draws.repeat(len(prompts), 1),
+            lengths,
+            copies,
+        )
+        columns, chances, none = [], [], torch.zeros(len(writers), 1)
+        for number, (ids, logits) in enumerate(drawn, 1):
+            columns.append(ids)
+            chances.append(logits.float().log_softmax(-1).gather(1, ids) if scored else none)
+            if number % every and number < asked.max_new_tokens:
+                continue  # the device need not be waited for
+            new = zip(writers, torch.cat(columns, 1).tolist(), torch.cat(chances, 1).tolist(), strict=True)
+            for writer, row, logprobs in new:
+                for id, logprob in zip(row, logprobs, strict=True):
+                    writer.add(id, logprob)
+                if number == asked.max_new_tokens:
+                    writer.close()
+            columns, chances = [], []
+            yield writers
+            if all(writer.ended for writer in writers):
+                return
+
+    def samples(
+        self,
+        prompts: Sequence[list[int]],
+        asked: SampleConfig,
+        advance: Callable[[int], object] = lambda tokens: None,
+    ) -> Iterator[Writer]:
+        """num_samples of each prompt, one prompt after another, each when it has ended; of its candidates the
+        likeliest. `advance` is told the tokens made."""
+        copies, candidates = asked.num_samples * asked.best_of, []
+        draws = uniform_draws(asked.seed, copies, asked.max_new_tokens)
+        together = max(1, asked.batch_size // copies)  # prompts at once
+        every = 16 if self.runtime.device.type == "cuda" else 1
+        for begin in range(0, len(prompts), together):
+            for some in draws.split(asked.batch_size):
+                told = 0
+                for writers in self.steps(prompts[begin : begin + together], some, asked, every):
+                    made = sum(len(writer.logprobs) for writer in writers)
+                    advance(made - told)
+                    told = made
+                for writer in writers:
+                    candidates.append(writer)
+                    if len(candidates) == asked.best_of:
+                        yield max(candidates, key=lambda writer: writer.score)  # of equal ones the first
+                        candidates = []
+
+    def live(self, prompt: list[int], asked: SampleConfig) -> Iterator[Writer]:
+        """One sample while it is written, the same again and again; the best of several when it is done."""
+        if asked.best_of > 1:
+            yield from self.samples([prompt], replace(asked, num_samples=1))
+        else:
+            for (writer,) in self.steps([prompt], uniform_draws(asked.seed, 1, asked.max_new_tokens), asked):
+                yield writer
 
     def generate(
         self,
-        prompt: str = "\n",
+        prompt: str | Sequence[str] = "\n",
         num_samples: int = 1,
         max_new_tokens: int = 500,
         temperature: float = 0.8,
         top_k: int | None = 200,
         seed: int = 1337,
+        **more: Any,
     ) -> list[str]:
-        """num_samples texts that begin with the prompt, made as one batch. Raises UserError."""
-        columns = list(self.ids(prompt, num_samples, max_new_tokens, temperature, top_k, seed))
-        rows = torch.cat(columns, dim=1).tolist()  # waits for the device once, at the end
-        return [prompt + self.tokenizer.decode(row) for row in rows]
+        """num_samples texts of each prompt, one prompt after another, that begin with it unless echo=False.
+
+        `more` are settings of SampleConfig that concern a sample: top_p, stop, best_of, ... Raises UserError.
+        """
+        several = isinstance(prompt, (list, tuple))
+        prompts = prompt if several else [prompt]
+        asked = asked_for(max_new_tokens, temperature, top_k, seed, num_samples=num_samples, **more)
+        ids = [
+            self.ids_of(text, f"prompt {n}" if several else "the prompt") for n, text in enumerate(prompts, 1)
+        ]
+        begins = [text if asked.echo else "" for text in prompts for _ in range(asked.num_samples)]
+        return [begin + done.text for begin, done in zip(begins, self.samples(ids, asked), strict=True)]
 
     def stream(
         self,
@@ -107,22 +169,38 @@ class Sampler:
         temperature: float = 0.8,
         top_k: int | None = 200,
         seed: int = 1337,
+        **more: Any,
     ) -> Iterator[str]:
-        """What follows the prompt in one sample, in pieces, each as soon as it is made. Raises UserError."""
-        columns = self.ids(prompt, 1, max_new_tokens, temperature, top_k, seed)
-        return decode_stream((column.item() for column in columns), self.tokenizer)
+        """What follows the prompt in one sample, in pieces, each as soon as it is certain. As `generate`."""
+        asked = asked_for(max_new_tokens, temperature, top_k, seed, **more)
+        return (text for writer in self.live(self.ids_of(prompt), asked) if (text := writer.take_text()))
+
+    def tokens(
+        self,
+        prompt: str = "\n",
+        max_new_tokens: int = 500,
+        temperature: float = 0.8,
+        top_k: int | None = 200,
+        seed: int = 1337,
+        **more: Any,
+    ) -> Iterator[Token]:
+        """The tokens of what `stream` yields, with the network's own log-probability of each."""
+        asked = asked_for(max_new_tokens, temperature, top_k, seed, **more | {"show_probs": True})
+        return (token for writer in self.live(self.ids_of(prompt), asked) for token in writer.take_tokens())
 
 
-def decode_stream(ids: Iterable[int], tokenizer: Tokenizer) -> Iterator[str]:
-    """Text of the ids, piece by piece; a character made of several tokens comes when it is complete."""
-    waiting: list[int] = []
-    for token in ids:
-        waiting.append(token)
-        text = tokenizer.decode(waiting)
-        if not text.endswith("\N{REPLACEMENT CHARACTER}") or len(waiting) == 8:  # 8: no character at all
-            yield text
-            waiting = []
-    yield tokenizer.decode(waiting)
+def asked_for(
+    max_new_tokens: int, temperature: float, top_k: int | None, seed: int, **more: Any
+) -> SampleConfig:
+    """The settings of a call from Python. Raises UserError; TypeError for those that concern no sample."""
+    strange = set(more) - {*OF_A_SAMPLE, "num_samples", "echo", "batch_size"}
+    if strange:
+        raise TypeError(f"{min(strange)} is no setting of a sample")
+    choices = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "seed": seed}
+    try:
+        return SampleConfig(**choices, **more)
+    except ValueError as error:
+        raise UserError(error) from None
 
 
 def find_tokenizer(contents: dict[str, Any], vocab_size: int, source: str) -> Tokenizer:
@@ -141,15 +219,31 @@ def find_tokenizer(contents: dict[str, Any], vocab_size: int, source: str) -> To
     return from_description(meta["tokenizer"])
 
 
-def read_prompt(start: str) -> str:
-    """The prompt: the setting itself, or what stands in the file of FILE:path. Raises UserError."""
-    if not start.startswith("FILE:"):
-        return start
+def read_text(name: str) -> str:
+    """The text of a file, or of stdin where its name is -. Raises UserError."""
     try:
-        return Path(start[5:]).read_text(encoding="utf-8")
+        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+        return data.decode("utf-8").replace("\r\n", "\n")
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a null character in the name
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise UserError(f"the prompt file {start[5:]} cannot be read ({reason}); name a text file") from None
+        raise UserError(f"the prompt file {name} cannot be read ({reason}); name a text file") from None
+
+
+def read_prompt(start: str) -> str:
+    """The prompt: the setting itself, or what stands in the file of FILE:path. Raises UserError."""
+    return read_text(start[5:]) if start.startswith("FILE:") else start
+
+
+def read_prompts(config: SampleConfig) -> dict[str, str]:
+    """The prompts, `start` or a file's lines, by how mistakes in them are told. Raises UserError."""
+    if config.prompts is None:
+        return {"the prompt": read_prompt(config.start)}
+    place = "stdin" if config.prompts == "-" else config.prompts
+    lines = enumerate(read_text(config.prompts).split("\n"), 1)
+    prompts = {f"{place}, line {number}": typed(line) for number, line in lines if line}
+    if not prompts:
+        raise UserError(f"{place} has no prompts; write one a line")
+    return prompts
 
 
 def warn(line: str) -> None:
@@ -158,24 +252,38 @@ def warn(line: str) -> None:
 
 
 def main(config: SampleConfig) -> None:
-    prompt = read_prompt(config.start)
+    """Print samples, or talk with someone who gives prompts. Raises UserError."""
+    prompts = read_prompts(config)
     where = (config.device, config.dtype, config.compile, config.int8)
     sampler = Sampler(config.out_dir, config.init_from, *where)
-    choices = (config.max_new_tokens, config.temperature, config.top_k, config.seed)
     warn(f"{sampler.source} ({sampler.runtime.describe()})")
-    if config.num_samples == 1:
-        pieces = sampler.stream(prompt, *choices)  # a mistake in the prompt comes before its echo
-        print(prompt, end="", flush=True)
-        for piece in pieces:
-            print(piece, end="", flush=True)
-        print()
+    if config.interactive:
+        prompt_mode(sampler, config)
+    else:
+        print_samples(sampler, prompts, config)
+
+
+def print_samples(sampler: Sampler, prompts: dict[str, str], config: SampleConfig) -> None:
+    """A single sample as it is made, several when they are done. Raises UserError, first of all."""
+    ids = [sampler.ids_of(prompt, name) for name, prompt in prompts.items()]
+    form = form_of(config.show_probs)
+    begins = [prompt if config.echo and form != "lines" else "" for prompt in prompts.values()]
+    end = "" if form == "lines" else "\n"  # each of the lines has one
+    if form == "colours":
+        print(legend())
+    if config.prompts is None and config.num_samples == 1:
+        print(begins[0], end="", flush=True)
+        for writer in sampler.live(ids[0], config):
+            print(shown(writer, form), end="", flush=True)
+        print(end=end, flush=True)
         return
-    for text in sampler.generate(prompt, config.num_samples, *choices):
-        print(text)
-        print(SEPARATOR)
+    total = len(ids) * config.num_samples * config.best_of * config.max_new_tokens
+    with progress_bar(0, total, sampler.runtime, print, " tokens") as (say, advance):
+        for number, writer in enumerate(sampler.samples(ids, config, advance)):
+            say(f"{begins[number // config.num_samples]}{shown(writer, form)}{end}{SEPARATOR}")
 
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows a question mark
-    with one_line_errors("lower --num_samples or --max_new_tokens"):
+    with one_line_errors("lower --batch_size or --max_new_tokens"):
         main(CONFIG)

@@ -250,6 +250,13 @@ class AblateConfig(TrainConfig):
     plot: str = setting("ablate.png", "file of the plot", path=True)
 
 
+# what a sample's text depends on, beside its model and prompt, and how it is shown
+OF_A_SAMPLE = (
+    *("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"),
+    *("stop", "stop_at_end", "best_of", "show_probs", "seed"),
+)
+
+
 @dataclass
 class PlotConfig:
     """Draw the losses of runs beside each other, from their log.csv.
@@ -282,15 +289,38 @@ class SampleConfig:
     )
     out_dir: str = setting("out", "folder of the checkpoint", path=True)
     start: str = setting("\n", "the prompt; FILE:path reads it from a file; empty starts a new document")
-    num_samples: int = setting(
-        10, "samples, made as one batch; a single one is shown as it is made", at_least=1
+    prompts: str | None = setting(
+        None,
+        r"instead of start: a file of a prompt a line, or - for stdin; \n in a line is a newline, \t a tab",
+        path=True,
     )
+    interactive: bool = setting(False, "ask for prompts, one after another; /help there says more")
+    num_samples: int = setting(10, "samples of each prompt; a single one is shown as it is made", at_least=1)
+    batch_size: int = setting(64, "sequences at once; changes no text", at_least=1)
     max_new_tokens: int = setting(500, "tokens per sample, after the prompt", at_least=1)
     temperature: float = setting(
         0.8, "below 1 is safer, above 1 wilder, 0 always takes the likeliest", at_least=0
     )
     top_k: int | None = setting(200, "choose among this many likeliest tokens; None or 0 is all", at_least=0)
+    top_p: float = setting(
+        1.0, "choose among the likeliest that have this chance together; 1 is all", above=0, at_most=1
+    )
+    min_p: float = setting(
+        0.0, "choose among those with this share of the likeliest one's chance", at_least=0, at_most=1
+    )
+    repetition_penalty: float = setting(
+        1.0, "above 1, tokens that stand there already are less likely; 1 is off", above=0
+    )
     seed: int = setting(1337, "same seed, same text", at_least=0, below=2**63)
+    stop: tuple[str, ...] = setting((), r"a sample ends before this text; \n in it is a newline, \t a tab")
+    stop_at_end: bool = setting(True, "a sample ends at the end-of-text token; False: it goes on")
+    echo: bool = setting(True, "the prompt before each sample; False: only what is new")
+    best_of: int = setting(
+        1, "so many candidates for each sample: the one of the highest mean log-likelihood", at_least=1
+    )
+    show_probs: bool = setting(
+        False, "each token's chance, nothing left out: as colours on a terminal, else in lines"
+    )
     device: str = setting("auto", "auto (cuda, else mps, else cpu), cpu, cuda, cuda:1, mps")
     dtype: str = setting("auto", "of the arithmetic", choices=DTYPES)
     compile: bool = setting(False, "torch.compile the decoding of a token; on a CPU, it pays with int8")
@@ -300,6 +330,8 @@ class SampleConfig:
 
     def __post_init__(self) -> None:
         check_settings(self)
+        if (self.start != "\n") + (self.prompts is not None) + self.interactive > 1:
+            raise ValueError("start, prompts and interactive all say what the prompt is; give one of them")
 
 
 @dataclass

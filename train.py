@@ -325,7 +325,7 @@ def train_model(
                 clock, clocked = time.perf_counter(), step
             if folder:
                 folder.report()
-            advance(made.loss)
+            advance(loss=made.loss)
         if folder:
             folder.finish()
     stop_runtime()

@@ -77,6 +77,30 @@ def prepare_here(script: str, *words: object) -> subprocess.CompletedProcess:
     return subprocess.CompletedProcess(words, status, out.getvalue(), err.getvalue())
 
 
+class Terminal(io.StringIO):
+    """Takes what is printed, and says that someone sees it."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def sample_here(*flags: object, terminal: bool = False) -> subprocess.CompletedProcess:
+    """Run sample.py within this process, which spares a start; as if on a terminal, if asked."""
+    from errors import one_line_errors
+    from sample import main
+    from settings import SampleConfig
+
+    out, err = (Terminal() if terminal else io.StringIO() for _ in range(2))
+    status: Any = 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            with one_line_errors():
+                main(read_settings(SampleConfig, [str(flag) for flag in flags]))
+        except SystemExit as end:
+            status = end.code
+    return subprocess.CompletedProcess(flags, status, out.getvalue(), err.getvalue())
+
+
 def torchrun(ranks: int, *words: object, options: tuple[str, ...] = ("--standalone",)) -> list[str]:
     """The command that runs a script of the repository on so many ranks."""
     start = [sys.executable, "-m", "torch.distributed.run", *options, f"--nproc_per_node={ranks}"]

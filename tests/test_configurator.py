@@ -215,3 +215,22 @@ def test_a_value_after_a_space_and_a_single_dash():
         read_settings(TrainConfig, ["--max_iters", "1"])
     with pytest.raises(UserError, match="unknown setting -max_iters; did you mean max_iters"):
         read_settings(TrainConfig, ["-max_iters=1"])
+
+
+def test_a_setting_of_several_values(tmp_path):
+    def stop_of(*argv: str) -> tuple[str, ...]:
+        return read_settings(SampleConfig, list(argv)).stop
+
+    (tmp_path / "c.py").write_text("stop = ['a', 'b\\n']\n")
+    (tmp_path / "d.py").write_text("stop = [*stop, 'c']\n")
+    files = [str(tmp_path / "c.py"), str(tmp_path / "d.py")]
+    assert stop_of() == ()
+    assert stop_of("--stop=x", "--seed=3", "--stop=y=z") == ("x", "y=z")
+    assert stop_of(*files) == ("a", "b\n", "c")
+    assert stop_of(*files, "--stop=x", "--stop=x") == ("x", "x")  # flags override files
+    assert stop_of(*files, "--stop=") == () and stop_of("--stop=x", "--stop=", "--stop=y") == ("y",)
+    assert stop_of(r"--stop=\n\tx\y", "--stop= ", "--stop=None") == ("\n\tx\\y", " ", "None")
+    assert SampleConfig(stop="x").stop == ("x",) and SampleConfig(stop=["x", "\\n"]).stop == ("x", "\\n")
+    for wrong in (5, None, [5], [""], {"x": 1}):
+        with pytest.raises(ValueError, match="a list of texts"):
+            SampleConfig(stop=wrong)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_user_error, run
+from conftest import assert_user_error, run, sample_here
 
 from checkpoint import load_checkpoint, restore_model
 from data.tokenizer import GPT2Tokenizer
@@ -16,7 +16,11 @@ from model import GPT, GPTConfig
 from sample import SEPARATOR, Sampler, decode_stream
 
 
-def sample(out_dir, *flags, **more):
+def sample(out_dir, *flags):
+    return sample_here(f"--out_dir={out_dir}", "--device=cpu", "--max_new_tokens=30", *flags)
+
+
+def sample_outside(out_dir, *flags, **more):
     return run("sample.py", f"--out_dir={out_dir}", "--device=cpu", "--max_new_tokens=30", *flags, **more)
 
 
@@ -33,7 +37,7 @@ def test_samples_are_as_many_and_as_long_as_asked(trained):
 
 def test_same_seed_same_text(trained):
     first = sample(trained, "--seed=1", "--num_samples=2").stdout
-    assert first == sample(trained, "--seed=1", "--num_samples=2").stdout
+    assert first == sample_outside(trained, "--seed=1", "--num_samples=2").stdout
     assert first != sample(trained, "--seed=2", "--num_samples=2").stdout
 
 
@@ -122,7 +126,7 @@ def test_python_checks_what_the_command_line_does(trained):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 def test_output_that_finds_no_space(trained):
     with open("/dev/full", "w") as full:
-        done = sample(trained, "--num_samples=1", stdout=full)
+        done = sample_outside(trained, "--num_samples=1", stdout=full)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("error: no space left") and "Traceback" not in done.stderr
 
@@ -152,7 +156,7 @@ def test_8_bit_weights_are_rounded_to_the_nearest_step():
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))), reason="no C++ compiler")
 def test_compiled_decoding_writes_the_same(trained):
     flags = ("--temperature=0", "--start=import ", "--num_samples=2", "--dtype=float32")
-    compiled = sample(trained, *flags, "--compile=True")
+    compiled = sample_outside(trained, *flags, "--compile=True")
     assert "not possible" not in compiled.stderr
     assert texts_of(compiled) == texts_of(sample(trained, *flags))
 
@@ -176,7 +180,7 @@ def test_top_k_limits_the_choice(trained):
 
 
 def test_mistakes(trained, tmp_path):
-    assert_user_error(sample(trained, "--start=é"), "'é' at position 0")
+    assert_user_error(sample_outside(trained, "--start=é"), "'é' at position 0")
     assert_user_error(
         sample(trained, "--start=abcdefghijklmnopq"), "the prompt has 17 tokens, the model reads 16"
     )
@@ -192,7 +196,7 @@ def test_mistakes(trained, tmp_path):
 
 def test_gpt2s_weights_without_a_network(trained):
     for network in ({"HF_HUB_OFFLINE": "1"}, {"HF_HUB_OFFLINE": "0", "https_proxy": "http://127.0.0.1:9"}):
-        done = sample(trained, "--init_from=gpt2", env={"HF_HOME": "/nonexistent", **network})
+        done = sample_outside(trained, "--init_from=gpt2", env={"HF_HOME": "/nonexistent", **network})
         assert_user_error(done, "init_from=gpt2 cannot be loaded", "give a folder")
         assert len(done.stderr.splitlines()) == 1
 
