@@ -149,6 +149,7 @@ def test_memory_of_variants():
 # start_runtime, by which glibc keeps what is freed, and holes whose sizes differ from run to run by a fifth
 STEPS = """
 import sys
+import bench
 import timing
 from configurator import read_settings
 from runtime import Runtime, find_dtype, take_fast_float32
@@ -162,7 +163,7 @@ place = bench.torch.device("cpu")
 runtime = Runtime(place, find_dtype(config.dtype, place))
 take_fast_float32(runtime)
 stream = {"train": timing.RandomStream(50257, 10_000)}
-data = bench.Dataset([bench.Part("random ids", 1.0, bench.Path(), bench.GPT2_META, stream)])
+data = bench.Dataset([timing.Part("random ids", 1.0, timing.Path(), timing.GPT2_META, stream)])
 before = resident("VmRSS")
 _, _, step = bench.our_step(config, data, runtime)
 for number in range(3):
