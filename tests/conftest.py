@@ -84,21 +84,42 @@ class Terminal(io.StringIO):
         return True
 
 
-def sample_here(*flags: object, terminal: bool = False) -> subprocess.CompletedProcess:
-    """Run sample.py within this process, which spares a start; as if on a terminal, if asked."""
-    from errors import one_line_errors
-    from sample import main
-    from settings import SampleConfig
+def run_here(
+    script: str, *flags: object, cwd: Path | None = None, terminal: bool = False
+) -> subprocess.CompletedProcess:
+    """Run train.py, sample.py or ablate.py within this process, which spares a start; as if on a terminal, if
+    asked."""
+    import ablate
+    import sample
+    import settings
+    import train
+    from errors import leave, one_line_errors
 
+    def train_as_command(config: settings.TrainConfig) -> None:
+        stopped_by = train.train(config).stopped_by
+        leave(128 + stopped_by if stopped_by else 0)
+
+    main, kind = {
+        "train.py": (train_as_command, settings.TrainConfig),
+        "sample.py": (sample.main, settings.SampleConfig),
+        "ablate.py": (ablate.ablate, settings.AblateConfig),
+    }[script]
     out, err = (Terminal() if terminal else io.StringIO() for _ in range(2))
     status: Any = 0
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            with one_line_errors():
-                main(read_settings(SampleConfig, [str(flag) for flag in flags]))
-        except SystemExit as end:
-            status = end.code
-    return subprocess.CompletedProcess(flags, status, out.getvalue(), err.getvalue())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(cwd or REPO)
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                with one_line_errors():
+                    main(read_settings(kind, [str(flag) for flag in flags]))
+            except SystemExit as end:
+                status = end.code
+    return subprocess.CompletedProcess(flags, status or 0, out.getvalue(), err.getvalue())
+
+
+def sample_here(*flags: object, terminal: bool = False) -> subprocess.CompletedProcess:
+    """Run sample.py within this process."""
+    return run_here("sample.py", *flags, terminal=terminal)
 
 
 def torchrun(ranks: int, *words: object, options: tuple[str, ...] = ("--standalone",)) -> list[str]:

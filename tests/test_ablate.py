@@ -2,7 +2,7 @@
 
 import json
 
-from conftest import TINY, assert_user_error, run
+from conftest import TINY, assert_user_error, run, run_here
 
 from ablate import table, variants
 from configurator import read_settings
@@ -40,7 +40,7 @@ def test_a_study_is_told_drawn_kept_and_gone_on_with(dataset, tmp_path):
     first = run(*flags, "--seeds=1", cwd=tmp_path)
     assert first.returncode == 0, first.stderr
     assert first.stdout.count("seed 1337: val loss") == 6
-    done = run(*flags, cwd=tmp_path)
+    done = run_here(*flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("seed 1338: val loss") == 6 and "seed 1337: val loss" not in done.stdout
     runs = json.loads((tmp_path / "ablate.json").read_text())["runs"]
@@ -55,24 +55,28 @@ def test_a_study_is_told_drawn_kept_and_gone_on_with(dataset, tmp_path):
     assert not (tmp_path / "out").exists()  # the checkpoints of a study are of no use
 
     kept = (tmp_path / "ablate.json").read_bytes()
-    other = run(*flags, "--seeds=1", "--learning_rate=0.02", cwd=tmp_path)
+    other = run_here(*flags, "--seeds=1", "--learning_rate=0.02", cwd=tmp_path)
     assert_user_error(other, "another learning_rate", "--json")
     (tmp_path / "text.json").write_text("no study")
-    assert_user_error(run(*flags, "--json=text.json", cwd=tmp_path), "is no study's")
+    assert_user_error(run_here(*flags, "--json=text.json", cwd=tmp_path), "is no study's")
     assert (tmp_path / "ablate.json").read_bytes() == kept
-    again = run(*flags, "--plot=other.png", "--eval_only=True", cwd=tmp_path)  # that is no other study
+    again = run_here(*flags, "--plot=other.png", "--eval_only=True", cwd=tmp_path)  # that is no other study
     assert "seed 1337: val loss" not in again.stdout and (tmp_path / "other.png").is_file()
 
 
 def test_a_variant_that_diverges_is_told_and_the_others_go_on(dataset, tmp_path):
     flags = [*TINY, "--max_iters=4", "--seeds=1", "--qk_norm=True", "--optimizer=sgd", f"--dataset={dataset}"]
-    done = run("ablate.py", *flags, "--learning_rate=1e30", "--decay_lr=False", "--grad_clip=0", cwd=tmp_path)
+    done = run_here(
+        "ablate.py", *flags, "--learning_rate=1e30", "--decay_lr=False", "--grad_clip=0", cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     assert "recipe, seed 1337: val loss inf" in done.stdout and "ablate.png" in done.stdout
     assert "GPT-2, seed 1337: val loss" in done.stdout
 
 
 def test_mistakes_of_a_study(dataset, tmp_path):
-    assert_user_error(run("ablate.py", *TINY, f"--dataset={dataset}"), "this recipe is GPT-2's")
-    assert_user_error(run("ablate.py", *STUDY, f"--json={tmp_path}/no/x.json"), "cannot be written")
-    assert_user_error(run("ablate.py", *STUDY, "--dataset=nowhere", f"--json={tmp_path}/x.json"), "nowhere")
+    assert_user_error(run_here("ablate.py", *TINY, f"--dataset={dataset}"), "this recipe is GPT-2's")
+    assert_user_error(run_here("ablate.py", *STUDY, f"--json={tmp_path}/no/x.json"), "cannot be written")
+    assert_user_error(
+        run_here("ablate.py", *STUDY, "--dataset=nowhere", f"--json={tmp_path}/x.json"), "nowhere"
+    )

@@ -1,4 +1,4 @@
-"""Wrong inputs to train.py, as subprocesses: status 2, one line, nothing written over."""
+"""Wrong inputs to train.py: status 2, one line, nothing written over."""
 
 import json
 import pickle
@@ -6,14 +6,14 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, assert_user_error, run
+from conftest import TINY, assert_user_error, run_here
 
 from errors import UserError
 from runtime import find_device
 
 
 def train_on(dataset, *flags):
-    return run("train.py", *TINY, f"--dataset={dataset}", *flags)
+    return run_here("train.py", *TINY, f"--dataset={dataset}", *flags)
 
 
 def test_datasets_that_are_not_there(tmp_path):
@@ -66,7 +66,7 @@ def test_hostile_pickles_run_nothing(copy, dataset, tmp_path):
     torch.save({"model": Hostile(trap)}, tmp_path / "run" / "ckpt.pt")
     for done in (
         train_on(dataset, "--init_from=resume", f"--out_dir={tmp_path / 'run'}"),
-        run("sample.py", f"--out_dir={tmp_path / 'run'}"),
+        run_here("sample.py", f"--out_dir={tmp_path / 'run'}"),
     ):
         assert_user_error(done, "ckpt.pt is damaged or not a checkpoint")
     assert not trap.exists()

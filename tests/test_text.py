@@ -235,6 +235,7 @@ def test_the_commands_that_it_names_run(tmp_path, text):
         f"--out_dir={out_dir}",
         f"--dataset={tmp_path / 'out'}",
         "--log_interval=1",
+        "--loss_plot=False",
     )
     trained = run(*train[1:], *quick)
     assert trained.returncode == 0, trained.stderr

@@ -285,8 +285,8 @@ def test_nanogpts_run_goes_on(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "ckpt.pt").write_bytes((NANOGPT / "ckpt_compiled.pt").read_bytes())
     flags = (
-        "--init_from=resume --device=cpu --dtype=float32 --compile=False --eval_iters=4 --eval_interval=20 "
-        "--log_interval=10 "
+        "--init_from=resume --device=cpu --dtype=float32 --compile=False --eval_iters=4 --loss_plot=False "
+        "--log_interval=10 --eval_interval=20 "
         "--block_size=32 --batch_size=8 --n_layer=2 --n_head=2 --n_embd=16 "
         "--max_iters=80 --lr_decay_iters=80 --dropout=0.0 --bias=True --warmup_iters=5 "
         "--gradient_accumulation_steps=1 --learning_rate=1e-2"
