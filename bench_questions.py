@@ -2,6 +2,7 @@
 
 import random
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -58,7 +59,8 @@ def one_by_one(model: GPT, questions: list[Question], runtime: Runtime) -> list[
 def bench_questions(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
     """Both, in turns, on the network of the settings with random weights."""
     torch.manual_seed(config.seed)
-    model = GPT(new_shape(config, GPT2_META)).to(runtime.device).eval()
+    shape = replace(new_shape(config, GPT2_META), zero_init=False)  # which would have no choice
+    model = GPT(shape).to(runtime.device).eval()
     questions = made_up(COUNT, config.block_size)
     ways = {f"batches of {size}": lambda m, q, r, size=size: choices(m, q, r, size) for size in BATCHES}
     ways = {"one by one": one_by_one, **ways}

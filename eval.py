@@ -18,11 +18,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from checkpoint import load_trained, write_whole
+from checkpoint import load_trained
 from data.dataset import Dataset, evaluation_windows, open_dataset, padded, strided_windows
+from data.meta import GPT2_META
 from data.questions import GPT2_HELLASWAG, hellaswag_file, read_questions
 from data.tokenizer import Tokenizer, start_of_text
-from errors import UserError, leave, one_line_errors
+from errors import UserError, leave, one_line_errors, writable
 from evaluation import means_of, summed_loss
 from insight import next_tokens
 from model import GPT
@@ -38,19 +39,26 @@ class Trained(NamedTuple):
     """What is measured, and where."""
 
     model: GPT
-    tokenizer: Tokenizer
-    settings: dict[str, Any]  # that it was trained with, {} where nobody knows them
+    tokenizer: Tokenizer | None  # where a task needs it
+    contents: dict[str, Any]  # of its checkpoint, {} where there is none
     source: str
     runtime: Runtime
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """That it was trained with, {} where nobody knows them."""
+        return self.contents.get("config", {})
 
 
 def measure(config: EvalConfig) -> dict[str, Result]:
     """Do the tasks that the settings name; print them as a table. Raises UserError."""
     runtime = start_runtime(config.device, config.dtype)
     model, contents, source = load_trained(config.out_dir, config.init_from)
-    tokenizer = find_tokenizer(contents, model.config.vocab_size, source)
-    settings = contents.get("config", {})
-    trained = Trained(model.to(runtime.device).eval(), tokenizer, settings, source, runtime)
+    names = tasks_of(config, contents.get("config", {}))
+    tokenizer = None
+    if names != ["loss"]:  # which needs none
+        tokenizer = find_tokenizer(contents, model.config.vocab_size, source)
+    trained = Trained(model.to(runtime.device).eval(), tokenizer, contents, source, runtime)
     prepare = {
         "loss": loss,
         "hellaswag": questions,
@@ -58,9 +66,12 @@ def measure(config: EvalConfig) -> dict[str, Result]:
         "accuracy": accuracy,
         "next": following,
     }
-    ready = [(name, prepare[name](config, trained, name)) for name in tasks_of(config, settings)]
+    ready = [(name, prepare[name](config, trained, name)) for name in names]
     if runtime.is_main:
         warn(f"{source} ({runtime.describe()})")
+        if config.json:
+            with writable(config.json):  # before an hour of computing
+                pass
     results = {}
     for name, task in ready:
         begin = time.perf_counter()
@@ -69,8 +80,9 @@ def measure(config: EvalConfig) -> dict[str, Result]:
     if runtime.is_main:
         print("\n".join(table(results)))
         if config.json:
-            text = json.dumps({"source": source, **results}, indent=1, ensure_ascii=False)
-            write_whole(lambda file: file.write(text.encode("utf-8", "replace")), Path(config.json))
+            text = json.dumps({"source": source, **results}, indent=1)
+            with writable(config.json) as path:
+                Path(path).write_text(text + "\n", encoding="utf-8")
     return results
 
 
@@ -78,7 +90,7 @@ def tasks_of(config: EvalConfig, settings: dict[str, Any]) -> list[str]:
     """The names in `tasks`; of auto what the run was for. Raises UserError."""
     if config.tasks == "auto":
         return ["accuracy" if settings.get("loss_after") else "loss"]
-    names = [name.strip() for name in config.tasks.split(",")]
+    names = [name.strip() for name in config.tasks.split(",") if name.strip()] or [config.tasks]
     for name in names:
         if name not in EVAL_TASKS:
             raise UserError(f"tasks={name[:40]} is not known; name some of {', '.join(EVAL_TASKS)}, by comma")
@@ -92,8 +104,11 @@ def data_of(config: EvalConfig, trained: Trained, **settings: Any) -> tuple[Data
         raise UserError(f"{trained.source} names no dataset; give --dataset=NAME")
     asked = TrainConfig(dataset=dataset, eval_iters=0, eval_splits=config.split, **settings)
     data = open_dataset(asked, (config.split,))
-    if trained.tokenizer.describe() != data.meta["tokenizer"]:
+    theirs = trained.contents.get("meta", GPT2_META if trained.contents == {} else data.meta)["tokenizer"]
+    if None not in (theirs, data.meta["tokenizer"]) and theirs != data.meta["tokenizer"]:
         raise UserError(f"{trained.source} has another tokenizer than {dataset}; use a dataset of its own")
+    if data.meta["vocab_size"] > trained.model.config.vocab_size:
+        raise UserError(f"{dataset} has more tokens than {trained.source} knows; use a dataset of its own")
     return data, asked
 
 
@@ -107,6 +122,8 @@ def loss(config: EvalConfig, trained: Trained, name: str) -> Callable[[], Result
         raise UserError(f"block_size={T} is longer than the model reads; give {longest} or less")
     data, asked = data_of(config, trained, block_size=T, batch_size=config.batch_size or 16, **lines)
     runtime, B, stride = trained.runtime, asked.batch_size, config.stride or T
+    if config.stride and asked.sampling == "lines":
+        raise UserError("stride is for text; this run's windows begin with lines: leave it out")
     if stride > T:
         raise UserError(f"stride={stride} is longer than a window of {T} tokens; give {T} or less")
 

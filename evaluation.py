@@ -98,8 +98,7 @@ def summed_loss(
 ) -> tuple[float, float] | None:
     """The sum of the losses over windows of T tokens, B at a time, without the first `skip` of each, and how
     many they are. The ranks share the batches; None and errors as `evaluate` has them."""
-    loss_sum = torch.zeros((), device=runtime.device, dtype=torch.float32)
-    count = torch.zeros((), device=runtime.device)
+    total, sums = torch.zeros(2, dtype=torch.float64), []  # in fp32, the sum of very many would stand still
     model.eval()
     for i in range(runtime.rank * B, len(starts), runtime.world_size * B):
         windows = attempt(lambda i=i: stream.windows(starts[i : i + B], T + 1), trouble)
@@ -112,10 +111,15 @@ def summed_loss(
         with runtime.autocast():
             _, loss = model(x, y, only_loss=True)
         counted = (y >= 0).sum()
-        loss_sum += torch.where(counted > 0, loss * counted, 0.0)  # the mean of no losses is nan
-        count += counted
+        of_batch = torch.where(counted > 0, loss.float() * counted, 0.0)  # the mean of no losses is nan
+        sums.append(torch.stack((of_batch, counted.float())))
+        if len(sums) == 1000:
+            total += torch.stack(sums).cpu().double().sum(dim=0)
+            sums = []
     model.train()
-    all_loss, all_count = runtime.total(loss_sum.item(), count.item())
+    if sums:
+        total += torch.stack(sums).cpu().double().sum(dim=0)
+    all_loss, all_count = runtime.total(*total.tolist())
     return all_loss, all_count
 
 

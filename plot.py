@@ -183,8 +183,9 @@ def range_of_losses(logs: Iterable[Log], level: float | None) -> tuple[float, fl
 
 def write_figure(figure: Any, path: Path) -> None:
     """Write it as the file's ending says; the whole file, or the old one. Raises UserError."""
+    path = Path(os.path.realpath(path))
     kinds, kind = figure.canvas.get_supported_filetypes(), path.suffix[1:].lower() or "png"
-    if kind not in kinds:
+    if kind not in kinds or (path.exists() and not path.is_file()):
         raise UserError(f"{path} is no picture's name; end it in .png, .svg or .pdf")
     drawn = io.BytesIO()
     figure.savefig(drawn, format=kind, dpi=110)
@@ -326,7 +327,7 @@ def show(out_dir: str | Path, by: str = "steps", **baselines: float) -> None:
 
 if __name__ == "__main__":
     with one_line_errors():
-        if CONFIG.follow:
+        if CONFIG.follow and FOLDERS:
             follow(FOLDERS[0], CONFIG)
         else:
             compare(FOLDERS, CONFIG)

@@ -29,6 +29,7 @@ COLUMNS = (
     "step", "tokens", "seconds", "loss", "lr", "grad_norm", "tokens_per_second", "train_loss", "val_loss",
     "val_bits_per_byte", "hellaswag", "accuracy",
 )  # fmt: skip
+MADE = (BEST, NEWEST, LOG, TENSORBOARD, "loss.png")
 HELD: set[str] = set()  # locks of this process: the system's do not keep it from itself
 PATIENCE = 5.0  # seconds: a killed run takes a moment to let go of its lock
 
@@ -61,9 +62,7 @@ class RunFolder:
         """Rename another run's files before the first of this one: a start too many loses nothing."""
         if not self.own:
             self.own = True
-            self.set_aside(
-                [*(self.path / name for name in (BEST, NEWEST, LOG, TENSORBOARD)), *self.path.glob(HISTORY)]
-            )
+            self.set_aside([*(self.path / name for name in MADE), *self.path.glob(HISTORY)])
             self.sign()
 
     def sign(self) -> None:

@@ -223,7 +223,7 @@ def read_text(name: str) -> str:
     """The text of a file, or of stdin where its name is -. Raises UserError."""
     try:
         data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-        return data.decode("utf-8").replace("\r\n", "\n")
+        return data.decode("utf-8-sig").replace("\r\n", "\n")
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a null character in the name
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise UserError(f"the prompt file {name} cannot be read ({reason}); name a text file") from None

@@ -309,7 +309,7 @@ class SampleConfig:
         0.0, "choose among those with this share of the likeliest one's chance", at_least=0, at_most=1
     )
     repetition_penalty: float = setting(
-        1.0, "above 1, tokens that stand there already are less likely; 1 is off", above=0
+        1.0, "above 1, tokens that stand there already are less likely; 1 is off", at_least=0.01
     )
     seed: int = setting(1337, "same seed, same text", at_least=0, below=2**63)
     stop: tuple[str, ...] = setting((), r"a sample ends before this text; \n in it is a newline, \t a tab")

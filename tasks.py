@@ -7,6 +7,7 @@ stop equally often, and stop_asked tells all of them the same.
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -120,13 +121,17 @@ def held_out_lines(
     """Prompt and answer of each line that has the separator, in ids; the separator ends the prompt."""
     problems = []
     for part in data.parts:
-        ids = np.concatenate([ids for _, ids in part.streams[split].chunks()])
-        ends = np.flatnonzero(ids == data.newline)
-        for line in np.split(ids, ends + 1)[: len(ends)]:  # what follows the last newline is no line
+        begins = np.append(
+            0, part.streams[split].places(data.newline) + 1
+        )  # of lines, and what follows the last
+        for begin, end in pairwise(begins.tolist()):
+            if len(problems) == limit:
+                return problems
+            line = part.streams[split].windows(np.array([begin]), end - begin)[0]
             at = np.flatnonzero(line == data.separator)
             if len(at):
                 problems.append((line[: at[0] + 1].tolist(), line[at[0] + 1 : -1].tolist()))
-    return problems[:limit]
+    return problems
 
 
 def check_lengths(problems: list[tuple[list[int], list[int]]], block_size: int, separator: str) -> None:
@@ -197,8 +202,12 @@ def make_ask(config: TrainConfig, data: Dataset, runtime: Runtime) -> Ask:
         begin = start_of_text(tokenizer)
         questions = read_questions(path, tokenizer, begin, config.block_size, config.hellaswag_items)
     if config.eval_accuracy:
-        if data.separator is None or "val" not in data.parts[0].streams:
+        if data.separator is None:
             raise UserError("eval_accuracy asks val's lines up to loss_after; give --loss_after='=', say")
+        if "val" not in data.parts[0].streams:
+            raise UserError(
+                "eval_accuracy asks val's lines, eval_splits=train reads none; leave one of them out"
+            )
         problems = held_out_lines(data)
         check_lengths(problems, config.block_size, config.loss_after)
     if config.eval_samples:

@@ -45,7 +45,7 @@ from runtime import (
     take_fast_float32,
 )
 from start import describe_resumption, describe_run, earlier_run, fingerprint, initial_model, planned
-from tasks import make_ask
+from tasks import Ask, make_ask
 
 
 class Batch(NamedTuple):
@@ -173,6 +173,7 @@ def train(
     runtime.agree(settings, "the ranks have not all the same settings; start them with the same command")
     data = open_dataset(config)
     config = planned(config, data)
+    ask = make_ask(config, data, runtime)
     earlier = earlier_run(config, runtime)  # before the lock is signed anew
     folder = None
     if runtime.is_main and not config.eval_only:
@@ -181,7 +182,7 @@ def train(
         runtime.agree(0, "")  # all wait until nobody else writes to out_dir
         model, contents = initial_model(config, data.meta, earlier)
         describe_run(config, runtime, data, model, runtime.say)
-        return train_model(config, runtime, data, model, contents, folder, earlier, on_evaluation)
+        return train_model(config, runtime, data, model, contents, folder, earlier, ask, on_evaluation)
 
 
 def train_model(
@@ -192,10 +193,11 @@ def train_model(
     contents: dict[str, Any],
     folder: RunFolder | None,
     earlier: str | None,
+    ask: Ask,
     on_evaluation: Callable[[list[dict[str, float]]], object] | None = None,
 ) -> TrainResult:
     """Train the network of a checkpoint's contents, {} for a new run's, and write to the folder, if there is
-    one. `earlier` is the id of this run where it was started again."""
+    one. `earlier` is the id of this run where it was started again, `ask` what evaluations ask, too."""
     began = time.perf_counter() - contents.get("seconds", 0.0)
     first = step = contents.get("iter_num", 0)
     best_val_loss = lowest = float(contents.get("best_val_loss", math.inf))
@@ -234,7 +236,6 @@ def train_model(
     contents.clear()  # frees the copy on the CPU
     sequences = config.gradient_accumulation_steps * config.batch_size
     at_peak = model.estimate_mfu(sequences / runtime.world_size, 1.0, peak_flops(runtime))  # a step's seconds
-    ask = make_ask(config, data, runtime)
 
     def diverged() -> UserError:
         return lost(step, out_dir if folder and folder.own else None)

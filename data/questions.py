@@ -40,7 +40,7 @@ def read_questions(
     is the id `begin`. Raises UserError that names the line.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8"
         raise UserError(f"{path} cannot be read ({reason}); name a file of JSON lines") from None

@@ -357,6 +357,7 @@ def test_mistakes(learner, dataset, tmp_path):
     flags = [*TINY, f"--dataset={dataset}", f"--out_dir={tmp_path / 'out'}"]
     for more, says in (
         (["--eval_accuracy=True"], "loss_after"),
+        (["--eval_accuracy=True", "--loss_after==", "--eval_splits=train"], "eval_splits=train reads none"),
         (["--eval_samples=1", "--sample_start=é"], "'é' at position 0"),
         (["--eval_hellaswag=True", f"--hellaswag_input={tmp_path / 'no.jsonl'}"], "cannot be read"),
     ):
@@ -364,6 +365,31 @@ def test_mistakes(learner, dataset, tmp_path):
             train_here(*flags, *more)
     assert not (tmp_path / "out").exists()  # nothing was begun
     assert_user_error(run("eval.py", f"--out_dir={tmp_path}"), "ckpt.pt is missing")
+
+
+def test_files_of_other_systems_and_lines_within_texts(tmp_path):
+    entries = [{"ctx": "a\u2028b", "endings": ["c", "d"], "label": n % 2} for n in range(2)]
+    lines = [json.dumps(entry, ensure_ascii=False) for entry in entries]
+    (tmp_path / "q.jsonl").write_bytes(("\ufeff" + "\r\n".join(lines) + "\r\n").encode())
+    found = read_questions(tmp_path / "q.jsonl", ByteTokenizer(), 256, 32)
+    assert [(bytes(one.context).decode(), one.label) for one in found] == [("a\u2028b", 0), ("a\u2028b", 1)]
+
+
+def test_results_that_cannot_be_written_are_told_before_they_are_computed(learner, monkeypatch, tmp_path):
+    monkeypatch.setattr("eval.summed_loss", None)  # would be called
+    where = {"out_dir": str(learner[0]), "device": "cpu"}
+    with pytest.raises(UserError, match=r"r\.json cannot be written"):
+        measure(EvalConfig(**where, json=str(tmp_path / "no" / "r.json")))
+
+
+def test_a_loss_needs_no_tokenizer(copy, tmp_path):
+    meta = json.loads((copy / "meta.json").read_text()) | {"tokenizer": None}
+    (copy / "meta.json").write_text(json.dumps(meta))
+    train_here(*TINY, f"--dataset={copy}", f"--out_dir={tmp_path / 'out'}", "--max_iters=1")
+    where = {"out_dir": str(tmp_path / "out"), "device": "cpu"}
+    assert 0 < measure(EvalConfig(**where))["loss"]["loss"] < 6
+    with pytest.raises(UserError, match="names no characters"):
+        measure(EvalConfig(**where, tasks="next"))
 
 
 def test_next_tokens_leaves_the_padding_out():

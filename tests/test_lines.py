@@ -250,6 +250,7 @@ def test_eval_counts_what_a_plain_loop_counts(lines, tmp_path, capsys):
         ({"separator": "+="}, "is 2"),
         ({"separator": "z"}, "'z' at position 0"),
         ({"dataset": "none"}, "no dataset none"),
+        ({"tasks": "loss", "stride": 4}, "stride is for text"),
     ):
         with pytest.raises(UserError, match=re.escape(says)):
             measure(EvalConfig(**where, **more))

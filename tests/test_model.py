@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from attention import causal_attention, dropout
-from decoding import Choice, sample_token, stream, uniform_draws
+from decoding import Choice, prepare, sample_token, stream, uniform_draws
 from model import GPT, GPTConfig
 
 SMALL = {"block_size": 32, "vocab_size": 96, "n_layer": 3, "n_head": 4, "n_embd": 32}
@@ -388,3 +388,28 @@ def test_greedy_on_a_gpu_equals_greedy_without_a_cache():
     idx = random_ids(2, 7).cuda()
     expected = greedy_without_cache(model, idx, 25)
     assert bool((model.generate(idx, 25, temperature=0.0) == expected).all())
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="plain products depend on the batch")
+@pytest.mark.parametrize(
+    "int8, dtype", [(False, torch.float32), (False, torch.bfloat16), (True, torch.bfloat16)]
+)
+def test_a_sequences_numbers_are_the_same_alone_and_beside_others(int8, dtype):
+    """To the last bit: wide layers, a large vocabulary, prompts of all lengths, past the end of the block."""
+    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("no bf16 in this chip")
+    torch.manual_seed(0)
+    shape = {"block_size": 32, "vocab_size": 3000, "n_layer": 2, "n_head": 6, "n_embd": 384, "n_kv_head": 2}
+    model = prepare(GPT(GPTConfig(**shape)), dtype, int8)
+    prompts = [torch.randint(3000, (length,)).tolist() for length in (1, 5, 17, 32)]
+    idx = torch.zeros(4, 32, dtype=torch.long)
+    for row, prompt in zip(idx, prompts, strict=True):
+        row[: len(prompt)] = torch.tensor(prompt)
+    draws, lengths = uniform_draws(0, 2, 40), list(map(len, prompts))
+    together = list(stream(model, idx, 40, draws=draws.repeat(4, 1), lengths=lengths, copies=2))
+    for number, prompt in enumerate(prompts):
+        for copy_number in range(2):
+            alone = stream(model, torch.tensor([prompt]), 40, draws=draws[copy_number][None])
+            for (ids, logits), (all_ids, all_logits) in zip(alone, together, strict=True):
+                row = 2 * number + copy_number
+                assert torch.equal(ids[0], all_ids[row]) and torch.equal(logits[0], all_logits[row])

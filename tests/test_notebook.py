@@ -24,3 +24,6 @@ steps = {{"max_iters": 20, "eval_interval": 10, "eval_iters": 2, "log_interval":
     text = "".join(out.get("text", "") for outs in outputs for out in outs)
     assert "step 20: train loss" in text and text.count("def read(") >= 2 and "perplexity" in text
     assert read_log(tmp_path / "out" / "log.csv")["step"].max() == 20
+    again = nbformat.v4.new_notebook(cells=[cell for cell in notebook.cells if "plt" not in cell.source])
+    NotebookClient(again, timeout=100, kernel_name="python3", resources=where).execute()
+    assert "nothing left to do" in str(again)

@@ -363,7 +363,7 @@ def test_mistakes(trained, tmp_path, chars):
         (["--top_p=0"], "above 0"),
         (["--top_p=1.1"], "at most 1"),
         (["--min_p=-0.1"], "at least 0"),
-        (["--repetition_penalty=0"], "above 0"),
+        (["--repetition_penalty=0"], "at least 0.01"),
         (["--best_of=0"], "at least 1"),
         (["--batch_size=0"], "at least 1"),
     ):
