@@ -16,14 +16,19 @@ dataset, out_dir = {str(dataset)!r}, {str(tmp_path / "out")!r}
 shape = {{"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 32, "batch_size": 4, "loss_plot": False}}
 steps = {{"max_iters": 20, "eval_interval": 10, "eval_iters": 2, "log_interval": 5}}
 """
+    (training,) = (cell for cell in notebook.cells if "train(config" in cell.source)
+    notebook.cells.append(nbformat.v4.new_code_cell(training.source))  # run again, when it is finished
     where = {"metadata": {"path": str(REPO / "notebooks")}}
     NotebookClient(notebook, timeout=100, kernel_name="python3", resources=where).execute()  # raises errors
     outputs = [cell.outputs for cell in notebook.cells if cell.cell_type == "code"]
     pictures = [[out for out in outs if "image/png" in out.get("data", {})] for outs in outputs]
-    assert [len(found) for found in pictures if found] == [1, 1, 1]  # the loss, the chances, the attention
+    assert [len(found) for found in pictures if found] == [
+        1,
+        1,
+        1,
+        1,
+    ]  # the loss, the chances, the attention; the loss again
+    assert "nothing left to do" in str(outputs[-1])
     text = "".join(out.get("text", "") for outs in outputs for out in outs)
     assert "step 20: train loss" in text and text.count("def read(") >= 2 and "perplexity" in text
     assert read_log(tmp_path / "out" / "log.csv")["step"].max() == 20
-    again = nbformat.v4.new_notebook(cells=[cell for cell in notebook.cells if "plt" not in cell.source])
-    NotebookClient(again, timeout=100, kernel_name="python3", resources=where).execute()
-    assert "nothing left to do" in str(again)
