@@ -87,9 +87,10 @@ class Terminal(io.StringIO):
 def run_here(
     script: str, *flags: object, cwd: Path | None = None, terminal: bool = False
 ) -> subprocess.CompletedProcess:
-    """Run train.py, sample.py or ablate.py within this process, which spares a start; as if on a terminal, if
-    asked."""
+    """Run train.py, sample.py, bench.py or ablate.py within this process, which spares a start; as if on a
+    terminal, if asked."""
     import ablate
+    import bench
     import sample
     import settings
     import train
@@ -102,6 +103,7 @@ def run_here(
     main, kind = {
         "train.py": (train_as_command, settings.TrainConfig),
         "sample.py": (sample.main, settings.SampleConfig),
+        "bench.py": (bench.bench, settings.BenchConfig),
         "ablate.py": (ablate.ablate, settings.AblateConfig),
     }[script]
     out, err = (Terminal() if terminal else io.StringIO() for _ in range(2))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPO, TINY, assert_user_error, run
+from conftest import REPO, TINY, assert_user_error, run_here
 
 import attention
 import bench
@@ -23,7 +23,7 @@ from settings import BenchConfig
 
 
 def test_it_tells_time_speed_share_and_memory(dataset):
-    done = run("bench.py", *TINY, f"--dataset={dataset}", "--bench_steps=5", "--warmup_steps=1")
+    done = run_here("bench.py", *TINY, f"--dataset={dataset}", "--bench_steps=5", "--warmup_steps=1")
     assert done.returncode == 0, done.stderr
     for line in (
         r"^step +4 sequences of 16 = 64 tokens$",
@@ -38,10 +38,10 @@ def test_it_tells_time_speed_share_and_memory(dataset):
 
 def test_random_ids_where_they_are_wanted_and_not_for_a_name_that_is_wrong():
     flags = (*TINY, "--bench_steps=2", "--n_layer=1", "--warmup_steps=0", "--dataset=none")
-    done = run("bench.py", *flags, "--real_data=False", "--profile=True", "--ladder=True")
+    done = run_here("bench.py", *flags, "--real_data=False", "--profile=True", "--ladder=True")
     assert_user_error(done, "ladder and profile do not go together")
-    assert_user_error(run("bench.py", *flags), "no dataset none", "--real_data=False")
-    done = run("bench.py", *flags, "--real_data=False")
+    assert_user_error(run_here("bench.py", *flags), "no dataset none", "--real_data=False")
+    done = run_here("bench.py", *flags, "--real_data=False")
     assert done.returncode == 0 and "random ids of GPT-2's vocabulary" in done.stdout
 
 
@@ -72,7 +72,9 @@ def test_a_rungs_vocabulary_and_optimizer_are_plain_ones(monkeypatch):
 
 
 def test_profile_shows_operations_and_writes_a_trace(dataset, tmp_path):
-    done = run("bench.py", *TINY, f"--dataset={dataset}", "--bench_steps=2", "--profile=True", cwd=tmp_path)
+    done = run_here(
+        "bench.py", *TINY, f"--dataset={dataset}", "--bench_steps=2", "--profile=True", cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     assert "aten::mm" in done.stdout
     trace = json.loads((tmp_path / "bench_trace.json").read_text())
@@ -83,7 +85,7 @@ def test_it_takes_a_training_config_and_its_own_settings():
     config = read_settings(BenchConfig, ["config/train_shakespeare_cpu.py", "--bench_steps=3"])
     assert (config.n_layer, config.batch_size, config.bench_steps) == (4, 12, 3)
     assert read_settings(BenchConfig, []).batch_size is None
-    assert_user_error(run("bench.py", "--bench_step=3"), "did you mean bench_steps?")
+    assert_user_error(run_here("bench.py", "--bench_step=3"), "did you mean bench_steps?")
 
 
 def test_the_step_is_train_pys():
@@ -96,7 +98,7 @@ def test_the_step_is_train_pys():
 @pytest.mark.parametrize("against", [str(REPO), "transformers"])  # our model.py has nanoGPT's face too
 def test_others_are_timed_in_turns_and_the_results_written(against, dataset, tmp_path):
     flags = (f"--dataset={dataset}", "--bench_steps=4", f"--against={against}", "--dropout=0.1")
-    done = run("bench.py", *TINY, *flags, f"--json={tmp_path / 'found.json'}")
+    done = run_here("bench.py", *TINY, *flags, f"--json={tmp_path / 'found.json'}")
     assert done.returncode == 0, done.stderr
     name = "transformers" if against == "transformers" else REPO.name
     found = json.loads((tmp_path / "found.json").read_text())
@@ -112,14 +114,14 @@ def test_others_are_timed_in_turns_and_the_results_written(against, dataset, tmp
 def test_mistakes_of_against_and_json(dataset, tmp_path):
     (tmp_path / "model.py").write_text("GPT = 1")
     flags = (*TINY, f"--dataset={dataset}", "--bench_steps=1", "--warmup_steps=0")
-    assert_user_error(run("bench.py", *flags, "--against=nowhere"), "no model.py", "nanoGPT checkout")
-    assert_user_error(run("bench.py", *flags, f"--against={tmp_path}"), "is not nanoGPT's")
+    assert_user_error(run_here("bench.py", *flags, "--against=nowhere"), "no model.py", "nanoGPT checkout")
+    assert_user_error(run_here("bench.py", *flags, f"--against={tmp_path}"), "is not nanoGPT's")
     (tmp_path / "model.py").write_text("raise ValueError('no')")
-    assert_user_error(run("bench.py", *flags, f"--against={tmp_path}"), "is not nanoGPT's")
-    done = run("bench.py", *flags, f"--json={tmp_path}")
+    assert_user_error(run_here("bench.py", *flags, f"--against={tmp_path}"), "is not nanoGPT's")
+    done = run_here("bench.py", *flags, f"--json={tmp_path}")
     assert_user_error(done, "cannot be written")
     assert "median" not in done.stdout  # told before all that takes time
-    done = run("bench.py", *flags, "--generate=True", "--max_new_tokens=20")
+    done = run_here("bench.py", *flags, "--generate=True", "--max_new_tokens=20")
     assert_user_error(done, "block_size=16 leaves 0 tokens", "raise --block_size")
 
 
@@ -143,7 +145,7 @@ def test_a_ratio_is_how_many_times_faster_ours_is():
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))), reason="no C++ compiler")
 def test_ladder_has_a_table_and_a_plot(dataset, tmp_path):
     flags = (*TINY, f"--dataset={dataset}", "--bench_steps=2", "--dropout=0.1", "--dtype=bfloat16")
-    done = run("bench.py", *flags, "--ladder=True", "--json=found.json", cwd=tmp_path)
+    done = run_here("bench.py", *flags, "--ladder=True", "--json=found.json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     rungs = json.loads((tmp_path / "found.json").read_text())["rungs"]
     names = [rung["rung"] for rung in rungs]
@@ -171,7 +173,9 @@ def test_the_ladder_leaves_the_model_as_it_was(dataset):
 def test_generate_tells_prefill_decode_and_the_bandwidths_share(against, tmp_path):
     shape = "--n_layer=1 --n_head=2 --n_embd=32 --block_size=64 --max_new_tokens=8 --num_samples=3".split()
     flags = ("--generate=True", "--real_data=False", "--rounds=2", f"--json={tmp_path / 'found.json'}")
-    done = run("bench.py", *shape, *flags, *([f"--against={against}"] if against else []), "--device=cpu")
+    done = run_here(
+        "bench.py", *shape, *flags, *([f"--against={against}"] if against else []), "--device=cpu"
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "found.json").read_text())
     assert [(run["name"], run["batch"]) for run in found["runs"]] == [
@@ -187,7 +191,7 @@ def test_generate_tells_prefill_decode_and_the_bandwidths_share(against, tmp_pat
 
 def test_what_a_checkpoint_costs(dataset, tmp_path):
     flags = [*TINY, f"--dataset={dataset}", "--checkpoint=True", "--bench_steps=5", "--rounds=2"]
-    done = run("bench.py", *flags, f"--json={tmp_path / 'found.json'}", cwd=tmp_path)
+    done = run_here("bench.py", *flags, f"--json={tmp_path / 'found.json'}", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "found.json").read_text())
     size = int(re.search(r"writes   (\d+) MB", done.stdout)[1])

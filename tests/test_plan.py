@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ENVIRONMENT, REPO, assert_user_error, run
+from conftest import ENVIRONMENT, REPO, assert_user_error, run_here
 
 import attention
 import model as model_file
@@ -64,7 +64,7 @@ def planned(capsys, *flags: str):
 
 def test_the_example_runs_and_its_proposal_can_be_run(tmp_path, capsys):
     command = (*GPT2, "--gpu=h100", "--n_gpus=64", "--device=cuda", "--json=plan.json")  # no GPU is needed
-    done = run("bench.py", *command, cwd=tmp_path)
+    done = run_here("bench.py", *command, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     printed, found = done.stdout, json.loads((tmp_path / "plan.json").read_text())
     flags = re.search(r"^flags +(.*)$", printed, re.M)[1].split()
@@ -255,7 +255,7 @@ def test_the_batch_shrinks_until_it_fits_and_then_other_ways_are_taken(capsys):
 def test_it_plans_for_this_machine_from_a_step_made_here(dataset, tmp_path):
     flags = (*SMALL, "--real_data=True", f"--dataset={dataset}", "--bench_steps=2", "--compile=False")
     flags += ("--device=cpu", "--dtype=float32", "--json=plan.json")
-    done = run("bench.py", *GPT2, *flags, cwd=tmp_path)
+    done = run_here("bench.py", *GPT2, *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "plan.json").read_text())
     assert "measured here" in done.stdout and found["mfu"] > 0
@@ -276,7 +276,7 @@ def test_wrong_settings():
             bench(replace(config, **other))
     with pytest.raises(UserError, match="init_from=some/model"):
         planned_shape(replace(config, init_from="some/model"))
-    assert_user_error(run("bench.py", *GPT2, "--interconnect=0"), "above 0")
+    assert_user_error(run_here("bench.py", *GPT2, "--interconnect=0"), "above 0")
 
 
 def test_every_gpu_has_a_data_sheet():
