@@ -187,12 +187,14 @@ def test_a_restart_takes_only_what_its_own_run_has_written(tmp_path, dataset, mo
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "gpt2")
     train_here(*flags, "--seed=7")
     old = (tmp_path / "last.pt").read_bytes()
+    (tmp_path / "loss.png").write_bytes(b"a picture")
     with RunFolder(tmp_path, print):  # the first start: it ends before it has written
         pass
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert run_folder.run_before_restart(tmp_path) is None
     assert "resumes" not in train_here(*flags)
     assert (tmp_path / "last.previous-1.pt").read_bytes() == old
+    assert (tmp_path / "loss.previous-1.png").read_bytes() == b"a picture"
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
     assert "resumes  after step 3" in train_here(*flags)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "other")
