@@ -117,7 +117,7 @@ class KVCache:
     def __init__(self, n_layer: int, heads: int, width: int, B: int, size: int, like: torch.Tensor) -> None:
         self.static = like.is_cuda  # the same shapes at every token, for CUDA graphs
         size += -size % 16  # GPUs copy a mask of another length at every reading; CPUs: see below
-        self.dtype = like.dtype if like.is_cuda else torch.float32
+        self.dtype = like.dtype if like.is_cuda else torch.float32  # one query's attention is slow in bf16
         shape = (n_layer, 2, B, heads, size, width)
         self.layers = torch.zeros(shape, device=like.device, dtype=self.dtype).unbind(0)
         self.length = 0

@@ -188,11 +188,6 @@ class Int8Linear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
-def bf16_is_supported(dtype: torch.dtype) -> bool:
-    """Whether this is bf16, and oneDNN multiplies it here."""
-    return dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
 @torch.no_grad()
 def prepare(model: nn.Module, dtype: torch.dtype, int8: bool = False, compile: bool = False) -> nn.Module:
     """The model for decoding only, changed in place: weights in `dtype`, or in 8 bits, and in fast layout.
@@ -205,7 +200,8 @@ def prepare(model: nn.Module, dtype: torch.dtype, int8: bool = False, compile: b
         model.decode = torch.compile(model.decode)
     on_cpu = model.transformer.wte.weight.device.type == "cpu"
     pack = not compile and on_cpu and torch.backends.mkldnn.is_available()
-    pack = pack and (dtype == torch.float32 or bf16_is_supported(dtype))
+    if pack and dtype != torch.float32:
+        pack = dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     kind = Int8Linear if int8 else PackedLinear if pack else None
     if kind:
         for module in list(model.modules()):

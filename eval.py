@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 from checkpoint import load_trained
 from data.dataset import Dataset, evaluation_windows, open_dataset, padded, strided_windows
 from data.meta import GPT2_META
-from data.questions import GPT2_HELLASWAG, hellaswag_file, read_questions
-from data.tokenizer import Tokenizer, start_of_text
+from data.questions import GPT2_HELLASWAG
+from data.tokenizer import Tokenizer, ids_of_prompt
 from errors import UserError, leave, one_line_errors, writable
 from evaluation import means_of, summed_loss
 from insight import next_tokens
@@ -30,7 +30,7 @@ from model import GPT
 from runtime import Runtime, start_runtime, stop_runtime
 from sample import find_tokenizer, read_prompt, warn
 from settings import EVAL_TASKS, TrainConfig
-from tasks import answers, check_lengths, choices, held_out_lines
+from tasks import answers, check_lengths, choices, held_out_lines, open_questions
 
 Result = dict[str, Any]
 
@@ -153,10 +153,7 @@ def questions(config: EvalConfig, trained: Trained, name: str) -> Callable[[], R
     if name == "choice" and not config.input:
         raise UserError("choice reads a file; give --input=FILE, or --tasks=hellaswag")
     runtime, block_size = trained.runtime, trained.model.config.block_size
-    path = hellaswag_file(config.input, runtime.is_main)
-    runtime.total()  # all ranks wait for the one that downloads it
-    begin = start_of_text(trained.tokenizer)
-    found = read_questions(path, trained.tokenizer, begin, block_size, config.max_items)
+    found = open_questions(config.input, trained.tokenizer, block_size, config.max_items, runtime)
 
     def task() -> Result:
         chosen = choices(trained.model, found, runtime, config.batch_size or 16)
@@ -195,7 +192,7 @@ def accuracy(config: EvalConfig, trained: Trained, name: str) -> Callable[[], Re
 def following(config: EvalConfig, trained: Trained, name: str) -> Callable[[], Result]:
     """The likeliest next tokens after a prompt."""
     prompt = read_prompt(config.start)
-    ids = trained.tokenizer.encode(prompt).tolist() or [start_of_text(trained.tokenizer)]
+    ids = ids_of_prompt(trained.tokenizer, prompt)
     check_lengths([(ids, [])], trained.model.config.block_size, "")
 
     def task() -> Result:

@@ -23,13 +23,14 @@ import torch
 
 from checkpoint import BEST, NEWEST, write_whole
 from errors import MachineError, UserError
+from plot import LOG, PICTURE
 
-LOG, LOCK, HISTORY, TENSORBOARD = "log.csv", "run.lock", "step-????????.pt", "tensorboard"
+LOCK, HISTORY, TENSORBOARD = "run.lock", "step-????????.pt", "tensorboard"
 COLUMNS = (
     "step", "tokens", "seconds", "loss", "lr", "grad_norm", "tokens_per_second", "train_loss", "val_loss",
     "val_bits_per_byte", "hellaswag", "accuracy",
 )  # fmt: skip
-MADE = (BEST, NEWEST, LOG, TENSORBOARD, "loss.png")
+MADE = (BEST, NEWEST, LOG, TENSORBOARD, PICTURE)
 HELD: set[str] = set()  # locks of this process: the system's do not keep it from itself
 PATIENCE = 5.0  # seconds: a killed run takes a moment to let go of its lock
 

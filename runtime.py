@@ -69,14 +69,12 @@ class Runtime:
         """The sum of each value over all ranks."""
         if self.world_size == 1:
             return list(values)
-        sums = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(sums)  # on the CPU, over gloo: nothing waits for a GPU
-        return sums.tolist()
+        return self.sum_over_ranks(np.array(values, np.float64)).tolist()
 
     def sum_over_ranks(self, array: np.ndarray) -> np.ndarray:
-        """The sum of each number of an array over all ranks."""
+        """The sum of each number of an array over all ranks, in place."""
         if self.world_size > 1:
-            dist.all_reduce(torch.from_numpy(array))
+            dist.all_reduce(torch.from_numpy(array))  # on the CPU, over gloo: nothing waits for a GPU
         return array
 
     def agree(self, value: float, message: str) -> None:

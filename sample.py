@@ -22,7 +22,7 @@ from checkpoint import load_trained
 from configurator import checked, typed
 from data.dataset import read_dataset_meta
 from data.meta import GPT2_META
-from data.tokenizer import Tokenizer, from_description, start_of_text
+from data.tokenizer import Tokenizer, from_description, ids_of_prompt
 from decoding import Choice, prepare, stream, uniform_draws
 from errors import UserError, one_line_errors
 from prompt_mode import prompt_mode
@@ -61,7 +61,7 @@ class Sampler:
         """The prompt's ids, one at least; with `whole` no more than the network reads. Raises UserError."""
         checked(SampleConfig, "start", prompt)
         try:
-            ids = self.tokenizer.encode(prompt).tolist() if prompt else [start_of_text(self.tokenizer)]
+            ids = ids_of_prompt(self.tokenizer, prompt)
         except UserError as error:
             raise UserError(f"{name}: {error}") from None
         block_size = self.model.config.block_size

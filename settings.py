@@ -213,7 +213,9 @@ class BenchConfig(TrainConfig):
         None, "with generate: tokens of a sample; None is 256, or what fits", at_least=3
     )
     num_samples: int = setting(10, "with generate: samples at once, beside one alone", at_least=1)
-    rounds: int = setting(3, "with generate, checkpoint and logs: how often each is timed", at_least=1)
+    rounds: int = setting(
+        3, "with generate, checkpoint, logs, questions: how often each is timed", at_least=1
+    )
     against: str | None = setting(
         None, "time these too, in turns: a nanoGPT checkout's folder, or transformers", path=True
     )
@@ -250,13 +252,6 @@ class AblateConfig(TrainConfig):
     plot: str = setting("ablate.png", "file of the plot", path=True)
 
 
-# what a sample's text depends on, beside its model and prompt, and how it is shown
-OF_A_SAMPLE = (
-    *("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"),
-    *("stop", "stop_at_end", "best_of", "show_probs", "seed"),
-)
-
-
 @dataclass
 class PlotConfig:
     """Draw the losses of runs beside each other, from their log.csv.
@@ -274,6 +269,13 @@ class PlotConfig:
 
     def __post_init__(self) -> None:
         check_settings(self)
+
+
+# what a sample's text depends on, beside its model and prompt, and how it is shown
+OF_A_SAMPLE = (
+    *("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"),
+    *("stop", "stop_at_end", "best_of", "show_probs", "seed"),
+)
 
 
 @dataclass

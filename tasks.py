@@ -7,7 +7,6 @@ stop equally often, and stop_asked tells all of them the same.
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +15,7 @@ import torch
 from attention import Branches
 from data.dataset import Dataset
 from data.questions import Question, hellaswag_file, read_questions
-from data.tokenizer import from_description, start_of_text
+from data.tokenizer import Tokenizer, from_description, ids_of_prompt
 from decoding import Choice, stream, uniform_draws
 from errors import UserError
 from model import GPT
@@ -121,17 +120,26 @@ def held_out_lines(
     """Prompt and answer of each line that has the separator, in ids; the separator ends the prompt."""
     problems = []
     for part in data.parts:
-        begins = np.append(
-            0, part.streams[split].places(data.newline) + 1
-        )  # of lines, and what follows the last
-        for begin, end in pairwise(begins.tolist()):
-            if len(problems) == limit:
-                return problems
-            line = part.streams[split].windows(np.array([begin]), end - begin)[0]
-            at = np.flatnonzero(line == data.separator)
-            if len(at):
-                problems.append((line[: at[0] + 1].tolist(), line[at[0] + 1 : -1].tolist()))
+        rest = np.empty(0, np.int64)  # what follows the last newline so far; at the end, no line
+        for _, ids in part.streams[split].chunks():
+            ids = np.concatenate([rest, ids])
+            *lines, rest = np.split(ids, np.flatnonzero(ids == data.newline) + 1)
+            for line in lines:
+                if len(problems) == limit:
+                    return problems
+                at = np.flatnonzero(line == data.separator)
+                if len(at):
+                    problems.append((line[: at[0] + 1].tolist(), line[at[0] + 1 : -1].tolist()))
     return problems
+
+
+def open_questions(
+    given: str | None, tokenizer: Tokenizer, block_size: int, limit: int | None, runtime: Runtime
+) -> list[Question]:
+    """Those of a file, by default HellaSwag's, which one rank downloads where it is missing. UserError."""
+    path = hellaswag_file(given, runtime.is_main)
+    runtime.agree(0, "")  # the others wait for it
+    return read_questions(path, tokenizer, block_size, limit)
 
 
 def check_lengths(problems: list[tuple[list[int], list[int]]], block_size: int, separator: str) -> None:
@@ -197,10 +205,8 @@ def make_ask(config: TrainConfig, data: Dataset, runtime: Runtime) -> Ask:
             raise UserError("the dataset names no tokenizer, so nothing can be asked; prepare it here")
         tokenizer = from_description(data.meta["tokenizer"])
     if config.eval_hellaswag:
-        path = hellaswag_file(config.hellaswag_input, runtime.is_main)
-        runtime.total()  # all ranks wait for the one that downloads it
-        begin = start_of_text(tokenizer)
-        questions = read_questions(path, tokenizer, begin, config.block_size, config.hellaswag_items)
+        sizes = (config.block_size, config.hellaswag_items)
+        questions = open_questions(config.hellaswag_input, tokenizer, *sizes, runtime)
     if config.eval_accuracy:
         if data.separator is None:
             raise UserError("eval_accuracy asks val's lines up to loss_after; give --loss_after='=', say")
@@ -211,15 +217,13 @@ def make_ask(config: TrainConfig, data: Dataset, runtime: Runtime) -> Ask:
         problems = held_out_lines(data)
         check_lengths(problems, config.block_size, config.loss_after)
     if config.eval_samples:
-        prompt = tokenizer.encode(config.sample_start).tolist() or [start_of_text(tokenizer)]
+        prompt = ids_of_prompt(tokenizer, config.sample_start)
         check_lengths([(prompt, [])], config.block_size, "")
     if config.shard:  # all ranks have to call the network equally often: each does all of it
         runtime = replace(runtime, rank=0, world_size=1)
     vocab_size, B = data.meta["vocab_size"], config.batch_size
 
-    def ask(
-        model: GPT, say: Callable[[str], None], stop_asked: Callable[[], bool]
-    ) -> dict[str, float] | None:
+    def ask(model: GPT, say: Say, stop_asked: Callable[[], bool]) -> dict[str, float] | None:
         found = {}
         if config.eval_hellaswag:
             chosen = choices(model, questions, runtime, B, stop_asked)

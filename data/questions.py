@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from data.meta import DATA
 from data.source import download
-from data.tokenizer import Tokenizer
+from data.tokenizer import Tokenizer, ids_of_prompt
 from errors import UserError
 
 HELLASWAG = (  # arXiv 1905.07830
@@ -32,12 +32,12 @@ def hellaswag_file(given: str | None = None, fetch: bool = True) -> Path:
 
 
 def read_questions(
-    path: Path, tokenizer: Tokenizer, begin: int, block_size: int, limit: int | None = None
+    path: Path, tokenizer: Tokenizer, block_size: int, limit: int | None = None
 ) -> list[Question]:
     """The first `limit` questions of a file, all if None, in ids: endings with a space before them.
 
-    Of a context that does not fit into block_size together with each ending, the end is kept; an empty one
-    is the id `begin`. Raises UserError that names the line.
+    Of a context that does not fit into block_size together with each ending, the end is kept. Raises
+    UserError that names the line.
     """
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
@@ -52,7 +52,7 @@ def read_questions(
             continue
         try:
             context, endings, label = fields(json.loads(line))
-            ids = [tokenizer.encode(context).tolist() or [begin]]
+            ids = [ids_of_prompt(tokenizer, context)]
             ids += [tokenizer.encode(f" {ending}").tolist() for ending in endings]
         except (ValueError, RecursionError) as error:  # deeply nested brackets
             raise UserError(

@@ -260,6 +260,11 @@ def start_of_text(tokenizer: Tokenizer) -> int:
     return tokenizer.end_of_text
 
 
+def ids_of_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """The prompt's ids, one at least: an empty one begins a document. Raises UserError."""
+    return tokenizer.encode(prompt).tolist() or [start_of_text(tokenizer)]
+
+
 def from_description(description: dict[str, Any]) -> Tokenizer:
     """The tokenizer that `describe` described. Raises UserError."""
     kind, chars, merges = (description.get(key) for key in ("kind", "chars", "merges"))

@@ -291,11 +291,9 @@ def test_a_long_context_keeps_its_end_and_an_empty_one_begins(tmp_path):
             {"ctx": "", "endings": ["a", "b"], "label": 0},
         ],
     )
-    long, empty = read_questions(tmp_path / "q.jsonl", ByteTokenizer(), 256, 10)
+    long, empty = read_questions(tmp_path / "q.jsonl", ByteTokenizer(), 10)
     assert bytes(long.context) == b"xxxxxyz" and list(map(bytes, long.endings)) == [b" abc", b" d"]
-    assert (
-        empty.context == [256] and len(read_questions(tmp_path / "q.jsonl", ByteTokenizer(), 256, 10, 1)) == 1
-    )
+    assert empty.context == [256] and len(read_questions(tmp_path / "q.jsonl", ByteTokenizer(), 10, 1)) == 1
     model = lively()
     assert choices(model, [long, empty], CPU, 2).shape == (2, 2)
 
@@ -331,7 +329,7 @@ def test_hellaswag_is_downloaded_once_and_checked(tmp_path, monkeypatch):
 def test_lines_that_are_no_questions(line, says, tmp_path):
     (tmp_path / "q.jsonl").write_text('{"ctx": "a", "endings": ["b", "c"], "label": 0}\n' + line)
     with pytest.raises(UserError, match=says) as told:
-        read_questions(tmp_path / "q.jsonl", ByteTokenizer(), 256, 32)
+        read_questions(tmp_path / "q.jsonl", ByteTokenizer(), 32)
     assert ";" in str(told.value)
 
 
@@ -371,7 +369,7 @@ def test_files_of_other_systems_and_lines_within_texts(tmp_path):
     entries = [{"ctx": "a\u2028b", "endings": ["c", "d"], "label": n % 2} for n in range(2)]
     lines = [json.dumps(entry, ensure_ascii=False) for entry in entries]
     (tmp_path / "q.jsonl").write_bytes(("\ufeff" + "\r\n".join(lines) + "\r\n").encode())
-    found = read_questions(tmp_path / "q.jsonl", ByteTokenizer(), 256, 32)
+    found = read_questions(tmp_path / "q.jsonl", ByteTokenizer(), 32)
     assert [(bytes(one.context).decode(), one.label) for one in found] == [("a\u2028b", 0), ("a\u2028b", 1)]
 
 
