@@ -28,9 +28,8 @@ from errors import UserError, one_line_errors
 from prompt_mode import prompt_mode
 from runtime import compile_works, progress_bar, start_runtime
 from settings import OF_A_SAMPLE
-from writing import Token, Writer, decode_stream, form_of, legend, shown
+from writing import Token, Writer, form_of, legend, shown
 
-__all__ = ["SEPARATOR", "Sampler", "decode_stream", "find_tokenizer", "warn"]
 SEPARATOR = "---------------"
 
 
@@ -52,10 +51,6 @@ class Sampler:
         self.tokenizer = find_tokenizer(contents, model.config.vocab_size, self.source)
         compile = compile and compile_works(self.runtime.device, warn)
         self.model = prepare(model.to(self.runtime.device), self.runtime.dtype, int8, compile)
-
-    def encode(self, prompt: str) -> torch.Tensor:
-        """The prompt's ids (1, T), T >= 1; an empty one is the start of a document. Raises UserError."""
-        return torch.tensor([self.ids_of(prompt)], device=self.runtime.device)
 
     def ids_of(self, prompt: str, name: str = "the prompt", whole: bool = True) -> list[int]:
         """The prompt's ids, one at least; with `whole` no more than the network reads. Raises UserError."""

@@ -4,7 +4,7 @@ import codecs
 import math
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from data.tokenizer import Tokenizer
@@ -107,16 +107,6 @@ class Writer:
 def begun(text: str, stop: str) -> int:
     """How many characters at the end of `text` may be the begin of `stop`."""
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
-
-
-def decode_stream(ids: Iterable[int], tokenizer: Tokenizer) -> Iterator[str]:
-    """Text of the ids, piece by piece; a character made of several tokens comes when it is complete."""
-    writer = Writer(tokenizer)
-    for id in ids:
-        writer.add(id)
-        yield writer.take_text()
-    writer.close()
-    yield writer.take_text()
 
 
 def form_of(show_probs: bool) -> str:

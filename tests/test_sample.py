@@ -13,7 +13,18 @@ from data.tokenizer import GPT2Tokenizer
 from decoding import Int8Linear, PackedLinear, prepare
 from errors import UserError
 from model import GPT, GPTConfig
-from sample import SEPARATOR, Sampler, decode_stream
+from sample import SEPARATOR, Sampler
+from writing import Writer
+
+
+def decode_stream(ids, tokenizer):
+    """The pieces in which a text comes."""
+    writer = Writer(tokenizer)
+    for id in ids:
+        writer.add(id)
+        yield writer.take_text()
+    writer.close()
+    yield writer.take_text()
 
 
 def sample(out_dir, *flags):
@@ -58,7 +69,7 @@ def test_temperature_0_takes_the_likeliest(trained):
     path = trained / "ckpt.pt"
     model = restore_model(load_checkpoint(path), path).eval()
     sampler = Sampler(str(trained), device="cpu", dtype="float32")
-    ids = sampler.encode("import ")
+    ids = torch.tensor([sampler.ids_of("import ")])
     for _ in range(9):  # up to the block's 16
         with torch.no_grad():
             logits, _ = model(ids)
