@@ -134,7 +134,7 @@ def test_all_limits_reach_the_choice_and_no_more_sequences_are_made_at_once_than
     chars.generate(["a"] * 5, 2, 20, batch_size=7)
     assert sizes[4:] == [6, 4]
     for number, prompt in enumerate(("abc", "j")):
-        draws, idx = decoding.uniform_draws(8, 5, 20), chars.encode(prompt)
+        draws, idx = decoding.uniform_draws(8, 5, 20), torch.tensor([chars.ids_of(prompt)])
         drawn = decoding.stream(chars.model, idx, 20, Choice(**limits), draws=draws, copies=5)
         rows = torch.cat([ids for ids, _ in drawn], 1).tolist()
         assert found[5 * number : 5 * number + 5] == [chars.tokenizer.decode(row) for row in rows]
