@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from checkpoint import load_trained
 from data.dataset import Dataset, evaluation_windows, open_dataset, padded, strided_windows
-from data.meta import GPT2_META
+from data.meta import GPT2_META, other_tokenizer
 from data.questions import GPT2_HELLASWAG
 from data.tokenizer import Tokenizer, ids_of_prompt
 from errors import UserError, leave, one_line_errors, writable
@@ -105,7 +105,7 @@ def data_of(config: EvalConfig, trained: Trained, **settings: Any) -> tuple[Data
     asked = TrainConfig(dataset=dataset, eval_iters=0, eval_splits=config.split, **settings)
     data = open_dataset(asked, (config.split,))
     theirs = trained.contents.get("meta", GPT2_META if trained.contents == {} else data.meta)["tokenizer"]
-    if None not in (theirs, data.meta["tokenizer"]) and theirs != data.meta["tokenizer"]:
+    if other_tokenizer(theirs, data.meta["tokenizer"]):
         raise UserError(f"{trained.source} has another tokenizer than {dataset}; use a dataset of its own")
     if data.meta["vocab_size"] > trained.model.config.vocab_size:
         raise UserError(f"{dataset} has more tokens than {trained.source} knows; use a dataset of its own")

@@ -32,7 +32,7 @@ from errors import UserError, one_line_errors
 
 LOG, PICTURE = "log.csv", "loss.png"
 MOST = 2000  # points of a line: more than a picture has columns
-SHARE = 0.0025  # of the machine's time, which drawing may take from a run's steps
+SHARE = 0.002  # of the machine's time, which drawing may take from a run's steps
 WAIT = 4.0  # seconds, at the end of a run, for its last picture
 COLORS = ("#4477aa", "#cc6677", "#228833", "#aa3377", "#ccbb44", "#66ccee", "#777777", "#ee7733")
 Log = dict[str, np.ndarray]  # columns by name, nan where a line has none

@@ -13,6 +13,7 @@ import torch
 
 from checkpoint import BEST, NEWEST, load_checkpoint, load_pretrained, newest_checkpoint, restore_model
 from data.dataset import Dataset, epoch_samples
+from data.meta import other_tokenizer
 from errors import UserError
 from guards import early_end
 from model import GPT, GPTConfig
@@ -84,8 +85,7 @@ def initial_model(
         model = GPT(new_shape(config, meta))
     else:
         model, origin = load_pretrained(source, config.dropout)
-    trained_on = origin.get("meta", meta)["tokenizer"]
-    if None not in (trained_on, meta["tokenizer"]) and trained_on != meta["tokenizer"]:
+    if other_tokenizer(origin.get("meta", meta)["tokenizer"], meta["tokenizer"]):
         raise UserError(
             f"{source} was trained with another tokenizer than {config.dataset} has; choose the dataset that "
             "it was trained on, or --init_from=scratch"

@@ -96,6 +96,11 @@ def ids_described(tokenizer: dict[str, Any]) -> int:
     return {"gpt2": GPT2_META["vocab_size"], "byte": 257}.get(str(tokenizer.get("kind")), 0)
 
 
+def other_tokenizer(trained_on: dict[str, Any] | None, given: dict[str, Any] | None) -> bool:
+    """Whether ids of the one mean something else to the other, as far as both are known."""
+    return None not in (trained_on, given) and trained_on != given
+
+
 def read_meta_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
