@@ -111,7 +111,8 @@ class KVCache:
     """Keys and values of the tokens read so far, for B sequences of up to `size`, allocated once.
 
     `heads` (K) and `width` (D) are those of a layer's keys and values. Before a reading, `rows` says which
-    sequences are read from position 0 on, or else `length` how many places the longest one takes then.
+    sequences are read from position 0 on, or else `used` how many there are, the first ones, and `length` how
+    many places the longest one takes then.
     """
 
     def __init__(self, n_layer: int, heads: int, width: int, B: int, size: int, like: torch.Tensor) -> None:
@@ -121,6 +122,7 @@ class KVCache:
         shape = (n_layer, 2, B, heads, size, width)
         self.layers = torch.zeros(shape, device=like.device, dtype=self.dtype).unbind(0)
         self.length = 0
+        self.used = B
         self.rows = self.all = torch.arange(B, device=like.device)
 
     def attend(
@@ -141,10 +143,11 @@ class KVCache:
         if position is None:
             past[:, self.rows, :, : k.size(2)] = new.repeat_interleave(len(self.rows) // len(k), dim=1)
             return causal_attention(q, k, v, scale)
+        past = past[:, : self.used]
         if len(position) == 1:
             past.index_copy_(3, position[0], new)
         else:
-            past[:, self.all, :, position[:, 0]] = new.squeeze(3).transpose(0, 1)  # (B, 2, K, D)
+            past[:, self.all[: self.used], :, position[:, 0]] = new.squeeze(3).transpose(0, 1)  # (B, 2, K, D)
         past = past if self.static else past[:, :, :, : self.length + -self.length % 16]
         if layer == 0:  # what is added to the scores in all layers: -inf after `position`
             later = torch.arange(past.size(3), device=past.device) > position

@@ -69,6 +69,114 @@ def uniform_draws(seed: int, copies: int, count: int) -> torch.Tensor:
     return torch.from_numpy(np.stack([row.random(count, np.float32) for row in rows]))
 
 
+class Batch:
+    """Sequences of which each goes on by a token at a time, together; they may join and leave in between.
+
+    Each token is read once: keys and values are kept. Of a sequence, the newest tokens are known, up to
+    block_size. Where they fill it, the last three quarters are read anew, as positions from 0 on, which makes
+    room for the next quarter. On a GPU, reading a token of each becomes a CUDA graph, unless `graph` is False.
+    """
+
+    def __init__(self, model: nn.Module, rows: int, size: int | None = None, graph: bool = True) -> None:
+        """Room for so many sequences; `size` is their longest, where that is below block_size."""
+        config, weight = model.config, model.transformer.wte.weight
+        self.model, self.device, self.block_size = model, weight.device, config.block_size
+        size = min(size or self.block_size, self.block_size)
+        size += -size % 16
+        heads = (config.kv_heads, config.n_embd // config.n_head)
+        self.cache = KVCache(config.n_layer, *heads, rows, size, weight)
+        self.text = torch.zeros(rows, size + 1, dtype=torch.long, device=self.device)
+        self.newest = self.text[:0, :1]  # (B, 1), the only ones that have not been read
+        self.lengths = np.zeros(0, np.int64)  # (B,) of the texts
+        self.place: torch.Tensor | None = None  # of the newest, (1 or B, 1); None: the lengths say it
+        self.joined: list[tuple[np.ndarray, int]] = []  # rows to read from the first token on, and copies
+        self.graph, self.graphs = graph and weight.is_cuda, {}
+
+    def join(self, prompts: Sequence[torch.Tensor], copies: int = 1) -> None:
+        """One sequence more, behind the others, for each copy of each of N prompts (T,) of one id or more."""
+        begin = len(self.lengths)
+        prompts = [prompt[-self.block_size :] for prompt in prompts]
+        self.lengths = np.append(self.lengths, np.repeat([len(prompt) for prompt in prompts], copies))
+        for number, prompt in enumerate(prompts):
+            at = begin + number * copies
+            self.text[at : at + copies, : len(prompt)] = prompt
+        self.joined.append((np.arange(begin, len(self.lengths)), copies))
+        self.newest = torch.cat([self.newest, self.newest.new_zeros(len(prompts) * copies, 1)])
+        self.place = None
+
+    def leave(self, row: int) -> None:
+        """Forget a sequence; the last one takes its row. Those that joined have to be read before."""
+        last = len(self.lengths) - 1
+        length = min(int(self.lengths[last]), self.block_size)
+        for past in self.cache.layers if row < last else ():
+            past[:, row, :, :length] = past[:, last, :, :length]
+        for rows in (self.text, self.newest, self.lengths):
+            rows[row] = rows[last]
+        self.newest, self.lengths, self.place = self.newest[:last], self.lengths[:last], None
+
+    def read(self) -> torch.Tensor:
+        """Read what is new of all B sequences; logits (B, V) of what follows, which the next call overwrites."""
+        B, anew = len(self.lengths), self.joined
+        full = np.flatnonzero(self.lengths > self.block_size)  # whose newest token has no place
+        self.joined = []
+        self.cache.used = B
+        if len(full):
+            anew = [*anew, (full, 1)]
+        if sum(len(rows) for rows, _ in anew) < B:  # of the others, what is computed here is overwritten
+            logits = self.read_newest()
+        else:
+            logits = None
+        if len(full):
+            kept = max(1, self.block_size * 3 // 4)
+            end = self.block_size + 1
+            self.text[full, :kept] = self.text[full, end - kept : end]
+            self.lengths[full], self.place = kept, None
+        for rows, copies in anew:
+            part = self.read_from_the_first(rows, copies)
+            if len(rows) == B:
+                logits = part
+            else:
+                logits = part.new_zeros(B, part.size(1)) if logits is None else logits
+                logits = logits.index_copy(0, self.cache.rows, part)
+        return logits
+
+    def read_newest(self) -> torch.Tensor:
+        """Logits (B, V) after the newest token of each."""
+        self.cache.length = min(int(self.lengths.max()), self.block_size)
+        inputs = (self.newest, self.places().clamp(max=self.block_size - 1))
+        if not self.graph:
+            return self.model.decode(*inputs, self.cache)
+        shapes = tuple(len(tensor) for tensor in inputs)
+        if shapes not in self.graphs:
+            self.graphs[shapes] = cuda_graph(partial(self.model.decode, cache=self.cache), *inputs)
+        return self.graphs[shapes](*inputs)
+
+    def read_from_the_first(self, rows: np.ndarray, copies: int) -> torch.Tensor:
+        """Logits (len(rows), V) after all of some texts, of which `copies` neighbours are the same."""
+        lengths = self.lengths[rows[::copies]]
+        width = int(lengths.max())
+        width = min(width + -width % 16, self.block_size)  # the same numbers as in another batch: attention.py
+        self.cache.rows = torch.from_numpy(rows).to(self.device)
+        last = torch.from_numpy(lengths - 1).to(self.device)
+        logits = self.model.prefill(self.text[self.cache.rows[::copies], :width], last, self.cache)
+        return logits.repeat_interleave(copies, 0)
+
+    def places(self) -> torch.Tensor:
+        """Where the newest token of each stands: (B, 1), or (1, 1) where that is the same place."""
+        if self.place is None:
+            alike = len(set(self.lengths.tolist())) == 1
+            lengths = torch.from_numpy(self.lengths[:1] if alike else self.lengths)
+            self.place = (lengths[:, None] - 1).to(self.device)
+        return self.place
+
+    def add(self, ids: torch.Tensor) -> None:
+        """The next token of each sequence, ids (B, 1)."""
+        self.place = self.places() + 1
+        self.text[: len(ids)].scatter_(1, self.place.expand_as(ids), ids)
+        self.newest = ids
+        self.lengths += 1
+
+
 def stream(
     model: nn.Module,
     idx: torch.Tensor,
@@ -84,68 +192,27 @@ def stream(
 
     idx (N, T) are prompts, of which each goes on in so many `copies`, one after another: B = N·copies. They
     may have `lengths` of their own; what stands behind is not read. `draws` (B, max_new_tokens) are uniform
-    in [0, 1), by default from torch's generator.
-
-    Each token is read once: keys and values are kept. Where a sequence fills block_size, the last three
-    quarters of it are read anew, as positions from 0 on, which makes room for the next quarter. Ids from
-    `vocab_size` on are never chosen: a padded vocabulary has them, no tokenizer can read them. The caller
-    sets eval mode. On a GPU, reading a token becomes a CUDA graph, unless `graph` is False.
+    in [0, 1), by default from torch's generator. Ids from `vocab_size` on are never chosen: a padded
+    vocabulary has them, no tokenizer can read them. The caller sets eval mode. `graph`: see Batch.
     """
-    config, weight, device = model.config, model.transformer.wte.weight, idx.device
-    block_size, B = config.block_size, len(idx) * copies
-    ends = np.repeat(idx.size(1) if lengths is None else np.array(lengths), B if lengths is None else copies)
-    begins = np.maximum(ends - block_size, 0)  # of what each sequence has in the cache
-    alike = bool((ends == ends[0]).all())  # then they stay so
-    text = torch.cat([idx.repeat_interleave(copies, 0), idx.new_zeros(B, max_new_tokens)], dim=1)
-    behind = torch.from_numpy(ends)[:, None].to(device)  # (B, 1)
-    size = min(block_size, int(ends.max()) + max_new_tokens)
-    cache = KVCache(config.n_layer, config.kv_heads, config.n_embd // config.n_head, B, size, weight)
-    decode, recorded = partial(model.decode, cache=cache), not (graph and weight.is_cuda)
-    draws = (torch.rand(B, max_new_tokens) if draws is None else draws).to(device)
-    seen, next_id, position = None, text[:, :1], behind
-
-    def read(rows: np.ndarray, into: np.ndarray) -> torch.Tensor:
-        """Read what some sequences have from `begins` on into the cache of these or more; (rows, V)."""
-        widths = ends[rows] - begins[rows]
-        width = int(widths.max())
-        width = min(width + -width % 16, block_size)  # the same numbers as in another batch: attention.py
-        window = idx.new_zeros(len(rows), width)
-        for number, row in enumerate(rows.tolist()):
-            window[number, : widths[number]] = text[row, begins[row] : ends[row]]
-        cache.rows = torch.from_numpy(into).to(device)
-        return model.prefill(window, torch.from_numpy(widths - 1).to(device), cache)
-
-    everyone = np.arange(B)
+    B = len(idx) * copies
+    prompts = [row[:length] for row, length in zip(idx, lengths or [idx.size(1)] * len(idx), strict=True)]
+    batch = Batch(model, B, max(map(len, prompts)) + max_new_tokens, graph)
+    batch.join(prompts, copies)
+    draws = (torch.rand(B, max_new_tokens) if draws is None else draws).to(idx.device)
+    seen = None
     for number in range(max_new_tokens):
         with torch.no_grad():
-            full = np.flatnonzero(ends - begins > block_size)  # the newest token has no place
-            if number == 0:
-                logits = read(everyone[::copies], everyone).repeat_interleave(copies, 0)  # prompts once
-            elif len(full) < B:  # those that are full go on with what is read below
-                cache.length = min(int((ends - begins).max()), block_size)
-                if not recorded:
-                    decode, recorded = cuda_graph(decode, next_id, position), True
-                logits = decode(next_id, position)
-            if number and len(full):
-                begins[full] = ends[full] - max(1, block_size * 3 // 4)
-                again = read(full, full)
-                logits = again if alike else logits.index_copy(0, cache.rows, again)
-            if number == 0 or len(full):
-                places = np.minimum(ends - begins, block_size - 1)  # of what comes next
-                position = torch.from_numpy(places[:1] if alike else places)[:, None].to(device)
-            else:
-                position = (position + 1).clamp(max=block_size - 1)
-            logits = logits[:, :vocab_size]
+            logits = batch.read()[:, :vocab_size]
             if choice.repetition_penalty != 1 and seen is None:
                 seen = torch.zeros_like(logits, dtype=torch.bool)
-                for row, end in enumerate(ends.tolist()):
-                    seen[row, text[row, :end]] = True
-            next_id = sample_token(logits, choice, draws[:, number : number + 1], seen)  # (B, 1)
-            text.scatter_(1, behind, next_id)
+                for row in range(B):
+                    seen[row, prompts[row // copies]] = True
+            ids = sample_token(logits, choice, draws[:, number : number + 1], seen)  # (B, 1)
             if seen is not None:
-                seen.scatter_(1, next_id, True)
-            behind, ends = behind + 1, ends + 1
-        yield Drawn(next_id, logits)
+                seen.scatter_(1, ids, True)
+            batch.add(ids)
+        yield Drawn(ids, logits)
 
 
 class PackedLinear(nn.Module):
