@@ -70,11 +70,11 @@ def uniform_draws(seed: int, copies: int, count: int) -> torch.Tensor:
 
 
 class Batch:
-    """Sequences of which each goes on by a token at a time, together; they may join and leave in between.
+    """Sequences that go on together, by a token of each at a time; they may join and leave in between.
 
-    Each token is read once: keys and values are kept. Of a sequence, the newest tokens are known, up to
-    block_size. Where they fill it, the last three quarters are read anew, as positions from 0 on, which makes
-    room for the next quarter. On a GPU, reading a token of each becomes a CUDA graph, unless `graph` is False.
+    Each token is read once: keys and values are kept. Where a sequence fills block_size, the last three
+    quarters of it are read anew, as positions from 0 on, which makes room for the next quarter. On a GPU,
+    reading a token of each becomes a CUDA graph, unless `graph` is False.
     """
 
     def __init__(self, model: nn.Module, rows: int, size: int | None = None, graph: bool = True) -> None:
@@ -115,7 +115,7 @@ class Batch:
         self.newest, self.lengths, self.place = self.newest[:last], self.lengths[:last], None
 
     def read(self) -> torch.Tensor:
-        """Read what is new of all B sequences; logits (B, V) of what follows, which the next call overwrites."""
+        """Read what is new of all sequences: (B, V), scores of what follows, which the next call changes."""
         B, anew = len(self.lengths), self.joined
         full = np.flatnonzero(self.lengths > self.block_size)  # whose newest token has no place
         self.joined = []
@@ -155,7 +155,9 @@ class Batch:
         """Logits (len(rows), V) after all of some texts, of which `copies` neighbours are the same."""
         lengths = self.lengths[rows[::copies]]
         width = int(lengths.max())
-        width = min(width + -width % 16, self.block_size)  # the same numbers as in another batch: attention.py
+        width = min(
+            width + -width % 16, self.block_size
+        )  # the same numbers as in another batch: attention.py
         self.cache.rows = torch.from_numpy(rows).to(self.device)
         last = torch.from_numpy(lengths - 1).to(self.device)
         logits = self.model.prefill(self.text[self.cache.rows[::copies], :width], last, self.cache)

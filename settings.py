@@ -337,6 +337,39 @@ class SampleConfig:
 
 
 @dataclass
+class ServeConfig:
+    """Serve a trained GPT, or GPT-2: a page to write with, and OpenAI's /v1/completions for other programs.
+
+    usage: python serve.py --out_dir=out-shakespeare-char [--setting=value ...]
+           python serve.py --init_from=gpt2 --host=0.0.0.0 --api_key=FILE:key.txt
+
+    The page is at http://127.0.0.1:8000 and for this machine alone, unless host says otherwise.
+    """
+
+    init_from: str = setting(
+        "resume", "resume (out_dir's checkpoint), gpt2[-medium|-large|-xl], or a folder", path=True
+    )
+    out_dir: str = setting("out", "folder of the checkpoint", path=True)
+    host: str = setting("127.0.0.1", "address to listen on; 0.0.0.0 is all, and needs an api_key")
+    port: int = setting(8000, "0 is any that is free", at_least=0, at_most=65535)
+    api_key: str | None = setting(
+        None,
+        "what whoever asks has to know; FILE:path reads it from a file, which no list of processes shows",
+    )
+    batch_size: int = setting(16, "samples written at once; memory for their keys and values", at_least=1)
+    queue: int = setting(64, "requests that may wait beside them; those above are refused", at_least=0)
+    max_new_tokens: int = setting(4096, "the most that a request may ask for, of each sample", at_least=1)
+    device: str = setting("auto", "auto (cuda, else mps, else cpu), cpu, cuda, cuda:1, mps")
+    dtype: str = setting("auto", "of the arithmetic", choices=DTYPES)
+    int8: bool = setting(False, "weights in 8 bits: less memory, a little less exact")
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        if not self.host:
+            raise ValueError("host is empty; name an address, such as 127.0.0.1")
+
+
+@dataclass
 class EvalConfig:
     """Measure a trained GPT, or GPT-2: its loss, what it knows, what it answers.
 

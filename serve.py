@@ -1,0 +1,273 @@
+"""A page to write with, and an API for OpenAI's clients: python serve.py --out_dir=out-shakespeare-char"""
+
+from configurator import configure
+from settings import ServeConfig
+
+if __name__ == "__main__":
+    CONFIG = configure(ServeConfig)  # before torch is loaded, so that --help and mistakes answer at once
+
+import asyncio
+import hmac
+import ipaddress
+import json
+import secrets
+import signal
+import socket
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from completions import Completion, answer, choice, failure, joined, read_body, usage
+from engine import Engine, Full, News, Request
+from errors import UserError, one_line_errors
+from sample import Sampler, read_prompt, warn
+
+with one_line_errors():
+    try:
+        import uvicorn
+        from starlette import requests
+        from starlette.applications import Starlette
+        from starlette.exceptions import HTTPException
+        from starlette.middleware import Middleware
+        from starlette.middleware.trustedhost import TrustedHostMiddleware
+        from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+        from starlette.routing import Route
+    except ImportError as error:
+        raise UserError(f"serve.py needs {error.name}; run: pip install -r requirements-serve.txt") from None
+
+PAGE = Path(__file__).with_name("page.html")
+BODY_BYTES, BODY_SECONDS = 1 << 20, 30  # of a request, at most
+HERE = ["127.0.0.1", "localhost", "[::1]"]
+ALLOWED = (  # to the page: nothing of others, and nobody may show it within a page of theirs
+    "default-src 'none'; connect-src 'self'; media-src blob:; img-src data:; style-src 'unsafe-inline'; "
+    "script-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+Written = AsyncIterator[tuple[int, News]]  # with the number of the prompt
+
+
+class Face:
+    """What the routes answer, from one engine."""
+
+    def __init__(self, config: ServeConfig, sampler: Sampler, engine: Engine, key: str | None) -> None:
+        self.config, self.sampler, self.engine, self.key = config, sampler, engine, key
+        from_run = config.init_from == "resume"
+        self.name = Path(config.out_dir if from_run else config.init_from).resolve().name
+
+    async def page(self, request: requests.Request) -> Response:
+        about = {
+            "model": self.name,
+            "source": self.sampler.source,
+            "tokens": self.config.max_new_tokens,
+            "samples": min(8, self.config.batch_size),
+            "key": self.key is not None,
+        }
+        text = PAGE.read_text(encoding="utf-8").replace(
+            "{{about}}", json.dumps(about).replace("<", "\\u003c")
+        )
+        return HTMLResponse(text, headers={"Content-Security-Policy": ALLOWED, "Cache-Control": "no-store"})
+
+    async def health(self, request: requests.Request) -> Response:
+        return JSONResponse({"writes": len(self.engine.samples), "waits": len(self.engine.waiting)})
+
+    async def models(self, request: requests.Request) -> Response:
+        self.check_key(request)
+        model = {"id": self.name, "object": "model", "created": 0, "owned_by": "distrogpt"}
+        return JSONResponse({"object": "list", "data": [model]})
+
+    async def completions(self, request: requests.Request) -> Response:
+        self.check_key(request)
+        body, most = await body_of(request), self.config
+        try:
+            samples = most.batch_size
+            asked = read_body(body, self.sampler, most.max_new_tokens, samples, samples + most.queue)
+        except UserError as error:
+            raise HTTPException(400, str(error)) from None
+        news: asyncio.Queue[tuple[int, News] | None] = asyncio.Queue()
+        rows = [self.row(prompt.ids, asked, number, news) for number, prompt in enumerate(asked.prompts)]
+        try:
+            self.engine.submit(rows)
+        except Full:
+            wait = {"Retry-After": "1"}
+            raise HTTPException(429, f"{most.queue} requests wait already; try again", wait) from None
+        written = written_of(request, rows, news)
+        if asked.config.stream:
+            return StreamingResponse(self.streamed(asked, written), media_type="text/event-stream")
+        return await self.whole(asked, written)
+
+    def row(self, ids: list[int], asked: Completion, number: int, news: asyncio.Queue) -> Request:
+        """A prompt for the engine, whose news come into the queue with the prompt's number."""
+        loop = asyncio.get_running_loop()
+
+        def tell(one: News) -> None:
+            with suppress(RuntimeError):  # the loop has ended, and with it whoever asked
+                loop.call_soon_threadsafe(news.put_nowait, (number, one))
+
+        return Request(ids, asked.asked, tell, asked.config.logprobs or 0)
+
+    async def whole(self, asked: Completion, written: Written) -> Response:
+        """One answer, when all is written."""
+        n, samples = asked.config.n, {}
+        async for number, news in written:
+            if news.ended == "error":
+                return JSONResponse(failure(500, news.text), 500)
+            samples.setdefault((number, news.sample), []).append(news)
+        choices, made = [], 0
+        for number, prompt in enumerate(asked.prompts):
+            done = [joined(samples[number, sample]) for sample in range(asked.asked.num_samples)]
+            made += sum(news.made for news in done)
+            for news in (
+                sorted(done, key=lambda news: news.score, reverse=True)[:n] if len(done) > n else done
+            ):
+                begin = prompt.text if asked.config.echo else ""
+                choices.append(choice(len(choices), news, asked.config.logprobs, begin))
+        id = f"cmpl-{secrets.token_hex(12)}"
+        return JSONResponse(answer(id, self.name, choices, usage(asked, made)))
+
+    async def streamed(
+        self, asked: Completion, written: AsyncIterator[tuple[int, News]]
+    ) -> AsyncIterator[str]:
+        """An event for each news."""
+        id, config = f"cmpl-{secrets.token_hex(12)}", asked.config
+        told, made = {}, {}  # characters and tokens of each sample
+        async for number, news in written:
+            if news.ended == "error":
+                yield event(failure(500, news.text))
+                return
+            place = number * config.n + news.sample
+            begin = asked.prompts[number].text if config.echo and place not in told else ""
+            part = choice(place, news, config.logprobs, begin, told.get(place, 0))
+            told[place], made[place] = told.get(place, 0) + len(part["text"]), news.made
+            yield event(answer(id, self.name, [part]))
+        if asked.tells_usage:
+            yield event(answer(id, self.name, [], usage(asked, sum(made.values()))))
+        yield "data: [DONE]\n\n"
+
+    def check_key(self, request: requests.Request) -> None:
+        """Raises HTTPException where the key is not told."""
+        given = request.headers.get("authorization", "").removeprefix("Bearer ")
+        if self.key is not None and not hmac.compare_digest(given.encode(), self.key.encode()):
+            why = "the API key is missing or wrong; send Authorization: Bearer KEY"
+            raise HTTPException(401, why, {"WWW-Authenticate": "Bearer"})
+
+    def app(self) -> Starlette:
+        routes = [
+            Route("/", self.page),
+            Route("/health", self.health),
+            Route("/v1/models", self.models),
+            Route("/v1/completions", self.completions, methods=["POST"]),
+        ]
+        # a page of others may let the name of a server of theirs become this address
+        hosts = ["*"] if self.key else [*HERE, self.config.host]
+        guard = Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)
+        handlers = {HTTPException: refused, Exception: broken}
+        return Starlette(routes=routes, middleware=[guard], exception_handlers=handlers)
+
+
+def event(part: dict[str, Any]) -> str:
+    """A server-sent event."""
+    return f"data: {json.dumps(part)}\n\n"
+
+
+async def refused(request: requests.Request, error: HTTPException) -> Response:
+    why = " ".join(error.detail.split())
+    if error.status_code in (404, 405):
+        why = f"{request.method} {request.url.path[:100]} is not served; POST /v1/completions is, which goes on with text"
+    return JSONResponse(failure(error.status_code, why), error.status_code, error.headers)
+
+
+async def broken(request: requests.Request, error: Exception) -> Response:
+    return JSONResponse(failure(500, "internal error"), 500)
+
+
+async def body_of(request: requests.Request) -> Any:
+    """The JSON of a body. Raises HTTPException."""
+    if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
+        # what pages of others can send without asking is of another type
+        raise HTTPException(415, "the body is not declared to be JSON; send Content-Type: application/json")
+
+    async def read() -> bytes:
+        data = b""
+        async for part in request.stream():
+            data += part
+            if len(data) > BODY_BYTES:
+                raise HTTPException(413, f"the body has over {BODY_BYTES} bytes; send fewer")
+        return data
+
+    try:
+        return json.loads(await asyncio.wait_for(read(), BODY_SECONDS))
+    except (ValueError, RecursionError) as error:
+        raise HTTPException(400, f"the body is no JSON ({error}); send an object") from None
+    except (TimeoutError, asyncio.TimeoutError):
+        raise HTTPException(408, f"the body took over {BODY_SECONDS} s; send it faster") from None
+
+
+async def written_of(request: requests.Request, rows: list[Request], news: asyncio.Queue) -> Written:
+    """All news of some rows, until all have ended. Where whoever asked leaves, the engine forgets them."""
+
+    async def wait_until_gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        news.put_nowait(None)
+
+    gone, left = asyncio.create_task(wait_until_gone()), sum(row.asked.num_samples for row in rows)
+    try:
+        while left:
+            found = await news.get()
+            if found is None:
+                raise HTTPException(499, "whoever asked has left")
+            left -= found[1].ended is not None
+            yield found
+    finally:
+        gone.cancel()
+        for row in rows:
+            row.gone = True
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """The address, taken. Raises UserError where it cannot be."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=512)
+    except (OSError, UnicodeError) as error:
+        why = getattr(error, "strerror", None) or "no such address"
+        raise UserError(
+            f"host={host}, port={port} cannot be listened on ({why}); choose another port"
+        ) from None
+
+
+def find_key(config: ServeConfig) -> str | None:
+    """The key that whoever asks must tell. Raises UserError where others would get in without one."""
+    key = None if config.api_key is None else read_prompt(config.api_key).strip()
+    if key == "":
+        raise UserError("api_key is empty; choose a long one")
+    with suppress(ValueError):
+        if config.host == "localhost" or ipaddress.ip_address(config.host).is_loopback:
+            return key
+    if key is None:
+        raise UserError(f"host={config.host} lets other machines in; set --api_key=SECRET or FILE:path, too")
+    return key
+
+
+def main(config: ServeConfig) -> None:
+    """Serve until Ctrl-C. Raises UserError."""
+    key = find_key(config)
+    with listen(config.host, config.port) as address:
+        sampler = Sampler(config.out_dir, config.init_from, config.device, config.dtype, int8=config.int8)
+        engine = Engine(sampler, config.batch_size, config.queue)
+        face = Face(config, sampler, engine, key)
+        quiet = {"log_level": "warning", "access_log": False, "server_header": False, "lifespan": "off"}
+        server = uvicorn.Server(uvicorn.Config(face.app(), ws="none", timeout_graceful_shutdown=1, **quiet))
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # which uvicorn calls when it has ended
+        host, port = address.getsockname()[:2]
+        warn(f"{sampler.source} ({sampler.runtime.describe()})")
+        print(f"http://{f'[{host}]' if ':' in host else host}:{port}  (Ctrl-C ends)", flush=True)
+        try:
+            server.run(sockets=[address])
+        finally:
+            engine.close()
+
+
+if __name__ == "__main__":
+    with one_line_errors("lower --batch_size"):
+        main(CONFIG)
