@@ -172,7 +172,9 @@ def event(part: dict[str, Any]) -> str:
 async def refused(request: requests.Request, error: HTTPException) -> Response:
     why = " ".join(error.detail.split())
     if error.status_code in (404, 405):
-        why = f"{request.method} {request.url.path[:100]} is not served; POST /v1/completions is, which goes on with text"
+        why = (
+            f"{request.method} {request.url.path[:100]} is not served; POST /v1/completions is, with a prompt"
+        )
     return JSONResponse(failure(error.status_code, why), error.status_code, error.headers)
 
 
@@ -249,15 +251,20 @@ def find_key(config: ServeConfig) -> str | None:
     return key
 
 
+def server_of(config: ServeConfig, sampler: Sampler, engine: Engine, key: str | None) -> uvicorn.Server:
+    """What answers: run it with a socket that listens."""
+    quiet = {"log_level": "warning", "access_log": False, "server_header": False, "lifespan": "off"}
+    app = Face(config, sampler, engine, key).app()
+    return uvicorn.Server(uvicorn.Config(app, ws="none", timeout_graceful_shutdown=1, **quiet))
+
+
 def main(config: ServeConfig) -> None:
     """Serve until Ctrl-C. Raises UserError."""
     key = find_key(config)
     with listen(config.host, config.port) as address:
         sampler = Sampler(config.out_dir, config.init_from, config.device, config.dtype, int8=config.int8)
         engine = Engine(sampler, config.batch_size, config.queue)
-        face = Face(config, sampler, engine, key)
-        quiet = {"log_level": "warning", "access_log": False, "server_header": False, "lifespan": "off"}
-        server = uvicorn.Server(uvicorn.Config(face.app(), ws="none", timeout_graceful_shutdown=1, **quiet))
+        server = server_of(config, sampler, engine, key)
         signal.signal(signal.SIGINT, signal.default_int_handler)  # which uvicorn calls when it has ended
         host, port = address.getsockname()[:2]
         warn(f"{sampler.source} ({sampler.runtime.describe()})")

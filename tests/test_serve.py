@@ -1,0 +1,489 @@
+"""serve.py: the page, OpenAI's clients, many at once, and what is refused."""
+
+import gc
+import http.client
+import json
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from conftest import ENVIRONMENT, REPO, assert_user_error, run
+
+pytest.importorskip("starlette", reason="needs requirements-serve.txt")
+import engine as engine_module
+import serve
+from decoding import Batch, prepare
+from engine import Engine, Request
+from errors import UserError
+from model import GPT, GPTConfig
+from sample import Sampler
+from settings import ServeConfig
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+class Served:
+    """A server in threads of this process, on a port of its own."""
+
+    def __init__(self, out_dir, key=None, **settings):
+        self.config = ServeConfig(out_dir=str(out_dir), device="cpu", dtype="float32", port=0, **settings)
+        self.sampler = Sampler(str(out_dir), device="cpu", dtype="float32")
+        self.engine = Engine(self.sampler, self.config.batch_size, self.config.queue)
+        self.socket = serve.listen("127.0.0.1", 0)
+        self.port = self.socket.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.server = serve.server_of(self.config, self.sampler, self.engine, key)
+        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.socket]})
+        self.thread.start()
+
+    def close(self):
+        self.server.should_exit = True
+        self.thread.join()
+        self.engine.close()
+
+    def request(self, method, path, body=None, headers=(), raw=False):
+        """Status, headers and body of an answer."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        sent = {"Content-Type": "application/json", **dict(headers)}
+        connection.request(method, path, body if raw or body is None else json.dumps(body), sent)
+        answer = connection.getresponse()
+        text = answer.read().decode()
+        connection.close()
+        return answer.status, answer.headers, text
+
+    def complete(self, prompt="def ", **body):
+        status, _, text = self.request("POST", "/v1/completions", {"prompt": prompt, **body})
+        assert status == 200, text
+        return json.loads(text)
+
+    def texts(self, prompt="def ", **body):
+        return [choice["text"] for choice in self.complete(prompt, **body)["choices"]]
+
+    def stream(self, prompt="def ", **body):
+        """The events of a streamed completion."""
+        status, headers, text = self.request(
+            "POST", "/v1/completions", {"prompt": prompt, "stream": True, **body}
+        )
+        assert status == 200 and headers["Content-Type"].startswith("text/event-stream")
+        lines = text.split("\n\n")
+        assert lines[-2:] == ["data: [DONE]", ""]
+        return [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
+
+    def open(self, body):
+        """A request on a connection of its own, to be left."""
+        connection = socket.create_connection(("127.0.0.1", self.port))
+        data = json.dumps(body).encode()
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}\r\n"
+        connection.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + data)
+        return connection
+
+    def until(self, **state):
+        """Wait until /health says so."""
+        end = time.monotonic() + 20
+        while (found := json.loads(self.request("GET", "/health")[2])) != state:
+            assert time.monotonic() < end, found
+            time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def served(trained):
+    one = Served(trained)
+    yield one
+    one.close()
+
+
+def test_sequences_that_join_and_leave_go_on_as_they_would_alone():
+    torch.manual_seed(1)
+    shape = {"block_size": 32, "vocab_size": 50, "n_layer": 2, "n_head": 4, "n_embd": 128, "n_kv_head": 2}
+    model = prepare(GPT(GPTConfig(**shape, rotary=True)), torch.float32)
+    rng, batch = random.Random(1), Batch(model, 6)
+    rows, ended, alone = [], [], []  # the prompt of each row, and the scores so far
+    with torch.no_grad():
+        for _ in range(150):
+            for row in reversed(range(len(rows))):
+                if rng.random() < 0.04:
+                    batch.leave(row)
+                    ended.append(rows[row])
+                    rows[row] = rows[-1]
+                    rows.pop()
+            copies = rng.choice([0, 0, 0, 1, 2])
+            if copies and len(rows) + copies <= 6:
+                prompt = [rng.randrange(50) for _ in range(rng.randint(1, 40))]
+                batch.join([torch.tensor(prompt)], copies)
+                rows += [(prompt, []) for _ in range(copies)]
+            if rows:
+                logits = batch.read().clone()
+                batch.add(logits.argmax(dim=-1, keepdim=True))
+                for (_, found), scores in zip(rows, logits, strict=True):
+                    found.append(scores)
+        for prompt, found in ended + rows:
+            batch = Batch(model, 1)
+            batch.join([torch.tensor(prompt)])
+            for scores in found:
+                assert torch.equal(batch.read()[0], scores)  # to the last bit
+                batch.add(scores.argmax()[None, None])
+            alone.append(len(found))
+    assert len(alone) > 10 and max(alone) > 40
+
+
+def test_32_clients_at_once_get_what_sample_py_writes_and_nothing_is_lost(served):
+    asked = []
+    for number in range(32):
+        prompt = ["def ", "class Parser", "\n", "import os\nimport"][number % 4]
+        how = {"temperature": [0.8, 0.0, 1.3][number % 3], "top_k": [None, 5][number % 2], "seed": number}
+        how |= {"repetition_penalty": [1.0, 1.3][number % 5 == 0], "top_p": [1.0, 0.9][number % 7 == 0]}
+        asked.append((prompt, how, 20 + number, 1 + number % 3, [(), ("e ",)][number % 2]))
+
+    def ask(one):
+        prompt, how, tokens, n, stop = one
+        body = {**how, "max_tokens": tokens, "n": n, "stop": list(stop)}
+        if tokens % 2:
+            return served.texts(prompt, **body)
+        texts = [""] * n
+        for event in served.stream(prompt, **body):
+            for choice in event["choices"]:
+                texts[choice["index"]] += choice["text"]
+        return texts
+
+    with ThreadPoolExecutor(32) as pool:
+        found = list(pool.map(ask, asked))
+    for (prompt, how, tokens, n, stop), texts in zip(asked, found, strict=True):
+        more = {"max_new_tokens": tokens, "num_samples": n, "stop": list(stop), "echo": False}
+        assert texts == served.sampler.generate(prompt, **how, **more)
+    served.until(writes=0, waits=0)
+
+
+def test_what_was_served_is_kept_nowhere(served):
+    for _ in range(3):
+        served.stream(max_tokens=10, n=3, logprobs=3)
+    served.until(writes=0, waits=0)
+    gc.collect()
+    kept = [one for one in gc.get_objects() if type(one) in (Request, engine_module.Sample)]
+    assert kept == []
+
+
+def test_openais_client(served):
+    openai = pytest.importorskip("openai", reason="needs the openai package")
+    client = openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0)
+    name = client.models.list().data[0].id
+    how = {"model": name, "prompt": "def ", "max_tokens": 12, "seed": 3, "temperature": 0.8}
+    expected = served.sampler.generate("def ", 2, 12, seed=3, top_k=None, echo=False)
+    whole = client.completions.create(**how, n=2, logprobs=2)
+    assert [choice.text for choice in whole.choices] == expected and whole.choices[
+        0
+    ].finish_reason == "length"
+    assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (4, 24)
+    chances = whole.choices[1].logprobs
+    tokens = list(served.sampler.tokens("def ", 12, seed=3, top_k=None))
+    first = whole.choices[0].logprobs
+    assert first.tokens == [token.text for token in tokens]
+    assert first.token_logprobs == pytest.approx([token.logprob for token in tokens])
+    assert "".join(chances.tokens) == expected[1] and chances.text_offset == list(range(12))
+    assert all(len(place) == 2 for place in chances.top_logprobs)
+    parts = list(client.completions.create(**how, stream=True, stream_options={"include_usage": True}))
+    assert "".join(part.choices[0].text for part in parts[:-1]) == expected[0]
+    assert parts[-2].choices[0].finish_reason == "length" and parts[-1].usage.completion_tokens == 12
+    assert client.completions.create(**how, echo=True).choices[0].text == "def " + expected[0]
+    several = client.completions.create(**how | {"prompt": ["def ", "class "]}).choices
+    assert [choice.index for choice in several] == [0, 1] and several[0].text == expected[0]
+    ids = served.sampler.tokenizer.encode("def ").tolist()
+    assert client.completions.create(**how | {"prompt": ids}).choices[0].text == expected[0]
+    stop = expected[0][5]
+    cut = client.completions.create(**how, stop=stop).choices[0]
+    assert cut.text == expected[0][: expected[0].index(stop)] and cut.finish_reason == "stop"
+    ours = {"top_k": 3, "min_p": 0.05, "repetition_penalty": 1.2}
+    (text,) = served.sampler.generate("def ", 1, 12, seed=3, echo=False, **ours)
+    assert client.completions.create(**how, extra_body=ours).choices[0].text == text
+    with pytest.raises(openai.BadRequestError, match="max_tokens"):
+        client.completions.create(**how | {"max_tokens": 10**6})
+
+
+def test_the_likeliest_of_several(served):
+    how = {"max_tokens": 8, "seed": 5, "temperature": 1.2}
+    every = served.complete(n=6, logprobs=0, **how)["choices"]
+    scores = {choice["text"]: sum(choice["logprobs"]["token_logprobs"]) for choice in every}
+    assert served.texts(n=2, best_of=6, **how) == sorted(scores, key=scores.get, reverse=True)[:2]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_whoever_leaves_ends_what_was_written_for_them(served, stream):
+    leaver = served.open({"prompt": "def ", "max_tokens": 4096, "n": 3, "stream": stream})
+    served.until(writes=3, waits=0)
+    begun = time.monotonic()
+    leaver.close()
+    served.until(writes=0, waits=0)
+    assert time.monotonic() - begun < 1.5  # 4,096 tokens of each take longer
+
+
+def test_a_full_queue_refuses_and_those_who_wait_are_served(trained):
+    one = Served(trained, batch_size=1, queue=2)
+    try:
+        first = one.open({"prompt": "def ", "max_tokens": 4096})
+        one.until(writes=1, waits=0)
+        with ThreadPoolExecutor(2) as pool:
+            waiting = pool.submit(one.texts, "class ", max_tokens=5, seed=1)
+            one.until(writes=1, waits=1)
+            leaver = one.open({"prompt": "def ", "max_tokens": 5})
+            one.until(writes=1, waits=2)
+            status, headers, text = one.request("POST", "/v1/completions", {"prompt": "def "})
+            assert status == 429 and headers["Retry-After"] and "try again" in text
+            leaver.close()  # while it waits
+            first.close()
+            assert waiting.result() == one.sampler.generate(
+                "class ", 1, 5, temperature=1.0, top_k=None, seed=1, echo=False
+            )
+        one.until(writes=0, waits=0)
+    finally:
+        one.close()
+
+
+@pytest.mark.parametrize(
+    "body, words",
+    [
+        ("{", "no JSON"),
+        ("[" * 100_000, "no JSON"),
+        ("\xff", "no JSON"),
+        ("[]", "no JSON object"),
+        ({"prompt": 5}, "neither text nor"),
+        ({"prompt": []}, "0 prompts"),
+        ({"prompt": ["a"] * 100}, "100 prompts"),
+        ({"prompt": [0, 10**6]}, "ids from 0 to"),
+        ({"prompt": [[-1]]}, "ids from 0 to"),
+        ({"prompt": [[0], True]}, "neither text nor"),
+        ({"prompt": "\N{SNOWMAN}"}, "not in the vocabulary"),
+        ({"prompt": "a" * 17}, "17 tokens, the model reads 16"),
+        ({"prompt": "a", "max_tokens": 4097}, "4096 or fewer"),
+        ({"prompt": "a", "max_tokens": 0}, "at least 1"),
+        ({"prompt": "a", "n": 17}, "16 or fewer"),
+        ({"prompt": "a", "n": True}, "whole number"),
+        ({"prompt": "a", "best_of": 2, "n": 3}, "best_of"),
+        ({"prompt": "a", "best_of": 2, "stream": True}, "best_of"),
+        ({"prompt": "a", "temperature": "hot"}, "temperature"),
+        ({"prompt": "a", "top_p": 0}, "above 0"),
+        ({"prompt": "a", "seed": -1}, "seed"),
+        ({"prompt": "a", "seed": 10**5000}, "seed"),
+        ({"prompt": "a", "stop": [""]}, "stop"),
+        ({"prompt": "a", "stop": {"a": 1}}, "stop"),
+        ({"prompt": "a", "logprobs": 21}, "at most 20"),
+        ({"prompt": "a", "stream": "yes"}, "True or False"),
+        ({"prompt": "a", "stream_options": 3}, "stream_options"),
+        ({"prompt": "a", "logit_bias": {"5": 3}}, "not served"),
+        ({"prompt": "a", "presence_penalty": 1}, "presence_penalty"),
+        ({"prompt": "a", "suffix": "b"}, "suffix"),
+        ({"promt": "a"}, "promt is no setting"),
+    ],
+)
+def test_what_is_wrong_is_refused_with_a_reason(served, body, words):
+    raw = isinstance(body, str)
+    if isinstance(body, dict) and body.get("seed", 0) > 2**63:
+        raw, body = True, '{"prompt": "a", "seed": 1' + "0" * 4000 + "}"
+    status, _, text = served.request(
+        "POST", "/v1/completions", body.encode("latin-1") if raw else body, raw=raw
+    )
+    assert status == 400 and words in json.loads(text)["error"]["message"], text
+    assert ";" in json.loads(text)["error"]["message"]
+
+
+def test_other_mistakes_are_refused(served):
+    def refused(method, path, *more, **how):
+        status, _, text = served.request(method, path, *more, **how)
+        assert json.loads(text)["error"]["code"] == status
+        return status
+
+    body = {"prompt": "a", "max_tokens": 1}
+    assert refused("POST", "/v1/completions", {"prompt": "a" * (1 << 20)}) == 413
+    assert refused("GET", "/v1/completions") == 405
+    assert refused("POST", "/v1/chat/completions", body) == 404
+    plain = {"Content-Type": "text/plain"}  # what another page can send without being asked
+    assert refused("POST", "/v1/completions", body, headers=plain) == 415
+    status, _, text = served.request("GET", "/", headers={"Host": "evil.example"})
+    assert status == 400 and "{{" not in text
+    assert served.request("GET", "/", headers={"Host": "localhost:8000"})[0] == 200
+    assert served.texts(**body)  # and goes on
+
+
+def test_a_failure_is_told_and_others_are_served(served, monkeypatch, capfd):
+    good = Batch.read
+    for error, words in (
+        (RuntimeError("out of memory"), "out of memory; "),
+        (ValueError("a bug"), "internal error"),
+    ):
+
+        def fail(batch, error=error):
+            raise error
+
+        monkeypatch.setattr(Batch, "read", fail)
+        status, _, text = served.request("POST", "/v1/completions", {"prompt": "a"})
+        assert status == 500 and words in text
+        body = {"prompt": "a", "stream": True}
+        assert words in served.request("POST", "/v1/completions", body)[2]
+        monkeypatch.setattr(Batch, "read", good)
+        assert served.texts(max_tokens=3)
+    assert "a bug" in capfd.readouterr().err
+
+
+def test_a_key_is_asked_for(trained):
+    one = Served(trained, key="secret")
+    try:
+        body = {"prompt": "a", "max_tokens": 2}
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Bearer s\xe9cret"}):
+            status, more, text = one.request("POST", "/v1/completions", body, headers)
+            assert status == 401 and "Bearer KEY" in text and more["WWW-Authenticate"]
+            assert one.request("GET", "/v1/models", headers=headers)[0] == 401
+        right = {"Authorization": "Bearer secret", "Host": "my.example"}
+        assert one.request("POST", "/v1/completions", body, right)[0] == 200
+        assert one.request("GET", "/", headers={"Host": "my.example"})[0] == 200
+    finally:
+        one.close()
+
+
+def test_other_machines_get_in_with_a_key_alone(tmp_path):
+    for host in ("0.0.0.0", "192.168.1.2", "::", "my.example"):
+        with pytest.raises(UserError, match="api_key"):
+            serve.find_key(ServeConfig(host=host))
+    for host in ("127.0.0.1", "localhost", "::1"):
+        assert serve.find_key(ServeConfig(host=host)) is None
+    (tmp_path / "key").write_text("secret\n")
+    assert serve.find_key(ServeConfig(host="0.0.0.0", api_key=f"FILE:{tmp_path / 'key'}")) == "secret"
+    with pytest.raises(UserError, match="empty"):
+        serve.find_key(ServeConfig(api_key=""))
+
+
+def test_as_a_command_until_ctrl_c(trained):
+    command = [sys.executable, str(REPO / "serve.py"), f"--out_dir={trained}", "--port=0", "--device=cpu"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, env=ENVIRONMENT, text=True, **pipes)
+    url = process.stdout.readline().split()[0]
+    port = int(url.rpartition(":")[2])
+    assert url.startswith("http://127.0.0.1:")
+    with socket.create_connection(("127.0.0.1", port)) as idle:
+        idle.sendall(b"GET / HTTP/1.1\r\n")
+        assert_user_error(
+            run("serve.py", f"--out_dir={trained}", f"--port={port}"), f"port={port}", "another"
+        )
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=20)
+    assert process.returncode == 130 and "Traceback" not in err and "ckpt.pt, step 20" in err
+
+
+# ---- the page
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs the playwright package")
+    if not CHROMIUM:
+        pytest.skip("needs Chromium")
+    quiet = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+    args = [*quiet.split(), "--disable-component-update", "--disable-sync"]
+    with playwright.sync_playwright() as started:
+        chromium = started.chromium.launch(executable_path=CHROMIUM, args=args)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def page(browser, served, request):
+    context = browser.new_context(**getattr(request, "param", {}))
+    page = context.new_page()
+    page.set_default_timeout(20_000)
+    said, asked = [], []
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(served.url)
+    yield page
+    said = [line for line in said if "400 (Bad Request)" not in line]  # which tests provoke
+    assert said == []  # no error, and nothing that its own rules forbid
+    assert all(url.startswith((served.url, "data:")) for url in asked)
+    context.close()
+
+
+def samples_of(page) -> list[str]:
+    return [sample.text_content() for sample in page.locator("article pre").all()]
+
+
+def test_the_page_writes_several_samples_that_go_on(page, served):
+    page.fill("[name=prompt]", "def ")
+    for name, value in {"max_tokens": 30, "n": 3, "seed": 7, "temperature": 0.9, "top_k": 20}.items():
+        page.fill(f"[name={name}]", str(value))
+    page.click("#go")
+    page.locator("#go", has_text="Write").wait_for()
+    expected = served.sampler.generate("def ", 3, 30, temperature=0.9, top_k=20, seed=7)
+    assert samples_of(page) == expected
+    assert "90 tokens" in page.inner_text("#state")
+    page.locator("article").nth(1).get_by_text("Go on").click()
+    page.locator("#state", has_text="30 tokens").wait_for()
+    page.locator("#go", has_text="Write").wait_for()
+    (more,) = served.sampler.generate("def " + expected[1][-12:], 1, 1)  # the block holds 16 tokens
+    assert [len(text) for text in samples_of(page)] == [34, 64, 34] and more
+
+
+def test_hovering_tells_how_likely_a_token_was(page, served):
+    page.fill("[name=prompt]", "class ")
+    for name, value in {"max_tokens": 12, "n": 1, "seed": 2}.items():
+        page.fill(f"[name={name}]", str(value))
+    page.click("#go")
+    page.locator("#go", has_text="Write").wait_for()
+    tokens = list(served.sampler.tokens("class ", 12, temperature=0.8, top_k=200, seed=2))
+    page.locator("article pre b").nth(4).hover()
+    row = page.locator("#hint tr.taken td").all_text_contents()
+    shown = json.dumps(tokens[4].text)[1:-1].replace('\\"', '"').replace(" ", "\N{OPEN BOX}")
+    assert row[0] == shown and float(row[1].split()[0]) == pytest.approx(
+        100 * 2.718281828 ** tokens[4].logprob, abs=0.06
+    )
+    assert page.locator("#hint tr").count() in (5, 6)
+
+
+def test_text_appears_while_it_is_written_and_stops(page, served):
+    page.fill("[name=max_tokens]", "4096")
+    page.fill("[name=n]", "2")
+    page.press("[name=prompt]", "Control+Enter")
+    first = page.locator("article pre b").first
+    first.wait_for()
+    before = len(samples_of(page)[0])
+    page.wait_for_timeout(150)
+    assert len(samples_of(page)[0]) > before and page.inner_text("#go") == "Stop"
+    page.click("#go")
+    page.locator("#go", has_text="Write").wait_for()
+    served.until(writes=0, waits=0)
+    assert len(samples_of(page)[0]) < 4096
+    page.fill("[name=prompt]", "\N{SNOWMAN}")
+    page.click("#go")
+    page.locator("#wrong", has_text="not in the vocabulary").wait_for()
+
+
+@pytest.mark.parametrize(
+    "page",
+    [{"color_scheme": "dark", "viewport": {"width": 360, "height": 640}, "has_touch": True}],
+    indirect=True,
+)
+def test_on_a_phone_and_in_the_dark(page):
+    def brightness() -> int:
+        return sum(
+            map(
+                int,
+                page.evaluate_handle("() => getComputedStyle(document.body).backgroundColor")
+                .json_value()[4:-1]
+                .split(","),
+            )
+        )
+
+    assert brightness() < 200
+    page.click("#theme")
+    assert brightness() > 600
+    page.fill("[name=max_tokens]", "60")
+    page.click("#go")
+    page.locator("#go", has_text="Write").wait_for()
+    wide = page.evaluate_handle("() => document.documentElement.scrollWidth").json_value()
+    assert wide <= 360
+    page.locator("article pre b").nth(3).tap()
+    assert page.locator("#hint").is_visible()
