@@ -1,17 +1,18 @@
 # make demo: train a small model on this machine and read what it writes. make test: the whole suite.
 
 PYTHON ?= python3
-BIN := .venv/bin
+BIN := $(if $(filter Windows_NT,$(OS)),.venv/Scripts,.venv/bin)
 INSTALLED := .venv/requirements.installed
+TESTABLE := .venv/requirements-test.installed
 OUT := out-stdlib-char
 
-.PHONY: help install demo test chaos lint clean
+.PHONY: help install demo serve test chaos lint clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
 	@awk -F ':|## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$NF}' $(MAKEFILE_LIST)
 
-install: $(INSTALLED) ## create .venv and install requirements.txt
+install: $(INSTALLED) ## create .venv with what training and sampling need
 
 $(INSTALLED): requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
@@ -20,6 +21,10 @@ $(INSTALLED): requirements.txt
 		|| { echo "error: $(PYTHON) cannot make a .venv; on Debian and Ubuntu: apt install python3-venv" >&2; exit 2; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+$(TESTABLE): requirements-test.txt requirements-serve.txt | $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-test.txt
 	@touch $@
 
 data/stdlib_char/meta.json: | $(INSTALLED)
@@ -31,15 +36,19 @@ demo: $(INSTALLED) data/stdlib_char/meta.json ## prepare, train for a minute or 
 	@echo "These are samples of $(OUT)/ckpt.pt, which train.py trained on the source of Python's standard library"
 	@echo "(data/stdlib_char). More: $(BIN)/python sample.py --out_dir=$(OUT) --start='class ' --temperature=0.5"
 
-test: $(INSTALLED) ## run all tests
+serve: $(INSTALLED) ## write with the demo's model on a page of your browser
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-serve.txt
+	$(BIN)/python serve.py --out_dir=$(OUT)
+
+test: $(TESTABLE) ## run all tests
 	$(BIN)/python -m pytest
 
-chaos: $(INSTALLED) ## kill a run 60 times at random, and read 4,000 damaged files: some minutes
+chaos: $(TESTABLE) ## kill a run 60 times at random, and read 4,000 damaged files: some minutes
 	CHAOS_KILLS=60 FUZZ_INPUTS=4000 $(BIN)/python -m pytest -s -n 0 tests/test_chaos.py tests/test_fuzz.py tests/test_fuzz_checkpoint.py
 
-lint: $(INSTALLED) ## check style and format
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+lint: $(TESTABLE) ## check style and format
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
 
 clean: ## remove .venv and caches; data and checkpoints stay
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis

@@ -31,6 +31,7 @@ import torch.nn.functional as F
 import attention as attention_file
 import model as model_file
 from bench_questions import bench_questions
+from bench_serve import bench_serve
 from checkpoint import BEST, NEWEST, training_state, write_whole
 from data.dataset import Dataset
 from decoding import Choice, prepare, stream
@@ -534,7 +535,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     runtime = start_runtime("cpu" if elsewhere else config.device, config.dtype)
     ways = {"plan": bench_plan, "ladder": bench_ladder, "generate": bench_generate}
     ways |= {"checkpoint": bench_checkpoint, "logs": bench_logs, "find_batch": bench_batch}
-    ways |= {"questions": bench_questions, "profile": bench_step}
+    ways |= {"questions": bench_questions, "serve": bench_serve, "profile": bench_step}
     modes = [name for name in ways if getattr(config, name)]
     measure = ways[modes[0]] if modes else bench_step
     modes += ["against"] if config.against and measure not in (bench_step, bench_generate) else []

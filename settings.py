@@ -208,13 +208,16 @@ class BenchConfig(TrainConfig):
     checkpoint: bool = setting(False, "time what a checkpoint costs the steps")
     logs: bool = setting(False, "time what logs and plots cost the steps")
     questions: bool = setting(False, "time multiple choice, batched against one by one")
+    serve: bool = setting(
+        False, "time out_dir's model through serve.py, beside sample.py; 32 clients at once"
+    )
     generate: bool = setting(False, "time sampling instead of training")
     max_new_tokens: int | None = setting(
         None, "with generate: tokens of a sample; None is 256, or what fits", at_least=3
     )
     num_samples: int = setting(10, "with generate: samples at once, beside one alone", at_least=1)
     rounds: int = setting(
-        3, "with generate, checkpoint, logs, questions: how often each is timed", at_least=1
+        3, "with generate, checkpoint, logs, questions, serve: how often each is timed", at_least=1
     )
     against: str | None = setting(
         None, "time these too, in turns: a nanoGPT checkout's folder, or transformers", path=True
