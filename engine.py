@@ -34,7 +34,7 @@ class News(NamedTuple):
     likeliest: list[list[Token]] = []  # for each of these tokens, the likeliest ones at its place
     made: int = 0  # tokens so far, with the one that ended it
     ended: str | None = None  # why: stop, length, or error, which `text` says then
-    score: float = 0.0  # the mean log-likelihood of its tokens
+    score: float = 0.0  # the mean log-likelihood of its tokens, when it has ended
 
 
 class Request:
@@ -86,7 +86,8 @@ class Sample:
         tokens = self.writer.take_tokens()
         likeliest = self.likeliest[self.told : self.told + len(tokens)]
         self.told += len(tokens)
-        text, score = self.writer.take_text(), self.writer.score
+        score = self.writer.score if self.ended else 0.0
+        text = self.writer.take_text()
         return News(self.number, text, tokens, likeliest, self.made, self.ended, score)
 
 
