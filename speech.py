@@ -21,7 +21,7 @@ from checkpoint import write_whole
 from errors import UserError, is_out_of_memory, writable
 
 LONGEST = 400  # characters that a voice gets at once: its memory grows with them
-AFTER_SENTENCE, AFTER_PARAGRAPH, BETWEEN_TEXTS = 0.3, 0.6, 1.2  # seconds of silence
+AFTER_SENTENCE, AFTER_PARAGRAPH, BETWEEN_TEXTS = 0.3, 1.2, 2.0  # seconds of silence
 LARGEST = (1 << 32) - 1024  # bytes of sound, which the header of a wav file can count
 INSTALL = "run: pip install -r requirements-audio.txt"
 # In a process of its own: on each system it wants the main thread, and may hang or take the process with it.

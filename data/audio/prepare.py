@@ -205,8 +205,8 @@ def load_model(args: argparse.Namespace) -> Any:
 
 def fetched(name: str) -> str:
     """The folder of a model of the hub, downloaded where the cache has it not. Raises UserError."""
-    import huggingface_hub
     from faster_whisper import download_model
+    from huggingface_hub import constants
 
     try:
         folder = download_model(name, local_files_only=True)
@@ -215,15 +215,15 @@ def fetched(name: str) -> str:
     except Exception:  # it is not there, which the hub's client says in several ways
         pass
     try:
-        if not huggingface_hub.constants.HF_HUB_OFFLINE:
+        if not constants.HF_HUB_OFFLINE:
             try:  # the hub's client would try for long
-                urllib.request.urlopen(huggingface_hub.constants.ENDPOINT, timeout=10).close()
+                urllib.request.urlopen(constants.ENDPOINT, timeout=10).close()
             except urllib.error.HTTPError:
                 pass  # it answers
             print(f"downloads the Whisper model {name}", flush=True)
         return download_model(name)
     except Exception as error:
-        offline = huggingface_hub.constants.HF_HUB_OFFLINE
+        offline = constants.HF_HUB_OFFLINE
         reason = "HF_HUB_OFFLINE is set" if offline else str(getattr(error, "reason", error))[:100]
         raise UserError(
             f"the Whisper model {name} is not in the cache, and there is no download ({reason}); "
