@@ -110,6 +110,7 @@ def whisper(monkeypatch):
         "faster_whisper": {"WhisperModel": Model, "available_models": lambda: ["tiny", "small"]},
         "av": {"open": Container, "FFmpegError": FFmpegError, "InvalidDataError": InvalidDataError}
         | {"AudioResampler": lambda *format: resampler},
+        "onnxruntime": {},
     }
     for name, contents in fakes.items():
         module = types.ModuleType(name)

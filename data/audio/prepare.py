@@ -25,7 +25,7 @@ import numpy as np
 from data.documents import Corpus, checksum, find_files
 from data.source import argument_parser, common_options, patterns_of
 from data.text.prepare import known_tokenizer, make_dataset, options_of, room_for
-from data.tokenizer import END_OF_TEXT
+from data.tokenizer import END_OF_TEXT, interruptible
 from data.writer import write_text
 from errors import UserError, is_out_of_memory, one_line_errors
 
@@ -35,7 +35,7 @@ KINDS = (
 )
 COMPUTE_TYPES = ("auto", "int8", "int8_float16", "int8_bfloat16", "int16", "float16", "bfloat16", "float32")
 RATE = 16_000  # samples a second, which Whisper wants
-PART = 1200  # seconds that are in memory at once, and are lost by a kill at most
+PART = 600  # seconds that are in memory at once (about 1 GB), and are lost by a kill at most
 CUT_WITHIN = 60  # seconds at the end of a part in which the quietest place is sought
 PAUSE = 1.0  # seconds after the end of a sentence that begin a new line
 WHISPER = {
@@ -176,6 +176,7 @@ def load_model(args: argparse.Namespace) -> Any:
     """The Whisper model, from its folder, the hub's cache or the hub. Raises UserError."""
     try:
         import av  # noqa: F401  the recordings' decoder, which comes with faster-whisper
+        import onnxruntime  # noqa: F401  for its detector of silence
         from faster_whisper import WhisperModel, available_models
     except ImportError as error:
         raise UserError(
@@ -307,11 +308,12 @@ def hours_bar(recordings: list[Recording]) -> Iterator[tuple[Callable[[str], Non
     ) as bar:
 
         def at(recording: Recording, seconds: float) -> None:
-            new = min(seconds, lengths[recording.path]) - before[recording.path]
-            before[recording.path] += new
-            speed = sum(before.values()) / max(1e-9, bar.format_dict["elapsed"])
+            before[recording.path] = min(seconds, lengths[recording.path])
+            done = sum(before.values())
+            speed = done / max(1e-9, bar.format_dict["elapsed"])
             bar.set_postfix_str(f"{speed:.1f} times as fast as speech", refresh=False)
-            bar.update(new / 3600)
+            bar.n = done / 3600
+            bar.update(0)
 
         yield lambda line: bar.write(line, file=sys.stderr), at
 
@@ -378,7 +380,8 @@ def main() -> None:
     with room_for(args):
         folder = args.output / "transcripts"
         recordings = find_recordings(args.input, folder, args.model, args.language)
-        transcribe_all(recordings, args)
+        with interruptible():  # Whisper is minutes in one call where it is large; what is written is whole
+            transcribe_all(recordings, args)
         gather(recordings, args.output / "transcripts.txt")
         make_dataset(args, Corpus([args.output / "transcripts.txt"], strip=patterns_of(args)))
 
