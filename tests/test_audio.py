@@ -173,9 +173,11 @@ def test_only_what_is_new_is_transcribed(whisper, book, prepare, tmp_path):
     killed = prepare(book)
     assert killed.returncode == 130 and "Traceback" not in killed.stderr
     assert whisper == [10, 20, 99]  # in natural order, whatever the case of letters
+    (tmp_path / "out" / "transcripts" / "chapter3.0.part.0123.part").write_text("half a li")  # of the kill
     write_wav(book / "chapter3.wav", np.full(1000, 25))
     assert prepare(book).returncode == 0 and whisper[3:] == [25, 30]
     assert documents(tmp_path / "out") == [f"{said(loudness)}\n" for loudness in (10, 20, 25, 30)]
+    assert {path.suffix for path in (tmp_path / "out" / "transcripts").iterdir()} == {".txt"}
     write_wav(book / "chapter1.wav", np.full(audio.RATE, 11))  # of the same size
     (mended,) = (tmp_path / "out" / "transcripts").glob("Chapter2.*")
     mended.write_text("I mended this by hand.\n")

@@ -354,6 +354,8 @@ def gather(recordings: list[Recording], path: Path) -> None:
     if not texts:
         raise UserError("no speech was found in any recording; listen to them, or try a larger --model")
     write_text(path, END_OF_TEXT.join(texts))
+    for left in paths[0].parent.glob("*.part"):  # by calls that were killed
+        left.unlink()
     print(f"{path}: {sum(len(text.split()) for text in texts):,} words of {len(texts):,} recordings")
 
 
