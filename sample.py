@@ -28,6 +28,7 @@ from errors import UserError, one_line_errors
 from prompt_mode import prompt_mode
 from runtime import compile_works, progress_bar, start_runtime
 from settings import OF_A_SAMPLE
+from speech import check_wav, load_voice, speak
 from writing import Token, Writer, form_of, legend, shown
 
 SEPARATOR = "---------------"
@@ -247,22 +248,28 @@ def warn(line: str) -> None:
 
 
 def main(config: SampleConfig) -> None:
-    """Print samples, or talk with someone who gives prompts. Raises UserError."""
+    """Print samples, and speak them; or talk with someone who gives prompts. Raises UserError."""
     prompts = read_prompts(config)
+    if config.speak:  # what it needs is told before the model is loaded
+        check_wav(config.speak)
+        voice = load_voice(config.voice)
     where = (config.device, config.dtype, config.compile, config.int8)
     sampler = Sampler(config.out_dir, config.init_from, *where)
     warn(f"{sampler.source} ({sampler.runtime.describe()})")
     if config.interactive:
         prompt_mode(sampler, config)
-    else:
-        print_samples(sampler, prompts, config)
+        return
+    texts = print_samples(sampler, prompts, config)
+    if config.speak:
+        warn(f"{config.speak}: {speak(texts, voice, config.speak):.1f} seconds, spoken by {voice.name}")
 
 
-def print_samples(sampler: Sampler, prompts: dict[str, str], config: SampleConfig) -> None:
-    """A single sample as it is made, several when they are done. Raises UserError, first of all."""
+def print_samples(sampler: Sampler, prompts: dict[str, str], config: SampleConfig) -> list[str]:
+    """A single sample as it is made, several when they are done; all texts. Raises UserError, at first."""
     ids = [sampler.ids_of(prompt, name) for name, prompt in prompts.items()]
     form = form_of(config.show_probs)
-    begins = [prompt if config.echo and form != "lines" else "" for prompt in prompts.values()]
+    heard = [prompt if config.echo else "" for prompt in prompts.values()]
+    begins = ["" if form == "lines" else prompt for prompt in heard]
     end = "" if form == "lines" else "\n"  # each of the lines has one
     if form == "colours":
         print(legend())
@@ -271,11 +278,14 @@ def print_samples(sampler: Sampler, prompts: dict[str, str], config: SampleConfi
         for writer in sampler.live(ids[0], config):
             print(shown(writer, form), end="", flush=True)
         print(end=end, flush=True)
-        return
+        return [heard[0] + writer.text]
     total = len(ids) * config.num_samples * config.best_of * config.max_new_tokens
+    texts = []
     with progress_bar(0, total, sampler.runtime, print, " tokens") as (say, advance):
         for number, writer in enumerate(sampler.samples(ids, config, advance)):
             say(f"{begins[number // config.num_samples]}{shown(writer, form)}{end}{SEPARATOR}")
+            texts.append(heard[number // config.num_samples] + writer.text)
+    return texts
 
 
 if __name__ == "__main__":

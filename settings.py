@@ -326,6 +326,12 @@ class SampleConfig:
     show_probs: bool = setting(
         False, "each token's chance, nothing left out: as colours on a terminal, else in lines"
     )
+    speak: str | None = setting(None, "say the samples too, into this .wav file, in their order", path=True)
+    voice: str | None = setting(
+        None,
+        "of speak: a Piper voice, NAME.onnx with NAME.onnx.json beside it; None is the system's",
+        path=True,
+    )
     device: str = setting("auto", "auto (cuda, else mps, else cpu), cpu, cuda, cuda:1, mps")
     dtype: str = setting("auto", "of the arithmetic", choices=DTYPES)
     compile: bool = setting(False, "torch.compile the decoding of a token; on a CPU, it pays with int8")
@@ -337,6 +343,10 @@ class SampleConfig:
         check_settings(self)
         if (self.start != "\n") + (self.prompts is not None) + self.interactive > 1:
             raise ValueError("start, prompts and interactive all say what the prompt is; give one of them")
+        if self.speak and self.interactive:
+            raise ValueError("speak is for samples that come to an end; leave out interactive")
+        if self.voice and not self.speak:
+            raise ValueError("voice says nothing without speak; give --speak=out.wav, too")
 
 
 @dataclass

@@ -13,7 +13,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -102,24 +102,28 @@ def checksum(path: Path) -> int:
         raise UserError(f"{path} cannot be read ({error.strerror}); see its permissions") from None
 
 
-def find_files(inputs: Iterable[str]) -> list[Path]:
-    """The files that paths, folders and globs name: those of a folder in the order of their paths, where
-    their kind is known. Raises UserError."""
+def find_files(
+    inputs: Iterable[str], kinds: Collection[str] = (), order: Callable[[str], Any] = str
+) -> list[Path]:
+    """The files that paths, folders and globs name: those of a folder or glob in the order of their paths,
+    those of a folder where their kind is one of `kinds`, by default what READERS reads. Raises UserError."""
+    wanted = set(kinds or READERS) - {".json"}
     found: list[Path] = []
     for word in inputs:
         path = Path(word)
         if os.path.isdir(path):
-            inside = (p for p in path.rglob("*") if kind_of(p) in READERS and kind_of(p) != ".json")
-            files = sorted(inside, key=lambda p: p.relative_to(path).as_posix())
+            inside = (p for p in path.rglob("*") if kind_of(p) in wanted)
+            files = sorted(inside, key=lambda p: order(p.relative_to(path).as_posix()))
             files = [p for p in files if p.is_file() and "/." not in f"/{p.relative_to(path).as_posix()}"]
         elif os.path.exists(path):
             files = [path]
         else:
-            files = [Path(name) for name in sorted(glob.glob(word, recursive=True)) if os.path.isfile(name)]
+            names = sorted(glob.glob(word, recursive=True), key=order)
+            files = [Path(name) for name in names if os.path.isfile(name)]
         if not files:
             what = "has none of these files" if os.path.isdir(path) else "is not there"
-            kinds = f"{', '.join(READERS)}, also with {' or '.join(PACKED)}"
-            raise UserError(f"--input {word[:200]} {what}; give a file, folder or glob with {kinds}")
+            these = ", ".join(kinds or (*READERS, f"also with {' or '.join(PACKED)}"))
+            raise UserError(f"--input {word[:200]} {what}; give a file, folder or glob with {these}")
         found += files
     return list({os.path.realpath(path): path for path in reversed(found)}.values())[::-1]  # each once
 

@@ -135,10 +135,15 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, contents: Any) -> None:
     """Write a file whole or not at all."""
+    write_text(path, json.dumps(contents, indent=1))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")  # several machines may write it
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(contents, file, indent=1)
+        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

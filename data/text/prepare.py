@@ -130,17 +130,23 @@ def in_two(pieces: Iterable[Piece], place: int) -> Iterator[Piece]:
 
 def make_tokenizer(name: str, found: Survey, train: Iterable[str]) -> Tokenizer:
     """char, bpe:SIZE, or what named_tokenizer knows; `train` is what a byte-pair encoding learns from."""
-    kind, _, size = name.partition(":")
-    if kind == "char":
+    if (known := known_tokenizer(name)) is not None:
+        return known
+    if name == "char":
         return CharTokenizer(found.chars, ends=len(found.sizes) > 1)
-    if kind == "bpe":
-        if not re.fullmatch("[0-9]{3,7}", size) or int(size) < 258:
-            raise UserError(f"--tokenizer {name} has no size from 258 to 9999999; write bpe:4096")
-        tokenizer = train_bpe(train, int(size))
-        if tokenizer.vocab_size < int(size):
-            print(f"note: the text has no more than {tokenizer.vocab_size:,} tokens to join")
-        return tokenizer
-    return named_tokenizer(name)
+    size = int(name.removeprefix("bpe:"))
+    tokenizer = train_bpe(train, size)
+    if tokenizer.vocab_size < size:
+        print(f"note: the text has no more than {tokenizer.vocab_size:,} tokens to join")
+    return tokenizer
+
+
+def known_tokenizer(name: str) -> Tokenizer | None:
+    """What named_tokenizer knows; None for char and bpe:SIZE, which the text makes. Raises UserError."""
+    kind, _, size = name.partition(":")
+    if kind == "bpe" and (not re.fullmatch("[0-9]{3,7}", size) or int(size) < 258):
+        raise UserError(f"--tokenizer {name} has no size from 258 to 9999999; write bpe:4096")
+    return None if kind == "bpe" or name == "char" else named_tokenizer(name)
 
 
 def prepare(corpus: Corpus, folder: Path, tokenizer: str, val_fraction: float, workers: int) -> Tokenizer:
@@ -210,9 +216,9 @@ def next_commands(folder: Path, name: str, tokenizer: Tokenizer) -> tuple[str, s
     return " ".join([f"python train.py config/{config}.py", *words]), sample
 
 
-def options() -> argparse.Namespace:
-    """The command line, checked. Raises UserError."""
-    parser = text_parser(sys.argv[0], __doc__.splitlines()[0], "files, folders, globs; - is stdin")
+def options_of(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The command line of the parser's script, with the options of a dataset's name, tokenizer and val, which
+    are added here; checked. Raises UserError."""
     add = parser.add_argument
     add("--name", metavar="NAME", help="the dataset becomes data/NAME")
     add("--tokenizer", default="char", help="char (default), byte, gpt2, bpe:4096, or another dataset's name")
@@ -237,6 +243,17 @@ def options() -> argparse.Namespace:
 
 
 @contextmanager
+def room_for(args: argparse.Namespace) -> Iterator[None]:
+    """The folder of the new dataset is there in the block. Raises UserError where one is not to be lost."""
+    make_room(args.output, args.overwrite)
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # a folder with nothing in it would look like a dataset
+            args.output.rmdir()
+
+
+@contextmanager
 def pipes_kept(inputs: list[str], folder: Path) -> Iterator[list[str]]:
     """The inputs with files in place of stdin (-) and other pipes, which cannot be read twice."""
     if "-" in inputs and sys.stdin is None:
@@ -253,18 +270,17 @@ def pipes_kept(inputs: list[str], folder: Path) -> Iterator[list[str]]:
             path.unlink(missing_ok=True)
 
 
-def main() -> None:
-    args = options()
-    make_room(args.output, args.overwrite)
-    try:
-        with pipes_kept(args.input, args.output) as inputs:
-            corpus, workers = corpus_of(args, inputs), max(1, args.workers)
-            tokenizer = prepare(corpus, args.output, args.tokenizer, args.val_fraction, workers)
-    finally:
-        with suppress(OSError):  # a folder with nothing in it would look like a dataset
-            args.output.rmdir()
+def make_dataset(args: argparse.Namespace, corpus: Corpus) -> None:
+    """Write the dataset that options_of tells, and say which commands come next. Raises UserError."""
+    tokenizer = prepare(corpus, args.output, args.tokenizer, args.val_fraction, max(1, args.workers))
     name = args.name if args.output == DATA / str(args.name) else os.path.relpath(args.output)
     print("next:", *next_commands(args.output, name, tokenizer), sep="\n  ")
+
+
+def main() -> None:
+    args = options_of(text_parser(sys.argv[0], __doc__.splitlines()[0], "files, folders, globs; - is stdin"))
+    with room_for(args), pipes_kept(args.input, args.output) as inputs:
+        make_dataset(args, corpus_of(args, inputs))
 
 
 if __name__ == "__main__":
