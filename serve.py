@@ -22,6 +22,7 @@ from completions import Completion, answer, choice, failure, joined, read_body, 
 from engine import Engine, Full, News, Request
 from errors import UserError, one_line_errors
 from sample import Sampler, read_prompt, warn
+from speech import Voice, load_voice, wav_bytes
 
 with one_line_errors():
     try:
@@ -38,6 +39,7 @@ with one_line_errors():
 
 PAGE = Path(__file__).with_name("page.html")
 BODY_BYTES, BODY_SECONDS = 1 << 20, 30  # of a request, at most
+MOST_SPOKEN = 10_000  # characters: some ten minutes
 HERE = ["127.0.0.1", "localhost", "[::1]"]
 ALLOWED = (  # to the page: nothing of others, and nobody may show it within a page of theirs
     "default-src 'none'; connect-src 'self'; media-src blob:; img-src data:; style-src 'unsafe-inline'; "
@@ -47,10 +49,13 @@ Written = AsyncIterator[tuple[int, News]]  # with the number of the prompt
 
 
 class Face:
-    """What the routes answer, from one engine."""
+    """What the routes answer, from one engine and, where there is one, one voice."""
 
-    def __init__(self, config: ServeConfig, sampler: Sampler, engine: Engine, key: str | None) -> None:
-        self.config, self.sampler, self.engine, self.key = config, sampler, engine, key
+    def __init__(
+        self, config: ServeConfig, sampler: Sampler, engine: Engine, key: str | None, voice: Voice | None
+    ) -> None:
+        self.config, self.sampler, self.engine, self.key, self.voice = config, sampler, engine, key, voice
+        self.speaking = asyncio.Semaphore(1)
         from_run = config.init_from == "resume"
         self.name = Path(config.out_dir if from_run else config.init_from).resolve().name
 
@@ -61,6 +66,7 @@ class Face:
             "tokens": self.config.max_new_tokens,
             "samples": min(8, self.config.batch_size),
             "key": self.key is not None,
+            "speaks": self.voice is not None,
         }
         text = PAGE.read_text(encoding="utf-8").replace(
             "{{about}}", json.dumps(about).replace("<", "\\u003c")
@@ -143,6 +149,28 @@ class Face:
             yield event(answer(id, self.name, [], usage(asked, sum(made.values()))))
         yield "data: [DONE]\n\n"
 
+    async def speech(self, request: requests.Request) -> Response:
+        """OpenAI's /v1/audio/speech, in wav alone: one text after another, by the voice that there is."""
+        self.check_key(request)
+        if self.voice is None:
+            raise HTTPException(
+                404, "nobody speaks here; start serve.py with --voice=NAME.onnx or --voice=system"
+            )
+        body = await body_of(request)
+        text = body.get("input") if isinstance(body, dict) else None
+        if not isinstance(text, str) or body.get("response_format", "wav") != "wav":
+            raise HTTPException(400, 'the body has no text to speak, or wants no wav; send {"input": "..."}')
+        if len(text) > MOST_SPOKEN:
+            raise HTTPException(
+                400, f"{len(text)} characters are too many to speak; send {MOST_SPOKEN} or fewer"
+            )
+        try:
+            async with self.speaking:
+                wav = await asyncio.to_thread(wav_bytes, text, self.voice)
+        except UserError as error:
+            raise HTTPException(400, str(error)) from None
+        return Response(wav, media_type="audio/wav")
+
     def check_key(self, request: requests.Request) -> None:
         """Raises HTTPException where the key is not told."""
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
@@ -156,6 +184,7 @@ class Face:
             Route("/health", self.health),
             Route("/v1/models", self.models),
             Route("/v1/completions", self.completions, methods=["POST"]),
+            Route("/v1/audio/speech", self.speech, methods=["POST"]),
         ]
         # a page of others may let the name of a server of theirs become this address
         hosts = ["*"] if self.key else [*HERE, self.config.host]
@@ -171,7 +200,7 @@ def event(part: dict[str, Any]) -> str:
 
 async def refused(request: requests.Request, error: HTTPException) -> Response:
     why = " ".join(error.detail.split())
-    if error.status_code in (404, 405):
+    if error.detail in ("Not Found", "Method Not Allowed"):
         why = (
             f"{request.method} {request.url.path[:100]} is not served; POST /v1/completions is, with a prompt"
         )
@@ -251,20 +280,23 @@ def find_key(config: ServeConfig) -> str | None:
     return key
 
 
-def server_of(config: ServeConfig, sampler: Sampler, engine: Engine, key: str | None) -> uvicorn.Server:
+def server_of(
+    config: ServeConfig, sampler: Sampler, engine: Engine, key: str | None, voice: Voice | None = None
+) -> uvicorn.Server:
     """What answers: run it with a socket that listens."""
     quiet = {"log_level": "warning", "access_log": False, "server_header": False, "lifespan": "off"}
-    app = Face(config, sampler, engine, key).app()
+    app = Face(config, sampler, engine, key, voice).app()
     return uvicorn.Server(uvicorn.Config(app, ws="none", timeout_graceful_shutdown=1, **quiet))
 
 
 def main(config: ServeConfig) -> None:
     """Serve until Ctrl-C. Raises UserError."""
     key = find_key(config)
+    voice = load_voice(None if config.voice == "system" else config.voice) if config.voice else None
     with listen(config.host, config.port) as address:
         sampler = Sampler(config.out_dir, config.init_from, config.device, config.dtype, int8=config.int8)
         engine = Engine(sampler, config.batch_size, config.queue)
-        server = server_of(config, sampler, engine, key)
+        server = server_of(config, sampler, engine, key, voice)
         signal.signal(signal.SIGINT, signal.default_int_handler)  # which uvicorn calls when it has ended
         host, port = address.getsockname()[:2]
         warn(f"{sampler.source} ({sampler.runtime.describe()})")

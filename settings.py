@@ -372,6 +372,9 @@ class ServeConfig:
     batch_size: int = setting(16, "samples written at once; memory for their keys and values", at_least=1)
     queue: int = setting(64, "requests that may wait beside them; those above are refused", at_least=0)
     max_new_tokens: int = setting(4096, "the most that a request may ask for, of each sample", at_least=1)
+    voice: str | None = setting(
+        None, "reads texts aloud: a Piper voice, NAME.onnx; system is the system's; None: nobody", path=True
+    )
     device: str = setting("auto", "auto (cuda, else mps, else cpu), cpu, cuda, cuda:1, mps")
     dtype: str = setting("auto", "of the arithmetic", choices=DTYPES)
     int8: bool = setting(False, "weights in 8 bits: less memory, a little less exact")

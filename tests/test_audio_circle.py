@@ -20,7 +20,9 @@ from data.audio import prepare as audio
 from data.meta import read_meta
 from data.tokenizer import END_OF_TEXT, from_description
 
-pytestmark = pytest.mark.skipif(not os.environ.get("AUDIO"), reason="a minute or two; make test-audio runs it")
+pytestmark = pytest.mark.skipif(
+    not os.environ.get("AUDIO"), reason="a minute or two; make test-audio runs it"
+)
 
 CHAPTERS = {
     "chapter1": """\

@@ -2,6 +2,7 @@
 
 import gc
 import http.client
+import io
 import json
 import random
 import shutil
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import wave
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -26,6 +28,7 @@ from errors import UserError
 from model import GPT, GPTConfig
 from sample import Sampler
 from settings import ServeConfig
+from speech import Voice
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -33,14 +36,14 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 class Served:
     """A server in threads of this process, on a port of its own."""
 
-    def __init__(self, out_dir, key=None, **settings):
+    def __init__(self, out_dir, key=None, voice=None, **settings):
         self.config = ServeConfig(out_dir=str(out_dir), device="cpu", dtype="float32", port=0, **settings)
         self.sampler = Sampler(str(out_dir), device="cpu", dtype="float32")
         self.engine = Engine(self.sampler, self.config.batch_size, self.config.queue)
         self.socket = serve.listen("127.0.0.1", 0)
         self.port = self.socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        self.server = serve.server_of(self.config, self.sampler, self.engine, key)
+        self.server = serve.server_of(self.config, self.sampler, self.engine, key, voice)
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.socket]})
         self.thread.start()
 
@@ -49,15 +52,15 @@ class Served:
         self.thread.join()
         self.engine.close()
 
-    def request(self, method, path, body=None, headers=(), raw=False):
+    def request(self, method, path, body=None, headers=(), raw=False, raw_answer=False):
         """Status, headers and body of an answer."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         sent = {"Content-Type": "application/json", **dict(headers)}
         connection.request(method, path, body if raw or body is None else json.dumps(body), sent)
         answer = connection.getresponse()
-        text = answer.read().decode()
+        text = answer.read()
         connection.close()
-        return answer.status, answer.headers, text
+        return answer.status, answer.headers, text if raw_answer else text.decode()
 
     def complete(self, prompt="def ", **body):
         status, _, text = self.request("POST", "/v1/completions", {"prompt": prompt, **body})
@@ -95,7 +98,7 @@ class Served:
 
 @pytest.fixture(scope="module")
 def served(trained):
-    one = Served(trained)
+    one = Served(trained, voice=Voice("a hum", 8000, lambda text: [b"\1\2" * 800 * len(text)]))
     yield one
     one.close()
 
@@ -292,6 +295,24 @@ def test_what_is_wrong_is_refused_with_a_reason(served, body, words):
     assert ";" in json.loads(text)["error"]["message"]
 
 
+def test_a_text_is_read_aloud(served):
+    def say(**body):
+        return served.request("POST", "/v1/audio/speech", body, raw_answer=True)
+
+    status, headers, sound = say(input="Two words.", model="any", voice="any", response_format="wav")
+    assert status == 200 and headers["Content-Type"] == "audio/wav"
+    with wave.open(io.BytesIO(sound)) as wav:
+        assert wav.getnframes() == 800 * 10 and wav.getframerate() == 8000
+    for body in (
+        {"input": "..."},
+        {"input": 5},
+        {"input": "a" * 10_001},
+        {"input": "a", "response_format": "mp3"},
+    ):
+        status, _, answer = say(**body)
+        assert status == 400 and b"; " in answer
+
+
 def test_other_mistakes_are_refused(served):
     def refused(method, path, *more, **how):
         status, _, text = served.request(method, path, *more, **how)
@@ -403,7 +424,7 @@ def page(browser, served, request):
     yield page
     said = [line for line in said if "400 (Bad Request)" not in line]  # which tests provoke
     assert said == []  # no error, and nothing that its own rules forbid
-    assert all(url.startswith((served.url, "data:")) for url in asked)
+    assert all(url.startswith((served.url, "data:", "blob:")) for url in asked)
     context.close()
 
 
@@ -425,6 +446,16 @@ def test_the_page_writes_several_samples_that_go_on(page, served):
     page.locator("#go", has_text="Write").wait_for()
     (more,) = served.sampler.generate("def " + expected[1][-12:], 1, 1)  # the block holds 16 tokens
     assert [len(text) for text in samples_of(page)] == [34, 64, 34] and more
+
+
+def test_a_sample_is_read_aloud(page):
+    page.fill("[name=prompt]", "def ")
+    page.fill("[name=max_tokens]", "5")
+    page.click("#go")
+    page.locator("#go", has_text="Write").wait_for()
+    with page.expect_response("**/v1/audio/speech") as said:
+        page.locator("article").first.get_by_text("Speak").click()
+    assert said.value.status == 200
 
 
 def test_hovering_tells_how_likely_a_token_was(page, served):
