@@ -134,12 +134,12 @@ def joined(parts: list[News]) -> News:
 
 
 def choice(
-    number: int, news: News, likeliest: int | None, begin: str = "", offset: int = 0
+    number: int, news: News, config: CompletionConfig, begin: str = "", offset: int = 0
 ) -> dict[str, Any]:
     """What became certain of a sample, as OpenAI's clients know it. `begin` stands before it, `offset`
     characters were told."""
     logprobs = None
-    if likeliest is not None:
+    if config.logprobs is not None:
         offsets = []
         for token in news.tokens:
             offsets.append(offset)

@@ -68,9 +68,8 @@ class Face:
             "key": self.key is not None,
             "speaks": self.voice is not None,
         }
-        text = PAGE.read_text(encoding="utf-8").replace(
-            "{{about}}", json.dumps(about).replace("<", "\\u003c")
-        )
+        told = json.dumps(about).replace("<", "\\u003c")  # a name must not end the script that it stands in
+        text = PAGE.read_text(encoding="utf-8").replace("{{about}}", told)
         return HTMLResponse(text, headers={"Content-Security-Policy": ALLOWED, "Cache-Control": "no-store"})
 
     async def health(self, request: requests.Request) -> Response:
@@ -113,36 +112,35 @@ class Face:
 
     async def whole(self, asked: Completion, written: Written) -> Response:
         """One answer, when all is written."""
-        n, samples = asked.config.n, {}
+        samples: dict[tuple[int, int], list[News]] = {}
         async for number, news in written:
             if news.ended == "error":
                 return JSONResponse(failure(500, news.text), 500)
             samples.setdefault((number, news.sample), []).append(news)
-        choices, made = [], 0
+        choices, made, copies = [], 0, asked.asked.num_samples
         for number, prompt in enumerate(asked.prompts):
-            done = [joined(samples[number, sample]) for sample in range(asked.asked.num_samples)]
+            done = [joined(samples.get((number, sample), [News(sample)])) for sample in range(copies)]
+            if not all(news.ended for news in done):
+                return Response(status_code=499)  # to nobody: whoever asked has left
             made += sum(news.made for news in done)
-            for news in (
-                sorted(done, key=lambda news: news.score, reverse=True)[:n] if len(done) > n else done
-            ):
-                begin = prompt.text if asked.config.echo else ""
-                choices.append(choice(len(choices), news, asked.config.logprobs, begin))
-        id = f"cmpl-{secrets.token_hex(12)}"
-        return JSONResponse(answer(id, self.name, choices, usage(asked, made)))
+            if copies > asked.config.n:
+                done = sorted(done, key=lambda news: news.score, reverse=True)[: asked.config.n]
+            begin = prompt.text if asked.config.echo else ""
+            choices += [choice(len(choices) + n, one, asked.config, begin) for n, one in enumerate(done)]
+        return JSONResponse(answer(new_id(), self.name, choices, usage(asked, made)))
 
-    async def streamed(
-        self, asked: Completion, written: AsyncIterator[tuple[int, News]]
-    ) -> AsyncIterator[str]:
+    async def streamed(self, asked: Completion, written: Written) -> AsyncIterator[str]:
         """An event for each news."""
-        id, config = f"cmpl-{secrets.token_hex(12)}", asked.config
-        told, made = {}, {}  # characters and tokens of each sample
+        id, config = new_id(), asked.config
+        told: dict[int, int] = {}  # characters of each sample
+        made: dict[int, int] = {}  # tokens
         async for number, news in written:
             if news.ended == "error":
                 yield event(failure(500, news.text))
                 return
             place = number * config.n + news.sample
             begin = asked.prompts[number].text if config.echo and place not in told else ""
-            part = choice(place, news, config.logprobs, begin, told.get(place, 0))
+            part = choice(place, news, config, begin, told.get(place, 0))
             told[place], made[place] = told.get(place, 0) + len(part["text"]), news.made
             yield event(answer(id, self.name, [part]))
         if asked.tells_usage:
@@ -153,17 +151,13 @@ class Face:
         """OpenAI's /v1/audio/speech, in wav alone: one text after another, by the voice that there is."""
         self.check_key(request)
         if self.voice is None:
-            raise HTTPException(
-                404, "nobody speaks here; start serve.py with --voice=NAME.onnx or --voice=system"
-            )
+            raise HTTPException(404, "nobody speaks here; start serve.py with --voice=NAME.onnx or system")
         body = await body_of(request)
         text = body.get("input") if isinstance(body, dict) else None
         if not isinstance(text, str) or body.get("response_format", "wav") != "wav":
             raise HTTPException(400, 'the body has no text to speak, or wants no wav; send {"input": "..."}')
         if len(text) > MOST_SPOKEN:
-            raise HTTPException(
-                400, f"{len(text)} characters are too many to speak; send {MOST_SPOKEN} or fewer"
-            )
+            raise HTTPException(400, f"{len(text)} characters are too many; send {MOST_SPOKEN} or fewer")
         try:
             async with self.speaking:
                 wav = await asyncio.to_thread(wav_bytes, text, self.voice)
@@ -191,6 +185,10 @@ class Face:
         guard = Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)
         handlers = {HTTPException: refused, Exception: broken}
         return Starlette(routes=routes, middleware=[guard], exception_handlers=handlers)
+
+
+def new_id() -> str:
+    return f"cmpl-{secrets.token_hex(12)}"
 
 
 def event(part: dict[str, Any]) -> str:
@@ -234,7 +232,7 @@ async def body_of(request: requests.Request) -> Any:
 
 
 async def written_of(request: requests.Request, rows: list[Request], news: asyncio.Queue) -> Written:
-    """All news of some rows, until all have ended. Where whoever asked leaves, the engine forgets them."""
+    """All news of some rows, until all have ended, or whoever asked has left; then the engine drops them."""
 
     async def wait_until_gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -246,7 +244,7 @@ async def written_of(request: requests.Request, rows: list[Request], news: async
         while left:
             found = await news.get()
             if found is None:
-                raise HTTPException(499, "whoever asked has left")
+                return
             left -= found[1].ended is not None
             yield found
     finally:
