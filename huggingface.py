@@ -240,7 +240,7 @@ def read_weights(folder: Path) -> Weights:
         tensors: Weights = {}
         for file in files:
             if Path(file).name != file:
-                raise ValueError(f"{index.name} names {file[:40]}, which is no file beside it")
+                raise ValueError(f"{index.name} names what is no file beside it: {file[:40]}")
             tensors |= read_tensors(folder / file)
         for key, tensor in tensors.items():
             if not torch.is_tensor(tensor) or not tensor.is_floating_point():
@@ -334,18 +334,16 @@ def from_llama_settings(settings: dict[str, Any]) -> dict[str, Any]:
     kind, gated = settings["model_type"], settings["model_type"] != "arcee"
     needed = ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size", "intermediate_size")
     for name in (*needed, "max_position_embeddings", "rms_norm_eps"):
-        if not isinstance(settings.get(name), (int, float)):
-            raise ValueError(f"config.json lacks {name}, or it is no number")
+        value = settings.get(name)
+        if not isinstance(value, (int, float)) or value <= 0:
+            raise ValueError(f"{name}={str(value)[:40]} is no positive number")
     rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise ValueError("rope_parameters is no object")
     asked(settings, rms_norm_eps=EPS, rope_theta=10000.0, use_sliding_window=False)
     asked(rope, rope_type="default", type="default", rope_theta=10000.0, partial_rotary_factor=1.0)
-    asked(
-        settings,
-        pretraining_tp=1,
-        head_dim=settings["hidden_size"] // max(settings["num_attention_heads"], 1),
-    )
+    D = settings["hidden_size"] // settings["num_attention_heads"]
+    asked(settings, pretraining_tp=1, head_dim=D)
     bias = bool(settings.get("attention_bias"))
     asked(settings, **({"attention_bias": False} if kind == "qwen3" else {"mlp_bias": bias}))
     shape = {

@@ -53,7 +53,7 @@ def how_to_load(folder: str, shape: GPTConfig, tokenizer: dict[str, Any]) -> lis
     lines = [
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         f'model = AutoModelForCausalLM.from_pretrained("{folder}"{trust})',
-        f'tokenizer = AutoTokenizer.from_pretrained("{folder}")',
+        f'tokenizer = AutoTokenizer.from_pretrained("{folder}"{trust})',
         f"# lm_eval --model hf --model_args pretrained={folder}{flag} --tasks hellaswag",
     ]
     lines += [] if runs["vLLM"] else [f"# vllm serve {folder}"]
@@ -80,8 +80,8 @@ def model_card(
     }
     if kind == "distrogpt":
         sections["Load it"] += (
-            "\n\n`trust_remote_code=True` lets transformers run `modeling_distrogpt.py` of this folder, as none "
-            "of its own architectures computes this network; read it first."
+            "\n\n`trust_remote_code=True` lets transformers run `modeling_distrogpt.py` of this folder, as "
+            "none of its own architectures computes this network; read it first."
         )
     reasons = runs_in(shape, meta["tokenizer"]).items()
     sections["Load it"] += "".join(f"\n\n{program} {reason}." for program, reason in reasons if reason)

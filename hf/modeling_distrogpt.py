@@ -6,6 +6,8 @@ channels, V = vocab_size; H = n_head heads of D = C/H numbers, K = n_kv_head of 
 """
 
 import math
+from collections.abc import Callable
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -94,7 +96,7 @@ def norm_layer(config: DistroGPTConfig) -> nn.Module:
 
 
 class Attention(nn.Module):
-    """Every position reads from itself and those before it that `visible` lets it."""
+    """Every position reads from itself and those before it, as far as visible(S) lets it."""
 
     def __init__(self, config: DistroGPTConfig, layer: int) -> None:
         super().__init__()
@@ -105,7 +107,11 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(
-        self, x: torch.Tensor, turn: torch.Tensor | None, visible: torch.Tensor, cache: Cache | None
+        self,
+        x: torch.Tensor,
+        turn: torch.Tensor | None,
+        visible: Callable[[int], torch.Tensor],
+        cache: Cache | None,
     ) -> torch.Tensor:
         B, T, C = x.shape
         H, K = self.H, self.K
@@ -121,7 +127,7 @@ class Attention(nn.Module):
         if H != K:
             k, v = (each.repeat_interleave(H // K, dim=1) for each in (k, v))
         p = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, visible, p, scale=self.scale)
+        y = F.scaled_dot_product_attention(q, k, v, visible(k.size(2)), p, scale=self.scale)
         y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))
         return F.dropout(y, self.dropout, self.training)
 
@@ -239,7 +245,7 @@ class DistroGPTForCausalLM(PreTrainedModel, GenerationMixin):
                     f"this model reads {self.config.block_size} tokens at most; shorten the text"
                 )
             x = x + self.transformer["wpe"](position_ids)
-        visible = visible_positions(attention_mask, before, T, x.device)
+        visible = lru_cache(1)(partial(visible_positions, attention_mask, before, T, x.device))
         x = x0 = F.dropout(x, self.config.dropout, self.training)
         for block in self.transformer["h"]:
             x = block(x, x0, turn, visible, past_key_values)
@@ -255,9 +261,10 @@ class DistroGPTForCausalLM(PreTrainedModel, GenerationMixin):
 
 
 def visible_positions(
-    attention_mask: torch.Tensor | None, before: int, T: int, device: torch.device
+    attention_mask: torch.Tensor | None, before: int, T: int, device: torch.device, S: int
 ) -> torch.Tensor:
-    """Whether each of T new positions reads each of S = before + T: (1 or B, 1, T, S).
+    """Whether each of T new positions, which stand behind `before` others, reads each of S: (1 or B, 1, T, S).
+    S is the keys that are there, or those that a cache of fixed size has room for.
 
     Padding is read by none but itself, which keeps its row from being empty. A mask of four dimensions is
     what the caller wants it to be.
@@ -265,8 +272,9 @@ def visible_positions(
     if attention_mask is not None and attention_mask.dim() == 4:
         return attention_mask
     now = torch.arange(before, before + T, device=device)[:, None]  # (T, 1)
-    there = torch.arange(before + T, device=device)  # (S,)
+    there = torch.arange(S, device=device)  # (S,)
     visible = (there <= now)[None, None]
     if attention_mask is not None:
-        visible = visible & (attention_mask[:, None, None, : before + T].bool() | (there == now))
+        mask = F.pad(attention_mask.bool(), (0, max(0, S - attention_mask.size(1))))[:, :S]  # (B, S)
+        visible = visible & (mask[:, None, None] | (there == now))
     return visible

@@ -1,4 +1,4 @@
-"""export.py: transformers computes what we do, from the folder alone; and --init_from=folder is the way back."""
+"""export.py: transformers computes what we do, from the folder alone; --init_from=folder is the way back."""
 
 import json
 import math
@@ -13,9 +13,8 @@ import torch
 import torch.nn.functional as F
 from conftest import TINY, assert_user_error, run_here, sample_here, train_here
 
-import export as export_file
 from checkpoint import load_checkpoint, load_pretrained, training_state, write_whole
-from data.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer, train_bpe
+from data.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer, train_bpe
 from decoding import Choice, stream
 from eval import EvalConfig, measure
 from huggingface import in_halves, in_pairs
@@ -63,7 +62,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def lively(**shape: Any) -> GPT:
-    """A network whose logits differ by about 1, as a trained one's do, and whose biases are none of them 0."""
+    """A network whose logits differ by about 1, as a trained one's do; no bias is 0."""
     torch.manual_seed(1)
     model = GPT(GPTConfig(**{**SHAPE, **shape})).eval()
     with torch.no_grad():
@@ -94,14 +93,16 @@ def exported(folder: Path, model: GPT, tokenizer: Tokenizer = LETTERS, *flags: s
     return to
 
 
+def has_code(folder: Path) -> bool:
+    return (folder / "modeling_distrogpt.py").is_file()
+
+
 def loaded(folder: Path) -> Any:
     """It, by transformers, which finds each weight and needs no code of ours unless it is there."""
     from transformers import AutoModelForCausalLM
 
-    trust = (folder / "modeling_distrogpt.py").is_file()
-    theirs, info = AutoModelForCausalLM.from_pretrained(
-        folder, trust_remote_code=trust, output_loading_info=True
-    )
+    how = {"trust_remote_code": has_code(folder), "output_loading_info": True}
+    theirs, info = AutoModelForCausalLM.from_pretrained(folder, **how)
     assert not any(info.values()), info
     return theirs.eval()
 
@@ -109,7 +110,7 @@ def loaded(folder: Path) -> Any:
 def tokenizer_of(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=has_code(folder))
 
 
 def random_ids(*shape: int) -> torch.Tensor:
@@ -173,7 +174,7 @@ def test_rotary_pairs_and_halves():
     assert in_pairs(in_halves(rows, 6), 6).equal(rows)
 
 
-ODD = "The king's men have 12 naïve cafés; they'll go, won't they?\r\n\n\t日本語 😀 aaaa \u00a0 x  <|endoftext|> y "
+ODD = "The king's men have 12 naïve cafés; they'll go\r\n\n\t日本語 😀 aaaa \u00a0 x  <|endoftext|> y "
 
 
 @pytest.mark.parametrize("kind", ["char", "char that ends", "byte", "bpe", "gpt2"])
@@ -211,7 +212,13 @@ def test_tokenizers_give_the_same_ids_and_text(kind, tmp_path, text, request):
 def test_text_is_the_same_by_sample_py_from_both_and_by_transformers(tmp_path):
     model = lively(**KINDS["modern"][1])
     folder = exported(tmp_path, model)
-    flags = ("--start=The ", "--num_samples=1", "--max_new_tokens=50", "--temperature=0", "--device=cpu")
+    flags = (
+        "--start=The ",
+        "--num_samples=1",
+        "--max_new_tokens=50",
+        "--temperature=0",
+        "--stop_at_end=False",
+    )
     ours = sample_here(f"--out_dir={tmp_path / 'out'}", *flags, "--dtype=float32").stdout
     assert sample_here(f"--init_from={folder}", *flags, "--dtype=float32").stdout == ours
     tokenizer = tokenizer_of(folder)
@@ -283,7 +290,7 @@ def test_the_way_back_trains_on(trained, dataset, tmp_path):
     where = (f"--dataset={dataset}", f"--out_dir={tmp_path / 'out'}", f"--init_from={tmp_path / 'there'}")
     printed = train_here(*TINY, *where)
     before, after = (load_checkpoint(path / "ckpt.pt") for path in (trained, tmp_path / "out"))
-    first = float(printed.split("step 0: train ")[1].split()[0].rstrip(","))
+    first = float(printed.split("step 0: train")[1].split("val loss")[1].split()[0].rstrip(","))
     assert first == pytest.approx(before["val_loss"], abs=0.3) and after["val_loss"] < before["val_loss"]
     assert after["model_args"]["bias"] is before["model_args"]["bias"] is False
     of_run, of_folder = (
@@ -339,11 +346,11 @@ def weights_changed(folder: Path, **changed: torch.Tensor | None) -> None:
 
 NORM = "model.layers.0.self_attn.q_norm.weight"
 WRONG = {
-    "no number": (lambda f: change(f, hidden_size="64"), "hidden_size"),
+    "no number": (lambda f: change(f, hidden_size="64"), "hidden_size=64 is no positive"),
     "too many layers": (lambda f: change(f, num_hidden_layers=10**9), "n_layer=1000000000"),
-    "too many heads": (lambda f: change(f, num_attention_heads=0), "n_head=0"),
+    "too many heads": (lambda f: change(f, num_attention_heads=0), "num_attention_heads=0"),
     "an epsilon": (lambda f: change(f, rms_norm_eps=1e-5), "rms_norm_eps=1e-05"),
-    "scaled positions": (lambda f: change(f, rope_scaling={"type": "linear"}, rope_parameters=None), "linear"),
+    "scaled positions": (lambda f: change(f, rope_parameters={"type": "linear"}), "type=linear"),
     "another base": (lambda f: change(f, rope_parameters={"rope_theta": 5e5}), "rope_theta=500000"),
     "another width": (lambda f: change(f, intermediate_size=100), "intermediate_size=100"),
     "heads of another width": (lambda f: change(f, head_dim=32), "head_dim=32"),
@@ -352,8 +359,8 @@ WRONG = {
     "norms of their own": (lambda f: weights_changed(f, **{NORM: torch.rand(16)}), "q_norm"),
     "a weight too few": (lambda f: weights_changed(f, **{NORM: None}), "q_norm.weight is missing"),
     "a weight too many": (lambda f: weights_changed(f, more=torch.ones(2)), "more has no place"),
-    "another shape": (lambda f: weights_changed(f, **{NORM: torch.ones(8)}), "q_norm.weight is not of shape"),
-    "whole numbers": (lambda f: weights_changed(f, **{NORM: torch.ones(16).long()}), "no tensor of fractions"),
+    "another shape": (lambda f: weights_changed(f, **{NORM: torch.ones(8)}), "weight is not of shape"),
+    "whole numbers": (lambda f: weights_changed(f, **{NORM: torch.ones(16).long()}), "of fractions"),
     "half a file": (lambda f: (f / "model.safetensors").write_bytes(b"\x10\0\0\0"), "cannot be loaded"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "neither model.safetensors"),
     "no object": (lambda f: (f / "config.json").write_text("[" * 10**5), "cannot be loaded"),
@@ -394,9 +401,6 @@ def test_old_files_of_torch_are_read_and_run_no_code(tmp_path):
     torch.save(old, folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
     assert_same_network(model, load_pretrained(str(folder))[0])
-    torch.save(
-        {"x": export_file}, folder / "pytorch_model.bin", pickle_module=__import__("pickle")
-    ) if False else None
     (folder / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch trap'\ntR.")
     assert_user_error(sample_here(f"--init_from={folder}"), "cannot be loaded")
 
@@ -435,7 +439,8 @@ def test_what_a_killed_export_left_is_in_nobodys_way(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "to"]
     left.mkdir()
     (left / "mine.txt").write_text("x")
-    assert_user_error(run_here("export.py", f"--out_dir={out_dir}", f"--to={tmp_path / 'to'}"), "mine.txt")
+    again = run_here("export.py", f"--out_dir={out_dir}", f"--to={tmp_path / 'to'}", "--overwrite=True")
+    assert_user_error(again, "mine.txt")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limits of files")
