@@ -20,6 +20,7 @@ import os
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,9 @@ def export(config: ExportConfig) -> Path:
     it, and then nothing has changed."""
     to = Path(os.path.abspath(config.to))
     check_place(to, config.overwrite)
+    for package in ("safetensors", "tokenizers"):
+        if find_spec(package) is None:
+            raise UserError(f"export.py needs {package}; run: pip install {package}")
     model, contents, source = load_trained(config.out_dir, config.init_from)
     tokenizer = find_tokenizer(contents, model.config.vocab_size, source)
     shape = replace(
@@ -58,7 +62,7 @@ def export(config: ExportConfig) -> Path:
     texts |= {
         "tokenizer.json": library_file(tokenizer),
         "meta.json": as_json(meta),
-        "README.md": model_card(to.name, shape, contents, meta, count, config.dtype),
+        "README.md": model_card(to.name, shape, tokenizer, contents, meta, count, config.dtype),
     }
     if model_type_of(shape) == "distrogpt":
         path = Path(__file__).resolve().parent / "hf" / f"{CODE}.py"
@@ -76,7 +80,7 @@ def export(config: ExportConfig) -> Path:
     write_folder(write, to)
     kind = ARCHITECTURES[model_type_of(shape)]
     print(f"{source}\n{config.to}: {kind}, {count:,} parameters in {config.dtype}, {len(texts) + 1} files")
-    print("\n".join(how_to_load(config.to, shape, tokenizer.describe())))
+    print("\n".join(how_to_load(config.to, shape, tokenizer)))
     return to
 
 

@@ -72,6 +72,7 @@ def to_settings(config: GPTConfig, dtype: torch.dtype, begin: int, end: int | No
     if kind == "gpt2":
         return common | {
             "n_positions": config.block_size,
+            "n_ctx": config.block_size,  # where llama.cpp looks
             "n_embd": config.n_embd,
             "n_layer": config.n_layer,
             "n_head": config.n_head,

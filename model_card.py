@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from data.meta import GPT2_META
-from data.tokenizer import Tokenizer
+from data.tokenizer import GPT2Tokenizer, Tokenizer, start_of_text
 from huggingface import ARCHITECTURES, model_type_of
 from model import GPTConfig
 from settings import TrainConfig
@@ -34,21 +34,23 @@ def shared_meta(meta: dict[str, Any] | None, tokenizer: Tokenizer) -> dict[str, 
     return meta
 
 
-def runs_in(shape: GPTConfig, tokenizer: dict[str, Any]) -> dict[str, str]:
+def runs_in(shape: GPTConfig, tokenizer: Tokenizer) -> dict[str, str]:
     """Of vLLM and llama.cpp why they cannot run this very network, "" where they can."""
     kind, activation = model_type_of(shape), shape.activation
     if kind == "distrogpt":
         return dict.fromkeys(("vLLM", "llama.cpp"), "does not know this network")
     its_own = {"gpt2": "gelu_tanh", "arcee": "relu2"}.get(kind, activation)  # all that is computed there
     other = "" if activation == its_own else f"computes another activation than {activation}"
-    unknown = "" if tokenizer["kind"] == "gpt2" else "does not know this tokenizer"
+    unknown = "" if isinstance(tokenizer, GPT2Tokenizer) else "does not know this tokenizer"
     return {"vLLM": "" if kind == "gpt2" else other, "llama.cpp": other or unknown}
 
 
-def how_to_load(folder: str, shape: GPTConfig, tokenizer: dict[str, Any]) -> list[str]:
+def how_to_load(folder: str, shape: GPTConfig, tokenizer: Tokenizer) -> list[str]:
     """Lines of Python that load it, and a command for each program that can."""
     own = model_type_of(shape) == "distrogpt"
     trust, flag = (", trust_remote_code=True", ",trust_remote_code=True") if own else ("", "")
+    if tokenizer.end_of_text is None:  # what stands before a text without context
+        flag += f",prefix_token_id={start_of_text(tokenizer)}"
     runs = runs_in(shape, tokenizer)
     lines = [
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
@@ -62,7 +64,13 @@ def how_to_load(folder: str, shape: GPTConfig, tokenizer: dict[str, Any]) -> lis
 
 
 def model_card(
-    name: str, shape: GPTConfig, contents: dict[str, Any], meta: dict[str, Any], count: int, dtype: str
+    name: str,
+    shape: GPTConfig,
+    tokenizer: Tokenizer,
+    contents: dict[str, Any],
+    meta: dict[str, Any],
+    count: int,
+    dtype: str,
 ) -> str:
     """The text of README.md, of a network of `count` weights. `contents` is its checkpoint, {} where there
     is none, `meta` what is told of its dataset."""
@@ -70,7 +78,7 @@ def model_card(
     kind = model_type_of(shape)
     about = f"A GPT of {count:,} parameters, trained with distroGPT and written by its `export.py`."
     sections = {
-        "Load it": "\n".join(["```python", *how_to_load(name, shape, meta["tokenizer"]), "```"]),
+        "Load it": "\n".join(["```python", *how_to_load(name, shape, tokenizer), "```"]),
         "The network": table({"architecture": ARCHITECTURES[kind], **told_shape(shape), "weights": dtype}),
         "The data": table(told_data(contents.get("config", {}), meta)),
         "The losses": table(told_losses(contents, meta)),
@@ -83,7 +91,7 @@ def model_card(
             "\n\n`trust_remote_code=True` lets transformers run `modeling_distrogpt.py` of this folder, as "
             "none of its own architectures computes this network; read it first."
         )
-    reasons = runs_in(shape, meta["tokenizer"]).items()
+    reasons = runs_in(shape, tokenizer).items()
     sections["Load it"] += "".join(f"\n\n{program} {reason}." for program, reason in reasons if reason)
     body = [f"## {title}\n\n{text}" for title, text in sections.items() if text]
     return "\n".join(["---", *front, "---", "", f"# {name}", "", about, "", "\n\n".join(body), ""])
@@ -156,7 +164,7 @@ def told_settings(config: dict[str, Any]) -> dict[str, Any]:
     default = asdict(TrainConfig())
     shape = asdict(GPTConfig())
     return {
-        name: value if isinstance(value, (int, float)) else json.dumps(value, default=str)
+        name: value if isinstance(value, (int, float, str)) else json.dumps(value, default=str)
         for name, value in config.items()
         if name in default
         and name not in NOT_TOLD

@@ -263,8 +263,8 @@ class DistroGPTForCausalLM(PreTrainedModel, GenerationMixin):
 def visible_positions(
     attention_mask: torch.Tensor | None, before: int, T: int, device: torch.device, S: int
 ) -> torch.Tensor:
-    """Whether each of T new positions, which stand behind `before` others, reads each of S: (1 or B, 1, T, S).
-    S is the keys that are there, or those that a cache of fixed size has room for.
+    """Whether each of T new positions, which stand behind `before` others, reads each of S, as many as there
+    are or a cache of fixed size has room for: (1 or B, 1, T, S).
 
     Padding is read by none but itself, which keeps its row from being empty. A mask of four dimensions is
     what the caller wants it to be.

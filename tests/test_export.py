@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, assert_user_error, run_here, sample_here, train_here
+from conftest import REPO, TINY, assert_user_error, run_here, sample_here, train_here, write_lines
 
 from checkpoint import load_checkpoint, load_pretrained, training_state, write_whole
 from data.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer, train_bpe
@@ -119,13 +119,13 @@ def random_ids(*shape: int) -> torch.Tensor:
 
 def greedy(theirs: Any, ids: torch.Tensor, count: int, **more: Any) -> torch.Tensor:
     """The likeliest next tokens by transformers."""
-    how = {"do_sample": False, "temperature": None, "top_k": None, "eos_token_id": None, "pad_token_id": 96}
+    how = {"do_sample": False, "temperature": None, "top_k": None, "eos_token_id": None, "pad_token_id": None}
     mask = {"attention_mask": torch.ones_like(ids)}
     return theirs.generate(ids, max_new_tokens=count, **{**mask, **how, **more})
 
 
-def our_greedy(model: GPT, ids: torch.Tensor, count: int) -> torch.Tensor:
-    drawn = stream(model, ids, count, Choice(temperature=0), LETTERS.vocab_size)
+def our_greedy(model: GPT, ids: torch.Tensor, count: int, tokenizer: Tokenizer = LETTERS) -> torch.Tensor:
+    drawn = stream(model, ids, count, Choice(temperature=0), tokenizer.vocab_size)
     return torch.cat([ids, *(column for column, _ in drawn)], dim=1)
 
 
@@ -192,8 +192,16 @@ def test_tokenizers_give_the_same_ids_and_text(kind, tmp_path, text, request):
     model = lively(vocab_size=50304 if kind == "gpt2" else tokenizer.vocab_size, n_layer=1)
     folder = exported(tmp_path, model, tokenizer)
     theirs = tokenizer_of(folder)
-    assert len(theirs) == tokenizer.vocab_size == loaded(folder).config.vocab_size
+    network = loaded(folder)
+    assert len(theirs) == tokenizer.vocab_size == network.config.vocab_size
     assert theirs.eos_token_id == tokenizer.end_of_text
+    ids = torch.tensor(tokenizer.encode(text[:2000])[:128]).view(4, 32)
+    with torch.no_grad():
+        logits = model(ids, ids)[0][..., : tokenizer.vocab_size]
+        assert logits.std() > 1 and (network(ids).logits - logits).abs().max() <= 1e-5
+    of_ours = our_greedy(model, ids, 30, tokenizer)
+    assert greedy(network, ids, 30).tolist() == of_ours.tolist()
+    assert theirs.decode(of_ours[0]) == tokenizer.decode(of_ours[0].tolist())
     for words in (text[:20_000], ODD, " a", "a ", "\n", " . ,", "", "'S 's  \n \n"):
         words = "".join(char for char in words if char in chars)
         ids = tokenizer.encode(words).tolist()
@@ -392,6 +400,22 @@ def test_weights_in_parts_lie_beside_their_index(qwen, tmp_path):
     assert_user_error(sample_here(f"--init_from={tmp_path}"), "no file beside it")
 
 
+def test_a_name_of_the_hub(tmp_path, monkeypatch):
+    model = lively(**KINDS["Arcee"][1])
+    exported(tmp_path, model).rename(tmp_path / "snapshot")
+    cache = tmp_path / "models--me--mine"
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs" / "main").write_text("a" * 40)
+    (cache / "snapshots").mkdir()
+    (tmp_path / "snapshot").rename(cache / "snapshots" / ("a" * 40))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    back, contents = load_pretrained("me/mine")
+    assert_same_network(model, back)
+    assert contents["meta"]["vocab_size"] == 97
+    assert_user_error(sample_here("--init_from=me/other"), "me/other cannot be loaded")
+
+
 def test_old_files_of_torch_are_read_and_run_no_code(tmp_path):
     model = lively()
     folder = exported(tmp_path, model)
@@ -429,6 +453,13 @@ def test_mistakes(tmp_path):
     refused = run_here("export.py", f"--out_dir={out_dir}", f"--to={to}", "--overwrite=True")
     assert_user_error(refused, "notes.txt")
     assert (to / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("package", ["safetensors", "tokenizers"])
+def test_a_missing_package_is_told(package, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    missing = run_here("export.py", f"--to={tmp_path / 'to'}")
+    assert_user_error(missing, f"needs {package}; run: pip install {package}")
 
 
 def test_what_a_killed_export_left_is_in_nobodys_way(tmp_path):
@@ -480,7 +511,7 @@ def test_the_model_card_tells_where_the_model_comes_from(tmp_path):
         "| name | mybook |", "| train tokens | 900 |", f"| sha256 | {'ab' * 32} |", "| step | 7 |",
         "| source | notes.txt, https://example.org/book.txt |", "| val loss | 1.6000 |",
         f"| val bits per byte | {bits:.4f} |", "| best val loss of the run | 1.5000 |",
-        '| optimizer | "muon" |', "| learning_rate | 0.001 |", "| logit\\_softcap | 15.0 |",
+        "| optimizer | muon |", "| learning_rate | 0.001 |", "| logit\\_softcap | 15.0 |",
     ):  # fmt: skip
         assert row.replace("\\_", "_") in card.text.replace("\\_", "_"), row
     assert "trust_remote_code=True" in card.text and "vLLM does not know this network" in card.text
@@ -496,3 +527,26 @@ def test_a_plain_card_needs_no_trust(qwen):
     card = (qwen / "README.md").read_text()
     assert "trust_remote_code" not in card and "vllm serve exported" in card
     assert "llama.cpp does not know this tokenizer" in card and "convert_hf" not in card
+
+
+def test_lm_evaluation_harness_asks_the_same_questions(tmp_path, text, questions_file, monkeypatch):
+    lm_eval = pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not there: pip install lm-eval")
+    pytest.importorskip("accelerate", reason="lm-evaluation-harness needs it: pip install accelerate")
+    import datasets
+    from lm_eval.tasks import TaskManager
+
+    tokenizer = CharTokenizer("".join(sorted({*text, *ODD})))  # which no token ends
+    folder = exported(tmp_path, lively(**KINDS["modern"][1], vocab_size=tokenizer.vocab_size), tokenizer)
+    asked = [json.loads(line) for line in questions_file.read_text().splitlines()]
+    asked = [one for one in asked if one["ctx"].strip() and len(set(one["endings"])) == 4]  # without ties
+    write_lines(tmp_path / "questions.jsonl", asked)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    command = next(line for line in (folder / "README.md").read_text().splitlines() if "lm_eval" in line)
+    args = command.split("--model_args ")[1].split()[0].replace("pretrained=", f"pretrained={tmp_path}/")
+    tasks = TaskManager(include_path=str(REPO / "hf"), include_defaults=False)
+    how = {"task_manager": tasks, "device": "cpu", "batch_size": 8, "bootstrap_iters": 0}
+    theirs = lm_eval.simple_evaluate("hf", model_args=f"{args},dtype=float32", tasks=["choice"], **how)
+    place = {"out_dir": str(tmp_path / "out"), "input": "questions.jsonl"}
+    ours = measure(EvalConfig(**place, tasks="choice", device="cpu", dtype="float32"))["choice"]
+    assert theirs["results"]["choice"]["acc,none"] == ours["acc"] and ours["questions"] == len(asked) > 30
