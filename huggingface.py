@@ -11,6 +11,7 @@ distrogpt  all others: by hf/modeling_distrogpt.py, which lies in the folder the
 
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -256,7 +257,9 @@ def read_tensors(path: Path) -> Weights:
         from safetensors.torch import load_file
 
         return load_file(path)
-    found = torch.load(path, map_location="cpu", weights_only=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's guesses at what is wrong
+        found = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(found, dict):
         raise ValueError(f"{path.name} holds no weights")
     return found

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -51,16 +52,16 @@ def how_to_load(folder: str, shape: GPTConfig, tokenizer: Tokenizer) -> list[str
     trust, flag = (", trust_remote_code=True", ",trust_remote_code=True") if own else ("", "")
     if tokenizer.end_of_text is None:  # what stands before a text without context
         flag += f",prefix_token_id={start_of_text(tokenizer)}"
-    runs = runs_in(shape, tokenizer)
+    runs, quoted, name = runs_in(shape, tokenizer), json.dumps(folder), shlex.quote(folder)
     lines = [
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        f'model = AutoModelForCausalLM.from_pretrained("{folder}"{trust})',
-        f'tokenizer = AutoTokenizer.from_pretrained("{folder}"{trust})',
-        f"# lm_eval --model hf --model_args pretrained={folder}{flag} --tasks hellaswag",
+        f"model = AutoModelForCausalLM.from_pretrained({quoted}{trust})",
+        f"tokenizer = AutoTokenizer.from_pretrained({quoted}{trust})",
+        f"# lm_eval --model hf --model_args pretrained={name}{flag} --tasks hellaswag",
     ]
-    lines += [] if runs["vLLM"] else [f"# vllm serve {folder}"]
-    lines += [] if runs["llama.cpp"] else [f"# python convert_hf_to_gguf.py {folder}    (llama.cpp's)"]
-    return [*lines, f"# python sample.py --init_from={folder}    (distroGPT's)"]
+    lines += [] if runs["vLLM"] else [f"# vllm serve {name}"]
+    lines += [] if runs["llama.cpp"] else [f"# python convert_hf_to_gguf.py {name}    (llama.cpp's)"]
+    return [*lines, f"# python sample.py --init_from={name}    (distroGPT's)"]
 
 
 def model_card(

@@ -292,7 +292,9 @@ def test_half_precision(kind, tmp_path):
         assert torch.equal(tensor, expected), name
 
 
-def test_the_way_back_trains_on(trained, dataset, tmp_path):
+def test_the_way_back_trains_on(dataset, tmp_path):
+    trained = tmp_path / "trained"
+    train_here(*TINY, f"--dataset={dataset}", f"--out_dir={trained}")
     done = run_here("export.py", f"--out_dir={trained}", f"--to={tmp_path / 'there'}")
     assert done.returncode == 0 and "GPT2LMHeadModel" in done.stdout
     where = (f"--dataset={dataset}", f"--out_dir={tmp_path / 'out'}", f"--init_from={tmp_path / 'there'}")
