@@ -51,9 +51,7 @@ def export(config: ExportConfig) -> Path:
             raise UserError(f"export.py needs {package}; run: pip install {package}")
     model, contents, source = load_trained(config.out_dir, config.init_from)
     tokenizer = find_tokenizer(contents, model.config.vocab_size, source)
-    shape = replace(
-        model.config, vocab_size=tokenizer.vocab_size
-    )  # padding has no tokens, and is never drawn
+    shape = replace(model.config, vocab_size=tokenizer.vocab_size)  # without padding, which is never drawn
     weights = to_weights(shape, model.state_dict())
     count = sum(w.numel() for w in weights.values())
     dtype = getattr(torch, config.dtype)

@@ -28,7 +28,7 @@ NOT_TOLD = (
 
 def shared_meta(meta: dict[str, Any] | None, tokenizer: Tokenizer) -> dict[str, Any]:
     """What may be told of the dataset to whoever gets the folder: no paths of this machine."""
-    meta = dict(meta or {**GPT2_META, "tokenizer": tokenizer.describe(), "vocab_size": tokenizer.vocab_size})
+    meta = {**(meta or GPT2_META), "tokenizer": tokenizer.describe(), "vocab_size": tokenizer.vocab_size}
     if "source" in meta:
         parts = str(meta["source"]).split(", ")
         meta["source"] = ", ".join(Path(part).name if Path(part).is_absolute() else part for part in parts)
