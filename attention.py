@@ -56,7 +56,7 @@ def rotation(T: int, D: int, device: torch.device | None = None) -> torch.Tensor
 
     Position t turns the i-th pair of a head's numbers by t / 10000^(2i/D).
     """
-    speed = 10_000.0 ** (-torch.arange(0, D, 2, device=device) / D)  # (D/2,)
+    speed = 1 / 10_000.0 ** (torch.arange(0, D, 2, device=device) / D)  # (D/2,): transformers' very numbers
     angle = torch.arange(T, device=device)[:, None] * speed  # (T, D/2)
     return torch.stack((angle.cos(), angle.sin()))
 

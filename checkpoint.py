@@ -19,7 +19,7 @@ from typing import IO, Any, get_type_hints
 
 import torch
 
-from data.meta import GPT2_META, checked_meta
+from data.meta import GPT2_META, checked_meta, read_meta
 from errors import Diverged, MachineError, UserError
 from model import GPT, GPTConfig
 from parallel import copied, part_like
@@ -168,19 +168,16 @@ def best_checkpoint(out_dir: Path) -> Path:
 def restore_model(contents: dict[str, Any], path: Path, dropout: float = 0.0) -> GPT:
     """The network of a checkpoint, with its weights, on the CPU. Raises UserError where they do not fit."""
     args = {"activation": "gelu", **contents["model_args"], "dropout": dropout}  # nanoGPT's is the exact one
-    known = get_type_hints(GPTConfig)
-    for name, value in args.items():
-        odd_bool = type(value) is bool and known.get(name) is not bool  # which is an int to isinstance
-        if name not in known or odd_bool or not isinstance(value, known[name]):
-            shown = str(value)[:40] if isinstance(value, (int, float, str)) else type(value).__name__
-            raise UserError(f"{path} has {name[:40]}={shown}, not known here; use another, or update")
+    try:
+        config = config_of(args)
+    except ValueError as error:
+        raise UserError(f"{path} has {error}; use another, or update") from None
     weights = {
         name.removeprefix("_orig_mod."): tensor
         for name, tensor in contents["model"].items()
         if not name.endswith(".attn.bias")  # the causal mask, in files from nanoGPT on torch before 2.0
     }
     try:
-        config = GPTConfig(**args)
         check_weights(weights, config)
         model = GPT(config)
         model.load_state_dict(weights)
@@ -190,14 +187,28 @@ def restore_model(contents: dict[str, Any], path: Path, dropout: float = 0.0) ->
     return model
 
 
+def config_of(args: dict[str, Any]) -> GPTConfig:
+    """The shape of these settings, of any origin. Raises ValueError."""
+    known = get_type_hints(GPTConfig)
+    for name, value in args.items():
+        odd_bool = type(value) is bool and known.get(name) is not bool  # which is an int to isinstance
+        if name not in known or odd_bool or not isinstance(value, known[name]):
+            shown = str(value)[:40] if isinstance(value, (int, float, str)) else type(value).__name__
+            raise ValueError(f"{name[:40]}={shown}, not known here")
+    return GPTConfig(**args)
+
+
 def check_weights(weights: dict[str, Any], config: GPTConfig) -> None:
     """Raises ValueError where they are not a network's of this shape, before memory is taken for it."""
     if config.n_layer > len(weights):
         raise ValueError(f"n_layer={config.n_layer}, but there are {len(weights)} weights")
     with torch.device("meta"):  # shapes without memory
         shapes = {name: tensor.shape for name, tensor in GPT(config).state_dict().items()}
-    if set(shapes) != set(weights):
-        raise ValueError(f"{min(set(shapes) ^ set(weights))[:60]} is missing or too many")
+    missing, strange = set(shapes) - set(weights), set(weights) - set(shapes)
+    if missing:
+        raise ValueError(f"{len(missing)} weights are missing, such as {min(missing)}")
+    if strange:
+        raise ValueError(f"{min(strange)[:60]} has no place in it")
     for name, shape in shapes.items():
         if not is_plain(weights[name]) or weights[name].shape != shape:
             raise ValueError(f"{name} is no plain tensor of shape {tuple(shape)}")
@@ -264,9 +275,10 @@ def training_state(
 
 
 def load_pretrained(name: str, dropout: float = 0.0) -> tuple[GPT, dict[str, Any]]:
-    """A network to start from, on the CPU, and the checkpoint that it stood in, {} where it is transformers'.
+    """A network to start from, on the CPU, and the checkpoint that it stood in; of a folder in Hugging Face's
+    format only the meta of its dataset, and {} of a GPT-2 without one.
 
-    `name` is gpt2, gpt2-medium, gpt2-large, gpt2-xl, a hub name, a folder in transformers' format, a run's,
+    `name` is gpt2, gpt2-medium, gpt2-large, gpt2-xl, a hub name, a folder in Hugging Face's format, a run's,
     or one of its .pt files. Raises UserError.
     """
     folder = Path(name)
@@ -282,14 +294,21 @@ def load_pretrained(name: str, dropout: float = 0.0) -> tuple[GPT, dict[str, Any
     try:
         if not is_folder:
             check_hub(name)
-        return GPT.from_pretrained(name, {"dropout": dropout}), {}
-    except ImportError:
-        raise UserError(f"init_from={name} needs transformers; run: pip install transformers") from None
-    except Exception as error:  # no network, no such name, a damaged file: transformers raises many kinds
+        from huggingface import find_folder, model_type_of
+
+        folder = find_folder(name)
+        model = GPT.from_pretrained(str(folder), {"dropout": dropout})
+    except ImportError as error:
+        raise UserError(f"init_from={name} needs {error.name}; run: pip install {error.name}") from None
+    except Exception as error:  # no network, no such name, a damaged or hostile file: there are many kinds
         raise UserError(
             f"init_from={name} cannot be loaded ({first_line(error)}); give a folder with its "
             "config.json and model.safetensors, or go online"
         ) from None
+    if (folder / "meta.json").is_file():
+        return model, {"meta": read_meta(folder)}
+    unknown = {"tokenizer": None, "vocab_size": model.config.vocab_size, "dtype": "uint32"}
+    return model, {} if model_type_of(model.config) == "gpt2" else {"meta": unknown}
 
 
 def load_trained(out_dir: str, init_from: str) -> tuple[GPT, dict[str, Any], str]:

@@ -287,27 +287,18 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, model_type: str, override_args: dict[str, Any] | None = None) -> "GPT":
-        """GPT-2's weights: gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder or hub name of that format.
+        """The weights of gpt2, gpt2-medium, gpt2-large, gpt2-xl, or of a folder or hub name in one of the
+        formats that huggingface.py knows.
 
         `override_args` may set dropout. Raises OSError where the weights cannot be had, ValueError where they
-        are not a GPT-2's or another setting is overridden.
+        are of another network or another setting is overridden.
         """
-        from transformers import GPT2LMHeadModel
+        from huggingface import find_folder, read_pretrained
 
         if set(override_args or {}) - {"dropout"}:
             raise ValueError(f"only dropout can be overridden, not {', '.join(override_args)}")
-        how = {"dtype": torch.float32, "output_loading_info": True}
-        theirs, info = GPT2LMHeadModel.from_pretrained(model_type, **how)
-        missing = set(info["missing_keys"]) - {"lm_head.weight"}  # tied, so not stored
-        if missing:
-            raise ValueError(f"{len(missing)} weights are missing, such as {min(missing)}")
-        model = cls(gpt2_config(theirs.config, **(override_args or {})))
-        conv1d = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # stored (in, out), not (out, in)
-        weights = {
-            name: tensor.t() if name.endswith(conv1d) else tensor
-            for name, tensor in theirs.state_dict().items()
-            if not name.endswith((".attn.bias", ".attn.masked_bias"))  # old files keep the causal mask
-        }
+        config, weights = read_pretrained(find_folder(model_type), **(override_args or {}))
+        model = cls(config)
         model.load_state_dict(weights)
         return model
 
@@ -343,23 +334,3 @@ class GPT(nn.Module):
     def estimate_mfu(self, fwdbwd_per_iter: float, dt: float, peak_flops: float = 312e12) -> float:
         """Share of peak_flops (an A100's in bf16) that fwdbwd_per_iter sequences in dt seconds reach."""
         return self.flops_per_token() * self.config.block_size * fwdbwd_per_iter / dt / peak_flops
-
-
-def gpt2_config(theirs: Any, **overrides: Any) -> GPTConfig:
-    """GPTConfig of a transformers GPT2Config. Raises ValueError where theirs is not GPT-2 as released."""
-    as_released = {
-        "model_type": "gpt2",
-        "activation_function": "gelu_new",
-        "layer_norm_epsilon": 1e-5,
-        "scale_attn_weights": True,
-        "scale_attn_by_inverse_layer_idx": False,
-        "add_cross_attention": False,
-        "tie_word_embeddings": True,
-    }
-    for key, value in as_released.items():
-        if getattr(theirs, key, value) != value:
-            raise ValueError(f"{key}={getattr(theirs, key)} is not GPT-2's {value}; it cannot be loaded")
-    if theirs.n_inner not in (None, 4 * theirs.n_embd):
-        raise ValueError(f"n_inner={theirs.n_inner} is not four times n_embd; this model cannot be loaded")
-    shape = {name: getattr(theirs, name) for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
-    return GPTConfig(block_size=theirs.n_positions, **shape, **overrides)

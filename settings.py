@@ -442,6 +442,28 @@ class EvalConfig:
         check_settings(self)
 
 
+@dataclass
+class ExportConfig:
+    """Write a trained GPT in Hugging Face's format, a folder that transformers and others load.
+
+    usage: python export.py --out_dir=out-shakespeare-char --to=my-model
+           python export.py --init_from=gpt2 --to=gpt2-bf16 --dtype=bfloat16
+    """
+
+    init_from: str = setting(
+        "resume", "resume (out_dir's checkpoint), gpt2[-medium|-large|-xl], or a folder", path=True
+    )
+    out_dir: str = setting("out", "folder of the checkpoint", path=True)
+    to: str = setting("", "the folder to write", path=True)
+    dtype: str = setting("float32", "of the weights", choices=DTYPES[1:])
+    overwrite: bool = setting(False, "replace an export that is there")
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        if not self.to:
+            raise ValueError("to is empty; name the folder to write: --to=FOLDER")
+
+
 def check_heads(n_embd: int, n_head: int, n_kv_head: int | None, rotary: bool) -> None:
     """Raises ValueError where the width cannot be shared among the heads, or the heads among fewer."""
     if n_embd % n_head:

@@ -185,5 +185,5 @@ def describe_resumption(
     for name, value in asdict(model.config).items():
         wanted = getattr(config, name, value)
         meant = bool(contents) or wanted != getattr(TrainConfig, name, wanted)  # what a new run would have
-        if wanted != value and meant and name not in ("block_size", "dropout"):
+        if wanted != value and meant and name not in ("block_size", "dropout", "zero_init"):
             say(f"note     the model's {name}={value} holds, not {wanted}")

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from hashlib import sha1
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -239,18 +240,59 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
     return BPETokenizer(merges)
 
 
-def library_file(tokenizer: BPETokenizer) -> str:
-    """The text of a tokenizer.json, which Hugging Face's libraries read as the same tokenizer."""
-    from tokenizers import Tokenizer as HuggingFaceTokenizer
-    from tokenizers import decoders, models, pre_tokenizers
+def library_file(tokenizer: Tokenizer) -> str:
+    """The text of a tokenizer.json, which Hugging Face's libraries read as the same tokenizer.
 
-    tokens = [*(BYTE_CHARS[b] for b in range(256)), *map("".join, tokenizer.merges)]
-    vocab = {token: number for number, token in enumerate(tokens)}
-    bpe = HuggingFaceTokenizer(models.BPE(vocab, tokenizer.merges))
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    bpe.add_special_tokens([END_OF_TEXT])
-    return bpe.to_str()
+    A character that a list of characters lacks is an error there, too. Raises UserError where JSON cannot
+    write the characters.
+    """
+    from tokenizers import Regex, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as HuggingFaceTokenizer
+
+    if isinstance(tokenizer, CharTokenizer):
+        try:
+            tokenizer.chars.encode()
+        except UnicodeEncodeError:
+            raise UserError("the vocabulary has halves of characters, which no file can name") from None
+        made = HuggingFaceTokenizer(models.WordLevel({char: i for i, char in enumerate(tokenizer.chars)}))
+        made.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+        made.decoder = decoders.Fuse()
+    else:
+        made = HuggingFaceTokenizer(models.BPE(*vocabulary_of(tokenizer)))
+        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        made.decoder = decoders.ByteLevel()
+    if tokenizer.end_of_text is not None:
+        made.add_special_tokens([END_OF_TEXT])
+    return made.to_str()
+
+
+def vocabulary_of(tokenizer: Tokenizer) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """The id of each token in the letters of GPT-2's files, without <|endoftext|>, and the merges in their
+    order: none where ids are bytes."""
+    if isinstance(tokenizer, GPT2Tokenizer):
+        ranks = tokenizer.bpe._mergeable_ranks
+        merges = [parts_of(token, ranks) for token in sorted(ranks, key=ranks.get) if len(token) > 1]
+        return {in_letters(token): rank for token, rank in ranks.items()}, [
+            (in_letters(left), in_letters(right)) for left, right in merges
+        ]
+    merges = tokenizer.merges if isinstance(tokenizer, BPETokenizer) else []
+    tokens = [*(BYTE_CHARS[b] for b in range(256)), *map("".join, merges)]
+    return {token: number for number, token in enumerate(tokens)}, merges
+
+
+def in_letters(token: bytes) -> str:
+    """A visible character for each byte."""
+    return "".join(BYTE_CHARS[byte] for byte in token)
+
+
+def parts_of(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
+    """The two tokens that are joined to this one: what the merges before it make of its bytes."""
+    parts = [token[i : i + 1] for i in range(len(token))]
+    while len(parts) > 2:
+        joined = [ranks.get(left + right, len(ranks)) for left, right in pairwise(parts)]
+        i = joined.index(min(joined))
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    return parts
 
 
 def start_of_text(tokenizer: Tokenizer) -> int:

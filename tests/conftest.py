@@ -87,10 +87,11 @@ class Terminal(io.StringIO):
 def run_here(
     script: str, *flags: object, cwd: Path | None = None, terminal: bool = False
 ) -> subprocess.CompletedProcess:
-    """Run train.py, sample.py, bench.py or ablate.py within this process, which spares a start; as if on a
-    terminal, if asked."""
+    """Run train.py, sample.py, bench.py, ablate.py or export.py within this process, which spares a start; as
+    if on a terminal, if asked."""
     import ablate
     import bench
+    import export
     import sample
     import settings
     import train
@@ -105,6 +106,7 @@ def run_here(
         "sample.py": (sample.main, settings.SampleConfig),
         "bench.py": (bench.bench, settings.BenchConfig),
         "ablate.py": (ablate.ablate, settings.AblateConfig),
+        "export.py": (export.export, settings.ExportConfig),
     }[script]
     out, err = (Terminal() if terminal else io.StringIO() for _ in range(2))
     status: Any = 0
