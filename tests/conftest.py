@@ -38,8 +38,9 @@ MODERN = (
 )  # fmt: skip
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's client is imported
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-torch.set_num_threads(1)  # tiny models gain nothing from more, and suffer on a busy machine
+os.environ["OMP_NUM_THREADS"] = "1"  # tiny models gain nothing from more, and suffer on a busy machine
+torch.set_num_threads(1)
+ENVIRONMENT = dict(os.environ)
 
 
 def run(*words: object, cwd: Path = REPO, env: dict[str, str] | None = None, **more):
@@ -227,7 +228,9 @@ def dataset(tmp_path_factory: pytest.TempPathFactory, text: str) -> Path:
     """A prepared character dataset of that text."""
     folder = tmp_path_factory.mktemp("dataset")
     (folder / "text.txt").write_text(text, encoding="utf-8")
-    done = run("data/shakespeare_char/prepare.py", "--input", folder / "text.txt", "--output", folder)
+    done = prepare_here(
+        "data/shakespeare_char/prepare.py", "--input", folder / "text.txt", "--output", folder
+    )
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -267,8 +270,7 @@ def copy(dataset: Path, tmp_path: Path) -> Path:
 def trained(tmp_path_factory: pytest.TempPathFactory, dataset: Path) -> Path:
     """The out_dir of a finished run on it, 20 steps."""
     out_dir = tmp_path_factory.mktemp("trained") / "out"
-    done = run("train.py", *TINY, f"--dataset={dataset}", f"--out_dir={out_dir}")
-    assert done.returncode == 0, done.stderr
+    train_here(*TINY, f"--dataset={dataset}", f"--out_dir={out_dir}")
     return out_dir
 
 
