@@ -450,7 +450,7 @@ def test_jumps_of_the_loss_are_told():
 
 @no_signals
 def test_wandb_gets_losses_and_its_run_goes_on(tmp_path, dataset):
-    """With wandb's own offline mode, which names its folders by the run's id; the run's files are its record."""
+    """With wandb's own offline mode, which names its folders by the run's id; its files are its record."""
     env = {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true"}
     flags = [*LONG, f"--dataset={dataset}", f"--out_dir={tmp_path / 'out'}", "--wandb_log=True"]
     flags.append("--wandb_project=p")
