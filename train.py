@@ -329,6 +329,9 @@ def train_model(
             advance(loss=made.loss)
         if folder:
             folder.finish()
+    del (
+        trained
+    )  # were DDP the last to hold the ranks' group, its end could wait for ever for a thread that waits
     stop_runtime()
     if trouble:
         raise trouble[0]

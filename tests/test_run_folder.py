@@ -145,7 +145,7 @@ def test_two_runs_in_one_folder_are_refused_until_the_first_ends_however_it_ends
     assert until(first, "step 5: loss")
     before = (tmp_path / "log.csv").read_bytes()
     monkeypatch.setattr(run_folder, "PATIENCE", 0.3)
-    second = run_here("train.py", *LONG, *flags)
+    second = run_here("train.py", *LONG, *flags, "--max_iters=2")
     assert_user_error(
         second, f"process {first.pid} on ", f"writes to out_dir={tmp_path}", "another --out_dir"
     )
