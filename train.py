@@ -329,9 +329,7 @@ def train_model(
             advance(loss=made.loss)
         if folder:
             folder.finish()
-    del (
-        trained
-    )  # were DDP the last to hold the ranks' group, its end could wait for ever for a thread that waits
+    del trained  # as the last to hold the ranks' group, DDP may end it with Python locked, and wait for ever
     stop_runtime()
     if trouble:
         raise trouble[0]
