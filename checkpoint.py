@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any, get_type_hints
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from data.meta import GPT2_META, checked_meta, read_meta
 from errors import Diverged, MachineError, UserError
@@ -179,7 +180,8 @@ def restore_model(contents: dict[str, Any], path: Path, dropout: float = 0.0) ->
     }
     try:
         check_weights(weights, config)
-        model = GPT(config)
+        with Unset():
+            model = GPT(config)
         model.load_state_dict(weights)
     except (ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[-1].strip()
@@ -198,11 +200,22 @@ def config_of(args: dict[str, Any]) -> GPTConfig:
     return GPTConfig(**args)
 
 
+class Unset(TorchFunctionMode):
+    """Networks made under it have no random weights: a checkpoint's come. To draw what has no memory, torch
+    would load its compiler, which takes a second."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is torch.Tensor.normal_ or getattr(function, "__module__", "") == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return function(*args, **kwargs)
+
+
 def check_weights(weights: dict[str, Any], config: GPTConfig) -> None:
     """Raises ValueError where they are not a network's of this shape, before memory is taken for it."""
     if config.n_layer > len(weights):
         raise ValueError(f"n_layer={config.n_layer}, but there are {len(weights)} weights")
-    with torch.device("meta"):  # shapes without memory
+    with torch.device("meta"), Unset():  # shapes without memory
         shapes = {name: tensor.shape for name, tensor in GPT(config).state_dict().items()}
     missing, strange = set(shapes) - set(weights), set(weights) - set(shapes)
     if missing:

@@ -40,7 +40,8 @@ MFU = 0.4  # where none is known: llm.c's on H100, see above
 LINK_SHARE, LATENCY = 0.8, 10e-6  # of the nominal bandwidth; seconds
 BUCKET = 25 * 2**20  # bytes of gradients that DDP sends at once
 USABLE = 0.9  # of a memory: the rest is CUDA's, NCCL's, the system's, and gaps between what is allocated
-LIBRARIES = 130e6  # bytes that the first step on a CPU loads; measured
+LIBRARIES = 40e6  # bytes that the first step on a CPU loads; measured
+COMPILER = 80e6  # bytes of torch's compiler, which DDP, FSDP2 and activation_checkpointing load; measured
 DISK, PAGE = 1e9, 4096  # bytes/s of a node's SSD; bytes that a system reads at once
 GPT2_SHAPES = {  # layers, heads, width (Radford et al., 2019)
     "gpt2": (12, 12, 768),
@@ -267,7 +268,7 @@ def memory(counts: Counts, place: Place, split: Split) -> dict[str, float]:
     update = gradients + 8 * counts.matrices * share  # Muon's products
     peak = weights + averages + more + max(forward, before + activations, end, update)
     if place.is_cpu:  # its allocator keeps what a step frees, with holes of about the logits' size; measured
-        peak += 8 * logits + LIBRARIES
+        peak += 8 * logits + LIBRARIES + COMPILER * (split.again or split.n > 1)
     parts = {"weights": weights, "gradients": gradients, "averages": averages, "activations": activations}
     return {**parts, "more": more, "peak": peak, "fits": peak <= USABLE * place.memory}
 

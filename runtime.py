@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -268,8 +269,9 @@ def cuda_graph(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> 
     return replay
 
 
+@cache  # many short runs in one process, as a study's, measure once
 def peak_flops(runtime: Runtime) -> float:
-    """FLOP/s of one rank's device at most: its data sheet's, or else a matrix product's, measured now."""
+    """FLOP/s of one rank's device at most: its data sheet's, or else a matrix product's, measured once."""
     if runtime.device.type == "cuda" and runtime.dtype != torch.float32:
         words = f" {torch.cuda.get_device_name(runtime.device).replace('-', ' ')} "
         for name, peak in PEAK_FLOPS.items():

@@ -329,6 +329,7 @@ def train_model(
             advance(loss=made.loss)
         if folder:
             folder.finish()
+    del trained  # as the last to hold the ranks' group, DDP may end it with Python locked, and wait for ever
     stop_runtime()
     if trouble:
         raise trouble[0]

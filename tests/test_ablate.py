@@ -2,7 +2,7 @@
 
 import json
 
-from conftest import TINY, assert_user_error, run, run_here
+from conftest import TINY, assert_user_error, run_here, run_warm
 
 from ablate import table, variants
 from configurator import read_settings
@@ -37,7 +37,7 @@ def test_the_table_has_medians_and_what_changes():
 
 def test_a_study_is_told_drawn_kept_and_gone_on_with(dataset, tmp_path):
     flags = ["ablate.py", *STUDY, f"--dataset={dataset}", f"--out_dir={tmp_path / 'out'}"]
-    first = run(*flags, "--seeds=1", cwd=tmp_path)
+    first = run_warm(*flags, "--seeds=1", cwd=tmp_path)
     assert first.returncode == 0, first.stderr
     assert first.stdout.count("seed 1337: val loss") == 6
     done = run_here(*flags, cwd=tmp_path)

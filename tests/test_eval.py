@@ -5,19 +5,17 @@ import io
 import json
 import math
 import random
-import subprocess
 
 import numpy as np
 import pytest
 import torch
 from conftest import (
-    ENVIRONMENT,
     MODERN,
     TINY,
     assert_user_error,
     losses_of,
+    ranks,
     run,
-    torchrun,
     train_here,
     write_lines,
 )
@@ -178,8 +176,7 @@ def test_asking_changes_nothing_of_the_training(learner, dataset, tmp_path):
 def test_ranks_share_the_questions(learner, questions_file, tmp_path):
     flags = [f"--out_dir={learner[0]}", "--tasks=choice,loss", f"--input={questions_file}", "--batch_size=7"]
     flags += ["--device=cpu", "--dtype=float32"]
-    command = torchrun(2, "eval.py", *flags, f"--json={tmp_path / 'two.json'}")
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=100)
+    done = ranks(*[("eval.py", *flags, f"--json={tmp_path / 'two.json'}")] * 2)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("acc_norm") == 1
     two = json.loads((tmp_path / "two.json").read_text())

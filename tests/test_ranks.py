@@ -18,12 +18,14 @@ from conftest import (
     TINY,
     assert_same_weights,
     losses_of,
-    start,
+    ranks,
+    start_warm,
     torchrun,
     train_here,
     until,
 )
 from torch.nn.parallel import DistributedDataParallel
+from warm import Started
 
 from checkpoint import load_checkpoint
 from model import GPT, GPTConfig
@@ -40,11 +42,21 @@ shares_a_run = pytest.mark.xdist_group("unbroken")  # one worker makes it, once
 no_signals = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM to catch")
 
 
-def train_on(ranks: int, *flags: object) -> subprocess.CompletedProcess:
+def train_on(count: int, *flags: object) -> subprocess.CompletedProcess:
+    return ranks(*[("train.py", *TINY, *flags)] * count)
+
+
+def train_by_torchrun(count: int, *flags: object) -> subprocess.CompletedProcess:
+    """The same by the command that a user types."""
     return subprocess.run(
-        torchrun(ranks, "train.py", *TINY, *flags),
+        torchrun(count, "train.py", *TINY, *flags),
         capture_output=True, text=True, timeout=100, cwd=REPO, env=ENVIRONMENT,
     )  # fmt: skip
+
+
+def start_torchrun(count: int, *flags: object, options: tuple[str, ...] = ("--standalone",)) -> Started:
+    """torchrun in the background; its ranks are started as a user's are."""
+    return start_warm(*torchrun(count, "train.py", *TINY, *flags, options=options)[1:])
 
 
 @pytest.fixture(scope="module")
@@ -76,20 +88,25 @@ def assert_same_run(one, other, atol=2e-4) -> None:
 
 
 @pytest.mark.parametrize(
-    ("ranks", "more"),
-    [(1, DROPOUT), (2, DROPOUT), (4, DROPOUT), (2, RECIPE)],
+    ("count", "more", "how"),
+    [
+        (1, DROPOUT, train_on),
+        (2, DROPOUT, train_by_torchrun),
+        (4, DROPOUT, train_on),
+        (2, RECIPE, train_on),
+    ],
     ids=lambda value: str(value)[:9],
 )
-def test_ranks_learn_what_one_process_learns(ranks, more, alone, tmp_path, dataset, questions_file):
+def test_ranks_learn_what_one_process_learns(count, more, how, alone, tmp_path, dataset, questions_file):
     more = asking(more, questions_file)
-    done = train_on(ranks, f"--dataset={dataset}", f"--out_dir={tmp_path}", *more)
+    done = how(count, f"--dataset={dataset}", f"--out_dir={tmp_path}", *more)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("step 20: loss") == 1  # one rank speaks
     assert_same_run(alone(*more), tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("ranks", "flags"),
+    ("count", "flags"),
     [
         (2, DROPOUT),
         (2, (*DROPOUT, "--grad_clip=0.1", "--tied=False", "--activation_checkpointing=True", *SGD)),
@@ -98,10 +115,10 @@ def test_ranks_learn_what_one_process_learns(ranks, more, alone, tmp_path, datas
     ids=["gpt2", "untied", "recipe"],
 )
 def test_ranks_with_a_part_of_each_weight_learn_the_same(
-    ranks, flags, alone, tmp_path, dataset, questions_file
+    count, flags, alone, tmp_path, dataset, questions_file
 ):
     flags = asking(flags, questions_file)
-    done = train_on(ranks, f"--dataset={dataset}", f"--out_dir={tmp_path}", "--shard=True", *flags)
+    done = train_on(count, f"--dataset={dataset}", f"--out_dir={tmp_path}", "--shard=True", *flags)
     assert done.returncode == 0, done.stderr
     assert_same_run(alone(*(flag for flag in flags if "checkpointing" not in flag)), tmp_path)
 
@@ -153,19 +170,12 @@ def test_ranks_exchange_gradients_once_a_step(tmp_path):
 
 def test_mistakes_are_told_once(dataset, tmp_path):
     flags = [f"--dataset={dataset}", f"--out_dir={tmp_path}"]
-    done = train_on(2, *flags, "--gradient_accumulation_steps=3")
-    told = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    done = start_torchrun(2, *flags, "--gradient_accumulation_steps=3")
+    _, errors = done.communicate()
+    told = [line for line in errors.splitlines() if line.startswith("error: ")]
     wanted = "error: gradient_accumulation_steps=3 cannot be shared among 2 ranks; make it a multiple"
     assert done.returncode != 0 and told == [wanted]
     assert list(tmp_path.iterdir()) == []
-
-
-def nodes(dataset, port, *flags_of_each) -> list[subprocess.Popen]:
-    """torchrun as on several machines, of one rank each."""
-    where = ("--rdzv_backend=c10d", "--rdzv_id=test", f"--rdzv_endpoint=localhost:{port}")
-    options = (f"--nnodes={len(flags_of_each)}", *where)
-    shared = [*TINY, f"--dataset={dataset}", *DROPOUT]
-    return [start(torchrun(1, "train.py", *shared, *flags, options=options)) for flags in flags_of_each]
 
 
 def free_port() -> int:
@@ -177,19 +187,21 @@ def free_port() -> int:
 
 
 def test_two_nodes(alone, dataset, tmp_path):
-    processes = nodes(dataset, free_port(), *[[f"--out_dir={tmp_path}"]] * 2)
+    """torchrun as on two machines, of one rank each."""
+    where = ("--rdzv_backend=c10d", "--rdzv_id=test", f"--rdzv_endpoint=localhost:{free_port()}")
+    flags = (f"--dataset={dataset}", f"--out_dir={tmp_path}", *DROPOUT)
+    processes = [start_torchrun(1, *flags, options=("--nnodes=2", *where)) for _ in range(2)]
     outputs = [process.communicate(timeout=120) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     assert sum(output.count("step 20: loss") for output, _ in outputs) == 1
     assert_same_run(alone(*DROPOUT), tmp_path)
 
 
-def test_nodes_with_other_settings_are_told(dataset, tmp_path):
-    flags = [f"--out_dir={tmp_path}"]
-    processes = nodes(dataset, free_port(), flags, [*flags, "--learning_rate=1e-3"])
-    errors = "".join(process.communicate(timeout=120)[1] for process in processes)
-    assert all(process.returncode for process in processes)
-    assert "error: the ranks have not all the same settings; " in errors
+def test_ranks_with_other_settings_are_told(dataset, tmp_path):
+    flags = ("train.py", *TINY, f"--dataset={dataset}", f"--out_dir={tmp_path}", *DROPOUT)
+    done = ranks(flags, (*flags, "--learning_rate=1e-3"))
+    assert done.returncode and "error: the ranks have not all the same settings; " in done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 LONG = ("--max_iters=120", "--lr_decay_iters=120", "--eval_interval=40", "--log_interval=1", *DROPOUT)
@@ -207,15 +219,15 @@ def unbroken(tmp_path_factory, dataset):
 @no_signals
 @shares_a_run
 def test_signals_end_all_ranks_with_their_state_saved(unbroken, tmp_path, dataset):
-    flags = [*TINY, f"--dataset={dataset}", f"--out_dir={tmp_path}", *LONG, "--init_from=auto"]
-    process = start(torchrun(2, "train.py", *flags))
+    flags = [f"--dataset={dataset}", f"--out_dir={tmp_path}", *LONG, "--init_from=auto"]
+    process = start_torchrun(2, *flags)
     assert until(process, "step 50: loss")
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=60)
     stopped = int(re.search(r"stopped after step (\d+)", output)[1])
     assert process.returncode != 0 and "error: " not in errors and stopped >= 50
     assert load_checkpoint(tmp_path / "last.pt")["iter_num"] == stopped
-    done = train_on(2, *flags[len(TINY) :])
+    done = train_on(2, *flags)
     assert done.returncode == 0 and f"resumes  after step {stopped}" in done.stdout, done.stderr
     assert_same_weights(unbroken / "last.pt", tmp_path / "last.pt")
     assert losses_of(unbroken) == losses_of(tmp_path)
@@ -264,8 +276,8 @@ def ranks_of(process: subprocess.Popen) -> list[int]:
 def test_after_a_killed_rank_torchrun_starts_again_and_the_run_goes_on(unbroken, tmp_path, dataset):
     """In a folder that has another run's files: those it does not go on from."""
     train_here(*TINY, f"--dataset={dataset}", f"--out_dir={tmp_path}", "--max_iters=1", "--seed=9")
-    flags = [*TINY, f"--dataset={dataset}", f"--out_dir={tmp_path}", *LONG]
-    process = start(torchrun(2, "train.py", *flags, options=("--standalone", "--max-restarts=3")))
+    flags = [f"--dataset={dataset}", f"--out_dir={tmp_path}", *LONG]
+    process = start_torchrun(2, *flags, options=("--standalone", "--max-restarts=3"))
     for rank, words in enumerate(("step 20: loss", "step 60: loss")):  # before the first checkpoint, after it
         assert until(process, words)
         os.kill(ranks_of(process)[rank], signal.SIGKILL)
@@ -279,15 +291,15 @@ def test_after_a_killed_rank_torchrun_starts_again_and_the_run_goes_on(unbroken,
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent died")
 def test_ranks_whose_torchrun_was_killed_save_and_end(tmp_path, dataset):
-    flags = [*TINY, f"--dataset={dataset}", f"--out_dir={tmp_path}", *LONG, "--max_iters=100000"]
-    process = start(torchrun(2, "train.py", *flags))
+    flags = [f"--dataset={dataset}", f"--out_dir={tmp_path}", *LONG, "--max_iters=100000"]
+    process = start_torchrun(2, *flags)
     assert until(process, "step 20: loss")
-    ranks = ranks_of(process)
+    pids = ranks_of(process)
     process.kill()
     assert until(process, "stopped after step")
     process.communicate(timeout=60)
     assert load_checkpoint(tmp_path / "last.pt")["iter_num"] >= 20
     end = time.time() + 20
-    while any(os.path.exists(f"/proc/{pid}/cwd") for pid in ranks) and time.time() < end:
+    while any(os.path.exists(f"/proc/{pid}/cwd") for pid in pids) and time.time() < end:
         time.sleep(0.1)
-    assert not any(os.path.exists(f"/proc/{pid}/cwd") for pid in ranks)
+    assert not any(os.path.exists(f"/proc/{pid}/cwd") for pid in pids)

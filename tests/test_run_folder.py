@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import signal
+import subprocess
 import sys
 import time
 
@@ -11,16 +12,18 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
-    REPO,
     TINY,
     assert_same_weights,
     assert_user_error,
     losses_of,
-    run,
-    start,
+    run_here,
+    run_warm,
+    sample_here,
+    start_warm,
     train_here,
     until,
 )
+from warm import Started
 
 import run_folder
 import train as train_file
@@ -45,8 +48,9 @@ no_signals = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no 
 on_linux = pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux's /proc")
 
 
-def command(*flags: object) -> list[str]:
-    return [sys.executable, str(REPO / "train.py"), *LONG, *map(str, flags)]
+def begin(*flags: object) -> Started:
+    """The run as a process of its own."""
+    return start_warm("train.py", *LONG, *flags)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +74,7 @@ def assert_ends_as(unbroken, out_dir, *flags) -> str:
 @pytest.mark.parametrize("at", ["step 7: loss", "step 120: loss"])
 def test_a_killed_run_goes_on_as_the_unbroken_one(at, unbroken, tmp_path, dataset):
     flags = (f"--dataset={dataset}", f"--out_dir={tmp_path}")
-    process = start(command(*flags))
+    process = begin(*flags)
     assert until(process, at)
     process.kill()
     process.communicate()
@@ -94,7 +98,7 @@ def wait_until_it_catches(process, number: int) -> None:
 @on_linux
 def test_a_signal_during_an_evaluation_stops_it_and_it_is_made_on_resume(unbroken, tmp_path, dataset):
     flags = (f"--dataset={dataset}", f"--out_dir={tmp_path}", "--lr_decay_iters=200")
-    process = start(command(*flags, "--eval_iters=100000"))  # an evaluation of minutes
+    process = begin(*flags, "--eval_iters=100000")  # an evaluation of minutes
     wait_until_it_catches(process, signal.SIGUSR1)
     process.send_signal(signal.SIGUSR1)
     output, errors = process.communicate(timeout=30)
@@ -102,7 +106,7 @@ def test_a_signal_during_an_evaluation_stops_it_and_it_is_made_on_resume(unbroke
     assert "stopped after step 0" in output and not list(tmp_path.glob("*.pt"))
     # later, where there is something to save
     train_here(*LONG, *flags, "--max_iters=49")
-    process = start(command(*flags, "--eval_iters=100000"))
+    process = begin(*flags, "--eval_iters=100000")
     assert until(process, "step 50: loss")
     process.send_signal(signal.SIGTERM)
     output, errors = process.communicate(timeout=30)
@@ -128,17 +132,20 @@ def test_the_log_has_a_line_for_each_step(unbroken):
 
 
 @no_signals
-def test_two_runs_in_one_folder_are_refused_until_the_first_ends_however_it_ends(tmp_path, dataset):
+def test_two_runs_in_one_folder_are_refused_until_the_first_ends_however_it_ends(
+    tmp_path, dataset, monkeypatch
+):
     flags = (
         f"--dataset={dataset}",
         f"--out_dir={tmp_path}",
         "--max_iters=1000000",
         "--eval_interval=1000000",
     )
-    first = start(command(*flags))
+    first = begin(*flags)
     assert until(first, "step 5: loss")
     before = (tmp_path / "log.csv").read_bytes()
-    second = run("train.py", *LONG, *flags)
+    monkeypatch.setattr(run_folder, "PATIENCE", 0.3)
+    second = run_here("train.py", *LONG, *flags, "--max_iters=2")
     assert_user_error(
         second, f"process {first.pid} on ", f"writes to out_dir={tmp_path}", "another --out_dir"
     )
@@ -152,9 +159,9 @@ def test_two_runs_in_one_folder_are_refused_until_the_first_ends_however_it_ends
 def test_a_run_that_waits_for_another_ones_end_goes_on_from_it(tmp_path, dataset):
     """Ctrl-C, and the same command again at once."""
     flags = (f"--dataset={dataset}", f"--out_dir={tmp_path}", "--max_iters=900000", "--eval_interval=900000")
-    first = start(command(*flags))
+    first = begin(*flags)
     assert until(first, "step 30: loss")
-    second = start(command(*flags))
+    second = begin(*flags)
     end, waits = time.monotonic() + 60, False
     while not waits and time.monotonic() < end:
         for fd in os.listdir(f"/proc/{second.pid}/fd"):
@@ -236,15 +243,16 @@ def test_a_resumed_run_compiles_as_the_whole_one_does(tmp_path, dataset, monkeyp
     assert weighed == [20, 20]
 
 
-def limited(size: int, *flags: object):
+def limited(size: int, *flags: object) -> subprocess.CompletedProcess:
     """Runs train.py where no file can become larger than `size` bytes, as on a full disk."""
     import resource
 
-    def limit():
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-
-    return run("train.py", *LONG, *flags, preexec_fn=limit)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))  # Python ignores the signal
+    try:
+        return run_here("train.py", *LONG, *flags)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limits of files")
@@ -272,7 +280,7 @@ def test_a_log_that_the_disk_does_not_take_stops_nothing(tmp_path, dataset):
 
 def test_a_folder_that_vanishes_is_told(tmp_path, dataset):
     out_dir = tmp_path / "out"
-    process = start(command(f"--dataset={dataset}", f"--out_dir={out_dir}", "--max_iters=400"))
+    process = begin(f"--dataset={dataset}", f"--out_dir={out_dir}", "--max_iters=400")
     assert until(process, "step 60: loss")
     os.rename(out_dir, tmp_path / "elsewhere")
     output, errors = process.communicate(timeout=60)
@@ -307,7 +315,7 @@ def test_history_and_more_frequent_saves(tmp_path, dataset):
     assert kept == ["ckpt.pt", "last.pt", "step-00000060.pt", "step-00000080.pt", "step-00000100.pt"]
     assert [load_checkpoint(tmp_path / name)["iter_num"] for name in kept] == [100, 100, 60, 80, 100]
     assert os.path.samefile(tmp_path / "last.pt", tmp_path / "step-00000100.pt")  # one copy on disk
-    sampled = run("sample.py", f"--init_from={tmp_path / kept[2]}", "--num_samples=1", "--max_new_tokens=5")
+    sampled = sample_here(f"--init_from={tmp_path / kept[2]}", "--num_samples=1", "--max_new_tokens=5")
     assert sampled.returncode == 0, sampled.stderr
     # going back: the state of that step, and the same run from there
     (tmp_path / "last.pt").unlink()
@@ -339,8 +347,8 @@ def test_a_new_run_renames_the_old_ones_files(tmp_path, dataset):
 @on_linux
 def test_a_start_too_many_that_is_stopped_at_once_moves_nothing(trained, dataset):
     before = {path.name: path.read_bytes() for path in trained.iterdir() if path.name != "run.lock"}
-    process = start(
-        command(f"--dataset={dataset}", f"--out_dir={trained}", "--init_from=scratch", "--eval_iters=100000")
+    process = begin(
+        f"--dataset={dataset}", f"--out_dir={trained}", "--init_from=scratch", "--eval_iters=100000"
     )
     wait_until_it_catches(process, signal.SIGINT)
     process.send_signal(signal.SIGINT)
@@ -354,7 +362,7 @@ def test_a_start_too_many_that_is_stopped_at_once_moves_nothing(trained, dataset
 def test_data_that_changes_under_a_run_stops_it_with_its_state_saved(how, copy, unbroken, tmp_path):
     flags = (f"--dataset={copy}", f"--out_dir={tmp_path / 'out'}")
     path, whole = copy / "train.bin", (copy / "train.bin").read_bytes()
-    process = start(command(*flags))
+    process = begin(*flags)
     assert until(process, "step 60: loss")
     if how == "cut off":
         os.truncate(path, 1000)
@@ -372,19 +380,21 @@ def test_data_that_changes_under_a_run_stops_it_with_its_state_saved(how, copy, 
 @on_linux
 def test_data_that_changes_under_an_evaluation_ends_it(copy, tmp_path):
     flags = (f"--dataset={copy}", f"--out_dir={tmp_path / 'out'}", "--eval_iters=100000")
-    process = start(command(*flags))
+    process = begin(*flags)
     wait_until_it_catches(process, signal.SIGTERM)
     os.truncate(copy / "train.bin", 100)  # of which it reads the first of 100,000 batches
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 2 and errors.startswith(f"error: {copy / 'train.bin'} changed under the run")
 
 
-def test_other_data_on_resume_is_told(copy, tmp_path):
+def test_other_data_on_resume_is_told(copy, tmp_path, monkeypatch):
     flags = [*TINY, f"--dataset={copy}", f"--out_dir={tmp_path / 'out'}"]
     train_here(*flags)
     ids = np.fromfile(copy / "train.bin", "<u2")
     ids[::-1].tofile(copy / "train.bin")
-    again = run("train.py", *flags, "--init_from=auto", env={"TORCHELASTIC_RESTART_COUNT": "1"})
+    with monkeypatch.context() as patch:
+        patch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+        again = run_here("train.py", *flags, "--init_from=auto")
     assert_user_error(again, "the data changed under the run")  # nobody reads torchrun's notes
     assert "note     the data changed since" in train_here(*flags, "--init_from=resume", "--max_iters=22")
 
@@ -439,12 +449,16 @@ def test_jumps_of_the_loss_are_told():
 
 
 @no_signals
-def test_wandbs_run_goes_on(tmp_path, dataset):
-    """With wandb's own offline mode, which names its folders by the run's id."""
+def test_wandb_gets_losses_and_its_run_goes_on(tmp_path, dataset):
+    """With wandb's own offline mode, which names its folders by the run's id; its files are its record."""
     env = {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true"}
     flags = [*LONG, f"--dataset={dataset}", f"--out_dir={tmp_path / 'out'}", "--wandb_log=True"]
+    flags.append("--wandb_project=p")
     for steps in (50, 51):
-        assert run("train.py", *flags, f"--max_iters={steps}", env=env).returncode == 0
+        done = run_warm("train.py", *flags, f"--max_iters={steps}", env=env)
+        assert done.returncode == 0, done.stderr
+        files = list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+        assert len(files) == steps - 49 and all(b"val/loss" in path.read_bytes() for path in files)
     ids = {path.name.rsplit("-", 1)[1] for path in tmp_path.glob("wandb/offline-run-*")}
     assert ids == {load_checkpoint(tmp_path / "out" / "last.pt")["run_id"]}
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_user_error, run, sample_here
+from conftest import assert_user_error, run, run_warm, sample_here
 
 from checkpoint import load_checkpoint, restore_model
 from data.tokenizer import GPT2Tokenizer
@@ -31,8 +31,8 @@ def sample(out_dir, *flags):
     return sample_here(f"--out_dir={out_dir}", "--device=cpu", "--max_new_tokens=30", *flags)
 
 
-def sample_outside(out_dir, *flags, **more):
-    return run("sample.py", f"--out_dir={out_dir}", "--device=cpu", "--max_new_tokens=30", *flags, **more)
+def sample_outside(out_dir, *flags, how=run, **more):
+    return how("sample.py", f"--out_dir={out_dir}", "--device=cpu", "--max_new_tokens=30", *flags, **more)
 
 
 def texts_of(done) -> list[str]:
@@ -48,7 +48,10 @@ def test_samples_are_as_many_and_as_long_as_asked(trained):
 
 def test_same_seed_same_text(trained):
     first = sample(trained, "--seed=1", "--num_samples=2").stdout
-    assert first == sample_outside(trained, "--seed=1", "--num_samples=2").stdout
+    env = {"PYTHONPROFILEIMPORTTIME": "1"}
+    outside = sample_outside(trained, "--seed=1", "--num_samples=2", env=env)
+    assert first == outside.stdout
+    assert "torch.nn" in outside.stderr and "torch._dynamo" not in outside.stderr  # a second, for nothing
     assert first != sample(trained, "--seed=2", "--num_samples=2").stdout
 
 
@@ -167,7 +170,7 @@ def test_8_bit_weights_are_rounded_to_the_nearest_step():
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))), reason="no C++ compiler")
 def test_compiled_decoding_writes_the_same(trained):
     flags = ("--temperature=0", "--start=import ", "--num_samples=2", "--dtype=float32")
-    compiled = sample_outside(trained, *flags, "--compile=True")
+    compiled = sample_outside(trained, *flags, "--compile=True", how=run_warm)
     assert "not possible" not in compiled.stderr
     assert texts_of(compiled) == texts_of(sample(trained, *flags))
 
@@ -207,7 +210,8 @@ def test_mistakes(trained, tmp_path):
 
 def test_gpt2s_weights_without_a_network(trained):
     for network in ({"HF_HUB_OFFLINE": "1"}, {"HF_HUB_OFFLINE": "0", "https_proxy": "http://127.0.0.1:9"}):
-        done = sample_outside(trained, "--init_from=gpt2", env={"HF_HOME": "/nonexistent", **network})
+        env = {"HF_HOME": "/nonexistent", **network}
+        done = sample_outside(trained, "--init_from=gpt2", how=run_warm, env=env)
         assert_user_error(done, "init_from=gpt2 cannot be loaded", "give a folder")
         assert len(done.stderr.splitlines()) == 1
 
@@ -229,7 +233,7 @@ def test_from_a_folder_of_transformers_with_gpt2s_tokenizer(tmp_path, gpt2_bpe):
         "--temperature=3",
         "--top_k=None",
     )
-    texts = texts_of(run("sample.py", *flags, "--device=cpu", "--max_new_tokens=20", env=gpt2_bpe))
+    texts = texts_of(sample_here(*flags, "--device=cpu", "--max_new_tokens=20"))
     assert len(texts) == 3 and all(text.startswith("Ärger in 日本 ") for text in texts)
 
 

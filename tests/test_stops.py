@@ -1,14 +1,13 @@
 """When a run ends: by passes over the data, by time, by patience; and what its evaluations measure."""
 
 import math
-import subprocess
 from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ENVIRONMENT, REPO, TINY, assert_same_weights, losses_of, torchrun, train_here
+from conftest import TINY, assert_same_weights, losses_of, ranks, train_here
 
 import start as start_file
 import train as train_file
@@ -179,10 +178,7 @@ def test_a_signal_at_the_end_of_the_time_leaves_the_evaluation_to_do(dataset, tm
 def test_ranks_stop_after_the_same_step(dataset, tmp_path):
     flags = (f"--dataset={dataset}", f"--out_dir={tmp_path}", "--gradient_accumulation_steps=2")
     ends = ("--max_minutes=0.005", "--max_iters=1000000", "--eval_interval=1000000", "--log_interval=100000")
-    done = subprocess.run(
-        torchrun(2, "train.py", *TINY, *flags, *ends),
-        capture_output=True, text=True, timeout=100, cwd=REPO, env=ENVIRONMENT,
-    )  # fmt: skip
+    done = ranks(*[("train.py", *TINY, *flags, *ends)] * 2)
     assert done.returncode == 0, done.stderr
     step = load_checkpoint(tmp_path / "last.pt")["iter_num"]
     assert f"early stop after step {step}: max_minutes=0.005 are over" in done.stdout

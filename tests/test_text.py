@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import REPO, assert_user_error, prepare_here, run
+from conftest import REPO, assert_user_error, prepare_here, run, run_warm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -237,10 +237,12 @@ def test_the_commands_that_it_names_run(tmp_path, text):
         "--log_interval=1",
         "--loss_plot=False",
     )
-    trained = run(*train[1:], *quick)
+    trained = run_warm(*train[1:], *quick)
     assert trained.returncode == 0, trained.stderr
     assert "bits per byte" in trained.stdout
-    sampled = run(*sample[1:2], f"--out_dir={out_dir}", "--num_samples=1", "--max_new_tokens=20", "--start=")
+    sampled = run_warm(
+        *sample[1:2], f"--out_dir={out_dir}", "--num_samples=1", "--max_new_tokens=20", "--start="
+    )
     assert sampled.returncode == 0, sampled.stderr
 
 
