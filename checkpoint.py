@@ -76,7 +76,11 @@ def same_file(path: Path, other: Path) -> None:
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """What is in the file, on the CPU. Raises UserError where it is no whole, harmless checkpoint."""
     if not os.path.isfile(path):  # Path.is_file raises OSError for 5,000 characters
-        raise UserError(f"{path} is missing; train first, or point --out_dir at a run's folder")
+        if os.path.isfile(path.parent):
+            raise UserError(f"{path.parent} is a file; give the folder that it is in")
+        runs = sorted(str(run.parent) for run in Path().glob(f"out*/{BEST}"))[:5]
+        here = f" ({', '.join(runs)})" if runs else ""
+        raise UserError(f"{path} is missing; train first, or point --out_dir at a run's folder{here}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's guesses at what is wrong; the line below says it
@@ -300,6 +304,10 @@ def load_pretrained(name: str, dropout: float = 0.0) -> tuple[GPT, dict[str, Any
         path = best_checkpoint(folder) if is_folder else folder
         contents = load_checkpoint(path)
         return restore_model(contents, path, dropout), contents
+    if not is_folder and (name.startswith((".", "~")) or os.path.isabs(name)):
+        raise UserError(
+            f"init_from={name[:200]} is not there; give a run's folder, or one in Hugging Face's format"
+        )
     if not is_folder and name not in GPT2_NAMES and "/" not in name:
         near = difflib.get_close_matches(name, ("scratch", "resume", "auto", *GPT2_NAMES), n=1)
         hint = f"did you mean {near[0]}?" if near else f"use a folder, or one of {', '.join(GPT2_NAMES)}"

@@ -1,5 +1,6 @@
 """OpenAI's /v1/completions, without the network of wires: what a body asks for, and what is answered."""
 
+import difflib
 import secrets
 import time
 from dataclasses import dataclass, fields
@@ -31,9 +32,9 @@ class CompletionConfig:
     echo: bool = setting(False, "the prompt before the text")
     stream: bool = setting(False, "what is certain as soon as it is")
     user: str = setting("", "who asks; not read")
-    suffix: str = setting("", "not served", choices=("",))
-    presence_penalty: float = setting(0.0, "not served: repetition_penalty", choices=(0.0,))
-    frequency_penalty: float = setting(0.0, "not served: repetition_penalty", choices=(0.0,))
+    suffix: str = setting("", "not served, as the next two")
+    presence_penalty: float = setting(0.0, "")
+    frequency_penalty: float = setting(0.0, "")
 
     top_k: int | None = setting(None, "as in sample.py", at_least=0)
     min_p: float = setting(0.0, "as in sample.py", at_least=0, at_most=1)
@@ -76,9 +77,14 @@ def read_body(body: Any, sampler: Any, most_tokens: int, most_samples: int, most
         raise UserError("stream_options is no JSON object; leave it out")
     if body.pop("logit_bias", None):
         raise UserError("logit_bias is not served; leave it out")
-    names = [field.name for field in fields(CompletionConfig)]
+    names = ["prompt", *(field.name for field in fields(CompletionConfig))]
     for name in set(body) - set(names):
-        raise UserError(f"{brief(name)} is no setting of a completion; known are {', '.join(names)}")
+        near = "max_tokens" if name == "max_new_tokens" else nearest(name, names)
+        hint = f"did you mean {near}?" if near else f"known are {', '.join(names)}"
+        raise UserError(f"{brief(name)} is no setting of a completion; {hint}")
+    for name in ("suffix", "presence_penalty", "frequency_penalty"):
+        if body.pop(name, None):
+            raise UserError(f"{name} is not served; leave it out (repetition_penalty is, above 1)")
     try:
         config = CompletionConfig(
             **{key: checked(CompletionConfig, key, value) for key, value in body.items()}
@@ -93,7 +99,10 @@ def read_body(body: Any, sampler: Any, most_tokens: int, most_samples: int, most
     several = given if isinstance(given, list) and not is_ids(given) else [given]
     if not 1 <= len(several) <= most_prompts:
         raise UserError(f"{len(several)} prompts; send 1 to {most_prompts} at once")
-    prompts = [read_prompt(one, f"prompt {n}", sampler, config.truncate) for n, one in enumerate(several, 1)]
+    names = [f"prompt {n}" for n in range(1, len(several) + 1)] if len(several) > 1 else ["the prompt"]
+    prompts = [
+        read_prompt(one, name, sampler, config.truncate) for one, name in zip(several, names, strict=True)
+    ]
     asked = SampleConfig(
         **{name: getattr(config, name) for name in ALIKE},
         num_samples=copies,
@@ -102,6 +111,10 @@ def read_body(body: Any, sampler: Any, most_tokens: int, most_samples: int, most
         show_probs=config.logprobs is not None or copies > config.n,
     )
     return Completion(config, prompts, asked, bool(options.get("include_usage")))
+
+
+def nearest(name: str, names: list[str]) -> str | None:
+    return next(iter(difflib.get_close_matches(name, names, n=1)), None)
 
 
 def is_ids(value: Any) -> bool:

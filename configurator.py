@@ -52,7 +52,9 @@ def read_settings(cls: type[Settings], argv: list[str]) -> Settings:
     values = {field.name: field.default for field in dataclasses.fields(cls)}
     for word in argv:
         if word.startswith("-") and word.lstrip("-") in values:
-            raise UserError(f"{word} has no value; write --{word.lstrip('-')}=VALUE, without a space")
+            name = word.lstrip("-")
+            value = "True" if kinds_of(cls)[name] == (bool,) else "VALUE"
+            raise UserError(f"{word} has no value; write --{name}={value}, without a space")
     for name in (word for word in argv if not word.startswith("-")):
         path = find_config(name)
         for key, value in run_config_file(path, values).items():
@@ -85,6 +87,10 @@ def find_config(name: str) -> Path:
     for path in (Path(name), REPO / name, Path(bare), REPO / bare):
         if os.path.isfile(path):  # Path.is_file raises OSError for 5,000 characters
             return path
+    if os.path.isdir(name):
+        raise UserError(
+            f"{brief(name)} is a folder, not a config file; a run's is named by --out_dir={brief(name)}"
+        )
     known = sorted(path.stem for path in (REPO / "config").glob("*.py"))
     near = difflib.get_close_matches(Path(name).stem, known, n=1)
     hint = f"did you mean config/{near[0]}.py?" if near else f"config/ has {', '.join(known)}"

@@ -154,8 +154,11 @@ class Face:
             raise HTTPException(404, "nobody speaks here; start serve.py with --voice=NAME.onnx or system")
         body = await body_of(request)
         text = body.get("input") if isinstance(body, dict) else None
-        if not isinstance(text, str) or body.get("response_format", "wav") != "wav":
-            raise HTTPException(400, 'the body has no text to speak, or wants no wav; send {"input": "..."}')
+        if not isinstance(text, str):
+            raise HTTPException(400, 'the body has no text to speak; send {"input": "..."}')
+        for name, only in {"response_format": "wav", "speed": 1}.items():
+            if body.get(name, only) != only:
+                raise HTTPException(400, f"{name}={body[name]!r:.40} is not served; send {only}")
         if len(text) > MOST_SPOKEN:
             raise HTTPException(400, f"{len(text)} characters are too many; send {MOST_SPOKEN} or fewer")
         try:
@@ -267,7 +270,12 @@ def listen(host: str, port: int) -> socket.socket:
 
 def find_key(config: ServeConfig) -> str | None:
     """The key that whoever asks must tell. Raises UserError where others would get in without one."""
-    key = None if config.api_key is None else read_prompt(config.api_key).strip()
+    try:
+        key = None if config.api_key is None else read_prompt(config.api_key).strip()
+    except UserError:
+        raise UserError(
+            f"api_key={config.api_key}: there is no such file of text; write the key into it"
+        ) from None
     if key == "":
         raise UserError("api_key is empty; choose a long one")
     with suppress(ValueError):
@@ -290,7 +298,7 @@ def server_of(
 def main(config: ServeConfig) -> None:
     """Serve until Ctrl-C. Raises UserError."""
     key = find_key(config)
-    voice = load_voice(None if config.voice == "system" else config.voice) if config.voice else None
+    voice = load_voice(config.voice) if config.voice else None
     with listen(config.host, config.port) as address:
         sampler = Sampler(config.out_dir, config.init_from, config.device, config.dtype, int8=config.int8)
         engine = Engine(sampler, config.batch_size, config.queue)

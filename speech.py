@@ -42,12 +42,15 @@ class Voice(NamedTuple):
 
 
 def load_voice(path: str | None = None) -> Voice:
-    """The Piper voice of an .onnx file, or without one that of the system. Raises UserError."""
-    return system_voice() if path is None else piper_voice(path)
+    """The Piper voice of an .onnx file; without one, or where it is `system`, the system's. UserError."""
+    return system_voice() if path in (None, "system") else piper_voice(path)
 
 
 def piper_voice(path: str) -> Voice:
     """The voice of NAME.onnx and NAME.onnx.json. Raises UserError."""
+    if os.path.isdir(path):
+        found = ", ".join(sorted(str(file) for file in Path(path).rglob("*.onnx"))[:5]) or "has none"
+        raise UserError(f"the voice {path} is a folder; give an .onnx file of it ({found})")
     for file in (path, f"{path}.json"):
         if not os.path.isfile(file):
             raise UserError(f"the voice {file} is not there; give NAME.onnx, with NAME.onnx.json beside it")

@@ -91,7 +91,9 @@ def dataset_files(folder: Path) -> list[Path]:
 def make_room(folder: Path, overwrite: bool) -> None:
     """Make the folder of a new dataset. Raises UserError where one is there that is not to be overwritten."""
     if not overwrite and any(not path.name.startswith("progress") for path in dataset_files(folder)):
-        raise UserError(f"{folder} has a dataset already; choose another --output, or give --overwrite")
+        raise UserError(
+            f"{folder} has a dataset already; choose another --name or --output, or give --overwrite"
+        )
     make_folder(folder)
 
 
