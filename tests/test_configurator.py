@@ -127,7 +127,7 @@ def test_text_becomes_the_annotated_type(flag, name, value):
         ("--dtype=float8", "one of auto, float32, bfloat16, float16"),
         ("--compile=perhaps", "one of auto, True, False"),
         ("--n_embd=100", "not divisible by n_head=12"),
-        ("--eval_only", "--eval_only=VALUE"),
+        ("--eval_only", "--eval_only=True"),
         ("config/nothing.py", "no config file config/nothing.py"),
         ("config/train_gtp2.py", "did you mean config/train_gpt2.py?"),
     ],
