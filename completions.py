@@ -49,6 +49,10 @@ class CompletionConfig:
             raise ValueError(f"best_of={best_of} is below n={self.n}; make it as many or more")
         if self.stream and best_of > self.n:
             raise ValueError("a stream cannot tell the best while all are written; leave out best_of")
+        if len(self.stop) > 16 or any(len(stop) > 200 for stop in self.stop):
+            raise ValueError(
+                "stop has over 16 texts, or one of over 200 characters; send fewer or shorter ones"
+            )
         if self.echo and self.logprobs is not None:
             raise ValueError("chances of a prompt's own tokens are not served; leave out echo")
 
@@ -101,7 +105,7 @@ def read_body(body: Any, sampler: Any, most_tokens: int, most_samples: int, most
         raise UserError(f"{len(several)} prompts; send 1 to {most_prompts} at once")
     names = [f"prompt {n}" for n in range(1, len(several) + 1)] if len(several) > 1 else ["the prompt"]
     prompts = [
-        read_prompt(one, name, sampler, config.truncate) for one, name in zip(several, names, strict=True)
+        prompt_of(one, name, sampler, config.truncate) for one, name in zip(several, names, strict=True)
     ]
     asked = SampleConfig(
         **{name: getattr(config, name) for name in ALIKE},
@@ -121,7 +125,7 @@ def is_ids(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(type(part) is int for part in value)
 
 
-def read_prompt(given: Any, name: str, sampler: Any, truncate: bool) -> Prompt:
+def prompt_of(given: Any, name: str, sampler: Any, truncate: bool) -> Prompt:
     """A prompt that is text or a list of ids. Raises UserError."""
     block_size, vocab_size = sampler.model.config.block_size, sampler.tokenizer.vocab_size
     if isinstance(given, str):
@@ -146,11 +150,11 @@ def joined(parts: list[News]) -> News:
     return parts[-1]._replace(text="".join(part.text for part in parts), tokens=tokens, likeliest=likeliest)
 
 
-def choice(
-    number: int, news: News, config: CompletionConfig, begin: str = "", offset: int = 0
+def told_choice(
+    number: int, news: News, config: CompletionConfig, sampler: Any, begin: str = "", offset: int = 0
 ) -> dict[str, Any]:
-    """What became certain of a sample, as OpenAI's clients know it. `begin` stands before it, `offset`
-    characters were told."""
+    """What became certain of a sample, as OpenAI's clients know it. `begin` stands before it; its tokens
+    follow `offset` characters."""
     logprobs = None
     if config.logprobs is not None:
         offsets = []
@@ -160,10 +164,21 @@ def choice(
         logprobs = {
             "tokens": [token.text for token in news.tokens],
             "token_logprobs": [token.logprob for token in news.tokens],
-            "top_logprobs": [{t.text: t.logprob for t in place} for place in news.likeliest],
+            "top_logprobs": [
+                {name_of(id, sampler): logprob for id, logprob in place} for place in news.likeliest
+            ],
             "text_offset": offsets,
         }
     return {"index": number, "text": begin + news.text, "logprobs": logprobs, "finish_reason": news.ended}
+
+
+def name_of(id: int, sampler: Any) -> str:
+    """A token's text, or as in OpenAI's answers its bytes where these are no whole characters."""
+    data = sampler.tokenizer.decode_bytes([id])
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
 def answer(

@@ -50,16 +50,32 @@ def sample_token(
     if choice.temperature < 1e-5:  # 0, or too small to divide by
         return logits.argmax(dim=-1, keepdim=True)
     limited, ids = choice.top_k and choice.top_k < logits.size(-1), None
-    if limited or choice.top_p < 1:
-        logits, ids = logits.topk(choice.top_k if limited else logits.size(-1))  # the likeliest first
+    if limited:
+        logits, ids = logits.topk(choice.top_k)  # the likeliest first
     chances = (logits.float() / choice.temperature).softmax(dim=-1)
     if choice.top_p < 1:
+        if not limited:
+            chances, ids = likeliest_first(chances, choice.top_p)
         chances = chances.masked_fill(chances.cumsum(dim=-1) - chances >= choice.top_p, 0.0)
     if choice.min_p:
         chances = chances.masked_fill(chances < choice.min_p * chances.amax(dim=-1, keepdim=True), 0.0)
     sums = chances.cumsum(dim=-1)
     place = (sums <= draws * (1 - 2**-22) * sums[:, -1:]).sum(dim=-1, keepdim=True)  # never behind the last
     return place if ids is None else ids.gather(1, place)
+
+
+def likeliest_first(chances: torch.Tensor, top_p: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The largest of chances (B, V) with their places, those that have top_p together in a row, or more of
+    them: most often the first 1,024 do, which are found in a tenth of the time that sorting takes."""
+    n = min(1024, chances.size(-1))
+    first, places = chances.topk(n)
+    enough = first.sum(dim=-1) > top_p
+    if bool(enough.all()):
+        return first, places
+    ordered, ids = chances.sort(dim=-1, descending=True)
+    ordered[enough], ids[enough, :n] = 0.0, places[enough]  # these as they are when the others do not sort
+    ordered[enough, :n] = first[enough]
+    return ordered, ids
 
 
 def uniform_draws(seed: int, copies: int, count: int) -> torch.Tensor:
@@ -119,7 +135,6 @@ class Batch:
         B, anew = len(self.lengths), self.joined
         full = np.flatnonzero(self.lengths > self.block_size)  # whose newest token has no place
         self.joined = []
-        self.cache.used = B
         if len(full):
             anew = [*anew, (full, 1)]
         if sum(len(rows) for rows, _ in anew) < B:  # of the others, what is computed here is overwritten
@@ -142,22 +157,26 @@ class Batch:
 
     def read_newest(self) -> torch.Tensor:
         """Logits (B, V) after the newest token of each."""
+        B, rows = len(self.lengths), len(self.text)
         self.cache.length = min(int(self.lengths.max()), self.block_size)
-        inputs = (self.newest, self.places().clamp(max=self.block_size - 1))
+        newest, place = self.newest, self.places().clamp(max=self.block_size - 1)
         if not self.graph:
-            return self.model.decode(*inputs, self.cache)
+            self.cache.used = B
+            return self.model.decode(newest, place, self.cache)
+        # a graph is recorded for few numbers of rows; what stands in those beyond B is overwritten when used
+        self.cache.used = min(rows, 1 << (B - 1).bit_length())
+        beyond = newest.new_zeros(self.cache.used - B, 1)
+        inputs = (torch.cat([newest, beyond]), torch.cat([place, beyond]) if len(place) == B else place)
         shapes = tuple(len(tensor) for tensor in inputs)
         if shapes not in self.graphs:
             self.graphs[shapes] = cuda_graph(partial(self.model.decode, cache=self.cache), *inputs)
-        return self.graphs[shapes](*inputs)
+        return self.graphs[shapes](*inputs)[:B]
 
     def read_from_the_first(self, rows: np.ndarray, copies: int) -> torch.Tensor:
         """Logits (len(rows), V) after all of some texts, of which `copies` neighbours are the same."""
         lengths = self.lengths[rows[::copies]]
         width = int(lengths.max())
-        width = min(
-            width + -width % 16, self.block_size
-        )  # the same numbers as in another batch: attention.py
+        width = min(width + -width % 16, self.block_size)  # the same numbers as in others: attention.py
         self.cache.rows = torch.from_numpy(rows).to(self.device)
         last = torch.from_numpy(lengths - 1).to(self.device)
         logits = self.model.prefill(self.text[self.cache.rows[::copies], :width], last, self.cache)

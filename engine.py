@@ -7,10 +7,9 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from decoding import Batch, Choice, sample_token, uniform_draws
@@ -25,13 +24,17 @@ class Full(Exception):
     """As many wait as may."""
 
 
+class Closed(Exception):
+    """Nothing is written any more."""
+
+
 class News(NamedTuple):
     """What became certain of a sample since the last news of it."""
 
     sample: int  # its number in the request
     text: str = ""
     tokens: list[Token] = []
-    likeliest: list[list[Token]] = []  # for each of these tokens, the likeliest ones at its place
+    likeliest: list[list[tuple[int, float]]] = []  # for each of these, ids and log-probabilities at its place
     made: int = 0  # tokens so far, with the one that ended it
     ended: str | None = None  # why: stop, length, or error, which `text` says then
     score: float = 0.0  # the mean log-likelihood of its tokens, when it has ended
@@ -59,22 +62,18 @@ class Sample:
         asked = request.asked
         self.request, self.number, self.draws = request, number, request.draws[number]  # (max_new_tokens,)
         self.writer = Writer(tokenizer, asked.stop, tokenizer.end_of_text if asked.stop_at_end else None)
-        self.likeliest: list[list[Token]] = []  # as the writer's tokens
+        self.likeliest: list[list[tuple[int, float]]] = []  # as the writer's tokens
         self.made, self.told, self.told_at = 0, 0, 0.0
         self.ended: str | None = None
-        penalised = request.choice.repetition_penalty != 1
-        self.seen = torch.zeros(tokenizer.vocab_size if penalised else 0, dtype=torch.bool)  # (V,) or (0,)
-        if penalised:
-            self.seen[request.prompt] = True
+        self.seen = set(request.prompt)  # ids that a penalty of repetition is for
 
-    def add(self, id: int, logprob: float, likeliest: list[Token]) -> None:
+    def add(self, id: int, logprob: float, likeliest: list[tuple[int, float]]) -> None:
         """Take the next token."""
         before = len(self.writer.tokens)
         self.writer.add(id, logprob)
         self.likeliest += [likeliest] * (len(self.writer.tokens) - before)  # none of <|endoftext|>
         self.made += 1
-        if len(self.seen):
-            self.seen[id] = True
+        self.seen.add(id)
         if self.writer.ended:
             self.ended = "stop"
         elif self.made == len(self.draws):
@@ -108,16 +107,23 @@ class Engine:
         self.thread.start()
 
     def submit(self, requests: list[Request]) -> None:
-        """Take them all, or none and raise Full. The samples of each have to fit into the rows."""
+        """Take them all, or none and raise Full; Closed. The samples of each have to fit into the rows."""
         with self.changed:
+            if self.closed:
+                raise Closed
+            self.waiting = deque(request for request in self.waiting if not request.gone)
             free = max(0, self.rows - len(self.samples))
-            if len(self.waiting) + len(requests) > self.queue + free:
+            begins = 0  # of those that come, at once
+            for request in [*self.waiting, *requests]:
+                free -= request.asked.num_samples
+                begins += free >= 0
+            if len(self.waiting) + len(requests) > self.queue + begins:
                 raise Full
             self.waiting.extend(requests)
             self.changed.notify()
 
     def close(self) -> None:
-        """End the thread. What is not written yet is lost."""
+        """End the thread, and tell whoever waits."""
         with self.changed:
             self.closed = True
             self.changed.notify()
@@ -125,11 +131,10 @@ class Engine:
 
     def work(self) -> None:
         """The thread: as long as there is something to write, a token more of each sample."""
-        while True:
+        while not self.closed:
             with self.changed:
                 self.changed.wait_for(lambda: self.samples or self.waiting or self.closed)
-                if self.closed:
-                    return
+            wrong = None
             try:
                 with torch.no_grad():
                     self.remove_ended()
@@ -138,7 +143,32 @@ class Engine:
                         self.write_on()
                 self.tell()
             except Exception as error:  # those who wait must know, and others can still be served
-                self.fail(error)
+                wrong = reason_of(error)
+            if wrong:  # here nothing holds the old batch any more
+                self.start_anew(wrong)
+        self.end(self.samples, "the server ends")
+        for request in self.waiting:
+            self.end(
+                [Sample(request, n, self.tokenizer) for n in range(request.asked.num_samples)],
+                "the server ends",
+            )
+
+    def start_anew(self, wrong: str) -> None:
+        """End what is being written, for a reason, and be ready for more; or end, where that cannot be."""
+        self.end(self.samples, wrong)
+        self.samples, self.batch = [], None
+        try:
+            self.batch = Batch(self.model, self.rows)
+        except Exception as error:
+            reason_of(error)
+            with self.changed:
+                self.closed = True
+
+    def end(self, samples: list[Sample], wrong: str) -> None:
+        """Tell whoever waits for these samples what is wrong."""
+        for sample in samples:
+            sample.ended = "error"
+            sample.request.tell(News(sample.number, wrong, ended="error"))
 
     def remove_ended(self) -> None:
         for row in reversed(range(len(self.samples))):
@@ -151,17 +181,19 @@ class Engine:
     def begin(self) -> None:
         """Let in those whose turn it is, as far as there is room."""
         begun: list[Request] = []
-        room = self.rows - len(self.samples)
         with self.changed:
+            room = self.rows - len(self.samples)
             while self.waiting and (self.waiting[0].gone or self.waiting[0].asked.num_samples <= room):
                 request = self.waiting.popleft()
                 if not request.gone:
                     begun.append(request)
                     room -= request.asked.num_samples
-        begun.sort(key=lambda request: request.asked.num_samples)
-        self.samples += [
-            Sample(request, n, self.tokenizer) for request in begun for n in range(request.asked.num_samples)
-        ]
+            begun.sort(key=lambda request: request.asked.num_samples)
+            self.samples += [
+                Sample(request, n, self.tokenizer)
+                for request in begun
+                for n in range(request.asked.num_samples)
+            ]
         for copies in sorted({request.asked.num_samples for request in begun}):
             alike = [request.prompt for request in begun if request.asked.num_samples == copies]
             self.batch.join([torch.tensor(prompt) for prompt in alike], copies)
@@ -171,53 +203,67 @@ class Engine:
         logits = self.batch.read()[:, : self.tokenizer.vocab_size]  # (B, V)
         ids = self.choose(logits)  # (B, 1)
         self.batch.add(ids)
-        logprobs, likeliest = [0.0] * len(ids), [[]] * len(ids)
+        logprobs, most = [0.0] * len(ids), max(sample.request.likeliest for sample in self.samples)
+        places = values = [()] * len(ids)
         if any(sample.request.asked.show_probs for sample in self.samples):
             chances = logits.float().log_softmax(dim=-1)
             logprobs = chances.gather(1, ids)[:, 0].tolist()
-            most = max(sample.request.likeliest for sample in self.samples)
-            values, places = chances.topk(min(most, chances.size(-1)))  # (B, most)
-            best = zip(places.tolist(), values.tolist(), strict=True)
-            likeliest = [
-                list(self.named(*row))[: sample.request.likeliest]
-                for sample, row in zip(self.samples, best, strict=True)
-            ]
-        for sample, id, *more in zip(self.samples, ids[:, 0].tolist(), logprobs, likeliest, strict=True):
-            sample.add(id, *more)
-
-    def named(self, ids: list[int], logprobs: list[float]) -> Iterator[Token]:
-        """These tokens with their texts."""
-        return (Token(self.tokenizer.decode([id]), id, lp) for id, lp in zip(ids, logprobs, strict=True))
+            if most:
+                best = chances.topk(min(most, chances.size(-1)))  # (B, most)
+                places, values = best.indices.tolist(), best.values.tolist()
+        for row, (sample, id) in enumerate(zip(self.samples, ids[:, 0].tolist(), strict=True)):
+            wanted = sample.request.likeliest
+            likeliest = list(zip(places[row][:wanted], values[row][:wanted], strict=True))
+            try:
+                sample.add(id, logprobs[row], likeliest)
+            except Exception as error:  # of this text alone
+                self.end([sample], reason_of(error))
 
     def choose(self, logits: torch.Tensor) -> torch.Tensor:
         """The next ids (B, 1), of each sample by its own settings."""
         groups: dict[Choice, list[int]] = {}
         for row, sample in enumerate(self.samples):
             groups.setdefault(sample.request.choice, []).append(row)
-        draws = np.array([[sample.draws[sample.made]] for sample in self.samples])  # (B, 1)
-        ids = torch.empty(len(draws), 1, dtype=torch.long, device=logits.device)
+        draws = torch.tensor([[sample.draws[sample.made]] for sample in self.samples]).to(
+            logits.device
+        )  # (B, 1)
+        chosen = []
         for choice, rows in groups.items():
-            seen = torch.stack([self.samples[row].seen for row in rows]).to(logits.device)
-            some = torch.from_numpy(draws[rows]).to(logits.device)
-            ids[rows] = sample_token(logits[rows], choice, some, seen if seen.numel() else None)
-        return ids
+            some = slice(None) if len(groups) == 1 else rows
+            seen = self.seen(rows, logits) if choice.repetition_penalty != 1 else None
+            chosen.append(sample_token(logits[some], choice, draws[some], seen))
+        order = [row for rows in groups.values() for row in rows]
+        ids = torch.cat(chosen)
+        return (
+            ids
+            if len(groups) == 1
+            else torch.empty_like(ids).index_copy_(0, torch.tensor(order).to(ids.device), ids)
+        )
+
+    def seen(self, rows: list[int], logits: torch.Tensor) -> torch.Tensor:
+        """Which ids stand in the texts of these samples already, (rows, V)."""
+        seen = torch.zeros(len(rows), logits.size(1), dtype=torch.bool)
+        for number, row in enumerate(rows):
+            seen[number, list(self.samples[row].seen)] = True
+        return seen.to(logits.device)
 
     def tell(self) -> None:
         """News of those that have begun, have ended, or were not told for a while."""
         now = time.monotonic()
         for sample in self.samples:
+            if sample.ended == "error":
+                continue
             if sample.ended or sample.made == 1 or now - sample.told_at >= TELL_EVERY:
                 sample.told_at = now
-                sample.request.tell(sample.news())
+                try:
+                    sample.request.tell(sample.news())
+                except Exception as error:  # of this text alone
+                    self.end([sample], reason_of(error))
 
-    def fail(self, error: Exception) -> None:
-        """End what is being written, with the reason, and be ready for more."""
-        reason = (
-            "out of memory; ask for fewer samples at once" if is_out_of_memory(error) else "internal error"
-        )
-        if not is_out_of_memory(error):
-            traceback.print_exc()
-        for sample in self.samples:
-            sample.request.tell(News(sample.number, reason, ended="error"))
-        self.samples, self.batch = [], None  # the old one's memory first
-        self.batch = Batch(self.model, self.rows)
+
+def reason_of(error: Exception) -> str:
+    """What whoever asked is told of an error; what is a bug stands on stderr, too."""
+    if is_out_of_memory(error):
+        return "out of memory; ask for fewer samples at once"
+    traceback.print_exception(error)
+    return "internal error"

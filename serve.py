@@ -10,16 +10,18 @@ import asyncio
 import hmac
 import ipaddress
 import json
+import re
 import secrets
 import signal
 import socket
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from completions import Completion, answer, choice, failure, joined, read_body, usage
-from engine import Engine, Full, News, Request
+from completions import Completion, answer, failure, joined, read_body, told_choice, usage
+from engine import Closed, Engine, Full, News, Request
 from errors import UserError, one_line_errors
 from sample import Sampler, read_prompt, warn
 from speech import Voice, load_voice, wav_bytes
@@ -39,7 +41,8 @@ with one_line_errors():
 
 PAGE = Path(__file__).with_name("page.html")
 BODY_BYTES, BODY_SECONDS = 1 << 20, 30  # of a request, at most
-MOST_SPOKEN = 10_000  # characters: some ten minutes
+MOST_SPOKEN, MOST_TO_SPEAK = 10_000, 4  # characters (some ten minutes) of a text; texts that wait
+MOST_UNREAD = 2_000  # news that wait for a client: some ten seconds of four samples
 HERE = ["127.0.0.1", "localhost", "[::1]"]
 ALLOWED = (  # to the page: nothing of others, and nobody may show it within a page of theirs
     "default-src 'none'; connect-src 'self'; media-src blob:; img-src data:; style-src 'unsafe-inline'; "
@@ -55,14 +58,16 @@ class Face:
         self, config: ServeConfig, sampler: Sampler, engine: Engine, key: str | None, voice: Voice | None
     ) -> None:
         self.config, self.sampler, self.engine, self.key, self.voice = config, sampler, engine, key, voice
-        self.speaking = asyncio.Semaphore(1)
+        self.speaking, self.to_speak = asyncio.Semaphore(1), 0
         from_run = config.init_from == "resume"
         self.name = Path(config.out_dir if from_run else config.init_from).resolve().name
 
     async def page(self, request: requests.Request) -> Response:
         about = {
             "model": self.name,
-            "source": self.sampler.source,
+            "source": self.name
+            if self.key
+            else self.sampler.source,  # where files lie is no concern of others
             "tokens": self.config.max_new_tokens,
             "samples": min(8, self.config.batch_size),
             "key": self.key is not None,
@@ -73,12 +78,14 @@ class Face:
         return HTMLResponse(text, headers={"Content-Security-Policy": ALLOWED, "Cache-Control": "no-store"})
 
     async def health(self, request: requests.Request) -> Response:
-        return JSONResponse({"writes": len(self.engine.samples), "waits": len(self.engine.waiting)})
+        waits = sum(not request.gone for request in list(self.engine.waiting))
+        return JSONResponse({"writes": len(self.engine.samples), "waits": waits})
 
     async def models(self, request: requests.Request) -> Response:
         self.check_key(request)
         model = {"id": self.name, "object": "model", "created": 0, "owned_by": "distrogpt"}
-        return JSONResponse({"object": "list", "data": [model]})
+        one = "name" in request.path_params
+        return JSONResponse(model if one else {"object": "list", "data": [model]})
 
     async def completions(self, request: requests.Request) -> Response:
         self.check_key(request)
@@ -94,7 +101,11 @@ class Face:
             self.engine.submit(rows)
         except Full:
             wait = {"Retry-After": "1"}
-            raise HTTPException(429, f"{most.queue} requests wait already; try again", wait) from None
+            raise HTTPException(
+                429, f"no more than {most.queue} requests may wait; try again", wait
+            ) from None
+        except Closed:
+            raise HTTPException(503, "the server ends, or has no memory; start it again") from None
         written = written_of(request, rows, news)
         if asked.config.stream:
             return StreamingResponse(self.streamed(asked, written), media_type="text/event-stream")
@@ -105,17 +116,23 @@ class Face:
         loop = asyncio.get_running_loop()
 
         def tell(one: News) -> None:
+            if news.qsize() > MOST_UNREAD:  # nobody reads them, and memory has an end
+                row.gone = True
+                loop.call_soon_threadsafe(news.put_nowait, None)
             with suppress(RuntimeError):  # the loop has ended, and with it whoever asked
                 loop.call_soon_threadsafe(news.put_nowait, (number, one))
 
-        return Request(ids, asked.asked, tell, asked.config.logprobs or 0)
+        seed = asked.asked.seed + (number if asked.config.seed is None else 0)  # equal prompts, several texts
+        row = Request(ids, replace(asked.asked, seed=seed), tell, asked.config.logprobs or 0)
+        return row
 
     async def whole(self, asked: Completion, written: Written) -> Response:
         """One answer, when all is written."""
         samples: dict[tuple[int, int], list[News]] = {}
         async for number, news in written:
             if news.ended == "error":
-                return JSONResponse(failure(500, news.text), 500)
+                status = 503 if self.engine.closed else 500
+                return JSONResponse(failure(status, news.text), status)
             samples.setdefault((number, news.sample), []).append(news)
         choices, made, copies = [], 0, asked.asked.num_samples
         for number, prompt in enumerate(asked.prompts):
@@ -126,22 +143,24 @@ class Face:
             if copies > asked.config.n:
                 done = sorted(done, key=lambda news: news.score, reverse=True)[: asked.config.n]
             begin = prompt.text if asked.config.echo else ""
-            choices += [choice(len(choices) + n, one, asked.config, begin) for n, one in enumerate(done)]
+            for one in done:
+                choices.append(told_choice(len(choices), one, asked.config, self.sampler, begin, len(begin)))
         return JSONResponse(answer(new_id(), self.name, choices, usage(asked, made)))
 
     async def streamed(self, asked: Completion, written: Written) -> AsyncIterator[str]:
         """An event for each news."""
         id, config = new_id(), asked.config
-        told: dict[int, int] = {}  # characters of each sample
-        made: dict[int, int] = {}  # tokens
+        told: dict[int, int] = {}  # characters of each sample's tokens
+        made: dict[int, int] = {}  # its tokens
         async for number, news in written:
             if news.ended == "error":
                 yield event(failure(500, news.text))
                 return
             place = number * config.n + news.sample
             begin = asked.prompts[number].text if config.echo and place not in told else ""
-            part = choice(place, news, config, begin, told.get(place, 0))
-            told[place], made[place] = told.get(place, 0) + len(part["text"]), news.made
+            offset = told.get(place, len(begin))
+            part = told_choice(place, news, config, self.sampler, begin, offset)
+            told[place], made[place] = offset + sum(len(token.text) for token in news.tokens), news.made
             yield event(answer(id, self.name, [part]))
         if asked.tells_usage:
             yield event(answer(id, self.name, [], usage(asked, sum(made.values()))))
@@ -161,11 +180,18 @@ class Face:
                 raise HTTPException(400, f"{name}={body[name]!r:.40} is not served; send {only}")
         if len(text) > MOST_SPOKEN:
             raise HTTPException(400, f"{len(text)} characters are too many; send {MOST_SPOKEN} or fewer")
+        if self.to_speak > MOST_TO_SPEAK:
+            raise HTTPException(429, f"{self.to_speak} texts are to be spoken already; try again")
+        self.to_speak += 1
         try:
             async with self.speaking:
+                if await request.is_disconnected():
+                    return Response(status_code=499)
                 wav = await asyncio.to_thread(wav_bytes, text, self.voice)
         except UserError as error:
             raise HTTPException(400, str(error)) from None
+        finally:
+            self.to_speak -= 1
         return Response(wav, media_type="audio/wav")
 
     def check_key(self, request: requests.Request) -> None:
@@ -180,6 +206,7 @@ class Face:
             Route("/", self.page),
             Route("/health", self.health),
             Route("/v1/models", self.models),
+            Route("/v1/models/{name:path}", self.models),
             Route("/v1/completions", self.completions, methods=["POST"]),
             Route("/v1/audio/speech", self.speech, methods=["POST"]),
         ]
@@ -187,7 +214,9 @@ class Face:
         hosts = ["*"] if self.key else [*HERE, self.config.host]
         guard = Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)
         handlers = {HTTPException: refused, Exception: broken}
-        return Starlette(routes=routes, middleware=[guard], exception_handlers=handlers)
+        app = Starlette(routes=routes, middleware=[guard], exception_handlers=handlers)
+        app.router.redirect_slashes = False
+        return app
 
 
 def new_id() -> str:
@@ -214,7 +243,8 @@ async def broken(request: requests.Request, error: Exception) -> Response:
 
 async def body_of(request: requests.Request) -> Any:
     """The JSON of a body. Raises HTTPException."""
-    if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
         # what pages of others can send without asking is of another type
         raise HTTPException(415, "the body is not declared to be JSON; send Content-Type: application/json")
 
@@ -228,6 +258,8 @@ async def body_of(request: requests.Request) -> Any:
 
     try:
         return json.loads(await asyncio.wait_for(read(), BODY_SECONDS))
+    except requests.ClientDisconnect:
+        raise HTTPException(499, "whoever asked has left") from None
     except (ValueError, RecursionError) as error:
         raise HTTPException(400, f"the body is no JSON ({error}); send an object") from None
     except (TimeoutError, asyncio.TimeoutError):
@@ -276,8 +308,8 @@ def find_key(config: ServeConfig) -> str | None:
         raise UserError(
             f"api_key={config.api_key}: there is no such file of text; write the key into it"
         ) from None
-    if key == "":
-        raise UserError("api_key is empty; choose a long one")
+    if key is not None and not re.fullmatch("[!-~]+", key):
+        raise UserError("api_key is empty, or has other signs than ASCII's in one word; choose a long word")
     with suppress(ValueError):
         if config.host == "localhost" or ipaddress.ip_address(config.host).is_loopback:
             return key
@@ -286,13 +318,25 @@ def find_key(config: ServeConfig) -> str | None:
     return key
 
 
+class Server(uvicorn.Server):
+    """Before it ends, whoever waits is told."""
+
+    engine: Engine
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await asyncio.to_thread(self.engine.close)
+        await super().shutdown(sockets)
+
+
 def server_of(
     config: ServeConfig, sampler: Sampler, engine: Engine, key: str | None, voice: Voice | None = None
 ) -> uvicorn.Server:
     """What answers: run it with a socket that listens."""
     quiet = {"log_level": "warning", "access_log": False, "server_header": False, "lifespan": "off"}
     app = Face(config, sampler, engine, key, voice).app()
-    return uvicorn.Server(uvicorn.Config(app, ws="none", timeout_graceful_shutdown=1, **quiet))
+    server = Server(uvicorn.Config(app, ws="none", timeout_graceful_shutdown=1, **quiet))
+    server.engine = engine
+    return server
 
 
 def main(config: ServeConfig) -> None:

@@ -90,7 +90,8 @@ class Writer:
     def take_tokens(self) -> list[Token]:
         """Tokens whose text became certain since the last call; one in which a stop string begins is cut."""
         ready, waiting = [], []
-        for token in self.tokens[self.told_tokens :]:
+        within = bool(self.decoder.getstate()[0]) and not self.ended  # a character of which the rest may come
+        for token in self.tokens[self.told_tokens : len(self.tokens) - within]:
             waiting.append(token)
             if self.told + len(token.text) > self.certain:
                 break
