@@ -115,6 +115,7 @@ class Batch:
         self.lengths = np.append(self.lengths, np.repeat([len(prompt) for prompt in prompts], copies))
         for number, prompt in enumerate(prompts):
             at = begin + number * copies
+            self.text[at : at + copies] = 0  # what stands behind is read, too, though nothing comes of it
             self.text[at : at + copies, : len(prompt)] = prompt
         self.joined.append((np.arange(begin, len(self.lengths)), copies))
         self.newest = torch.cat([self.newest, self.newest.new_zeros(len(prompts) * copies, 1)])

@@ -293,11 +293,11 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=512)
-    except (OSError, UnicodeError) as error:
-        why = getattr(error, "strerror", None) or "no such address"
-        raise UserError(
-            f"host={host}, port={port} cannot be listened on ({why}); choose another port"
-        ) from None
+    except (socket.gaierror, UnicodeError):
+        raise UserError(f"host={host} is no address; choose one of this machine, such as 0.0.0.0") from None
+    except OSError as error:
+        why = error.strerror
+        raise UserError(f"port={port} of host={host} cannot be used ({why}); choose another") from None
 
 
 def find_key(config: ServeConfig) -> str | None:
