@@ -17,12 +17,16 @@ if __name__ == "__main__":
 
 import json
 import os
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from shutil import copymode, rmtree
+from tempfile import mkdtemp
 from typing import Any
+from unicodedata import category
 
 import torch
 
@@ -31,7 +35,7 @@ from data.tokenizer import END_OF_TEXT, Tokenizer, library_file, start_of_text
 from errors import MachineError, UserError, one_line_errors
 from huggingface import ARCHITECTURES, CODE, model_type_of, to_settings, to_weights
 from model import GPTConfig
-from model_card import how_to_load, model_card, shared_meta
+from model_card import how_to_load, limits_of, model_card, shared_meta
 from sample import find_tokenizer
 from settings import SampleConfig
 
@@ -44,8 +48,8 @@ MADE = (
 def export(config: ExportConfig) -> Path:
     """Write the folder, and tell what is in it. Raises UserError; MachineError where the disk does not take
     it, and then nothing has changed."""
-    to = Path(os.path.abspath(config.to))
-    check_place(to, config.overwrite)
+    to = Path(os.path.realpath(config.to))  # where a link leads to, so that the link stays one
+    check_place(to, config.to, config.overwrite)
     for package in ("safetensors", "tokenizers"):
         if find_spec(package) is None:
             raise UserError(f"export.py needs {package}; run: pip install {package}")
@@ -55,6 +59,11 @@ def export(config: ExportConfig) -> Path:
     weights = to_weights(shape, model.state_dict())
     count = sum(w.numel() for w in weights.values())
     dtype = getattr(torch, config.dtype)
+    stored = {name: w.to(dtype) for name, w in weights.items()}
+    for name, w in stored.items():
+        if not w.isfinite().all():
+            mend = "set --dtype=bfloat16" if weights[name].isfinite().all() else "use another checkpoint"
+            raise UserError(f"{name} has weights that are not finite in {config.dtype}; {mend}")
     meta = shared_meta(contents.get("meta"), tokenizer)
     texts = settings_files(shape, tokenizer, dtype)
     texts |= {
@@ -72,19 +81,20 @@ def export(config: ExportConfig) -> Path:
         for name, text in texts.items():
             (folder / name).write_text(text, encoding="utf-8")
         told = {"format": "pt"}  # which transformers asks for
-        stored = {name: w.to(dtype) for name, w in weights.items()}
         save_file(stored, folder / "model.safetensors", metadata=told)
+        copymode(folder / "config.json", folder / "model.safetensors")  # which its writer hides from others
 
-    write_folder(write, to)
+    write_folder(write, to, config.to)
     kind = ARCHITECTURES[model_type_of(shape)]
     print(f"{source}\n{config.to}: {kind}, {count:,} parameters in {config.dtype}, {len(texts) + 1} files")
-    print("\n".join(how_to_load(config.to, shape, tokenizer)))
+    print("\n".join([*how_to_load(config.to, shape, tokenizer), *limits_of(tokenizer)]))
     return to
 
 
 def settings_files(shape: GPTConfig, tokenizer: Tokenizer, dtype: torch.dtype) -> dict[str, str]:
     """Of each settings file its text."""
     begin, end = start_of_text(tokenizer), tokenizer.end_of_text
+    # not a character in their place: transformers drops each of it from what it writes
     marks = ("bos_token", "eos_token", "pad_token") if end is not None else ()
     ends = {"eos_token_id": end, "pad_token_id": end} if end is not None else {}
     chosen = {"temperature": SampleConfig.temperature, "top_k": SampleConfig.top_k}
@@ -106,69 +116,83 @@ def as_json(value: Any) -> str:
     return json.dumps(value, indent=1) + "\n"
 
 
-def check_place(to: Path, overwrite: bool) -> None:
-    """Raises UserError where an export cannot go there, or would replace what is none."""
-    for folder in (to, beside(to)):  # what is beside it was left by an export that was killed
-        if not os.path.lexists(folder):
-            continue
-        if not folder.is_dir():
-            raise UserError(f"{folder} is a file; name a folder for --to")
-        names = sorted(path.name for path in folder.iterdir())
-        strange = [name for name in names if name not in MADE]
-        if strange:
-            raise UserError(f"{folder} has {strange[0][:60]}, which no export writes; name another folder")
-        if names and folder == to and not overwrite:
-            raise UserError(f"{to} is there already; name another folder, or set --overwrite=True")
+def check_place(to: Path, shown: str, overwrite: bool) -> None:
+    """Raises UserError where an export cannot go there, or would replace what is none; `shown` is what the
+    user calls it."""
+    if not to.name or any(category(char) in ("Cc", "Zl", "Zp") for char in shown):
+        raise UserError(f"to={shown} is no name of a folder that fits into a line; name another")
+    if not os.path.lexists(to):
+        return
+    if not to.is_dir():
+        raise UserError(f"{shown} is a file; name a folder for --to")
+    try:
+        stranger, there = stranger_in(to), any(to.iterdir())
+    except OSError as error:
+        raise UserError(f"{shown} cannot be read ({error.strerror}); name another folder") from None
+    if stranger:
+        raise UserError(f"{shown} has {stranger[:60]}, which is of no export; name another folder")
+    if there and not overwrite:
+        raise UserError(f"{shown} is there already; name another folder, or set --overwrite=True")
 
 
-def beside(to: Path) -> Path:
-    """The folder that is written first, to be renamed."""
-    return to.with_name(to.name + ".tmp")
+def stranger_in(folder: Path) -> str | None:
+    """The first name in a folder that no export leaves there; without a config.json, any. Raises OSError."""
+    with os.scandir(folder) as entries:
+        ours = {entry.name: entry.name in MADE and entry.is_file(follow_symlinks=False) for entry in entries}
+    whole = ours.get("config.json", False)
+    return min((name for name, made in ours.items() if not (made and whole)), default=None)
 
 
-def write_folder(write: Callable[[Path], None], to: Path) -> None:
+def write_folder(write: Callable[[Path], None], to: Path, shown: str) -> None:
     """Let `write` fill a folder beside `to`, flush it to disk, and rename it: `to` is whole or as it was.
 
     Raises MachineError where the disk does not take it, or UserError where nobody may write there.
     """
     from safetensors import SafetensorError
 
-    new, old = beside(to), to.with_name(to.name + ".old")
     try:
-        remove(new)
-        new.mkdir(parents=True)
+        to.parent.mkdir(parents=True, exist_ok=True)
+        room = Path(mkdtemp(prefix=f".{to.name[:40]}.", dir=to.parent))  # by a name that nobody has
+        new, old = room / "new", room / "old"
+        new.mkdir()  # for whom the umask says, where mkdtemp's is for its maker alone
     except OSError as error:
-        raise UserError(f"{new} cannot be made ({error.strerror}); name another folder") from None
+        raise UserError(f"{shown} cannot be made ({error.strerror}); name another folder") from None
     try:
         write(new)
         for path in new.iterdir():
             with open(path, "rb+") as file:
                 os.fsync(file.fileno())
-        there = to.is_dir()
-        if there:
+        if to.is_dir():
             os.rename(to, old)
-        try:
-            os.rename(new, to)
-        except OSError:
-            if there:
-                os.rename(old, to)
-            raise
+        os.rename(new, to)
     except BaseException as error:
         with suppress(OSError):
-            remove(new)
+            if old.is_dir() and not os.path.lexists(to):
+                os.rename(old, to)
+        rmtree(new, ignore_errors=True)
+        with suppress(OSError):
+            room.rmdir()
         if not isinstance(error, OSError | SafetensorError):
             raise
         reason = getattr(error, "strerror", None) or first_line(error)
-        raise MachineError(f"{to} cannot be written ({reason}), and is what it was before") from None
-    remove(old)
+        kept = f"what was there is {old}" if old.is_dir() else "and is what it was before"
+        raise MachineError(f"{shown} cannot be written ({reason}), {kept}") from None
+    try:
+        if old.is_dir():
+            remove(old)
+        room.rmdir()
+    except OSError as error:
+        reason = error.strerror or error
+        print(f"note: {old} is what was in {shown}; delete it yourself ({reason})", file=sys.stderr)
 
 
 def remove(folder: Path) -> None:
-    """Delete an export, never another's file: OSError where there is one."""
-    if folder.is_dir():
-        for name in MADE:
-            (folder / name).unlink(missing_ok=True)
-        folder.rmdir()
+    """Delete an export, or nothing: OSError where another's file is among its own."""
+    if stranger := stranger_in(folder):
+        raise OSError(f"{stranger[:60]} is of no export")
+    for path in folder.iterdir():
+        path.unlink()
+    folder.rmdir()
 
 
 if __name__ == "__main__":

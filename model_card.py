@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from data.meta import GPT2_META
-from data.tokenizer import GPT2Tokenizer, Tokenizer, start_of_text
+from data.tokenizer import CharTokenizer, GPT2Tokenizer, Tokenizer, start_of_text
 from huggingface import ARCHITECTURES, model_type_of
 from model import GPTConfig
 from settings import TrainConfig
@@ -49,19 +49,36 @@ def runs_in(shape: GPTConfig, tokenizer: Tokenizer) -> dict[str, str]:
 def how_to_load(folder: str, shape: GPTConfig, tokenizer: Tokenizer) -> list[str]:
     """Lines of Python that load it, and a command for each program that can."""
     own = model_type_of(shape) == "distrogpt"
-    trust, flag = (", trust_remote_code=True", ",trust_remote_code=True") if own else ("", "")
+    runs, quoted, name = runs_in(shape, tokenizer), repr(folder), shlex.quote(folder)
+    trust = ", trust_remote_code=True" if own else ""
+    args: dict[str, Any] = {"pretrained": folder} | ({"trust_remote_code": True} if own else {})
     if tokenizer.end_of_text is None:  # what stands before a text without context
-        flag += f",prefix_token_id={start_of_text(tokenizer)}"
-    runs, quoted, name = runs_in(shape, tokenizer), json.dumps(folder), shlex.quote(folder)
+        args["prefix_token_id"] = start_of_text(tokenizer)
+    told = ",".join(f"{key}={value}" for key, value in args.items())
+    if name != folder or "," in folder:  # lm_eval has quotes of its own there
+        told = shlex.quote(json.dumps(args, ensure_ascii=False))
+    tasks = "hellaswag"
+    if isinstance(tokenizer, CharTokenizer):  # others' questions have other characters
+        tasks = "choice --include_path hf   # distroGPT's hf; reads questions.jsonl"
     lines = [
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         f"model = AutoModelForCausalLM.from_pretrained({quoted}{trust})",
         f"tokenizer = AutoTokenizer.from_pretrained({quoted}{trust})",
-        f"# lm_eval --model hf --model_args pretrained={name}{flag} --tasks hellaswag",
+        f"# lm_eval --model hf --model_args {told} --tasks {tasks}",
     ]
     lines += [] if runs["vLLM"] else [f"# vllm serve {name}"]
-    lines += [] if runs["llama.cpp"] else [f"# python convert_hf_to_gguf.py {name}    (llama.cpp's)"]
-    return [*lines, f"# python sample.py --init_from={name}    (distroGPT's)"]
+    lines += [] if runs["llama.cpp"] else [f"# python convert_hf_to_gguf.py {name}   # llama.cpp's"]
+    return [*lines, f"# python sample.py --init_from={name}   # distroGPT's"]
+
+
+def limits_of(tokenizer: Tokenizer) -> list[str]:
+    """What it cannot do, a sentence each."""
+    limits = []
+    if isinstance(tokenizer, CharTokenizer):
+        limits += [f"Characters outside of its {len(tokenizer.chars)} are an error."]
+    if tokenizer.end_of_text is None:
+        limits += ["No token ends a text or fills up a batch: texts of several lengths are read one by one."]
+    return limits
 
 
 def model_card(
@@ -92,10 +109,11 @@ def model_card(
             "\n\n`trust_remote_code=True` lets transformers run `modeling_distrogpt.py` of this folder, as "
             "none of its own architectures computes this network; read it first."
         )
+    sections["Load it"] += "".join(f"\n\n{limit}" for limit in limits_of(tokenizer))
     reasons = runs_in(shape, tokenizer).items()
     sections["Load it"] += "".join(f"\n\n{program} {reason}." for program, reason in reasons if reason)
     body = [f"## {title}\n\n{text}" for title, text in sections.items() if text]
-    return "\n".join(["---", *front, "---", "", f"# {name}", "", about, "", "\n\n".join(body), ""])
+    return "\n".join(["---", *front, "---", "", f"# {cell(name)}", "", about, "", "\n\n".join(body), ""])
 
 
 def table(rows: dict[str, Any]) -> str:

@@ -7,7 +7,6 @@ channels, V = vocab_size; H = n_head heads of D = C/H numbers, K = n_kv_head of 
 
 import math
 from collections.abc import Callable
-from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -245,7 +244,15 @@ class DistroGPTForCausalLM(PreTrainedModel, GenerationMixin):
                     f"this model reads {self.config.block_size} tokens at most; shorten the text"
                 )
             x = x + self.transformer["wpe"](position_ids)
-        visible = lru_cache(1)(partial(visible_positions, attention_mask, before, T, x.device))
+        masks: dict[int, torch.Tensor] = {}
+
+        def visible(S: int) -> torch.Tensor:
+            # made by the first block, for all: S is known only when a cache gives its keys, as one of fixed
+            # size gives more than were read
+            if S not in masks:
+                masks[S] = visible_positions(attention_mask, before, T, x.device, S)
+            return masks[S]
+
         x = x0 = F.dropout(x, self.config.dropout, self.training)
         for block in self.transformer["h"]:
             x = block(x, x0, turn, visible, past_key_values)

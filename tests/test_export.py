@@ -1,7 +1,9 @@
 """export.py: transformers computes what we do, from the folder alone; --init_from=folder is the way back."""
 
+import ast
 import json
 import math
+import shlex
 import signal
 import sys
 from dataclasses import asdict
@@ -464,16 +466,133 @@ def test_a_missing_package_is_told(package, tmp_path, monkeypatch):
     assert_user_error(missing, f"needs {package}; run: pip install {package}")
 
 
-def test_what_a_killed_export_left_is_in_nobodys_way(tmp_path):
-    out_dir, left = a_run(tmp_path / "out", lively(), LETTERS), tmp_path / "to.tmp"
-    left.mkdir()
-    (left / "config.json").write_text("{")
-    assert run_here("export.py", f"--out_dir={out_dir}", f"--to={tmp_path / 'to'}").returncode == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "to"]
-    left.mkdir()
-    (left / "mine.txt").write_text("x")
-    again = run_here("export.py", f"--out_dir={out_dir}", f"--to={tmp_path / 'to'}", "--overwrite=True")
-    assert_user_error(again, "mine.txt")
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> Path:
+    """A run that is exported at once, and has no token that ends a text."""
+    tokenizer = CharTokenizer("\n ,:abc?")
+    folder = tmp_path_factory.mktemp("small") / "out"
+    return a_run(folder, lively(vocab_size=8, n_layer=1, **NEW), tokenizer)
+
+
+def write_to(out_dir: Path, to: object, *flags: str, cwd: Path | None = None) -> Any:
+    return run_here("export.py", f"--out_dir={out_dir}", f"--to={to}", *flags, cwd=cwd)
+
+
+def everything(folder: Path) -> dict[str, bytes]:
+    """What is below a folder."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+def test_what_lies_beside_is_nobodys_business(small, tmp_path):
+    mine = {"to.old/config.json": "{}", "to.old/README.md": "mine", "to.tmp/model.safetensors": "mine"}
+    for name, words in mine.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(words)
+    before = everything(tmp_path)
+    for flags in ((), ("--overwrite=True",), ("--overwrite=True",)):
+        done = write_to(small, tmp_path / "to", *flags)
+        assert done.returncode == 0 and not done.stderr
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["to", "to.old", "to.tmp"]
+    assert before.items() < everything(tmp_path).items()
+    modes = {path.stat().st_mode for path in (tmp_path / "to").iterdir()}
+    assert modes == {(tmp_path / "to.old" / "README.md").stat().st_mode}
+    assert (tmp_path / "to").stat().st_mode == (tmp_path / "to.old").stat().st_mode
+
+
+@pytest.mark.parametrize("what", ["a folder by our name", "a link by our name", "a file alone", "a folder"])
+def test_only_an_export_is_replaced(what, small, tmp_path):
+    to = tmp_path / "to"
+    to.mkdir()
+    (to / "config.json").write_text("{}")
+    if what == "a folder by our name":
+        (to / "README.md").mkdir()
+    elif what == "a link by our name":
+        (to / "README.md").symlink_to(small / "ckpt.pt")
+    elif what == "a file alone":
+        (to / "config.json").rename(to / "README.md")
+    else:
+        (to / "mine").mkdir()
+    before = everything(tmp_path)
+    wrong = write_to(small, "to", "--overwrite=True", cwd=tmp_path)
+    assert_user_error(wrong, "to has ", "which is of no export")
+    assert str(tmp_path) not in wrong.stderr and everything(tmp_path) == before  # called as the user did
+
+
+def test_a_link_stays_one(small, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    assert write_to(small, tmp_path / "link").returncode == 0
+    assert write_to(small, tmp_path / "link", "--overwrite=True", "--dtype=bfloat16").returncode == 0
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "config.json").is_file()
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_what_came_into_the_old_export_meanwhile_is_kept(small, tmp_path, monkeypatch):
+    to = tmp_path / "to"
+    assert write_to(small, to).returncode == 0
+    save = sys.modules["safetensors.torch"].save_file
+
+    def save_slowly(*args: Any, **more: Any) -> None:
+        save(*args, **more)
+        (to / "notes.txt").write_text("mine")
+
+    monkeypatch.setattr("safetensors.torch.save_file", save_slowly)
+    done = write_to(small, to, "--overwrite=True")
+    assert done.returncode == 0 and "notes.txt" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert not (to / "notes.txt").exists() and (to / "model.safetensors").is_file()
+    kept = Path(done.stderr.split("note: ")[1].split(" is what was")[0])
+    assert (kept / "notes.txt").read_text() == "mine" and (kept / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("to", ["/", "two\nlines", "two\u2028lines", "bell\a"])
+def test_a_name_that_none_can_print_is_refused(to, small, tmp_path):
+    assert_user_error(write_to(small, to, cwd=tmp_path), "no name of a folder")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such names")
+def test_any_other_name_can_be_printed_and_read_again(small, tmp_path):
+    name = 'it\'s *my* "model" 😀 `x` #1'
+    done = write_to(small, name, cwd=tmp_path)
+    assert done.returncode == 0 and [path.name for path in tmp_path.iterdir()] == [name]
+    card = (tmp_path / name / "README.md").read_text(encoding="utf-8")
+    assert '\n# it\'s \\*my\\* "model" 😀 \\`x\\` #1\n' in card
+    lines = card.split("```python\n")[1].split("```\n")[0].splitlines()
+    assert ast.literal_eval(lines[1].split("from_pretrained")[1]) == name
+    args = next(shlex.split(line[2:], comments=True) for line in lines if "lm_eval" in line)
+    assert json.loads(args[args.index("--model_args") + 1]) == {"pretrained": name, "prefix_token_id": 0}
+    assert shlex.split(lines[-1][2:], comments=True)[-1] == f"--init_from={name}"
+    assert all(line in done.stdout.splitlines() for line in lines)
+
+
+def test_weights_too_large_for_a_type_are_told(tmp_path):
+    model = lively(n_layer=1)
+    model.transformer.wte.weight.data[3, 4] = 70_000
+    out_dir = a_run(tmp_path / "out", model, LETTERS)
+    wrong = write_to(out_dir, tmp_path / "to", "--dtype=float16")
+    assert_user_error(wrong, "wte.weight has weights that are not finite in float16", "--dtype=bfloat16")
+    assert not (tmp_path / "to").exists()
+    assert write_to(out_dir, tmp_path / "to", "--dtype=bfloat16").returncode == 0
+
+
+def test_batches_are_filled_up_where_a_token_can_do_it(tmp_path):
+    folder = exported(tmp_path, lively(n_layer=1, **NEW))
+    tokenizer, theirs = tokenizer_of(folder), loaded(folder)
+    batch = tokenizer(["The", "A longer one"], padding=True, return_tensors="pt")
+    together = greedy(theirs, batch["input_ids"], 9, attention_mask=batch["attention_mask"], pad_token_id=97)
+    alone = greedy(theirs, tokenizer("The", return_tensors="pt")["input_ids"], 9)
+    assert tokenizer.decode(together[0], skip_special_tokens=True) == tokenizer.decode(alone[0])
+
+
+def test_a_model_of_characters_tells_its_limits_and_drops_none(small, tmp_path):
+    done = write_to(small, tmp_path / "to")
+    card = (tmp_path / "to" / "README.md").read_text()
+    for words in ("Characters outside of its 8 are an error.", "No token ends a text", "prefix_token_id=0",
+                  " --tasks choice --include_path hf "):  # fmt: skip
+        assert words in done.stdout and words in card
+    tokenizer = tokenizer_of(tmp_path / "to")
+    assert tokenizer.decode(tokenizer("\na b\n\n")["input_ids"], skip_special_tokens=True) == "\na b\n\n"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limits of files")
@@ -520,7 +639,7 @@ def test_the_model_card_tells_where_the_model_comes_from(tmp_path):
     for path in folder.iterdir():
         assert str(tmp_path).encode() not in path.read_bytes(), path  # no path of this machine
     assert load_pretrained(str(folder))[1]["meta"]["vocab_size"] == 97  # those that it has tokens for
-    lines = card.text.split("```python\n")[1].split("```")[0].replace('"exported"', repr(str(folder)))
+    lines = card.text.split("```python\n")[1].split("```")[0].replace("'exported'", repr(str(folder)))
     names: dict[str, Any] = {}
     exec(lines, names)
     assert names["tokenizer"].decode(names["model"].generate(max_new_tokens=3)[0]).startswith("<|endoftext|>")
@@ -530,6 +649,7 @@ def test_a_plain_card_needs_no_trust(qwen):
     card = (qwen / "README.md").read_text()
     assert "trust_remote_code" not in card and "vllm serve exported" in card
     assert "llama.cpp does not know this tokenizer" in card and "convert_hf" not in card
+    assert "outside of its 96" in card and "prefix_token_id" not in card and "No token ends" not in card
 
 
 def test_lm_evaluation_harness_asks_the_same_questions(tmp_path, text, questions_file, monkeypatch):
