@@ -326,10 +326,12 @@ class SampleConfig:
     show_probs: bool = setting(
         False, "each token's chance, nothing left out: as colours on a terminal, else in lines"
     )
-    speak: str | None = setting(None, "say the samples too, into this .wav file, in their order", path=True)
+    speak: str | None = setting(
+        None, "say the samples too, in their order, into this .wav file; an older one is replaced", path=True
+    )
     voice: str | None = setting(
         None,
-        "of speak: a Piper voice, NAME.onnx with NAME.onnx.json beside it; None is the system's",
+        "of speak: a Piper voice, NAME.onnx with NAME.onnx.json beside it; system or None: the system's",
         path=True,
     )
     device: str = setting("auto", "auto (cuda, else mps, else cpu), cpu, cuda, cuda:1, mps")

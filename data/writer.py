@@ -154,12 +154,16 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextmanager
-def token_bar(share_done: Callable[[], float]) -> Iterator[Callable[[int], None]]:
-    """Yields advance(tokens) of a progress bar with tokens/s, and the time left by the share that is done."""
+def token_bar(share_done: Callable[[], float], delay: float = 0) -> Iterator[Callable[[int], None]]:
+    """Yields advance(tokens) of a progress bar with tokens/s, and the time left by the share that is done.
+
+    What takes less than `delay` seconds has no bar.
+    """
     from tqdm import tqdm
 
     quick = sys.stderr.isatty()
-    with tqdm(unit=" tokens", unit_scale=True, mininterval=0.1 if quick else 5, dynamic_ncols=True) as bar:
+    often = {"mininterval": 0.1 if quick else 5, "delay": delay}
+    with tqdm(unit=" tokens", unit_scale=True, dynamic_ncols=True, **often) as bar:
 
         def advance(tokens: int) -> None:
             share = share_done()
@@ -167,8 +171,7 @@ def token_bar(share_done: Callable[[], float]) -> Iterator[Callable[[int], None]
             bar.update(tokens)
 
         yield advance
-        bar.total = bar.n
-        bar.refresh()
+        bar.total = bar.n  # which the bar's end shows
 
 
 @contextmanager

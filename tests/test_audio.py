@@ -87,7 +87,7 @@ def whisper(monkeypatch):
     class Container:
         duration = None
 
-        def __init__(self, file, metadata_errors):
+        def __init__(self, file, options, metadata_errors):
             try:
                 with wave.open(file) as wav:
                     self.samples = np.frombuffer(wav.readframes(wav.getnframes()), "<i2")
@@ -135,6 +135,7 @@ def book(tmp_path) -> Path:
     for name, loudness in BOOK.items():
         write_wav(tmp_path / "book" / name, np.full(audio.RATE, loudness))
     (tmp_path / "book" / "cover.jpg").write_bytes(b"no sound")
+    (tmp_path / "book" / "._chapter1.wav").write_bytes(b"what macOS lays beside a file")
     return tmp_path / "book"
 
 
@@ -181,6 +182,8 @@ def test_only_what_is_new_is_transcribed(whisper, book, prepare, tmp_path):
     write_wav(book / "chapter1.wav", np.full(audio.RATE, 11))  # of the same size
     (mended,) = (tmp_path / "out" / "transcripts").glob("Chapter2.*")
     mended.write_text("I mended this by hand.\n")
+    for name in (f"._{mended.name}", "._chapter 1.txt", "notes.txt", "my.notes.txt"):  # of others, and macOS
+        (mended.parent / name).write_text("no transcript")
     moved = book.rename(tmp_path / "elsewhere")
     (moved / "chapter10.wav").rename(moved / "chapter0.wav")
     assert prepare(moved, "--overwrite").returncode == 0 and whisper[5:] == [11]
@@ -227,6 +230,43 @@ def test_broken_recordings_are_told_after_the_others(whisper, book, prepare, tmp
     assert done.returncode == 0 and len(documents(tmp_path / "out")) == 3 and len(whisper) == 3
 
 
+def test_what_names_other_files_is_no_recording(tmp_path):
+    pytest.importorskip("av", reason="PyAV comes with faster-whisper")
+    write_wav(tmp_path / "secret.wav", np.full(audio.RATE, 50))
+    whole = audio.seconds_of(tmp_path / "secret.wav")
+    lists = {
+        "concat": "ffconcat version 1.0\nfile secret.wav\nfile secret.wav\n",
+        "hls": f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nfile://{tmp_path}/secret.wav\n",
+        "sdp": "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=audio 5004 RTP/AVP 0\n",
+    }
+    for name, text in lists.items():
+        (tmp_path / f"{name}.mp3").write_text(text)
+        with pytest.raises(audio.Broken, match="a list of other files" if name == "concat" else "nvalid"):
+            next(audio.samples_of(tmp_path / f"{name}.mp3"))
+    assert whole == 1 and sum(map(len, audio.parts_of(tmp_path / "secret.wav"))) == audio.RATE
+
+
+def test_what_help_says_of_models_is_what_there_is():
+    package = pytest.importorskip("faster_whisper", reason="optional")
+    assert sorted(audio.MODELS.split(", ")) == sorted(package.available_models())
+
+
+def test_there_is_a_bar_only_for_who_sees_it(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("tqdm")
+    recordings = [audio.Recording(tmp_path / f"{number}.wav", tmp_path / "none") for number in (1, 2)]
+
+    def told(seconds: float, terminal: bool) -> str:
+        monkeypatch.setattr(audio, "seconds_of", lambda path: seconds / 2)
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
+        with audio.hours_bar(recordings) as (say, at):
+            at(recordings[0], seconds / 2)
+            say("a line")
+        return capsys.readouterr().err
+
+    assert told(40, True) == told(600, False) == "a line\n"
+    assert "05:00 of 10:00, " in told(600, True) and "0.50 of 1.00 h, " in told(3600, True)
+
+
 def test_mistakes_are_told_before_anything_is_heard(whisper, book, prepare, model, tmp_path, monkeypatch):
     assert_user_error(prepare(tmp_path / "none"), "none is not there", ".m4b")
     assert_user_error(prepare(model), "has none of these files")
@@ -235,6 +275,7 @@ def test_mistakes_are_told_before_anything_is_heard(whisper, book, prepare, mode
     assert_user_error(prepare(book, "--strip_lines=("), "regular expression")
     assert_user_error(prepare(book, "--language=english"), "give one of de, en")
     assert_user_error(prepare(book, "--model=huge"), "tiny, small")
+    assert_user_error(prepare(book, "--model=tinny"), "did you mean tiny?")
     assert_user_error(prepare(book, "--device=gpu"), "--device")
     assert_user_error(prepare(book, f"--model={book}"), "no model.bin", "ct2-transformers-converter")
     write_wav(tmp_path / "silence.wav", np.zeros(1000))

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import REPO, assert_user_error, prepare_here, run, run_warm
+from conftest import REPO, assert_user_error, prepare_here, run, run_warm, train_here
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -150,6 +150,29 @@ def test_val_has_its_share_of_the_text_however_unequal_the_documents(sizes, val,
     else:
         assert found == val
     assert "".join(sorted("".join(documents_of(tmp_path / "out", "train") + found))) == "".join(texts)
+
+
+def test_a_large_val_is_told_with_what_helps(tmp_path):
+    for name in "abc":
+        (tmp_path / f"{name}.txt").write_text(name * 500)
+    files = [tmp_path / f"{name}.txt" for name in "abc"]
+    words = ("--tokenizer=byte", "--overwrite", "--input", *files)
+    done = prepare(tmp_path, *words)
+    assert "note: val is 33% of the text" in done.stdout and "try --val_fraction=0.05\n" in done.stdout
+    asked = prepare(tmp_path, *words, "--val_fraction=0.3")
+    assert documents_of(tmp_path / "out", "val") == ["c" * 500] and "note" not in asked.stdout
+    smaller = prepare(tmp_path, *words, "--val_fraction=0.05")
+    assert documents_of(tmp_path / "out", "val") == ["c" * 75] and "note" not in smaller.stdout
+    assert done.stderr == ""  # no bar for what is done at once
+
+
+def test_the_shortest_text_has_commands_that_run(tmp_path):
+    (tmp_path / "book.txt").write_text("fifteen letters")
+    done = prepare(tmp_path, "--input", tmp_path / "book.txt")
+    (train,) = [line.split() for line in done.stdout.splitlines() if "train.py" in line]
+    assert read_meta(tmp_path / "out")["tokens"] == {"train": 13, "val": 2} and "--block_size=1" in train
+    here = (f"--dataset={tmp_path / 'out'}", f"--out_dir={tmp_path / 'run'}", "--max_iters=2")
+    assert "bits per byte" in train_here(*train[2:], *here, "--device=cpu", "--loss_plot=False")
 
 
 def test_many_documents_are_split_at_random_without_counting_them(tmp_path):

@@ -6,6 +6,8 @@ transcribes only what is new. All of them together, in order, are data/NAME/tran
 """
 
 import argparse
+import difflib
+import errno
 import hashlib
 import os
 import re
@@ -32,6 +34,11 @@ from errors import UserError, is_out_of_memory, one_line_errors
 KINDS = (
     *(".mp3", ".m4a", ".m4b", ".wav", ".flac", ".ogg", ".oga", ".opus", ".aac", ".wma", ".aif", ".aiff"),
     *(".mp4", ".mkv", ".mka", ".webm", ".mov", ".caf", ".amr", ".3gp"),
+)
+MODELS = (  # those of faster-whisper 1.2, here for --help, which is to wait for no import
+    "tiny, tiny.en, base, base.en, small, small.en, medium, medium.en, large-v1, large-v2, large-v3, "
+    "large, distil-small.en, distil-medium.en, distil-large-v2, distil-large-v3, distil-large-v3.5, "
+    "large-v3-turbo, turbo"
 )
 COMPUTE_TYPES = ("auto", "int8", "int8_float16", "int8_bfloat16", "int16", "float16", "bfloat16", "float32")
 RATE = 16_000  # samples a second, which Whisper wants
@@ -71,7 +78,8 @@ def find_recordings(inputs: Iterable[str], folder: Path, model: str, language: s
     A transcript's name ends with a checksum of the recording, the model and the language: whatever else its
     name or place, it is that of this recording.
     """
-    known = {path.suffixes[-2]: path for path in folder.glob("*.?*.txt")}
+    there = ((re.search(r"\.[0-9a-f]{12}(?=\.txt$)", path.name), path) for path in folder.glob("[!.]*.txt"))
+    known = {key[0]: path for key, path in there if key}
     mark, found = f"{mark_of(model)} {language}", []
     for path in find_files(inputs, KINDS, natural):
         key = f".{checksum_of_all(path, mark)}"
@@ -107,16 +115,19 @@ def checksum_of_all(path: Path, mark: str) -> str:
 
 @contextmanager
 def opened(path: Path) -> Iterator[Any]:
-    """The recording as PyAV opens it. Raises Broken, for what goes wrong in the block, too."""
+    """The recording as PyAV opens it, and no other file. Raises Broken, for errors in the block, too."""
     import av
 
+    alone = {"protocol_whitelist": "none"}  # playlists, ffconcat, SDP name other files, and addresses
     try:
-        # as a file: a name could stand for an address or a list of other files
-        with open(path, "rb") as file, av.open(file, metadata_errors="ignore") as container:
+        # as a file: a name could stand for an address, too
+        with open(path, "rb") as file, av.open(file, options=alone, metadata_errors="ignore") as container:
             if not container.streams.audio:
                 raise Broken("there is no sound in it")
             yield container
     except (av.FFmpegError, OSError, ValueError) as error:
+        if getattr(error, "errno", None) == errno.EINVAL:  # what FFmpeg says of a name that it may not open
+            raise Broken("it is damaged, or a list of other files: give those") from None
         raise Broken(getattr(error, "strerror", None) or str(error)) from None
 
 
@@ -185,8 +196,10 @@ def load_model(args: argparse.Namespace) -> Any:
     folder = args.model
     if not os.path.isdir(folder):
         if folder not in available_models() and not re.fullmatch(r"[\w-]+/[\w.-]+", folder):
-            sizes = ", ".join(available_models())
-            raise UserError(f"--model {folder} is not there, and no size; give a folder or one of {sizes}")
+            sizes = available_models()
+            near = difflib.get_close_matches(folder, sizes, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"give a folder or one of {', '.join(sizes)}"
+            raise UserError(f"--model {folder} is no folder that is there, and no size; {hint}")
         folder = fetched(folder)
     asked = {"device": args.device, "compute_type": args.compute_type, "cpu_threads": max(1, args.workers)}
     try:
@@ -296,26 +309,38 @@ def joined(texts: Iterable[str]) -> str:
 
 @contextmanager
 def hours_bar(recordings: list[Recording]) -> Iterator[tuple[Callable[[str], None], Callable[..., None]]]:
-    """Yields say(line) and at(recording, seconds): hours done, how much faster than speech, time left."""
+    """Yields say(line) and at(recording, seconds): what is done, how much faster than speech, time left.
+
+    There is no bar for less than a minute of sound, or where nobody sees it.
+    """
     from tqdm import tqdm
 
     lengths = {recording.path: seconds_of(recording.path) for recording in recordings}
     total, before = sum(lengths.values()), dict.fromkeys(lengths, 0.0)
-    form = "{percentage:3.0f}%|{bar}| {n:.2f} of {total:.2f} h{postfix}, {remaining} left"
-    quick = sys.stderr.isatty()
+    form = "{percentage:3.0f}%|{bar}| {desc}, {remaining} left"
+    unseen = total < 60 or not sys.stderr.isatty()
     with tqdm(
-        total=total / 3600, bar_format=form, mininterval=0.1 if quick else 30, dynamic_ncols=True
+        total=total, desc=share_of(0, total), bar_format=form, disable=unseen, dynamic_ncols=True
     ) as bar:
 
         def at(recording: Recording, seconds: float) -> None:
+            if unseen:
+                return
             before[recording.path] = min(seconds, lengths[recording.path])
-            done = sum(before.values())
-            speed = done / max(1e-9, bar.format_dict["elapsed"])
-            bar.set_postfix_str(f"{speed:.1f} times as fast as speech", refresh=False)
-            bar.n = done / 3600
+            bar.n = sum(before.values())
+            speed = bar.n / max(1e-9, bar.format_dict["elapsed"])
+            about = f"{share_of(bar.n, total)}, {speed:.1f} times as fast as speech"
+            bar.set_description_str(about, refresh=False)
             bar.update(0)
 
         yield lambda line: bar.write(line, file=sys.stderr), at
+
+
+def share_of(seconds: float, total: float) -> str:
+    """How much of the sound is done, in hours, or below one in minutes and seconds."""
+    if total >= 3600:
+        return f"{seconds / 3600:.2f} of {total / 3600:.2f} h"
+    return " of ".join(f"{int(time) // 60:02}:{int(time) % 60:02}" for time in (seconds, total))
 
 
 def transcribe_all(recordings: list[Recording], args: argparse.Namespace) -> None:
@@ -325,7 +350,8 @@ def transcribe_all(recordings: list[Recording], args: argparse.Namespace) -> Non
         return
     model, broken = load_model(args), []
     if len(todo) < len(recordings):
-        print(f"{len(recordings) - len(todo)} of {len(recordings)} recordings have their transcripts")
+        there = len(recordings) - len(todo)
+        print(f"{there} of {len(recordings)} recordings have their transcripts", flush=True)
     with hours_bar(todo) as (say, at):
         for recording in todo:
             name = printable(recording.path.name)
@@ -364,8 +390,7 @@ def options() -> argparse.Namespace:
     parser = argument_parser(sys.argv[0], __doc__.splitlines()[0])
     add = parser.add_argument
     add("--input", nargs="+", metavar="PATH", help=f"recordings: files, folders, globs ({', '.join(KINDS)})")
-    add("--model", default="small", help="a size: tiny, base, small (default), medium, large-v3, turbo, each "
-        "but the last two also as .en; or a folder in CTranslate2's format")  # fmt: skip
+    add("--model", default="small", help=f"a folder in CTranslate2's format, or (default: small) {MODELS}")
     add("--language", metavar="CODE", help="en, de, ...; by default what is heard first")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="default: auto")
     add("--compute_type", default="auto", choices=COMPUTE_TYPES, help="default: auto, the fastest")

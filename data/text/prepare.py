@@ -94,8 +94,8 @@ def choose_val(sizes: list[int], val_fraction: float, enough: int) -> tuple[Call
     two, or 0.
 
     Of many documents, each by lot. Of fewer, by lot up to the wanted size, without those that are too large
-    for it; or else the one nearest to it. Where this is under half of it, or over a third of the text, as
-    where there is one document: the end of the text.
+    for it; or else the one nearest to it. Where this is under half of it, over four times as much, or over a
+    third of the text, as where there is one document: the end of the text.
     """
     if len(sizes) == enough:
         return lambda number: lot(number) < val_fraction, 0
@@ -107,7 +107,7 @@ def choose_val(sizes: list[int], val_fraction: float, enough: int) -> tuple[Call
             chosen.add(number)
             so_far += sizes[number]
     nearest = min(range(len(sizes)), key=lambda number: abs(sizes[number] - wanted))
-    if so_far < wanted / 2 <= sizes[nearest] <= total / 3:
+    if so_far < wanted / 2 <= sizes[nearest] <= min(4 * wanted, total / 3):
         chosen, so_far = {nearest}, sizes[nearest]
     if so_far >= wanted / 2:
         return chosen.__contains__, 0
@@ -172,7 +172,10 @@ def prepare(corpus: Corpus, folder: Path, tokenizer: str, val_fraction: float, w
         print(f"note: {tokenizer} has no token that ends documents; they follow each other without one")
     about = ", ".join(map(str, corpus.files[:20]))
     document, val = 0, is_val(0)
-    with write_dataset(folder, made, overwrite=True, source=about) as add, token_bar(corpus.done) as advance:
+    with (
+        write_dataset(folder, made, overwrite=True, source=about) as add,
+        token_bar(corpus.done, 2) as advance,
+    ):
         for piece, ids in encode_in_order(in_two(corpus.pieces(), place), made, workers):
             add("val" if val else "train", ids, text_bytes(piece.text))
             advance(len(ids))
@@ -182,6 +185,18 @@ def prepare(corpus: Corpus, folder: Path, tokenizer: str, val_fraction: float, w
     if isinstance(made, BPETokenizer):  # for other programs; ours read meta.json
         (folder / "tokenizer.json").write_text(library_file(made), encoding="utf-8")
     return made
+
+
+def note_of_val(texts: dict[str, int], val_fraction: float) -> str:
+    """What to tell where val is much more of the text than was asked for; "" elsewhere."""
+    share = texts["val"] / max(1, sum(texts.values()))
+    if share <= max(0.2, 1.5 * val_fraction):
+        return ""
+    return (
+        f"note: val is {share:.0%} of the text, as documents are kept aside whole; more or shorter documents "
+        "leave more to learn from, or try "
+        f"--val_fraction={min(0.05, val_fraction / 2):g}"
+    )
 
 
 def next_commands(folder: Path, name: str, tokenizer: Tokenizer) -> tuple[str, str]:
@@ -273,6 +288,8 @@ def pipes_kept(inputs: list[str], folder: Path) -> Iterator[list[str]]:
 def make_dataset(args: argparse.Namespace, corpus: Corpus) -> None:
     """Write the dataset that options_of tells, and say which commands come next. Raises UserError."""
     tokenizer = prepare(corpus, args.output, args.tokenizer, args.val_fraction, max(1, args.workers))
+    if note := note_of_val(read_meta(args.output)["bytes"], args.val_fraction):
+        print(note)
     name = args.name if args.output == DATA / str(args.name) else os.path.relpath(args.output)
     print("next:", *next_commands(args.output, name, tokenizer), sep="\n  ")
 
