@@ -1,6 +1,6 @@
 """One network, many who ask: their samples are written together, and each begins and ends when it will.
 
-A thread of its own reads the network, and tells in pieces what became certain of each sample.
+One thread reads the network, and tells in pieces what became certain of each sample; others ask.
 """
 
 import threading
@@ -91,7 +91,7 @@ class Sample:
 
 
 class Engine:
-    """A queue, first come, first served, and a thread that writes up to `rows` samples at once.
+    """A queue, first come, first served, of which `work` writes up to `rows` samples at once.
 
     A sample's text is that of sample.py with the same settings, whatever is written beside it.
     """
@@ -102,9 +102,7 @@ class Engine:
         self.waiting: deque[Request] = deque()
         self.samples: list[Sample] = []  # as the rows of the batch
         self.batch = Batch(self.model, rows)
-        self.changed, self.closed = threading.Condition(), False
-        self.thread = threading.Thread(target=self.work, name="engine", daemon=True)
-        self.thread.start()
+        self.changed, self.closed, self.told_all = threading.Condition(), False, threading.Event()
 
     def submit(self, requests: list[Request]) -> None:
         """Take them all, or none and raise Full; Closed. The samples of each have to fit into the rows."""
@@ -123,14 +121,14 @@ class Engine:
             self.changed.notify()
 
     def close(self) -> None:
-        """End the thread, and tell whoever waits."""
+        """Let `work` end, and wait until it has told whoever waits."""
         with self.changed:
             self.closed = True
             self.changed.notify()
-        self.thread.join()
+        self.told_all.wait()
 
     def work(self) -> None:
-        """The thread: as long as there is something to write, a token more of each sample."""
+        """Until the engine is closed: a token more of each sample, as long as there is something to write."""
         while not self.closed:
             with self.changed:
                 self.changed.wait_for(lambda: self.samples or self.waiting or self.closed)
@@ -146,12 +144,10 @@ class Engine:
                 wrong = reason_of(error)
             if wrong:  # here nothing holds the old batch any more
                 self.start_anew(wrong)
-        self.end(self.samples, "the server ends")
         for request in self.waiting:
-            self.end(
-                [Sample(request, n, self.tokenizer) for n in range(request.asked.num_samples)],
-                "the server ends",
-            )
+            self.samples += [Sample(request, n, self.tokenizer) for n in range(request.asked.num_samples)]
+        self.end(self.samples, "the server ends")
+        self.told_all.set()
 
     def start_anew(self, wrong: str) -> None:
         """End what is being written, for a reason, and be ready for more; or end, where that cannot be."""

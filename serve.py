@@ -14,6 +14,7 @@ import re
 import secrets
 import signal
 import socket
+import threading
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import replace
@@ -22,7 +23,7 @@ from typing import Any
 
 from completions import Completion, answer, failure, joined, read_body, told_choice, usage
 from engine import Closed, Engine, Full, News, Request
-from errors import UserError, one_line_errors
+from errors import MachineError, UserError, leave, one_line_errors
 from sample import Sampler, read_prompt, warn
 from speech import Voice, load_voice, wav_bytes
 
@@ -347,14 +348,34 @@ def main(config: ServeConfig) -> None:
         sampler = Sampler(config.out_dir, config.init_from, config.device, config.dtype, int8=config.int8)
         engine = Engine(sampler, config.batch_size, config.queue)
         server = server_of(config, sampler, engine, key, voice)
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # which uvicorn calls when it has ended
         host, port = address.getsockname()[:2]
         warn(f"{sampler.source} ({sampler.runtime.describe()})")
         print(f"http://{f'[{host}]' if ':' in host else host}:{port}  (Ctrl-C ends)", flush=True)
-        try:
-            server.run(sockets=[address])
-        finally:
-            engine.close()
+        leave(run(server, engine, address))
+
+
+def run(server: uvicorn.Server, engine: Engine, address: socket.socket) -> int:
+    """Serve until SIGINT or SIGTERM; the exit status. Raises MachineError.
+
+    This thread computes, and another answers: OpenMP gives each thread that computes workers of its own, and
+    with those of the one that loaded the model beside them, decoding would take three times as long.
+    """
+    caught: list[int] = []
+
+    def stop(number: int, frame: object) -> None:
+        server.should_exit, server.force_exit = True, bool(caught)
+        caught.append(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    answers = threading.Thread(target=server.run, kwargs={"sockets": [address]})
+    answers.start()
+    engine.work()
+    server.should_exit = True
+    answers.join()
+    if not caught:
+        raise MachineError("there is no memory to go on; lower --batch_size")
+    return 128 + caught[0]
 
 
 if __name__ == "__main__":

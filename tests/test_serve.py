@@ -45,13 +45,16 @@ class Served:
         self.port = self.socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self.server = serve.server_of(self.config, self.sampler, self.engine, key, voice)
-        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.socket]})
-        self.thread.start()
+        work = threading.Thread(target=self.engine.work)
+        answer = threading.Thread(target=self.server.run, kwargs={"sockets": [self.socket]})
+        self.threads = [work, answer]
+        for thread in self.threads:
+            thread.start()
 
     def close(self):
         self.server.should_exit = True
-        self.thread.join()
-        self.engine.close()
+        for thread in self.threads:
+            thread.join()
 
     def request(self, method, path, body=None, headers=(), raw=False, raw_answer=False):
         """Status, headers and body of an answer."""
@@ -506,7 +509,7 @@ def test_other_machines_get_in_with_a_key_alone(tmp_path):
         serve.listen("no.such.host.example", 0)
 
 
-@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_as_a_command_until_a_signal(trained, number, status):
     process = start_warm("serve.py", f"--out_dir={trained}", "--port=0", "--device=cpu")
     url = process.stdout.readline().split()[0]
