@@ -548,7 +548,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
         config.batch_size = 1 if runtime.device.type == "cpu" and not elsewhere else 12
     if not elsewhere:
         print(f"machine  {runtime.describe()}, torch {torch.__version__}")
-    if not config.generate:
+    if not (config.generate or config.serve):
         take_fast_float32(runtime)
     result = measure(config, runtime)
     result |= {"device": runtime.describe(), "torch": torch.__version__, "settings": asdict(config)}

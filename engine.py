@@ -17,7 +17,7 @@ from errors import is_out_of_memory
 from settings import SampleConfig
 from writing import Token, Writer
 
-TELL_EVERY = 0.02  # seconds: screens hardly show more, and each telling costs
+TELL_EVERY = 0.05  # seconds: eyes hardly want more, and each telling wakes others on the same cores
 
 
 class Full(Exception):
