@@ -143,7 +143,8 @@ class KVCache:
         if position is None:
             past[:, self.rows, :, : k.size(2)] = new.repeat_interleave(len(self.rows) // len(k), dim=1)
             return causal_attention(q, k, v, scale)
-        past = past[:, : self.used]
+        if self.used < len(self.all):
+            past = past[:, : self.used]
         if len(position) == 1:
             past.index_copy_(3, position[0], new)
         else:
