@@ -65,6 +65,7 @@ class Sample:
         self.likeliest: list[list[tuple[int, float]]] = []  # as the writer's tokens
         self.made, self.told, self.told_at = 0, 0, 0.0
         self.ended: str | None = None
+        self.over = False  # and that was told
         self.seen = set(request.prompt)  # ids that a penalty of repetition is for
 
     def add(self, id: int, logprob: float, likeliest: list[tuple[int, float]]) -> None:
@@ -131,7 +132,8 @@ class Engine:
         """Until the engine is closed: a token more of each sample, as long as there is something to write."""
         while not self.closed:
             with self.changed:
-                self.changed.wait_for(lambda: self.samples or self.waiting or self.closed)
+                # not for ever, as Windows lets no Ctrl-C through meanwhile
+                self.changed.wait_for(lambda: self.samples or self.waiting or self.closed, timeout=1)
             wrong = None
             try:
                 with torch.no_grad():
@@ -163,8 +165,9 @@ class Engine:
     def end(self, samples: list[Sample], wrong: str) -> None:
         """Tell whoever waits for these samples what is wrong."""
         for sample in samples:
-            sample.ended = "error"
-            sample.request.tell(News(sample.number, wrong, ended="error"))
+            if not sample.over:
+                sample.ended, sample.over = "error", True
+                sample.request.tell(News(sample.number, wrong, ended="error"))
 
     def remove_ended(self) -> None:
         for row in reversed(range(len(self.samples))):
@@ -220,24 +223,21 @@ class Engine:
         groups: dict[Choice, list[int]] = {}
         for row, sample in enumerate(self.samples):
             groups.setdefault(sample.request.choice, []).append(row)
-        draws = torch.tensor([[sample.draws[sample.made]] for sample in self.samples]).to(
-            logits.device
-        )  # (B, 1)
-        chosen = []
+        draws = torch.tensor([[sample.draws[sample.made]] for sample in self.samples])  # (B, 1)
+        draws = draws.to(logits.device)
+        seen = {choice: self.seen(rows, logits) for choice, rows in groups.items()}
+        if len(groups) == 1:
+            (choice,) = groups
+            return sample_token(logits, choice, draws, seen[choice])
+        ids = torch.empty(draws.shape, dtype=torch.long, device=logits.device)
         for choice, rows in groups.items():
-            some = slice(None) if len(groups) == 1 else rows
-            seen = self.seen(rows, logits) if choice.repetition_penalty != 1 else None
-            chosen.append(sample_token(logits[some], choice, draws[some], seen))
-        order = [row for rows in groups.values() for row in rows]
-        ids = torch.cat(chosen)
-        return (
-            ids
-            if len(groups) == 1
-            else torch.empty_like(ids).index_copy_(0, torch.tensor(order).to(ids.device), ids)
-        )
+            ids[rows] = sample_token(logits[rows], choice, draws[rows], seen[choice])
+        return ids
 
-    def seen(self, rows: list[int], logits: torch.Tensor) -> torch.Tensor:
-        """Which ids stand in the texts of these samples already, (rows, V)."""
+    def seen(self, rows: list[int], logits: torch.Tensor) -> torch.Tensor | None:
+        """Which ids stand in the texts of these samples already, (rows, V); None where it makes no matter."""
+        if self.samples[rows[0]].request.choice.repetition_penalty == 1:
+            return None
         seen = torch.zeros(len(rows), logits.size(1), dtype=torch.bool)
         for number, row in enumerate(rows):
             seen[number, list(self.samples[row].seen)] = True
@@ -247,12 +247,12 @@ class Engine:
         """News of those that have begun, have ended, or were not told for a while."""
         now = time.monotonic()
         for sample in self.samples:
-            if sample.ended == "error":
-                continue
-            if sample.ended or sample.made == 1 or now - sample.told_at >= TELL_EVERY:
+            due = sample.ended or sample.made == 1 or now - sample.told_at >= TELL_EVERY
+            if due and not sample.over:
                 sample.told_at = now
                 try:
                     sample.request.tell(sample.news())
+                    sample.over = sample.ended is not None
                 except Exception as error:  # of this text alone
                     self.end([sample], reason_of(error))
 

@@ -306,9 +306,7 @@ def find_key(config: ServeConfig) -> str | None:
     try:
         key = None if config.api_key is None else read_prompt(config.api_key).strip()
     except UserError:
-        raise UserError(
-            f"api_key={config.api_key}: there is no such file of text; write the key into it"
-        ) from None
+        raise UserError(f"api_key={config.api_key} is no file of text; write the key into one") from None
     if key is not None and not re.fullmatch("[!-~]+", key):
         raise UserError("api_key is empty, or has other signs than ASCII's in one word; choose a long word")
     with suppress(ValueError):
@@ -368,7 +366,14 @@ def run(server: uvicorn.Server, engine: Engine, address: socket.socket) -> int:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
-    answers = threading.Thread(target=server.run, kwargs={"sockets": [address]})
+
+    def answer() -> None:
+        try:
+            server.run(sockets=[address])
+        finally:
+            engine.close()
+
+    answers = threading.Thread(target=answer)
     answers.start()
     engine.work()
     server.should_exit = True
