@@ -9,11 +9,12 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-from errors import UserError
+from errors import MachineError, UserError
 from runtime import Runtime
 from sample import Sampler
 from settings import BenchConfig
@@ -22,6 +23,7 @@ from timing import ratio, spread
 CLIENTS, EACH, TOKENS = 32, 4, 64  # who ask at once, how often each, and for how many tokens
 BODY = {"prompt": "\n", "temperature": 0.8, "top_k": 200, "stop_at_end": False}
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
 QUIET = ("--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync "
          "--disable-background-networking --disable-component-update").split()  # fmt: skip
 
@@ -56,23 +58,22 @@ def memory_of(pid: int) -> float | None:
     return None
 
 
-def ask(port: int, **body: Any) -> tuple[float, float, int]:
-    """A streamed completion: seconds to its first and to its last token, and how many events came."""
+def ask(port: int, **body: Any) -> tuple[float, float]:
+    """A streamed completion: seconds to its first and to its last token. Raises OSError where it is lost."""
     begin = time.perf_counter()
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
     head = {"Content-Type": "application/json"}
     connection.request("POST", "/v1/completions", json.dumps({**BODY, **body, "stream": True}), head)
     answer = connection.getresponse()
-    first, ended, events = 0.0, False, 0
+    first, ended = 0.0, False
     for line in answer:
         if line.startswith(b"data: {"):
             first = first or time.perf_counter() - begin
             ended = ended or json.loads(line[6:])["choices"][0]["finish_reason"] == "length"
-            events += 1
     connection.close()
     if answer.status != 200 or not ended:
-        raise ConnectionError(f"status {answer.status}, {events} events")
-    return first, time.perf_counter() - begin, events
+        raise ConnectionError(f"status {answer.status}, without an end")
+    return first, time.perf_counter() - begin
 
 
 def written_here(sampler: Sampler, tokens: int, seed: int) -> tuple[float, float]:
@@ -86,17 +87,14 @@ def written_here(sampler: Sampler, tokens: int, seed: int) -> tuple[float, float
 @contextmanager
 def page_of(port: int) -> Iterator[Any]:
     """The page in a headless Chromium; None where that, or playwright, is missing."""
-    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
-    try:
-        from playwright.sync_api import sync_playwright
-    except ImportError:
-        browser = None
-    if browser is None:
+    if CHROMIUM is None or find_spec("playwright") is None:
         print("the page is not timed: that needs playwright and Chromium")
         yield None
         return
+    from playwright.sync_api import sync_playwright
+
     with sync_playwright() as started:
-        chromium = started.chromium.launch(executable_path=browser, args=QUIET)
+        chromium = started.chromium.launch(executable_path=CHROMIUM, args=QUIET)
         page = chromium.new_page()
         page.set_default_timeout(600_000)
         page.goto(f"http://127.0.0.1:{port}")
@@ -124,7 +122,7 @@ def bench_serve(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
     result: dict[str, Any] = {}
     with served(config) as (port, pid), page_of(port) as page:
         ways = {"sample.py": lambda n: written_here(sampler, tokens, n)}
-        ways |= {"API": lambda n: ask(port, max_tokens=tokens, seed=n)[:2]}
+        ways |= {"API": lambda n: ask(port, max_tokens=tokens, seed=n)}
         ways |= {"page": lambda n: written_on(page, tokens, n)} if page else {}
         took: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
         for number in range(-1, config.rounds):
@@ -148,13 +146,14 @@ def bench_serve(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
 
 
 def clients(port: int, pid: int) -> dict[str, Any]:
-    """CLIENTS at once, each of which asks EACH times, one after another; done twice, to see memory grow."""
+    """CLIENTS at once, each of which asks EACH times, one after another; thrice, as memory may grow.
+    Raises MachineError where nobody was served."""
 
     def one(number: int) -> list[tuple[float, float] | str]:
         found: list[tuple[float, float] | str] = []
         for turn in range(EACH):
             try:
-                found.append(ask(port, max_tokens=TOKENS, seed=number * EACH + turn)[:2])
+                found.append(ask(port, max_tokens=TOKENS, seed=number * EACH + turn))
             except (OSError, ValueError) as error:
                 found.append(f"{type(error).__name__}: {error}")
         return found
@@ -168,6 +167,8 @@ def clients(port: int, pid: int) -> dict[str, Any]:
         memory.append(memory_of(pid))
     good = [answer for answer in found if not isinstance(answer, str)]
     lost = [answer for answer in found if isinstance(answer, str)]
+    if len(good) < 2:
+        raise MachineError(f"none of {len(found)} requests was served ({found[0]})")
     cuts = quantiles([last for _, last in good], n=100, method="inclusive")
     firsts = quantiles([first for first, _ in good], n=100, method="inclusive")
     rate = len(good) * TOKENS / seconds

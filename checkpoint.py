@@ -183,13 +183,18 @@ def restore_model(contents: dict[str, Any], path: Path, dropout: float = 0.0) ->
         if not name.endswith(".attn.bias")  # the causal mask, in files from nanoGPT on torch before 2.0
     }
     try:
-        check_weights(weights, config)
-        with Unset():
-            model = GPT(config)
-        model.load_state_dict(weights)
+        return filled(config, weights)
     except (ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[-1].strip()
         raise UserError(f"{path}: weights and model_args do not fit ({reason}); use another one") from None
+
+
+def filled(config: GPTConfig, weights: dict[str, Any]) -> GPT:
+    """A network of this shape with these weights. Raises ValueError where they are not its own."""
+    check_weights(weights, config)
+    with Unset():
+        model = GPT(config)
+    model.load_state_dict(weights)
     return model
 
 

@@ -6,11 +6,12 @@ import time
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
-from configurator import brief, check_settings, checked, setting
+from configurator import brief, check_settings, setting
 from engine import News
 from errors import UserError
 from settings import SampleConfig
 
+NOT_SERVED = ("logit_bias", "suffix", "presence_penalty", "frequency_penalty")
 ALIKE = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "stop", "stop_at_end")
 
 
@@ -22,9 +23,9 @@ class CompletionConfig:
     max_tokens: int = setting(16, "of each sample", at_least=1)
     n: int = setting(1, "samples of each prompt", at_least=1)
     best_of: int | None = setting(None, "so many are written, and the n likeliest of them told", at_least=1)
-    temperature: float = setting(1.0, "as in sample.py", at_least=0)
-    top_p: float = setting(1.0, "as in sample.py", above=0, at_most=1)
-    seed: int | None = setting(None, "None is another one each time", at_least=0, below=2**63)
+    temperature: float = setting(1.0, "as in sample.py, whose limits hold for this and the others")
+    top_p: float = setting(1.0, "as in sample.py")
+    seed: int | None = setting(None, "None is another one each time")
     stop: tuple[str, ...] = setting((), "texts before which a sample ends")
     logprobs: int | None = setting(
         None, "the chance of each token, and so many of the likeliest in its place", at_least=0, at_most=20
@@ -32,22 +33,18 @@ class CompletionConfig:
     echo: bool = setting(False, "the prompt before the text")
     stream: bool = setting(False, "what is certain as soon as it is")
     user: str = setting("", "who asks; not read")
-    suffix: str = setting("", "not served, as the next two")
-    presence_penalty: float = setting(0.0, "")
-    frequency_penalty: float = setting(0.0, "")
 
-    top_k: int | None = setting(None, "as in sample.py", at_least=0)
-    min_p: float = setting(0.0, "as in sample.py", at_least=0, at_most=1)
-    repetition_penalty: float = setting(1.0, "as in sample.py", at_least=0.01)
+    top_k: int | None = setting(None, "as in sample.py")
+    min_p: float = setting(0.0, "as in sample.py")
+    repetition_penalty: float = setting(1.0, "as in sample.py")
     stop_at_end: bool = setting(True, "a sample ends at the end-of-text token")
     truncate: bool = setting(False, "a prompt that is too long loses its begin, and is not refused")
 
     def __post_init__(self) -> None:
         check_settings(self)
-        best_of = self.n if self.best_of is None else self.best_of
-        if best_of < self.n:
-            raise ValueError(f"best_of={best_of} is below n={self.n}; make it as many or more")
-        if self.stream and best_of > self.n:
+        if self.copies < self.n:
+            raise ValueError(f"best_of={self.copies} is below n={self.n}; make it as many or more")
+        if self.stream and self.copies > self.n:
             raise ValueError("a stream cannot tell the best while all are written; leave out best_of")
         if len(self.stop) > 16 or any(len(stop) > 200 for stop in self.stop):
             raise ValueError(
@@ -55,6 +52,11 @@ class CompletionConfig:
             )
         if self.echo and self.logprobs is not None:
             raise ValueError("chances of a prompt's own tokens are not served; leave out echo")
+
+    @property
+    def copies(self) -> int:
+        """Samples that are written of each prompt."""
+        return self.best_of or self.n
 
 
 class Prompt(NamedTuple):
@@ -79,27 +81,29 @@ def read_body(body: Any, sampler: Any, most_tokens: int, most_samples: int, most
     given, options = body.pop("prompt", ""), body.pop("stream_options", {})
     if not isinstance(options, dict):
         raise UserError("stream_options is no JSON object; leave it out")
-    if body.pop("logit_bias", None):
-        raise UserError("logit_bias is not served; leave it out")
+    for name in NOT_SERVED:
+        if body.pop(name, None):
+            raise UserError(f"{name} is not served; leave it out")
     names = ["prompt", *(field.name for field in fields(CompletionConfig))]
     for name in set(body) - set(names):
         near = "max_tokens" if name == "max_new_tokens" else nearest(name, names)
         hint = f"did you mean {near}?" if near else f"known are {', '.join(names)}"
         raise UserError(f"{brief(name)} is no setting of a completion; {hint}")
-    for name in ("suffix", "presence_penalty", "frequency_penalty"):
-        if body.pop(name, None):
-            raise UserError(f"{name} is not served; leave it out (repetition_penalty is, above 1)")
     try:
-        config = CompletionConfig(
-            **{key: checked(CompletionConfig, key, value) for key, value in body.items()}
+        config = CompletionConfig(**body)
+        asked = SampleConfig(
+            **{name: getattr(config, name) for name in ALIKE},
+            num_samples=config.copies,
+            max_new_tokens=config.max_tokens,
+            seed=secrets.randbits(31) if config.seed is None else config.seed,
+            show_probs=config.logprobs is not None or config.copies > config.n,
         )
     except ValueError as error:
         raise UserError(error) from None
-    copies = config.best_of or config.n
     if config.max_tokens > most_tokens:
         raise UserError(f"max_tokens={config.max_tokens} is too many; ask for {most_tokens} or fewer")
-    if copies > most_samples:
-        raise UserError(f"{copies} samples of a prompt are too many; ask for {most_samples} or fewer")
+    if config.copies > most_samples:
+        raise UserError(f"{config.copies} samples of a prompt are too many; ask for {most_samples} or fewer")
     several = given if isinstance(given, list) and not is_ids(given) else [given]
     if not 1 <= len(several) <= most_prompts:
         raise UserError(f"{len(several)} prompts; send 1 to {most_prompts} at once")
@@ -107,13 +111,6 @@ def read_body(body: Any, sampler: Any, most_tokens: int, most_samples: int, most
     prompts = [
         prompt_of(one, name, sampler, config.truncate) for one, name in zip(several, names, strict=True)
     ]
-    asked = SampleConfig(
-        **{name: getattr(config, name) for name in ALIKE},
-        num_samples=copies,
-        max_new_tokens=config.max_tokens,
-        seed=secrets.randbits(31) if config.seed is None else config.seed,
-        show_probs=config.logprobs is not None or copies > config.n,
-    )
     return Completion(config, prompts, asked, bool(options.get("include_usage")))
 
 

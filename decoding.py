@@ -5,9 +5,9 @@ Decoding reads every weight for every token, so its speed is the weights' bytes 
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +26,11 @@ class Choice:
     top_p: float = 1.0  # among the likeliest that have this chance together (arXiv 1904.09751)
     min_p: float = 0.0  # among those with this share of the likeliest one's chance (arXiv 2407.01082)
     repetition_penalty: float = 1.0  # of what stands there already, against its logit (arXiv 1909.05858)
+
+    @classmethod
+    def of(cls, asked: Any) -> "Choice":
+        """What a SampleConfig says of it."""
+        return cls(**{field.name: getattr(asked, field.name) for field in fields(cls)})
 
 
 class Drawn(NamedTuple):

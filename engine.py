@@ -49,8 +49,7 @@ class Request:
         """`tell` is called in the engine's thread. With asked.show_probs, chances are told too, and those of
         so many `likeliest` tokens at each place."""
         self.prompt, self.asked, self.tell, self.likeliest = prompt, asked, tell, likeliest
-        choices = (asked.temperature, asked.top_k, asked.top_p, asked.min_p, asked.repetition_penalty)
-        self.choice = Choice(*choices)
+        self.choice = Choice.of(asked)
         self.draws = uniform_draws(asked.seed, asked.num_samples, asked.max_new_tokens).numpy()
         self.gone = False  # nobody waits for it any more
 
@@ -63,17 +62,21 @@ class Sample:
         self.request, self.number, self.draws = request, number, request.draws[number]  # (max_new_tokens,)
         self.writer = Writer(tokenizer, asked.stop, tokenizer.end_of_text if asked.stop_at_end else None)
         self.likeliest: list[list[tuple[int, float]]] = []  # as the writer's tokens
-        self.made, self.told, self.told_at = 0, 0, 0.0
+        self.told, self.told_at = 0, 0.0
         self.ended: str | None = None
         self.over = False  # and that was told
         self.seen = set(request.prompt)  # ids that a penalty of repetition is for
+
+    @property
+    def made(self) -> int:
+        """Tokens so far, with the one that ended it."""
+        return len(self.writer.logprobs)
 
     def add(self, id: int, logprob: float, likeliest: list[tuple[int, float]]) -> None:
         """Take the next token."""
         before = len(self.writer.tokens)
         self.writer.add(id, logprob)
         self.likeliest += [likeliest] * (len(self.writer.tokens) - before)  # none of <|endoftext|>
-        self.made += 1
         self.seen.add(id)
         if self.writer.ended:
             self.ended = "stop"

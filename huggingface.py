@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from attention import EPS
-from checkpoint import check_weights, config_of
-from model import GPTConfig
+from checkpoint import config_of, filled
+from model import GPT, GPTConfig
 
 ARCHITECTURES = {
     "gpt2": "GPT2LMHeadModel",
@@ -95,7 +95,7 @@ def to_settings(config: GPTConfig, dtype: torch.dtype, begin: int, end: int | No
     biases = {"attention_bias": config.bias} | ({} if kind == "qwen3" else {"mlp_bias": config.bias})
     return common | {
         "hidden_size": config.n_embd,
-        "intermediate_size": width_of(config),
+        "intermediate_size": config.mlp_width,
         "num_hidden_layers": config.n_layer,
         "num_attention_heads": config.n_head,
         "num_key_value_heads": config.kv_heads,
@@ -108,11 +108,6 @@ def to_settings(config: GPTConfig, dtype: torch.dtype, begin: int, end: int | No
         "attention_dropout": config.dropout,
         **biases,
     }
-
-
-def width_of(config: GPTConfig) -> int:
-    """The channels inside of an MLP."""
-    return 16 * -(-config.n_embd // 6) if config.activation == "swiglu" else 4 * config.n_embd
 
 
 def to_weights(config: GPTConfig, weights: Mapping[str, torch.Tensor]) -> Weights:
@@ -194,8 +189,8 @@ def find_folder(name: str) -> Path:
     return folder
 
 
-def read_pretrained(folder: Path, dropout: float = 0.0) -> tuple[GPTConfig, Weights]:
-    """The shape and the weights, in our layout and fp32, of a folder in one of the formats, of any origin.
+def read_pretrained(folder: Path, dropout: float = 0.0) -> GPT:
+    """The network, in fp32, of a folder in one of the formats, of any origin.
 
     Runs no code of it. Raises OSError where a file cannot be read, ValueError where it is not such a network.
     """
@@ -216,8 +211,7 @@ def read_pretrained(folder: Path, dropout: float = 0.0) -> tuple[GPTConfig, Weig
         weights = from_llama(config, theirs)
     if config.tied:
         weights["lm_head.weight"] = weights["transformer.wte.weight"]
-    check_weights(weights, config)
-    return config, weights
+    return filled(config, weights)
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -364,7 +358,7 @@ def from_llama_settings(settings: dict[str, Any]) -> dict[str, Any]:
         "activation": activation_of(settings, "hidden_act", "silu" if gated else "relu2", gated),
         "tied": settings.get("tie_word_embeddings", False),
     }
-    asked(settings, intermediate_size=width_of(config_of(shape)))
+    asked(settings, intermediate_size=config_of(shape).mlp_width)
     return shape
 
 
@@ -399,7 +393,7 @@ def from_llama(config: GPTConfig, theirs: Weights) -> Weights:
             shape = (C,) if what == "weight" else ()
             qkv = [take(f"{there}.self_attn.{name}.{what}", n, *shape) for name, n in rows.items()]
             qkv = torch.cat([in_pairs(qkv[0], D), in_pairs(qkv[1], D), qkv[2]])
-            fc = torch.cat([take(f"{there}.mlp.{name}.{what}", width_of(config), *shape) for name in up])
+            fc = torch.cat([take(f"{there}.mlp.{name}.{what}", config.mlp_width, *shape) for name in up])
             weight = what == "weight"
             ours[f"{h}.attn.c_attn.{what}"] = qkv * norms[0] if weight else qkv
             ours[f"{h}.mlp.c_fc.{what}"] = fc * norms[1] if weight else fc

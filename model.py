@@ -84,6 +84,11 @@ class GPTConfig:
         """Heads of keys and values: K."""
         return self.n_kv_head or self.n_head
 
+    @property
+    def mlp_width(self) -> int:
+        """Channels within an MLP; a gated one has three matrices, not two."""
+        return 16 * math.ceil(self.n_embd / 6) if self.activation == "swiglu" else 4 * self.n_embd
+
 
 class RMSNorm(nn.Module):
     """rms_norm as a module, in the type of its input."""
@@ -143,8 +148,7 @@ class MLP(nn.Module):
         super().__init__()
         self.dropout = config.dropout
         self.activation = ACTIVATIONS[config.activation]
-        gated = config.activation == "swiglu"
-        width = 16 * math.ceil(config.n_embd / 6) if gated else 4 * config.n_embd  # three matrices, not two
+        width, gated = config.mlp_width, config.activation == "swiglu"
         self.c_fc = nn.Linear(config.n_embd, 2 * width if gated else width, bias=config.bias)
         self.c_proj = nn.Linear(width, config.n_embd, bias=config.bias)
 
@@ -297,10 +301,7 @@ class GPT(nn.Module):
 
         if set(override_args or {}) - {"dropout"}:
             raise ValueError(f"only dropout can be overridden, not {', '.join(override_args)}")
-        config, weights = read_pretrained(find_folder(model_type), **(override_args or {}))
-        model = cls(config)
-        model.load_state_dict(weights)
-        return model
+        return read_pretrained(find_folder(model_type), **(override_args or {}))
 
     def crop_block_size(self, block_size: int) -> None:
         """Forget the positions from block_size on: a shorter context, the same weights. Raises ValueError."""

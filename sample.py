@@ -79,7 +79,7 @@ class Sampler:
             self.model,
             torch.tensor(rows, device=self.runtime.device),  # (N, T)
             asked.max_new_tokens,
-            Choice(asked.temperature, asked.top_k, asked.top_p, asked.min_p, asked.repetition_penalty),
+            Choice.of(asked),
             self.tokenizer.vocab_size,
             draws.repeat(len(prompts), 1),
             lengths,

@@ -66,9 +66,8 @@ class Face:
     async def page(self, request: requests.Request) -> Response:
         about = {
             "model": self.name,
-            "source": self.name
-            if self.key
-            else self.sampler.source,  # where files lie is no concern of others
+            # where files lie is no concern of whoever has no key
+            "source": self.name if self.key else self.sampler.source,
             "tokens": self.config.max_new_tokens,
             "samples": min(8, self.config.batch_size),
             "key": self.key is not None,
@@ -92,8 +91,8 @@ class Face:
         self.check_key(request)
         body, most = await body_of(request), self.config
         try:
-            samples = most.batch_size
-            asked = read_body(body, self.sampler, most.max_new_tokens, samples, samples + most.queue)
+            limits = (most.max_new_tokens, most.batch_size, most.batch_size + most.queue)
+            asked = read_body(body, self.sampler, *limits)
         except UserError as error:
             raise HTTPException(400, str(error)) from None
         news: asyncio.Queue[tuple[int, News] | None] = asyncio.Queue()
@@ -101,10 +100,8 @@ class Face:
         try:
             self.engine.submit(rows)
         except Full:
-            wait = {"Retry-After": "1"}
-            raise HTTPException(
-                429, f"no more than {most.queue} requests may wait; try again", wait
-            ) from None
+            why = f"no more than {most.queue} requests may wait; try again"
+            raise HTTPException(429, why, {"Retry-After": "1"}) from None
         except Closed:
             raise HTTPException(503, "the server ends, or has no memory; start it again") from None
         written = written_of(request, rows, news)
@@ -117,10 +114,10 @@ class Face:
         loop = asyncio.get_running_loop()
 
         def tell(one: News) -> None:
-            if news.qsize() > MOST_UNREAD:  # nobody reads them, and memory has an end
-                row.gone = True
-                loop.call_soon_threadsafe(news.put_nowait, None)
             with suppress(RuntimeError):  # the loop has ended, and with it whoever asked
+                if news.qsize() > MOST_UNREAD:  # nobody reads them, and memory has an end
+                    row.gone = True
+                    loop.call_soon_threadsafe(news.put_nowait, None)
                 loop.call_soon_threadsafe(news.put_nowait, (number, one))
 
         seed = asked.asked.seed + (number if asked.config.seed is None else 0)  # equal prompts, several texts
@@ -232,9 +229,8 @@ def event(part: dict[str, Any]) -> str:
 async def refused(request: requests.Request, error: HTTPException) -> Response:
     why = " ".join(error.detail.split())
     if error.detail in ("Not Found", "Method Not Allowed"):
-        why = (
-            f"{request.method} {request.url.path[:100]} is not served; POST /v1/completions is, with a prompt"
-        )
+        asked = f"{request.method} {request.url.path[:100]}"
+        why = f"{asked} is not served; POST /v1/completions is, with a prompt"
     return JSONResponse(failure(error.status_code, why), error.status_code, error.headers)
 
 

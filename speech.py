@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from checkpoint import write_whole
+from checkpoint import first_line, write_whole
 from errors import UserError, is_out_of_memory, writable
 
 LONGEST = 400  # characters that a voice gets at once: its memory grows with them
@@ -61,7 +61,9 @@ def piper_voice(path: str) -> Voice:
     try:
         voice = PiperVoice.load(path)
     except Exception as error:  # bytes from anywhere can fail in any way
-        raise UserError(f"{path} is no Piper voice ({brief(error)}); give the .onnx file of one") from None
+        raise UserError(
+            f"{path} is no Piper voice ({first_line(error)}); give the .onnx file of one"
+        ) from None
 
     def say(text: str) -> Iterator[bytes]:
         try:
@@ -69,7 +71,9 @@ def piper_voice(path: str) -> Voice:
         except Exception as error:  # of onnxruntime, or of the phonemes of a language
             if is_out_of_memory(error):
                 raise
-            raise UserError(f"{path} cannot say {text[:40]!r} ({brief(error)}); try another voice") from None
+            raise UserError(
+                f"{path} cannot say {text[:40]!r} ({first_line(error)}); try another voice"
+            ) from None
 
     return Voice(Path(path).name, voice.config.sample_rate, say)
 
@@ -94,16 +98,11 @@ def system_says(text: str) -> tuple[int, bytes]:
                     raise wave.Error("not 16-bit samples of one channel")
                 return wav.getframerate(), wav.readframes(wav.getnframes())
         except (OSError, EOFError, wave.Error, subprocess.TimeoutExpired) as error:
-            reason = told.decode(errors="replace").strip().split("\n")[-1] or error
+            reason = told.decode(errors="replace").strip().split("\n")[-1] or first_line(error)
             raise UserError(
-                f"pyttsx3 finds no voice of the system that speaks into files ({brief(reason)}); install one "
+                f"pyttsx3 finds no voice of the system that speaks into files ({reason[:160]}); install one "
                 "(Debian, Ubuntu: apt install espeak-ng), or give --voice=NAME.onnx for piper-tts"
             ) from None
-
-
-def brief(error: object) -> str:
-    """What an error says, in one line of 160 characters."""
-    return " ".join(str(error).split())[:160]
 
 
 def check_wav(path: str) -> None:

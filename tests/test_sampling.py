@@ -94,6 +94,28 @@ def test_tokens_are_drawn_from_what_transformers_makes_of_the_scores(choice):
         assert not shares[chances == 0].any()
 
 
+@pytest.mark.parametrize("top_p", [0.5, 0.97])
+def test_top_p_of_a_large_vocabulary_is_that_of_all_of_it_sorted(top_p):
+    """Of 5,000 tokens the first 1,024 are enough in some rows, and not in others; alone and together."""
+    torch.manual_seed(2)
+    spread = torch.tensor([0.05, 6.0, 1.0, 3.0])[:, None]
+    logits, draws = spread * torch.randn(4, 5000), torch.tensor([0.1, 0.5, 0.9, 0.999]).repeat(4, 1)
+    choice = Choice(1.0, top_p=top_p)
+    chances, order = logits.double().softmax(-1).sort(dim=-1, descending=True)
+    before = chances.cumsum(-1) - chances
+    kept = chances.masked_fill(before >= top_p, 0.0)
+    sums = kept.cumsum(-1)
+    widths = (kept > 0).sum(-1)
+    assert widths.min() < 1024 < widths.max()
+    for column in draws.T:
+        together = sample_token(logits, choice, column[:, None])
+        alone = [sample_token(logits[n : n + 1], choice, column[n : n + 1, None]) for n in range(4)]
+        assert torch.equal(together, torch.cat(alone))
+        place = (sums <= column[:, None] * sums[:, -1:]).sum(-1, keepdim=True)
+        found = (order == together).nonzero()[:, 1:]  # where each stands in the order
+        assert (found - place).abs().max() <= 1 and bool((found < widths[:, None]).all())
+
+
 CONTROLS = [
     {},
     {"top_p": 0.8, "min_p": 0.02, "repetition_penalty": 1.3, "temperature": 1.1},

@@ -5,7 +5,6 @@ import http.client
 import io
 import json
 import random
-import shutil
 import signal
 import socket
 import threading
@@ -16,11 +15,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import assert_user_error, run_warm, start_warm
+from conftest import assert_user_error, run_here, run_warm, start_warm
 
 pytest.importorskip("starlette", reason="needs requirements-serve.txt")
+import bench_serve
 import engine as engine_module
 import serve
+from bench_serve import CHROMIUM, QUIET
 from data.tokenizer import ByteTokenizer
 from decoding import Batch, prepare
 from engine import Engine, Request
@@ -30,8 +31,6 @@ from sample import Sampler
 from settings import ServeConfig
 from speech import Voice
 from writing import Writer
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 class Served:
@@ -117,11 +116,14 @@ def exact():
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="plain products depend on the batch")
-def test_sequences_that_join_and_leave_go_on_as_they_would_alone(exact):
+@pytest.mark.parametrize("graph", [False, True], ids=["", "in rows as GPUs record them"])
+def test_sequences_that_join_and_leave_go_on_as_they_would_alone(exact, graph, monkeypatch):
+    monkeypatch.setattr("decoding.cuda_graph", lambda function, *inputs: function)
     torch.manual_seed(1)
     shape = {"block_size": 32, "vocab_size": 50, "n_layer": 2, "n_head": 4, "n_embd": 128, "n_kv_head": 2}
     model = prepare(GPT(GPTConfig(**shape, rotary=True)), torch.float32)
     rng, batch = random.Random(1), Batch(model, 6)
+    batch.graph = graph
     rows, ended, alone = [], [], []  # the prompt of each row, and the scores so far
     with torch.no_grad():
         for _ in range(150):
@@ -141,6 +143,8 @@ def test_sequences_that_join_and_leave_go_on_as_they_would_alone(exact):
                 batch.add(logits.argmax(dim=-1, keepdim=True))
                 for (_, found), scores in zip(rows, logits, strict=True):
                     found.append(scores)
+        recorded = batch.graphs
+        assert {shapes[0] for shapes in recorded} <= {1, 2, 4, 6}
         for prompt, found in ended + rows:
             batch = Batch(model, 1)
             batch.join([torch.tensor(prompt)])
@@ -148,7 +152,7 @@ def test_sequences_that_join_and_leave_go_on_as_they_would_alone(exact):
                 assert torch.equal(batch.read()[0], scores)  # to the last bit
                 batch.add(scores.argmax()[None, None])
             alone.append(len(found))
-    assert len(alone) > 10 and max(alone) > 40
+    assert len(alone) > 10 and max(alone) > 40 and graph == bool(recorded)
 
 
 def test_32_clients_at_once_get_what_sample_py_writes_and_nothing_is_lost(served):
@@ -534,6 +538,19 @@ def test_as_a_command_until_a_signal(trained, number, status):
         assert_user_error(taken, f"port={port}", "another")
 
 
+def test_the_bench_serves_and_tells_what_was_lost(trained, monkeypatch, tmp_path):
+    monkeypatch.setattr(bench_serve, "CLIENTS", 3)
+    monkeypatch.setattr(bench_serve, "EACH", 2)
+    monkeypatch.setattr(bench_serve, "CHROMIUM", None)
+    flags = (f"--out_dir={trained}", "--device=cpu", "--rounds=2", "--max_new_tokens=9")
+    done = run_here("bench.py", "--serve=True", *flags, f"--json={tmp_path / 'found.json'}")
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["clients"]["served"] == 6 and found["clients"]["lost"] == []
+    assert found["API"]["first_ms"] > 0 and "6 served, 0 lost" in done.stdout and "page" not in found
+    assert_user_error(run_here("bench.py", "--serve=True", f"--out_dir={tmp_path}"), "train first")
+
+
 # ---- the page
 
 
@@ -542,10 +559,8 @@ def browser():
     playwright = pytest.importorskip("playwright.sync_api", reason="needs the playwright package")
     if not CHROMIUM:
         pytest.skip("needs Chromium")
-    quiet = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-    args = [*quiet.split(), "--disable-component-update", "--disable-sync"]
     with playwright.sync_playwright() as started:
-        chromium = started.chromium.launch(executable_path=CHROMIUM, args=args)
+        chromium = started.chromium.launch(executable_path=CHROMIUM, args=QUIET)
         yield chromium
         chromium.close()
 
