@@ -3,10 +3,8 @@
 import math
 from collections.abc import Callable
 
-import torch
-
 from data.dataset import measured_splits
-from runtime import Runtime
+from openmp import ThreadWaits
 from settings import TrainConfig
 
 Say = Callable[[str], None]
@@ -42,18 +40,14 @@ def spike_watch(say: Say, after: int = 50) -> Callable[[int, float], None]:
     return watch
 
 
-def crowd_watch(runtime: Runtime, say: Say) -> Callable[[float], None]:
-    """Returns a function of a step's seconds that says, once, where other programs hold a CPU's cores."""
-    fastest = math.inf
-    told = runtime.device.type != "cpu" or torch.get_num_threads() == 1
+def crowd_watch(waits: ThreadWaits, say: Say) -> Callable[[], None]:
+    """Returns a function that says, once, that other programs use a CPU's cores."""
+    said = False
 
-    def watch(seconds: float) -> None:
-        nonlocal fastest, told
-        fastest = min(fastest, seconds)
-        if seconds > 3 * fastest and not told:
-            told = True
-            say(
-                "note     others use the cores too; if it stays so, OMP_NUM_THREADS=1 before python is faster"
-            )
+    def watch() -> None:
+        nonlocal said
+        if waits.sleeping and not said:
+            said = True
+            say("note     other programs use the cores: steps take longer, and threads sleep while they wait")
 
     return watch

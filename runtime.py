@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from errors import UserError
+from openmp import adapt_waits
 
 # Dense bf16 (V100, T4: fp16) tensor-core peaks in FLOP/s, from the vendor's data sheets.
 # The first whose words stand in the device's name is taken.
@@ -119,6 +120,7 @@ def start_runtime(device: str = "auto", dtype: str = "auto", backend: str = "aut
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32
     elif place.type == "cpu":
         keep_freed_memory()
+        adapt_waits()
     if world_size > 1 and not dist.is_initialized():
         on_gpu = "nccl" if backend == "auto" else backend
         # torchrun's own store still has the addresses of ranks that it had to start again: another page of it

@@ -31,6 +31,7 @@ from evaluation import attempt, evaluate, evaluation_line
 from guards import crowd_watch, early_end, spike_watch
 from logs import Logs
 from model import GPT
+from openmp import WAITS
 from optim import get_lr, make_optimizers, set_learning_rates
 from parallel import local, share_model, whole
 from run_folder import RunFolder
@@ -273,7 +274,7 @@ def train_model(
     catching = nullcontext([]) if config.eval_only else signals_caught()  # an evaluation has nothing to save
     bar = progress_bar(step, step if config.eval_only else config.max_iters, runtime, say)
     with logs, bar as (say, advance), catching as caught:
-        watch_speed, watch_loss = crowd_watch(runtime, say), spike_watch(say)
+        watch_cores, watch_loss = crowd_watch(WAITS, say), spike_watch(say)
         logs.say = say
         if folder:
             folder.say = say
@@ -322,7 +323,7 @@ def train_model(
             if step % config.log_interval == 0 or ended or step == config.max_iters:
                 seconds = (time.perf_counter() - clock) / (step - clocked)
                 logs.step(step, made.loss, made.norm, get_lr(step - 1, config), seconds, at_peak / seconds)
-                watch_speed(seconds)
+                watch_cores()
                 clock, clocked = time.perf_counter(), step
             if folder:
                 folder.report()

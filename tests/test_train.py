@@ -34,7 +34,6 @@ from checkpoint import load_checkpoint
 from configurator import read_settings
 from data.dataset import open_dataset
 from data.meta import read_meta
-from guards import crowd_watch
 from model import GPT, GPTConfig
 from optim import make_optimizers
 from runtime import Runtime, find_dtype, maybe_compile, take_fast_float32
@@ -422,14 +421,6 @@ def test_the_network_is_what_the_settings_say(tmp_path, dataset):
     made = vars(result.model.config)
     assert {name: made[name] for name in shape} == shape
     assert load_checkpoint(tmp_path / "last.pt")["model_args"] == made
-
-
-def test_a_crowded_machine_is_told_once():
-    lines = []
-    watch = crowd_watch(CPU, lines.append)
-    for seconds in (0.5, 0.1, 0.29, 0.31, 0.9):
-        watch(seconds)
-    assert len(lines) == (torch.get_num_threads() > 1) and all("OMP_NUM_THREADS=1" in line for line in lines)
 
 
 def test_activation_checkpointing_is_the_same_training(tmp_path, dataset):

@@ -1,0 +1,141 @@
+"""How OpenMP's threads wait for each other: they spin on a quiet machine and sleep on a busy one.
+
+The threads of a CPU operation meet at a barrier. On a quiet machine spinning there is fastest: sleeping makes
+a small training step almost twice as slow. If other programs use the cores, a spinning thread holds the core
+that the thread it waits for needs, and a step takes 10 to 100 times as long. So a thread in the background
+measures how long this process waits for cores, and switches between the two while the process runs.
+"""
+
+import ctypes
+import os
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+INTERVAL = 0.25  # seconds from one measurement to the next
+BUSY, QUIET = 0.15, 0.05  # cores that the process waits for: sleep above, spin below
+SET_BY_USER = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+
+
+class ThreadWaits:
+    """`sleeping` is True while the threads of this process sleep at barriers instead of spinning."""
+
+    def __init__(self) -> None:
+        self.sleeping = False
+
+    def watch(self, seconds_waited: Callable[[], float], sleep_at_barriers: Callable[[bool], None]) -> None:
+        """Switch by what is measured, forever; `seconds_waited` counts up while threads wait for cores."""
+        waited, clock, average = seconds_waited(), time.perf_counter(), 0.0
+        while True:
+            time.sleep(INTERVAL)
+            waited_before, clock_before = waited, clock
+            waited, clock = seconds_waited(), time.perf_counter()
+            average = (average + max(0.0, waited - waited_before) / (clock - clock_before)) / 2
+            sleeping = average > (QUIET if self.sleeping else BUSY)
+            if sleeping != self.sleeping:
+                self.sleeping = sleeping
+                sleep_at_barriers(sleeping)
+
+
+WAITS = ThreadWaits()  # of this process
+
+
+@cache
+def adapt_waits() -> None:
+    """Start to adapt the waits of this process, once. Nothing changes if the user has chosen how threads wait, if
+    there is one thread only, or if this system or its OpenMP offers no way."""
+    if torch.get_num_threads() > 1 and not any(name in os.environ for name in SET_BY_USER):
+        functions = find_waited(), find_switch()
+        if None not in functions:
+            threading.Thread(target=WAITS.watch, args=functions, daemon=True).start()
+
+
+def find_waited() -> Callable[[], float] | None:
+    """A function that returns the seconds for which this process has waited for cores, if there is one."""
+    if Path("/proc/self/task").is_dir() and Path("/proc/self/schedstat").is_file():
+        return run_delay
+    try:
+        import psutil
+    except ImportError:
+        return None
+    spare = max(0, (os.cpu_count() or 1) - torch.get_num_threads())
+
+    def cores_taken() -> float:
+        """Seconds that other programs have used of cores that our threads need, less half a core, which an idle
+        desktop uses."""
+        used = psutil.cpu_times()
+        others = used.user + used.system - time.process_time()
+        return others - (spare + 0.5) * time.perf_counter()
+
+    return cores_taken
+
+
+def run_delay() -> float:
+    """Seconds for which threads of this process were ready to run but had no core, as Linux counts them."""
+    total = 0
+    for thread in os.listdir("/proc/self/task"):
+        with suppress(OSError, IndexError):  # a thread that has just ended
+            with open(f"/proc/self/task/{thread}/schedstat") as file:
+                total += int(file.read().split()[1])
+    return total / 1e9
+
+
+def find_switch() -> Callable[[bool], None] | None:
+    """A function that lets OpenMP's threads sleep at barriers (True) or spin (False), if there is one."""
+    beside = sorted((Path(torch.__file__).parent / "lib").glob("lib*omp*.dylib"))
+    for name in ("libiomp5md",) if os.name == "nt" else (None, *beside):
+        with suppress(OSError):
+            library = ctypes.CDLL(name)
+            if hasattr(library, "kmp_set_blocktime"):
+                return switch_of_llvm(library)
+            if hasattr(library, "GOMP_parallel"):
+                return switch_of_gnu(library)
+    return None
+
+
+def switch_of_llvm(library: ctypes.CDLL) -> Callable[[bool], None]:
+    """LLVM's and Intel's OpenMP: how many milliseconds a thread spins is a property of the computing thread,
+    here the main thread, so it has to set it."""
+    calls = {
+        sleeping: set_blocktime(library, milliseconds)
+        for sleeping, milliseconds in ((False, library.kmp_get_blocktime()), (True, 0))
+    }
+    return lambda sleeping: ctypes.pythonapi.Py_AddPendingCall(calls[sleeping], None)
+
+
+def set_blocktime(library: ctypes.CDLL, milliseconds: int) -> Any:
+    """A C function that sets it in the thread which calls it, for Py_AddPendingCall."""
+
+    @ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p)
+    def call(_: None) -> int:
+        library.kmp_set_blocktime(milliseconds)
+        return 0
+
+    return call
+
+
+def switch_of_gnu(library: ctypes.CDLL) -> Callable[[bool], None]:
+    """GNU's OpenMP spins for some microseconds only while it has more threads than there are cores: a second
+    team that never computes raises their number."""
+    nothing = ctypes.cast(library.free, ctypes.c_void_p)  # free(NULL), the work of the second team
+    library.GOMP_parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+    end = threading.Event()
+
+    def hold_team() -> None:
+        library.GOMP_parallel(nothing, None, library.omp_get_num_procs() + 1, 0)
+        end.wait()
+
+    def switch(sleeping: bool) -> None:
+        if sleeping:
+            end.clear()
+            threading.Thread(target=hold_team, daemon=True).start()
+        else:
+            end.set()  # the team ends with its thread
+
+    return switch

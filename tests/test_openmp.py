@@ -1,0 +1,105 @@
+"""Threads spin at barriers on a quiet machine and sleep on a busy one."""
+
+import os
+import subprocess
+import sys
+from itertools import accumulate
+
+import pytest
+from conftest import REPO
+
+from guards import crowd_watch
+from openmp import INTERVAL, ThreadWaits, find_switch, find_waited
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+
+def switches(*cores_waited_for: float) -> list[bool]:
+    """What ThreadWaits switches to if the process waits for this many cores in each interval."""
+    waits, switched = ThreadWaits(), []
+    seconds_waited = accumulate(INTERVAL * cores for cores in cores_waited_for)
+    with pytest.raises(StopIteration):
+        waits.watch(lambda: next(seconds_waited), switched.append)
+    assert waits.sleeping == (switched or [False])[-1]
+    return switched
+
+
+def test_threads_sleep_while_the_process_waits_for_cores_and_spin_afterwards():
+    assert switches(0, 0, 0.1, 0.2, 0, 0.1) == []  # short bursts, as every machine has them
+    assert switches(0, 1.0, 1.0) == [True]
+    assert switches(0, 1.0, 1.0, 0.4, 0.4, 0, 0, 0, 0, 0) == [True, False]
+
+
+def run_script(script: str, **env: str) -> None:
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(
+        command, cwd=REPO, env={**os.environ, **env}, text=True, capture_output=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+
+
+TOGGLE = """
+import os, time, torch
+from openmp import find_switch
+
+def threads_now(wanted):
+    end = time.monotonic() + 60
+    while not wanted(now := len(os.listdir("/proc/self/task"))) and time.monotonic() < end:
+        time.sleep(0.01)
+    return now
+
+a = torch.randn(300, 300)
+expected = a @ a
+switch, before = find_switch(), len(os.listdir("/proc/self/task"))
+for _ in range(3):
+    switch(True)
+    more = before + len(os.sched_getaffinity(0))  # libgomp stops spinning with more threads than cores
+    assert threads_now(lambda now: now > more) > more
+    assert torch.equal(a @ a, expected)
+    switch(False)
+    assert threads_now(lambda now: now == before) == before
+    assert torch.equal(a @ a, expected)
+"""
+
+
+@linux
+def test_a_team_of_idle_threads_comes_and_goes():
+    if getattr(find_switch(), "__name__", "") == "<lambda>":
+        pytest.skip("this torch has no GNU OpenMP")
+    run_script(TOGGLE, OMP_NUM_THREADS="2")
+
+
+ADAPT = """
+import os, threading, time, torch
+from runtime import start_runtime
+from openmp import WAITS
+
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # two threads on one core wait for it in turns
+start_runtime("cpu")
+a = torch.randn(600, 600)
+end = time.monotonic() + WATCH
+while not WAITS.sleeping and time.monotonic() < end:
+    a @ a
+assert WAITS.sleeping == EXPECTED
+"""
+
+
+@linux
+def test_a_process_whose_threads_share_a_core_switches_unless_the_user_has_chosen():
+    if find_waited() is None or find_switch() is None:
+        pytest.skip("this machine does not say how long threads wait, or torch has another OpenMP")
+    run_script(ADAPT.replace("WATCH", "60").replace("EXPECTED", "True"), OMP_NUM_THREADS="2")
+    passive = {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"}
+    run_script(ADAPT.replace("WATCH", "2").replace("EXPECTED", "False"), **passive)
+    run_script(ADAPT.replace("WATCH", "2").replace("EXPECTED", "False"), OMP_NUM_THREADS="1")
+
+
+def test_a_run_notes_a_busy_machine_once():
+    lines, waits = [], ThreadWaits()
+    watch = crowd_watch(waits, lines.append)
+    watch()
+    assert lines == []
+    waits.sleeping = True
+    watch()
+    watch()
+    assert len(lines) == 1 and "other programs use the cores" in lines[0]
