@@ -48,8 +48,8 @@ WAITS = ThreadWaits()  # of this process
 
 @cache
 def adapt_waits() -> None:
-    """Start to adapt the waits of this process, once. Nothing changes if the user has chosen how threads wait, if
-    there is one thread only, or if this system or its OpenMP offers no way."""
+    """Start to adapt the waits of this process, once. Nothing changes if the user has chosen how threads wait,
+    if there is one thread only, or if this system or its OpenMP offers no way."""
     if torch.get_num_threads() > 1 and not any(name in os.environ for name in SET_BY_USER):
         functions = find_waited(), find_switch()
         if None not in functions:
@@ -67,8 +67,8 @@ def find_waited() -> Callable[[], float] | None:
     spare = max(0, (os.cpu_count() or 1) - torch.get_num_threads())
 
     def cores_taken() -> float:
-        """Seconds that other programs have used of cores that our threads need, less half a core, which an idle
-        desktop uses."""
+        """Seconds that other programs have used of cores that our threads need, less half a core, which an
+        idle desktop uses."""
         used = psutil.cpu_times()
         others = used.user + used.system - time.process_time()
         return others - (spare + 0.5) * time.perf_counter()
