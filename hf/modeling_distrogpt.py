@@ -14,19 +14,20 @@ from typing import Any
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import transformers
 from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 EPS = 1e-6  # of RMSNorm
 
-# transformers calls the cache past_key_values, and from 5.24 on cache: generate looks for it by this name
+# the name of the cache in what forward returns, where generate looks for it: cache since transformers 5.24
 CACHE = "cache" if "cache" in [field.name for field in fields(CausalLMOutputWithPast)] else "past_key_values"
-# until about 5.3, a cache of fixed size has to be given the positions that are written
+# before transformers 5.4, a cache of fixed size writes where it is told to
 CACHE_TAKES_POSITIONS = "cache_kwargs" in inspect.signature(Cache.update).parameters
-# arguments of forward that only the loss reads
+# further arguments of forward: those that only the loss reads
 FOR_THE_LOSS = ("num_items_in_batch", "shift_labels", "ignore_index")
-# arguments of forward that have one value here: to name it changes nothing
+# and those that have one value here, so that to give it changes nothing
 ONLY = {"output_attentions": False, "output_router_logits": False, "is_causal": True}
 
 
@@ -52,8 +53,8 @@ class DistroGPTConfig(PretrainedConfig):
         n_embd: int = 768,
         dropout: float = 0.0,
         bias: bool = True,
-        activation: str = "gelu_tanh",  # gelu, relu2, swiglu
-        norm: str = "layernorm",  # rmsnorm: without weights
+        activation: str = "gelu_tanh",  # or gelu, relu2, swiglu
+        norm: str = "layernorm",  # or rmsnorm, without weights
         rotary: bool = False,  # positions turn queries and keys, and are in no table
         qk_norm: bool = False,  # queries and keys of equal length
         n_kv_head: int | None = None,  # None: n_head
@@ -66,6 +67,8 @@ class DistroGPTConfig(PretrainedConfig):
     ) -> None:
         self.block_size, self.vocab_size = block_size, vocab_size
         self.n_layer, self.n_head, self.n_embd = n_layer, n_head, n_embd
+        if activation not in ("gelu_tanh", "gelu", "relu2", "swiglu") or norm not in ("layernorm", "rmsnorm"):
+            raise ValueError(f"activation={activation}, norm={norm}: one of them is not known here")
         self.dropout, self.bias, self.activation = dropout, bias, activation
         self.norm, self.rotary, self.qk_norm = norm, rotary, qk_norm
         self.n_kv_head = n_kv_head or n_head
@@ -194,6 +197,9 @@ class DistroGPTForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: DistroGPTConfig) -> None:
         super().__init__(config)
+        if config.tie_word_embeddings and transformers.__version__ == "5.3.0":
+            # which, of models that bring their code, takes the tied weight for one that was loaded
+            raise ImportError("transformers 5.3.0 leaves lm_head.weight of this model empty: use another")
         parts = {
             "wte": nn.Embedding(config.vocab_size, config.n_embd),
             "wpe": nn.Embedding(config.block_size, config.n_embd),
@@ -252,7 +258,9 @@ class DistroGPTForCausalLM(PreTrainedModel, GenerationMixin):
         check_positions(attention_mask, position_ids, before, T)
         now = torch.arange(before, before + T, device=x.device)  # (T,)
         now = chosen(more.pop("cache_position", None), now)
-        x, turn = self.placed(x, chosen(position_ids, default_positions(attention_mask, now)), before)
+        if position_ids is None:
+            position_ids = default_positions(attention_mask, now)
+        x, turn = self.placed(x, position_ids, before)
         written = [{"cache_position": now}] if CACHE_TAKES_POSITIONS else []
         reads = (turn, visibility(attention_mask, now), cache, *written)
         x = F.dropout(x, config.dropout, self.training)
@@ -275,10 +283,9 @@ class DistroGPTForCausalLM(PreTrainedModel, GenerationMixin):
     def known(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """Those of the further arguments of forward that it reads. Raises TypeError where another one would
         change the result, or asks for more than is computed."""
+        given = {name: value for name, value in arguments.items() if value is not None}
         read = {}
-        for name, value in {"output_attentions": self.config.output_attentions, **arguments}.items():
-            if value is None:
-                continue
+        for name, value in {"output_attentions": bool(self.config.output_attentions), **given}.items():
             if name == "cache_position" or name in FOR_THE_LOSS:
                 read[name] = value
             elif name not in ONLY or value is not ONLY[name]:

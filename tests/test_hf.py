@@ -1,6 +1,7 @@
 """hf/modeling_distrogpt.py in transformers, the oldest supported and the newest: what forward is given, it
 reads or refuses; text comes out the same in all ways to generate it."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from test_export import (
     KINDS,
+    change,
     exported,
     greedy,
     lively,
@@ -182,6 +184,22 @@ def test_transformers_trainer(theirs, tmp_path):
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert sum(losses) / 2 == pytest.approx(expected.loss.item(), abs=1e-3)
     theirs.eval()
+
+
+def test_the_version_of_transformers_that_ties_no_weights_is_refused(tmp_path, monkeypatch):
+    folder = exported(tmp_path, lively(**KINDS["own, LayerNorm"][1]))
+    code = sys.modules[type(loaded(folder)).__module__]
+    monkeypatch.setattr(code.transformers, "__version__", "5.3.0")
+    with pytest.raises(ImportError, match=r"5\.3\.0 leaves lm_head.weight of this model empty"):
+        loaded(folder)
+
+
+@pytest.mark.parametrize("name", ["activation", "norm"])
+def test_a_network_that_the_file_does_not_compute_is_refused(name, tmp_path):
+    folder = exported(tmp_path, lively(**KINDS["own, LayerNorm"][1]))
+    change(folder, **{name: "newer"})
+    with pytest.raises(ValueError, match=f"{name}=newer"):
+        loaded(folder)
 
 
 def test_the_file_alone_refreshes_a_folder(tmp_path):
