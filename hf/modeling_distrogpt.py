@@ -255,9 +255,8 @@ class DistroGPTForCausalLM(PreTrainedModel, GenerationMixin):
         if cache is None and chosen(use_cache, config.use_cache and not self.training):
             cache = DynamicCache(config=config)
         before = 0 if cache is None else int(cache.get_seq_length())
-        check_positions(attention_mask, position_ids, before, T)
         now = torch.arange(before, before + T, device=x.device)  # (T,)
-        now = chosen(more.pop("cache_position", None), now)
+        check_positions(attention_mask, position_ids, before, T)
         if position_ids is None:
             position_ids = default_positions(attention_mask, now)
         x, turn = self.placed(x, position_ids, before)
@@ -286,9 +285,11 @@ class DistroGPTForCausalLM(PreTrainedModel, GenerationMixin):
         given = {name: value for name, value in arguments.items() if value is not None}
         read = {}
         for name, value in {"output_attentions": bool(self.config.output_attentions), **given}.items():
-            if name == "cache_position" or name in FOR_THE_LOSS:
+            # a cache counts its tokens: cache_position, which comes before transformers 5.4, says no more
+            harmless = name == "cache_position" or (name in ONLY and value is ONLY[name])
+            if name in FOR_THE_LOSS:
                 read[name] = value
-            elif name not in ONLY or value is not ONLY[name]:
+            elif not harmless:
                 raise TypeError(
                     f"distroGPT's network does not support {name}: leave it out, or, if transformers adds "
                     "it, take modeling_distrogpt.py from a newer distroGPT"
@@ -333,9 +334,8 @@ def check_positions(
     if getattr(attention_mask, "ndim", None) not in (2, 4):
         raise ValueError("attention_mask is no tensor of 2 or 4 dimensions")
     if attention_mask.ndim == 2 and attention_mask.size(1) != before + T:
-        raise ValueError(
-            f"attention_mask is for {attention_mask.size(1)} tokens; {before} are in the cache, {T} are new"
-        )
+        size = attention_mask.size(1)
+        raise ValueError(f"attention_mask is for {size} tokens; {before} are in the cache, {T} are new")
 
 
 def default_positions(attention_mask: torch.Tensor | None, now: torch.Tensor) -> torch.Tensor:

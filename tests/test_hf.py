@@ -92,7 +92,8 @@ def test_an_argument_that_would_change_the_result_is_refused(name, theirs):
 @torch.no_grad()
 def test_an_argument_that_changes_nothing_is_taken(theirs):
     ids = random_ids(1, 4)
-    same = {**dict.fromkeys(UNKNOWN), "output_attentions": False, "is_causal": True, "num_items_in_batch": 3}
+    same = {**dict.fromkeys(UNKNOWN), "output_attentions": False, "is_causal": True}
+    same |= {"num_items_in_batch": 3, "cache_position": torch.arange(4)}
     assert theirs(ids, **same).logits.equal(theirs(ids).logits)
 
 
@@ -177,6 +178,7 @@ def test_transformers_trainer(theirs, tmp_path):
     trainer = Trainer(theirs, TrainingArguments(**place, **sizes, **rate), train_dataset=rows)
     with torch.no_grad():
         expected = theirs.eval()(ids, labels=labels)
+    theirs.config.use_cache = True  # as the trainer may have unset it
     told = trainer.predict(rows)
     close(torch.from_numpy(told.predictions), expected.logits)  # and no cache beside them
     assert told.metrics["test_loss"] == pytest.approx(expected.loss.item(), abs=1e-4)
