@@ -30,7 +30,9 @@ import torch.nn.functional as F
 
 import attention as attention_file
 import model as model_file
+from bench_checks import bench_check
 from bench_questions import bench_questions
+from bench_report import bench_report
 from bench_serve import bench_serve
 from checkpoint import BEST, NEWEST, training_state, write_whole
 from data.dataset import Dataset
@@ -535,10 +537,13 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     runtime = start_runtime("cpu" if elsewhere else config.device, config.dtype)
     ways = {"plan": bench_plan, "ladder": bench_ladder, "generate": bench_generate}
     ways |= {"checkpoint": bench_checkpoint, "logs": bench_logs, "find_batch": bench_batch}
-    ways |= {"questions": bench_questions, "serve": bench_serve, "profile": bench_step}
+    ways |= {"questions": bench_questions, "serve": bench_serve, "check": bench_check, "profile": bench_step}
+    ways["report"] = bench_report
     modes = [name for name in ways if getattr(config, name)]
     measure = ways[modes[0]] if modes else bench_step
-    modes += ["against"] if config.against and measure not in (bench_step, bench_generate) else []
+    modes += (
+        ["against"] if config.against and measure not in (bench_step, bench_generate, bench_report) else []
+    )
     if len(modes) > 1:
         raise UserError(f"{' and '.join(modes)} do not go together; give one at a time")
     if config.json:

@@ -48,8 +48,8 @@ WAITS = ThreadWaits()  # of this process
 
 @cache
 def adapt_waits() -> None:
-    """Start to adapt the waits of this process, once. Nothing changes if the user has chosen how threads wait,
-    if there is one thread only, or if this system or its OpenMP offers no way."""
+    """Start to adapt the waits of this process, once. Nothing changes if the user has chosen how threads
+    wait, if there is one thread only, or if this system or its OpenMP offers no way."""
     if torch.get_num_threads() > 1 and not any(name in os.environ for name in SET_BY_USER):
         functions = find_waited(), find_switch()
         if None not in functions:

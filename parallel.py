@@ -3,9 +3,11 @@
 With parts, weights, gradients and averages are DTensors: what a rank holds is `local`, all of it `whole`.
 """
 
+import warnings
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from errors import UserError
@@ -18,7 +20,7 @@ def share_model(model: torch.nn.Module, shard: bool, runtime: Runtime) -> torch.
     DDP (arXiv 2006.15704) copies; with `shard`, FSDP2 (arXiv 2304.11277) leaves each rank an equal part of
     every weight in fp32, and gathers a layer's in the run's arithmetic at its turn. Raises UserError.
     """
-    if runtime.world_size == 1:
+    if runtime.world_size == 1 and not dist.is_initialized():
         return model
     if not shard:
         devices = [runtime.device] if runtime.device.type == "cuda" else None
@@ -28,6 +30,9 @@ def share_model(model: torch.nn.Module, shard: bool, runtime: Runtime) -> torch.
     from torch.distributed.device_mesh import init_device_mesh  # half a second
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
+    warnings.filterwarnings(
+        "ignore", "FSDP2-wrapped module"
+    )  # of operations in place, which blocks do not use
     mesh = init_device_mesh(runtime.device.type, (runtime.world_size,))
     half = MixedPrecisionPolicy(runtime.dtype, torch.float32, cast_forward_inputs=False)
     for block in model.transformer.h:

@@ -186,6 +186,12 @@ class TrainConfig:
             raise ValueError("out_dir or dataset is empty; name a folder")
 
 
+CHECKS = (
+    *("machine", "network", "greedy", "compile", "fp16", "resume", "ranks", "synchronize", "memory"),
+    None,
+)
+
+
 @dataclass
 class BenchConfig(TrainConfig):
     """Time a training step as train.py does it, or sampling, beside the machine's limits and others.
@@ -223,6 +229,13 @@ class BenchConfig(TrainConfig):
         None, "time these too, in turns: a nanoGPT checkout's folder, or transformers", path=True
     )
     json: str | None = setting(None, "write the results to this file too", path=True)
+    report: bool = setting(
+        False, "measure and check all that matters on this machine: report/report.md and report.json"
+    )
+    report_minutes: float = setting(
+        8.0, "with report: what does not fit is left out, last parts first", above=0
+    )
+    check: str | None = setting(None, "run one of the report's checks by itself", choices=CHECKS)
     find_batch: bool = setting(False, "the largest batch_size that fits, and the fastest; flags for both")
     plan: bool = setting(False, "say what the run would take on n_gpus: memory, time, exchange")
     gpu: str = setting("here", "with plan: whose data sheet; here measures this machine", choices=GPUS)
