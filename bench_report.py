@@ -278,9 +278,12 @@ out_dir = pathlib.Path(command[2].removeprefix("--out_dir="))
 for path in out_dir.glob("*.pt"):
     path.unlink()
 if status == 0:
+    curve, seconds = [], 0.0
     with open(out_dir / "log.csv") as file:
-        rows = [row for row in csv.DictReader(file) if row["val_loss"]]
-    curve = [[int(row["step"]), float(row["seconds"]), float(row["val_loss"])] for row in rows]
+        for row in csv.DictReader(file):
+            seconds = float(row["seconds"] or seconds)  # an evaluation alone has none
+            if row["val_loss"]:
+                curve.append([int(row["step"]), seconds, float(row["val_loss"])])
     with open(result, "w") as file:
         json.dump({"config": pathlib.Path(command[1]).stem, "curve": curve}, file)
 sys.exit(status)
