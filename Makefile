@@ -3,9 +3,12 @@
 PYTHON ?= python3
 SCRIPTS := $(if $(filter Windows_NT,$(OS)),Scripts,bin)
 BIN := .venv/$(SCRIPTS)
-PIP := -m pip install --quiet --disable-pip-version-check
+PIP := python -m pip install --quiet --disable-pip-version-check
 # in the environment, and not as -c, the lock holds for the tools that build a package too
-LOCKED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt $(BIN)/python $(PIP)
+LOCKED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt $(BIN)/$(PIP)
+# uv is faster; torch comes by pip first, whose settings may name CPU builds. make UV= goes without
+UV := $(if $(shell command -v uv 2>/dev/null),uv)
+INSTALL := $(if $(UV),$(UV) pip install --quiet --python $(BIN)/python -c constraints.txt -b constraints.txt,$(LOCKED))
 INSTALLED := .venv/requirements.installed
 TESTABLE := .venv/requirements-test.installed
 OUT := out-stdlib-char
@@ -24,11 +27,12 @@ $(INSTALLED): requirements.txt constraints.txt
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null \
 		|| { echo "error: $(PYTHON) cannot make a .venv; on Debian and Ubuntu: apt install python3-venv" >&2; exit 2; }
 	$(PYTHON) -m venv .venv
-	$(LOCKED) -r requirements.txt
+	$(if $(UV),$(LOCKED) torch)
+	$(INSTALL) -r requirements.txt
 	@touch $@
 
 $(TESTABLE): requirements-test.txt requirements-serve.txt constraints.txt | $(INSTALLED)
-	$(LOCKED) -r requirements-test.txt
+	$(INSTALL) -r requirements-test.txt
 	@touch $@
 
 data/stdlib_char/meta.json: | $(INSTALLED)
@@ -41,20 +45,20 @@ demo: $(INSTALLED) data/stdlib_char/meta.json ## prepare, train for a minute or 
 	@echo "(data/stdlib_char). More: $(BIN)/python sample.py --out_dir=$(OUT) --start='class ' --temperature=0.5"
 
 serve: $(INSTALLED) ## write with the demo's model on a page of your browser
-	$(LOCKED) -r requirements-serve.txt
+	$(INSTALL) -r requirements-serve.txt
 	$(BIN)/python serve.py --out_dir=$(OUT)
 
 test: $(TESTABLE) ## run all tests
 	$(BIN)/python -m pytest
 
 test-audio: $(TESTABLE) ## a voice speaks, its speech becomes a dataset and a model, the model speaks: a minute or two
-	$(LOCKED) -r requirements-test-audio.txt
+	$(INSTALL) -r requirements-test-audio.txt
 	AUDIO=1 $(BIN)/python -m pytest -s -n 0 tests/test_audio_circle.py tests/test_audio.py
 
 test-latest: TORCH ?= torch
 test-latest: ## run all tests with the newest of everything, in .venv-latest; TORCH='torch==2.13.0' keeps to that one
 	$(PYTHON) -m venv .venv-latest
-	.venv-latest/$(SCRIPTS)/python $(PIP) --upgrade --upgrade-strategy eager '$(TORCH)' -r requirements-test-audio.txt
+	.venv-latest/$(SCRIPTS)/$(PIP) --upgrade --upgrade-strategy eager '$(TORCH)' -r requirements-test-audio.txt
 	AUDIO=1 .venv-latest/$(SCRIPTS)/python -m pytest
 
 chaos: $(TESTABLE) ## kill a run 60 times at random, and read 4,000 damaged files: some minutes
@@ -65,17 +69,18 @@ lint: $(TESTABLE) ## check style and format
 	$(BIN)/python -m ruff format --check .
 
 # torch is raised here, by hand: it is a large download, and has to be tested on a GPU too. setuptools and wheel build
-# packages that come as source. pyobjc requires exact versions of pyobjc-*; a local label (+cpu) belongs to one index
+# packages that come as source; pyobjc requires exact versions of pyobjc-*. Builds of other sources (+cpu) stay out
 lock: TORCH ?= torch==2.13.0
 lock: ## write constraints.txt: the newest versions that go together; then make test
 	$(PYTHON) -m venv .venv-lock
-	.venv-lock/$(SCRIPTS)/python $(PIP) --upgrade uv
-	printf '%s\n' '$(TORCH)' setuptools wheel | .venv-lock/$(SCRIPTS)/uv pip compile --quiet --upgrade --universal --python-version 3.10 \
+	.venv-lock/$(SCRIPTS)/$(PIP) --upgrade uv
+	printf '%s\n' '$(TORCH)' setuptools wheel | env -u UV_FIND_LINKS -u UV_INDEX -u UV_EXTRA_INDEX_URL \
+		.venv-lock/$(SCRIPTS)/uv pip compile --quiet --upgrade --universal --python-version 3.10 \
 		--no-header --no-annotate --output-file .venv-lock/constraints.txt - requirements-test-audio.txt
 	@printf '# %s\n' 'The versions that make, the Dockerfile and pip install -c constraints.txt install, for all of' \
 		'requirements*.txt on Python 3.10 to 3.13, Linux, macOS and Windows. Made by make lock: do not edit.' \
 		> constraints.txt
-	sed -E 's/\+[^ ;]+//; /^pyobjc-/d' .venv-lock/constraints.txt >> constraints.txt
+	sed '/^pyobjc-/d' .venv-lock/constraints.txt >> constraints.txt
 
 clean: ## remove .venv* and caches; data and checkpoints stay
 	rm -rf .venv .venv-latest .venv-lock .pytest_cache .ruff_cache .hypothesis
