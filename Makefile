@@ -8,7 +8,8 @@ PIP := python -m pip install --quiet --disable-pip-version-check
 LOCKED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt $(BIN)/$(PIP)
 # uv is faster; torch comes by pip first, whose settings may name CPU builds. make UV= goes without
 UV := $(if $(shell command -v uv 2>/dev/null),uv)
-INSTALL := $(if $(UV),$(UV) pip install --quiet --python $(BIN)/python -c constraints.txt -b constraints.txt,$(LOCKED))
+UV_INSTALL := uv pip install --quiet --compile-bytecode --python $(BIN)/python -c constraints.txt -b constraints.txt
+INSTALL := $(if $(UV),$(UV_INSTALL),$(LOCKED))
 INSTALLED := .venv/requirements.installed
 TESTABLE := .venv/requirements-test.installed
 OUT := out-stdlib-char
