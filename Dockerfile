@@ -12,8 +12,8 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 
 WORKDIR /distrogpt
-COPY requirements.txt requirements-serve.txt ./
-RUN pip install --no-cache-dir -r requirements.txt -r requirements-serve.txt
+COPY requirements.txt requirements-serve.txt constraints.txt ./
+RUN pip install --no-cache-dir -c constraints.txt -r requirements.txt -r requirements-serve.txt
 COPY . .
 
 ENTRYPOINT ["python"]

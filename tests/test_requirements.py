@@ -1,0 +1,80 @@
+"""constraints.txt, which make lock writes, against requirements*.txt and against what is installed."""
+
+import re
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import pytest
+from conftest import REPO
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+FILES = sorted(path.name for path in REPO.glob("requirements*.txt"))
+PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
+PLATFORMS = {"linux": ("Linux", "posix"), "darwin": ("Darwin", "posix"), "win32": ("Windows", "nt")}
+# no address, no path, and no label of one index as in 2.13.0+cpu
+LINE = re.compile(r"[a-z0-9-]+==[0-9][0-9a-z.]*( ; [^;#@/\\]+)?")
+
+
+def lines_of(name: str) -> list[str]:
+    return [line for line in (REPO / name).read_text().splitlines() if line and not line.startswith("#")]
+
+
+def requirements_of(name: str) -> list[Requirement]:
+    return [Requirement(line.split("#")[0]) for line in lines_of(name) if not line.startswith("-r ")]
+
+
+def environment(python: str, platform: str) -> dict[str, str]:
+    system, os_name = PLATFORMS[platform]
+    return {
+        "python_version": python,
+        "python_full_version": f"{python}.1",
+        "sys_platform": platform,
+        "platform_system": system,
+        "os_name": os_name,
+        "implementation_name": "cpython",
+    }
+
+
+def locked(where: dict[str, str]) -> dict[str, list[Version]]:
+    """The versions of each package that hold in an environment: there should be one."""
+    found: dict[str, list[Version]] = {}
+    for requirement in requirements_of("constraints.txt"):
+        if requirement.marker is None or requirement.marker.evaluate(where):
+            (specifier,) = requirement.specifier
+            found.setdefault(canonicalize_name(requirement.name), []).append(Version(specifier.version))
+    return found
+
+
+def test_lock_has_names_and_versions_only():
+    assert [line for line in lines_of("constraints.txt") if not LINE.fullmatch(line)] == []
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+@pytest.mark.parametrize("python", PYTHONS)
+def test_every_requirement_is_locked_within_its_range(python, platform):
+    where = environment(python, platform)
+    versions = locked(where)
+    assert {name: found for name, found in versions.items() if len(found) > 1} == {}
+    for name in FILES:
+        for requirement in requirements_of(name):
+            if requirement.marker is None or requirement.marker.evaluate(where):
+                (pinned,) = versions.get(canonicalize_name(requirement.name), [None])
+                assert pinned, f"{name}: {requirement} is not in constraints.txt; run: make lock"
+                assert pinned in requirement.specifier, f"{name}: {requirement}, locked at {pinned}"
+
+
+def test_what_make_installed_is_locked():
+    if Path(sys.prefix).resolve() != (REPO / ".venv").resolve():
+        pytest.skip("this is not the environment that make sets up")
+    wrong = {}
+    for name, (pinned,) in locked({}).items():
+        try:
+            installed = Version(version(name)).public
+        except PackageNotFoundError:  # of another group
+            continue
+        if Version(installed) != pinned:
+            wrong[name] = f"{installed}, locked at {pinned}"
+    assert not wrong
