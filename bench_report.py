@@ -4,6 +4,7 @@ Parts run one after another, most important first, each in processes of its own 
 part that fails or hangs leaves the others alone. report/report.md and report.json are rewritten after each.
 """
 
+import itertools
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,7 +20,6 @@ from typing import Any
 
 import torch
 
-from checkpoint import write_whole
 from runtime import Runtime
 from settings import BenchConfig
 
@@ -50,11 +51,14 @@ class Part:
     took: float = 0.0
 
 
-def bench_report(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
-    """Run the parts and write the report."""
+def bench_report(config: BenchConfig, runtime: Runtime, parts: list[Part] | None = None) -> dict[str, Any]:
+    """Run the parts, by default those for this device, and write the report. An older one is renamed."""
     began = time.monotonic()
-    FOLDER.mkdir(exist_ok=True)
-    parts = parts_of(config, runtime)
+    if FOLDER.exists():
+        numbers = (Path(f"{FOLDER}.previous-{number}") for number in itertools.count(1))
+        FOLDER.rename(next(path for path in numbers if not path.exists()))
+    FOLDER.mkdir()
+    parts = parts_of(config, runtime) if parts is None else parts
     for number, part in enumerate(parts, 1):
         left = 60 * config.report_minutes - (time.monotonic() - began)
         if left < part.seconds and part.status.startswith("not run: no time"):
@@ -63,19 +67,34 @@ def bench_report(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
             print(f"part     {number:2}/{len(parts)} {part.title}", end="", flush=True)
             run_part(part, min(left, 2 * part.seconds))
             print(f": {part.status}, {part.took:.0f} s", flush=True)
-        minutes = (time.monotonic() - began) / 60
-        result = {
-            "minutes": minutes,
-            "parts": [
-                {"name": p.name, "status": p.status, "seconds": p.took, "results": p.results} for p in parts
-            ],
-        }
-        text = as_markdown(parts, runtime, minutes)
-        write_whole(lambda file, text=text: file.write(text.encode()), FOLDER / "report.md")
-        text = json.dumps(result, indent=1) + "\n"
-        write_whole(lambda file, text=text: file.write(text.encode()), FOLDER / "report.json")
-    print(f"report   {FOLDER / 'report.md'}, {minutes:.1f} minutes")
+        draw_curves()
+        result = write_report(parts, runtime, (time.monotonic() - began) / 60)
+    print(f"report   {FOLDER / 'report.md'}, {result['minutes']:.1f} minutes")
     return result
+
+
+def write_report(parts: list[Part], runtime: Runtime, minutes: float) -> dict[str, Any]:
+    """Write what is known so far, as report.md and report.json; returns the latter."""
+    about = [
+        {"name": part.name, "status": part.status, "seconds": part.took, "results": part.results}
+        for part in parts
+    ]
+    result = {"minutes": minutes, "commit": commit(), "parts": about}
+    texts = {"report.md": as_markdown(parts, runtime, minutes), "report.json": json.dumps(result, indent=1)}
+    for name, text in texts.items():
+        with open(FOLDER / f"{name}.tmp", "w", encoding="utf-8") as file:
+            file.write(text + "\n")
+        os.replace(FOLDER / f"{name}.tmp", FOLDER / name)
+    return result
+
+
+def draw_curves() -> None:
+    """loss.png of the runs that have ended, if matplotlib is there."""
+    runs = [str(path.parent.name) for path in sorted(FOLDER.glob("*/log.csv"))]
+    if runs and find_spec("matplotlib"):
+        words = [sys.executable, str(ROOT / "plot.py"), *runs, "--by=seconds", "--output=loss.png"]
+        with suppress(subprocess.TimeoutExpired):
+            subprocess.run(words, cwd=FOLDER, capture_output=True, timeout=60)
 
 
 def run_part(part: Part, limit: float) -> None:
@@ -172,7 +191,17 @@ def checks(place: list[str], on_gpu: bool) -> list[Part]:
         for name, (title, seconds) in titles.items()
     ]
     if on_gpu and find_spec("pytest"):
-        words = ["-c", PYTEST, "-n", "0", "-m", "cuda", str(ROOT / "tests"), "RESULT"]
+        words = [
+            "-c",
+            PYTEST,
+            "-n",
+            "0",
+            "-m",
+            "cuda",
+            "--continue-on-collection-errors",
+            str(ROOT / "tests"),
+            "RESULT",
+        ]
         parts.append(Part("tests", "Tests marked cuda", [words], show_tests, 40))
     return parts
 
@@ -427,7 +456,7 @@ def as_markdown(parts: list[Part], runtime: Runtime, minutes: float) -> str:
         lines.append(f"{part.took:.0f} s" + ("" if part.status == "ok" else f"; {part.status}"))
     pictures = sorted(path.name for path in FOLDER.glob("*.png"))
     lines += ["", *(f"![{name}]({name})" for name in pictures)]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
 def commit() -> str:

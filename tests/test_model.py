@@ -381,15 +381,6 @@ def test_the_loss_alone():
     assert torch.equal(model(idx, targets, only_loss=True)[1], model(idx, targets)[1])
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")
-def test_greedy_on_a_gpu_equals_greedy_without_a_cache():
-    model = small(n_layer=4).cuda()
-    torch.set_float32_matmul_precision("highest")
-    idx = random_ids(2, 7).cuda()
-    expected = greedy_without_cache(model, idx, 25)
-    assert bool((model.generate(idx, 25, temperature=0.0) == expected).all())
-
-
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="plain products depend on the batch")
 @pytest.mark.parametrize(
     "int8, dtype", [(False, torch.float32), (False, torch.bfloat16), (True, torch.bfloat16)]
