@@ -54,7 +54,8 @@ def test_a_run_goes_on_where_it_was(dataset, tmp_path):
 
 def test_too_large_a_batch_is_one_line(dataset, tmp_path):
     flags = [*ON_GPU, f"--dataset={dataset}", "--dtype=float32", f"--out_dir={tmp_path}"]
-    done = run("train.py", *flags, "--batch_size=4000000", "--max_iters=1", "--eval_iters=1")
+    large = ("--n_layer=40", "--n_embd=512", "--batch_size=131072", "--max_iters=1", "--eval_iters=1")
+    done = run("train.py", *flags, *large)
     assert done.returncode == 1 and "out of memory" in done.stderr and "Traceback" not in done.stderr
 
 
