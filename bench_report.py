@@ -430,6 +430,28 @@ def show_ladder(result: dict[str, Any]) -> Lines:
     return lines
 
 
+def headline(part: Part) -> Lines:
+    """What a reader wants to know first of a part, a line for each result."""
+    lines = []
+    for result in part.results:
+        if "steps" in result:
+            ours = result["steps"]["ours"]
+            text = f"{ours['median'] * 1000:,.1f} ms, {ours['tokens_per_second']:,.0f} tokens/s"
+            text += f", MFU {ours['mfu']:.0%}"
+            others = [name for name in result["steps"] if name != "ours"]
+            text += f", {result['ratio']['median']:.2f} times {others[0]}'s speed" if others else ""
+        elif "runs" in result:
+            rates = [f"{run['decode']['median']:,.0f} at {run['batch']}" for run in result["runs"]]
+            text = f"tokens/s by sequences: {rates[0]}, {rates[1]}"  # the others have 8-bit weights
+        elif "curve" in result:
+            step, seconds, best = min(result["curve"], key=lambda row: row[2])
+            text = f"best val loss {best:.4f} at step {step}, after {seconds:.0f} s"
+        else:
+            continue
+        lines.append(f"- {part.title}: {text}")
+    return lines
+
+
 def as_markdown(parts: list[Part], runtime: Runtime, minutes: float) -> str:
     """The report: what failed and the headlines first, then a section for each part."""
     done = [part for part in parts if part.status == "ok"]
@@ -446,6 +468,7 @@ def as_markdown(parts: list[Part], runtime: Runtime, minutes: float) -> str:
         "",
         *(f"- FAILED: {row['what']}: {row['value']}, at most {row['limit']}" for row in failed),
         *(f"- {part.title}: {part.status}" for part in parts if part.status != "ok"),
+        *(line for part in done for line in headline(part)),
     ]
     for part in parts:
         if not part.results and part.status.startswith("not run"):
