@@ -131,13 +131,16 @@ def bench_step(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
     """The training step: time, speed, share of the machine's peak, memory; beside another's where asked."""
     data = open_data(config)
     model, _, step = our_step(config, data, runtime)
-    steps = {"ours": step}
+    steps, memory = {"ours": step}, None
     if config.against:
+        for number in range(2):  # the memory of ours alone, before the other model is there
+            step(number)
+        memory = peak_memory(runtime)
         name = "transformers" if config.against == "transformers" else Path(config.against).resolve().name
         name = "theirs" if name in ("", "ours") else name
         steps[name] = others_step(config.against, config, data, model.config.vocab_size, runtime)[1]
     times = alternate(steps, config.warmup_steps, config.bench_steps, runtime)
-    memory = peak_memory(runtime)  # before the peak is measured, which takes memory of its own
+    memory = memory or peak_memory(runtime)  # before the peak is measured, which takes memory of its own
 
     sequences = config.batch_size * config.gradient_accumulation_steps
     tokens = sequences * config.block_size
@@ -149,7 +152,7 @@ def bench_step(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
     print(f"step     {sequences} sequences of {config.block_size} = {tokens:,} tokens")
     result: dict[str, Any] = {
         "tokens": tokens,
-        "memory_bytes": None if config.against else memory,
+        "memory_bytes": memory,
         "peak_flops": peak,
         "steps": {},
     }
@@ -176,7 +179,7 @@ def bench_step(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
     if config.against:
         result["ratio"] = faster = ratio(times[name], times["ours"])
         print(f"ratio    {faster['median']:.2f} times {name}'s ({faster['low']:.2f} to {faster['high']:.2f})")
-    elif memory:  # of both models, it would say nothing
+    if memory:
         where = "on the GPU" if runtime.device.type == "cuda" else "resident"
         print(f"memory   {memory / 2**30:.2f} GiB {where}")
     if config.profile:

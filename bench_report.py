@@ -51,9 +51,16 @@ class Part:
     took: float = 0.0
 
 
+def end_on_sigterm() -> None:
+    """Let SIGTERM end Python as Ctrl-C does, so that the part which runs then ends too."""
+    with suppress(ValueError):  # not in the main thread
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+
+
 def bench_report(config: BenchConfig, runtime: Runtime, parts: list[Part] | None = None) -> dict[str, Any]:
     """Run the parts, by default those for this device, and write the report. An older one is renamed."""
     began = time.monotonic()
+    end_on_sigterm()
     if FOLDER.exists():
         numbers = (Path(f"{FOLDER}.previous-{number}") for number in itertools.count(1))
         FOLDER.rename(next(path for path in numbers if not path.exists()))
@@ -66,7 +73,10 @@ def bench_report(config: BenchConfig, runtime: Runtime, parts: list[Part] | None
         elif part.commands:
             print(f"part     {number:2}/{len(parts)} {part.title}", end="", flush=True)
             run_part(part, min(left, 2 * part.seconds))
-            print(f": {part.status}, {part.took:.0f} s", flush=True)
+            failed = sum(not row["passes"] for row in rows_of([part]))
+            print(f": {part.status}{f', {failed} FAILED' if failed else ''}, {part.took:.0f} s", flush=True)
+            for path in FOLDER.glob("*/*.pt"):
+                path.unlink()
         draw_curves()
         result = write_report(parts, runtime, (time.monotonic() - began) / 60)
     print(f"report   {FOLDER / 'report.md'}, {result['minutes']:.1f} minutes")
@@ -133,7 +143,6 @@ def run_command(words: list[str], result: Path, log: Path, limit: float) -> int 
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            start_new_session=True,
         )
         try:
             return process.wait(max(1.0, limit))
@@ -141,10 +150,24 @@ def run_command(words: list[str], result: Path, log: Path, limit: float) -> int 
             return None
         finally:
             if process.poll() is None:
-                if hasattr(os, "killpg"):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.kill()
-                process.wait()
+                kill_tree(process)
+
+
+def kill_tree(process: subprocess.Popen) -> None:
+    """Kill a process and all that it started, in sessions of their own too, as torchrun's ranks are."""
+    if os.name == "nt":
+        subprocess.run(["taskkill", "/T", "/F", "/PID", str(process.pid)], capture_output=True)
+    else:
+        listed = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True).stdout
+        parents = dict(map(int, line.split()) for line in listed.splitlines())
+        family = [process.pid]
+        for pid in family:  # grows while it is read
+            family += [child for child, parent in parents.items() if parent == pid]
+        for pid in family:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    with suppress(subprocess.TimeoutExpired):  # a process that hangs in a driver stays
+        process.wait(10)
 
 
 def last_line(log: Path) -> str:
@@ -157,18 +180,23 @@ def last_line(log: Path) -> str:
 def parts_of(config: BenchConfig, runtime: Runtime) -> list[Part]:
     """The parts for this kind of device, most important first."""
     on_gpu = runtime.device.type == "cuda"
-    place = [f"--device={runtime.device.type}", f"--dtype={str(runtime.dtype).removeprefix('torch.')}"]
-    parts = checks(place, on_gpu)
-    parts += gpu_steps(place, config.against) if on_gpu else cpu_steps(place, config.against)
-    parts += decoding(place, config.against, on_gpu)
+    place = [f"--device={runtime.device}", f"--dtype={str(runtime.dtype).removeprefix('torch.')}"]
+    checked = checks(place, on_gpu)
+    steps = gpu_steps(place, config.against) if on_gpu else cpu_steps(place, config.against)
+    parts = [*checked[:3], steps[0], *decoding(place, config.against, on_gpu), *checked[3:], *steps[1:]]
     if on_gpu:
-        parts += [
-            learn("train_shakespeare_char", place, 110),
-            learn("train_shakespeare_char_modern", place, 110),
-        ]
+        runs = {"train_shakespeare_char": 100, "train_shakespeare_char_modern": 100}
     else:
-        parts += [learn("train_shakespeare_10s", place, 25), learn("train_shakespeare_cpu", place, 50)]
+        runs = {"train_shakespeare_10s": 25, "train_shakespeare_cpu": 50}
+    parts += [learn(name, place, seconds) for name, seconds in runs.items()]
     return parts + studies(place, on_gpu)
+
+
+def against_flag(against: str | None) -> list[str]:
+    """The flag for a command that runs in another folder."""
+    if against is None:
+        return []
+    return [f"--against={against if against == 'transformers' else Path(against).resolve()}"]
 
 
 def bench_command(*words: str) -> list[str]:
@@ -178,13 +206,13 @@ def bench_command(*words: str) -> list[str]:
 def checks(place: list[str], on_gpu: bool) -> list[Part]:
     """Is what is computed here right?"""
     titles = {
-        "machine": ("The machine", 20),
-        "network": ("Logits, loss and gradients against fp32 on the CPU", 20),
-        "greedy": ("Greedy text: KV cache, batches, CUDA graphs against plain forward passes", 25),
+        "machine": ("The machine", 12),
+        "network": ("Logits, loss and gradients against fp32 on the CPU", 12),
+        "greedy": ("Greedy text: KV cache, batches, CUDA graphs against plain forward passes", 15),
         "resume": ("20 steps, killed and resumed", 25),
+        "compile": ("Compiled against not", 45),
         "fp16": ("fp16 and its loss scaler", 15),
-        "ranks": ("DDP, FSDP2 and torchrun on one rank", 50),
-        "compile": ("Compiled against not", 60 if on_gpu else 70),
+        "ranks": ("DDP, FSDP2 and torchrun on one rank", 40),
     }
     parts = [
         Part(name, title, [bench_command(f"--check={name}", *place)], show_rows, seconds)
@@ -202,27 +230,33 @@ def checks(place: list[str], on_gpu: bool) -> list[Part]:
             str(ROOT / "tests"),
             "RESULT",
         ]
-        parts.append(Part("tests", "Tests marked cuda", [words], show_tests, 40))
+        parts.append(Part("tests", "Tests marked cuda", [words], show_rows, 30))
     return parts
 
 
 PYTEST = """
 import json, sys, pytest
 path = sys.argv.pop()
-class Count:
-    def __init__(self): self.outcomes = []
+class Reports:
+    def __init__(self): self.of = {"passed": [], "failed": [], "skipped": []}
     def pytest_runtest_logreport(self, report):
-        if report.when == "call" or report.outcome != "passed": self.outcomes.append(report.outcome)
-count = Count()
-pytest.main(sys.argv[1:], plugins=[count])
-names = ("passed", "failed", "skipped")
-json.dump({name: count.outcomes.count(name) for name in names}, open(path, "w"))
+        if report.when == "call" or report.outcome != "passed": self.of[report.outcome].append(report.nodeid)
+reports = Reports()
+status = pytest.main(sys.argv[1:], plugins=[reports])
+failed = reports.of["failed"]
+rows = [
+    {"what": f"tests, {name}", "value": str(len(ids)), "limit": None, "passes": True}
+    for name, ids in reports.of.items()
+]
+rows += [{"what": name, "value": 1.0, "limit": 0.0, "passes": False} for name in failed]
+json.dump({"rows": rows}, open(path, "w"))
+sys.exit(0 if status in (0, 1) and any(reports.of.values()) else 1)
 """
 
 
 def gpu_steps(place: list[str], against: str | None) -> list[Part]:
     """GPT-2 124M's training step, compiled, at the largest batch that fits."""
-    other = [f"--against={Path(against).resolve()}"] if against and against != "transformers" else []
+    other = against_flag(against)
     common = ["--real_data=False", "--compile=True", "--bench_steps=20", "--warmup_steps=5", *place]
     ours = [bench_command(f"--batch_size={B}", *common, *other) for B in (32, 16, 8)]
     recipe = str(ROOT / "config/train_gpt2_modern.py")
@@ -232,15 +266,15 @@ def gpu_steps(place: list[str], against: str | None) -> list[Part]:
     ]
     wait = bench_command("--check=synchronize", "--batch_size=8", *common)
     return [
-        Part("step", "GPT-2 124M, block 1024, compiled: a training step", ours, show_step, 110, True),
-        Part("step-modern", "The modern network at that size", modern, show_step, 80, True),
-        Part("synchronize", "The one synchronisation of a step", [wait], show_rows, 40),
+        Part("step", "GPT-2 124M, block 1024, compiled: a training step", ours, show_step, 90, True),
+        Part("step-modern", "The modern network at that size", modern, show_step, 60, True),
+        Part("synchronize", "The one synchronisation of a step", [wait], show_rows, 30),
     ]
 
 
 def cpu_steps(place: list[str], against: str | None) -> list[Part]:
     """Training steps of three sizes."""
-    other = [f"--against={Path(against).resolve()}"] if against and against != "transformers" else []
+    other = against_flag(against)
     config, more = str(ROOT / "config"), ["--compile=False", *place]
     data = [] if prepared("shakespeare_char") else ["--real_data=False"]
     small = bench_command(f"{config}/train_shakespeare_cpu.py", "--bench_steps=100", *data, *more, *other)
@@ -270,7 +304,7 @@ def cpu_steps(place: list[str], against: str | None) -> list[Part]:
 
 def decoding(place: list[str], against: str | None, on_gpu: bool) -> list[Part]:
     """Tokens per second of GPT-2 124M."""
-    other = [f"--against={Path(against).resolve()}"] if against and against != "transformers" else []
+    other = against_flag(against)
     sizes = ((8, 256, other), (64, 256, [])) if on_gpu else ((8, 32, other), (64, 16, []))
     commands = [
         bench_command(
@@ -279,7 +313,7 @@ def decoding(place: list[str], against: str | None, on_gpu: bool) -> list[Part]:
         )
         for B, new, more in sizes
     ]
-    return [Part("decode", "GPT-2 124M: sampling", commands, show_generate, 60 if on_gpu else 75)]
+    return [Part("decode", "GPT-2 124M: sampling", commands, show_generate, 45 if on_gpu else 60)]
 
 
 def prepared(dataset: str) -> bool:
@@ -304,8 +338,6 @@ import csv, json, pathlib, subprocess, sys
 *command, result = sys.argv[1:]
 status = subprocess.call([sys.executable, *command])
 out_dir = pathlib.Path(command[2].removeprefix("--out_dir="))
-for path in out_dir.glob("*.pt"):
-    path.unlink()
 if status == 0:
     curve, seconds = [], 0.0
     with open(out_dir / "log.csv") as file:
@@ -333,14 +365,23 @@ def studies(place: list[str], on_gpu: bool) -> list[Part]:
         large = ["--batch_size=2"]
         name = "GPT-2 124M"
     memory = [
-        bench_command("--check=memory", *large, *random_ids, f"--activation_checkpointing={again}")
-        for again in (False, True)
+        Part(
+            f"memory{suffix}",
+            f"{name}: memory {way} activation checkpointing",
+            [
+                bench_command(
+                    "--check=memory", *large, *random_ids, f"--activation_checkpointing={bool(suffix)}"
+                )
+            ],
+            *(show_rows, 25),
+        )
+        for suffix, way in (("", "without"), ("-checkpointing", "with"))
     ]
     save = ["--checkpoint=True", "--rounds=1", "--bench_steps=3", "--warmup_steps=1", "--compile=False"]
     checkpoint = bench_command(*save, *random_ids, "--batch_size=8" if on_gpu else "--block_size=256")
     return [
         Part("checkpoint", "A checkpoint of 124M", [checkpoint], show_checkpoint, 35),
-        Part("memory", f"{name}: memory", memory, show_rows, 50),
+        *memory,
         Part(
             "ladder", "The ladder: one improvement after another", [ladder], show_ladder, 90 if on_gpu else 45
         ),
@@ -353,18 +394,14 @@ def show_rows(result: dict[str, Any]) -> Lines:
     for row in result["rows"]:
         value, limit = row["value"], row["limit"]
         value = value if isinstance(value, str) else f"{value:.1e}" if value else "0"
-        verdict = "" if limit is None else "ok" if row["passes"] else f"**FAILED**, at most {limit:.0e}"
+        verdict = "" if limit is None else "ok" if row["passes"] else f"**FAILED**, at most {limit:g}"
         lines.append(f"| {row['what']} | {value} | {verdict} |")
     return lines
 
 
-def show_tests(result: dict[str, Any]) -> Lines:
-    return [", ".join(f"{count} {name}" for name, count in result.items())]
-
-
 def show_step(result: dict[str, Any]) -> Lines:
     settings, peak = result["settings"], result["peak_flops"]
-    product = result.get("measured_flops", peak)
+    product = result.get("measured_flops", peak)  # a CPU's peak is that of a matrix product already
     lines = ["| | ms | tokens/s | MFU | share of a matrix product |", "|---|---|---|---|---|"]
     for name, step in result["steps"].items():
         share = step["mfu"] * peak / product
@@ -374,11 +411,11 @@ def show_step(result: dict[str, Any]) -> Lines:
             f"| {step['tokens_per_second']:,.0f} | {step['mfu']:.1%} | {share:.1%} |"
         )
     lines += ["", f"Batch {settings['batch_size']} x {settings['block_size']}, {result['device']}."]
+    if result["memory_bytes"]:
+        lines[-1] += f" Memory {result['memory_bytes'] / 2**30:.2f} GiB."
     if "ratio" in result:
         ratio = result["ratio"]
         lines[-1] += f" **{ratio['median']:.2f} times as fast** ({ratio['low']:.2f} to {ratio['high']:.2f})."
-    elif result["memory_bytes"]:
-        lines[-1] += f" Memory {result['memory_bytes'] / 2**30:.2f} GiB."
     return lines
 
 
@@ -430,6 +467,11 @@ def show_ladder(result: dict[str, Any]) -> Lines:
     return lines
 
 
+def rows_of(parts: list[Part]) -> list[dict[str, Any]]:
+    """The rows of all checks that were made."""
+    return [row for part in parts for result in part.results for row in result.get("rows", [])]
+
+
 def headline(part: Part) -> Lines:
     """What a reader wants to know first of a part, a line for each result."""
     lines = []
@@ -455,8 +497,7 @@ def headline(part: Part) -> Lines:
 def as_markdown(parts: list[Part], runtime: Runtime, minutes: float) -> str:
     """The report: what failed and the headlines first, then a section for each part."""
     done = [part for part in parts if part.status == "ok"]
-    rows = [row for part in done for result in part.results for row in result.get("rows", [])]
-    judged = [row for row in rows if row["limit"] is not None]
+    judged = [row for row in rows_of(parts) if row["limit"] is not None]
     failed = [row for row in judged if not row["passes"]]
     lines = [
         f"# {runtime.describe()}",

@@ -122,13 +122,13 @@ def set_blocktime(library: ctypes.CDLL, milliseconds: int) -> Any:
 
 def switch_of_gnu(library: ctypes.CDLL) -> Callable[[bool], None]:
     """GNU's OpenMP spins for some microseconds only while it has more threads than there are cores: a second
-    team that never computes raises their number."""
+    team that never computes adds what is missing to their number."""
     nothing = ctypes.cast(library.free, ctypes.c_void_p)  # free(NULL), the work of the second team
     library.GOMP_parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-    end = threading.Event()
+    end, more = threading.Event(), max(2, library.omp_get_num_procs() - torch.get_num_threads() + 2)
 
     def hold_team() -> None:
-        library.GOMP_parallel(nothing, None, library.omp_get_num_procs() + 1, 0)
+        library.GOMP_parallel(nothing, None, more, 0)
         end.wait()
 
     def switch(sleeping: bool) -> None:
