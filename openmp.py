@@ -60,6 +60,12 @@ def find_waited() -> Callable[[], float] | None:
     """A function that returns the seconds for which this process has waited for cores, if there is one."""
     if Path("/proc/self/task").is_dir() and Path("/proc/self/schedstat").is_file():
         return run_delay
+    return find_cores_taken()
+
+
+def find_cores_taken() -> Callable[[], float] | None:
+    """By psutil: a function that returns the seconds that other programs have used of cores which our threads
+    need, less half a core, which an idle desktop uses."""
     try:
         import psutil
     except ImportError:
@@ -67,8 +73,6 @@ def find_waited() -> Callable[[], float] | None:
     spare = max(0, (os.cpu_count() or 1) - torch.get_num_threads())
 
     def cores_taken() -> float:
-        """Seconds that other programs have used of cores that our threads need, less half a core, which an
-        idle desktop uses."""
         used = psutil.cpu_times()
         others = used.user + used.system - time.process_time()
         return others - (spare + 0.5) * time.perf_counter()

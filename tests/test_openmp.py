@@ -3,13 +3,16 @@
 import os
 import subprocess
 import sys
+import threading
+import time
 from itertools import accumulate
+from types import SimpleNamespace
 
 import pytest
 from conftest import REPO
 
 from guards import crowd_watch
-from openmp import INTERVAL, ThreadWaits, find_switch, find_waited
+from openmp import INTERVAL, ThreadWaits, find_cores_taken, find_switch, find_waited, switch_of_llvm
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -92,6 +95,39 @@ def test_a_process_whose_threads_share_a_core_switches_unless_the_user_has_chose
     passive = {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"}
     run_script(ADAPT.replace("WATCH", "2").replace("EXPECTED", "False"), **passive)
     run_script(ADAPT.replace("WATCH", "2").replace("EXPECTED", "False"), OMP_NUM_THREADS="1")
+
+
+def test_what_other_programs_use_counts_where_linux_does_not_say(monkeypatch):
+    used = SimpleNamespace(user=1000.0, system=50.0)
+    monkeypatch.setitem(sys.modules, "psutil", SimpleNamespace(cpu_times=lambda: used))
+    taken = find_cores_taken()
+    before = taken()
+    used.user += 2e6
+    used.system += 1e6
+    assert taken() - before == pytest.approx(3e6, rel=0.01)  # less what this test takes of all cores
+    before, began = taken(), time.perf_counter()
+    time.sleep(0.2)
+    assert taken() - before < -0.4 * (time.perf_counter() - began)  # nothing else runs
+
+
+def test_the_main_thread_sets_how_long_llvms_threads_spin():
+    calls = []
+
+    def kmp_set_blocktime(milliseconds: int) -> None:
+        calls.append((milliseconds, threading.current_thread()))
+
+    switch = switch_of_llvm(
+        SimpleNamespace(kmp_set_blocktime=kmp_set_blocktime, kmp_get_blocktime=lambda: 200)
+    )
+    for sleeping, milliseconds in ((True, 0), (False, 200)):
+        other = threading.Thread(target=switch, args=(sleeping,))
+        other.start()
+        other.join()
+        end = time.monotonic() + 60
+        while not calls and time.monotonic() < end:
+            time.sleep(0.001)
+        assert calls == [(milliseconds, threading.main_thread())]
+        calls.clear()
 
 
 def test_a_run_notes_a_busy_machine_once():
