@@ -60,7 +60,7 @@ test-latest: TORCH ?= torch
 test-latest: ## run all tests with the newest of everything, in .venv-latest; TORCH='torch==2.13.0' keeps to that one
 	$(PYTHON) -m venv .venv-latest
 	.venv-latest/$(SCRIPTS)/$(PIP) --upgrade --upgrade-strategy eager '$(TORCH)' -r requirements-test-audio.txt
-	AUDIO=1 .venv-latest/$(SCRIPTS)/python -m pytest
+	.venv-latest/$(SCRIPTS)/python -m pytest
 
 test-oldest: ## run the tests that use transformers with 5.0, the oldest that is supported, in .venv-oldest
 	$(PYTHON) -m venv .venv-oldest
