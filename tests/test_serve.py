@@ -473,7 +473,9 @@ def test_without_memory_for_a_new_batch_nobody_waits_for_ever(trained, monkeypat
     try:
         monkeypatch.setattr(Batch, "read", fail)
         assert one.request("POST", "/v1/completions", {"prompt": "a"})[0] == 500
-        gc.collect()
+        end = time.monotonic() + 20
+        while held() is not None and time.monotonic() < end:  # the engine answers, then lets go of it
+            gc.collect()
         assert held() is None  # before the next one is made, its memory is free
         monkeypatch.setattr(engine_module, "Batch", fail)
         assert one.request("POST", "/v1/completions", {"prompt": "a"})[0] in (500, 503)
@@ -645,8 +647,7 @@ def test_text_appears_while_it_is_written_and_stops(page, served):
     page.fill("[name=max_tokens]", "4096")
     page.fill("[name=n]", "2")
     page.press("[name=prompt]", "Control+Enter")
-    first = page.locator("article pre b").first
-    first.wait_for()
+    page.locator("article pre b").first.wait_for(state="attached")  # it may be a new line, which has no width
     before = len(samples_of(page)[0])
     page.wait_for_timeout(150)
     assert len(samples_of(page)[0]) > before and page.inner_text("#go") == "Stop"
@@ -680,6 +681,7 @@ def test_on_a_phone_and_in_the_dark(page):
     page.click("#theme")
     assert brightness() > 600
     page.fill("[name=max_tokens]", "60")
+    page.fill("[name=seed]", "2")  # whose fourth token is no new line, which could not be tapped
     page.click("#go")
     page.locator("#go", has_text="Write").wait_for()
     wide = page.evaluate_handle("() => document.documentElement.scrollWidth").json_value()
