@@ -77,7 +77,8 @@ def bench_report(config: BenchConfig, runtime: Runtime, parts: list[Part] | None
             print(f": {part.status}{f', {failed} FAILED' if failed else ''}, {part.took:.0f} s", flush=True)
             for path in FOLDER.glob("*/*.pt"):
                 path.unlink()
-        draw_curves()
+        if part.results and part.show is show_learning:
+            draw_curves()
         result = write_report(parts, runtime, (time.monotonic() - began) / 60)
     print(f"report   {FOLDER / 'report.md'}, {result['minutes']:.1f} minutes")
     return result
