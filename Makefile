@@ -54,7 +54,7 @@ test: $(TESTABLE) ## run all tests
 
 test-audio: $(TESTABLE) ## a voice speaks, its speech becomes a dataset and a model, the model speaks: a minute or two
 	$(INSTALL) -r requirements-test-audio.txt
-	AUDIO=1 $(BIN)/python -m pytest -s -n 0 tests/test_audio_circle.py tests/test_audio.py
+	AUDIO=1 $(BIN)/python -m pytest -s -n 0 tests/audio
 
 test-latest: TORCH ?= torch
 test-latest: ## run all tests with the newest of everything, in .venv-latest; TORCH='torch==2.13.0' keeps to that one
@@ -65,10 +65,10 @@ test-latest: ## run all tests with the newest of everything, in .venv-latest; TO
 test-oldest: ## run the tests that use transformers with 5.0, the oldest that is supported, in .venv-oldest
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/$(SCRIPTS)/$(PIP) -r requirements-test.txt transformers==5.0.0 $(shell grep '^torch==' constraints.txt)
-	.venv-oldest/$(SCRIPTS)/python -m pytest $$(grep -l transformers tests/test_*.py)
+	.venv-oldest/$(SCRIPTS)/python -m pytest $$(grep -rl transformers tests --include='test_*.py')
 
 chaos: $(TESTABLE) ## kill a run 60 times at random, and read 4,000 damaged files: some minutes
-	CHAOS_KILLS=60 FUZZ_INPUTS=4000 $(BIN)/python -m pytest -s -n 0 tests/test_chaos.py tests/test_fuzz.py tests/test_fuzz_checkpoint.py
+	CHAOS_KILLS=60 FUZZ_INPUTS=4000 $(BIN)/python -m pytest -s -n 0 tests/training/test_chaos.py tests/test_fuzz.py tests/test_fuzz_checkpoint.py
 
 lint: $(TESTABLE) ## check style and format
 	$(BIN)/python -m ruff check .

@@ -8,7 +8,7 @@ recipe's in all. It prints a table and draws ablate.png.
 import sys
 
 from configurator import configure
-from settings import AblateConfig
+from distrogpt.settings import AblateConfig
 
 if __name__ == "__main__":
     CONFIG = configure(AblateConfig)  # before torch is loaded, so that --help and mistakes answer at once
@@ -26,9 +26,9 @@ from typing import Any
 
 import torch
 
-from errors import Diverged, UserError, one_line_errors, writable
-from runtime import find_pyplot
-from settings import TrainConfig
+from distrogpt.errors import Diverged, UserError, one_line_errors, writable
+from distrogpt.runtime import find_pyplot
+from distrogpt.settings import TrainConfig
 from train import train
 
 INGREDIENTS = (

@@ -5,7 +5,7 @@ compared takes turns of a few steps, so that a busy machine slows all of it alik
 """
 
 from configurator import configure
-from settings import BenchConfig
+from distrogpt.settings import BenchConfig
 
 if __name__ == "__main__":
     CONFIG = configure(BenchConfig)  # before torch is loaded, so that --help and mistakes answer at once
@@ -28,25 +28,29 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-import attention as attention_file
 import model as model_file
-from bench_checks import bench_check
-from bench_questions import bench_questions
-from bench_report import bench_report
-from bench_serve import bench_serve
-from checkpoint import BEST, NEWEST, training_state, write_whole
-from data.dataset import Dataset
-from decoding import Choice, prepare, stream
-from errors import UserError, is_out_of_memory, one_line_errors, writable
-from find_batch import HOLES, Trial, available_memory, found_in, give_back_memory, search, table
-from logs import Logs
-from model import GPT
-from optim import get_lr, make_optimizers
-from peers import Step, others_generate, others_step
-from plan import USABLE, Split, count, find_place, memory, plan, planned_shape
-from plot import SHARE
-from run_folder import RunFolder
-from runtime import (
+from distrogpt.benchmark.baselines import Step, others_generate, others_step
+from distrogpt.benchmark.batch_size import (
+    HOLES,
+    Trial,
+    available_memory,
+    found_in,
+    give_back_memory,
+    search,
+    table,
+)
+from distrogpt.benchmark.checks import bench_check
+from distrogpt.benchmark.multiple_choice import bench_questions
+from distrogpt.benchmark.plan import USABLE, Split, count, find_place, memory, plan, planned_shape
+from distrogpt.benchmark.report import bench_report
+from distrogpt.benchmark.serving import bench_serve
+from distrogpt.benchmark.timing import alternate, open_data, peak_memory, ratio, spread, synchronize
+from distrogpt.checkpoint import BEST, NEWEST, training_state, write_whole
+from distrogpt.data.dataset import Dataset
+from distrogpt.errors import UserError, is_out_of_memory, one_line_errors, writable
+from distrogpt.inference.decoder import Choice, prepare, stream
+from distrogpt.kernels import cpu as attention_file
+from distrogpt.runtime import (
     Runtime,
     compile_works,
     find_pyplot,
@@ -57,8 +61,12 @@ from runtime import (
     start_runtime,
     take_fast_float32,
 )
-from start import new_shape, planned
-from timing import alternate, open_data, peak_memory, ratio, spread, synchronize
+from distrogpt.training.logger import Logs
+from distrogpt.training.optim import get_lr, make_optimizers
+from distrogpt.training.run_directory import RunFolder
+from distrogpt.training.startup import new_shape, planned
+from model import GPT
+from plot import SHARE
 from train import initial_model, step_batches, training_step
 
 TRACE, PLOT = "bench_trace.json", "bench_ladder.png"

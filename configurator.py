@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from errors import UserError, one_line_errors
+from distrogpt.errors import UserError, one_line_errors
 
 REPO = Path(__file__).resolve().parent
 Settings = TypeVar("Settings")

@@ -5,7 +5,7 @@ Each task first finds what it needs, so that mistakes are told before anything i
 """
 
 from configurator import configure
-from settings import EvalConfig
+from distrogpt.settings import EvalConfig
 
 if __name__ == "__main__":
     CONFIG = configure(EvalConfig)  # before torch is loaded, so that --help and mistakes answer at once
@@ -18,19 +18,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from checkpoint import load_trained
-from data.dataset import Dataset, evaluation_windows, open_dataset, padded, strided_windows
-from data.meta import GPT2_META, other_tokenizer
-from data.questions import GPT2_HELLASWAG
-from data.tokenizer import Tokenizer, ids_of_prompt
-from errors import UserError, leave, one_line_errors, writable
-from evaluation import means_of, summed_loss
-from insight import next_tokens
+from distrogpt.checkpoint import load_trained
+from distrogpt.data.dataset import Dataset, evaluation_windows, open_dataset, padded, strided_windows
+from distrogpt.data.meta import GPT2_META, other_tokenizer
+from distrogpt.data.tokenizer import Tokenizer, ids_of_prompt
+from distrogpt.errors import UserError, leave, one_line_errors, writable
+from distrogpt.evaluation.introspection import next_tokens
+from distrogpt.evaluation.loss import means_of, summed_loss
+from distrogpt.evaluation.questions import GPT2_HELLASWAG
+from distrogpt.evaluation.tasks import answers, check_lengths, choices, held_out_lines, open_questions
+from distrogpt.runtime import Runtime, start_runtime, stop_runtime
+from distrogpt.settings import EVAL_TASKS, TrainConfig
 from model import GPT
-from runtime import Runtime, start_runtime, stop_runtime
 from sample import find_tokenizer, read_prompt, warn
-from settings import EVAL_TASKS, TrainConfig
-from tasks import answers, check_lengths, choices, held_out_lines, open_questions
 
 Result = dict[str, Any]
 

@@ -10,7 +10,7 @@ README.md                the model card
 """
 
 from configurator import configure
-from settings import ExportConfig
+from distrogpt.settings import ExportConfig
 
 if __name__ == "__main__":
     CONFIG = configure(ExportConfig)  # before torch is loaded, so that --help and mistakes answer at once
@@ -30,14 +30,14 @@ from unicodedata import category
 
 import torch
 
-from checkpoint import first_line, load_trained
-from data.tokenizer import END_OF_TEXT, Tokenizer, library_file, start_of_text
-from errors import MachineError, UserError, one_line_errors
-from huggingface import ARCHITECTURES, CODE, model_type_of, to_settings, to_weights
+from distrogpt.checkpoint import first_line, load_trained
+from distrogpt.data.tokenizer import END_OF_TEXT, Tokenizer, library_file, start_of_text
+from distrogpt.errors import MachineError, UserError, one_line_errors
+from distrogpt.huggingface.formats import ARCHITECTURES, CODE, model_type_of, to_settings, to_weights
+from distrogpt.huggingface.model_card import how_to_load, limits_of, model_card, shared_meta
+from distrogpt.settings import SampleConfig
 from model import GPTConfig
-from model_card import how_to_load, limits_of, model_card, shared_meta
 from sample import find_tokenizer
-from settings import SampleConfig
 
 MADE = (
     *("config.json", "model.safetensors", f"{CODE}.py", "tokenizer.json", "tokenizer_config.json"),
@@ -72,7 +72,7 @@ def export(config: ExportConfig) -> Path:
         "README.md": model_card(to.name, shape, tokenizer, contents, meta, count, config.dtype),
     }
     if model_type_of(shape) == "distrogpt":
-        path = Path(__file__).resolve().parent / "hf" / f"{CODE}.py"
+        path = Path(__file__).resolve().parent / "distrogpt" / "huggingface" / f"{CODE}.py"
         texts[f"{CODE}.py"] = path.read_text(encoding="utf-8")
 
     def write(folder: Path) -> None:

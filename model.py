@@ -19,9 +19,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from attention import KVCache, causal_attention, dropout, rms_norm, rotate, rotation
-from decoding import Choice, stream
-from optim import adamw
+from distrogpt.inference.decoder import Choice, stream
+from distrogpt.kernels.cpu import KVCache, causal_attention, dropout, rms_norm, rotate, rotation
+from distrogpt.training.optim import adamw
 
 
 def swiglu(x: torch.Tensor) -> torch.Tensor:
@@ -297,7 +297,7 @@ class GPT(nn.Module):
         `override_args` may set dropout. Raises OSError where the weights cannot be had, ValueError where they
         are of another network or another setting is overridden.
         """
-        from huggingface import find_folder, read_pretrained
+        from distrogpt.huggingface.formats import find_folder, read_pretrained
 
         if set(override_args or {}) - {"dropout"}:
             raise ValueError(f"only dropout can be overridden, not {', '.join(override_args)}")

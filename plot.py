@@ -7,7 +7,7 @@ is train.py's end of it, `follow` the child's), so that no step waits for it; an
 import sys
 
 from configurator import configure
-from settings import PlotConfig, TrainConfig
+from distrogpt.settings import PlotConfig, TrainConfig
 
 if __name__ == "__main__":
     FOLDERS = [word for word in sys.argv[1:] if not word.startswith("-")]
@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from errors import UserError, one_line_errors
+from distrogpt.errors import UserError, one_line_errors
 
 LOG, PICTURE = "log.csv", "loss.png"
 MOST = 2000  # points of a line: more than a picture has columns

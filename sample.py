@@ -6,7 +6,7 @@ From Python: `Sampler("out-shakespeare-char")`, then its `generate` and `stream`
 import sys
 
 from configurator import configure
-from settings import SampleConfig
+from distrogpt.settings import SampleConfig
 
 if __name__ == "__main__":
     CONFIG = configure(SampleConfig)  # before torch is loaded, so that --help and mistakes answer at once
@@ -18,18 +18,18 @@ from typing import Any
 
 import torch
 
-from checkpoint import load_trained
 from configurator import checked, typed
-from data.dataset import read_dataset_meta
-from data.meta import GPT2_META
-from data.tokenizer import Tokenizer, from_description, ids_of_prompt
-from decoding import Choice, prepare, stream, uniform_draws
-from errors import UserError, one_line_errors
-from prompt_mode import prompt_mode
-from runtime import compile_works, progress_bar, start_runtime
-from settings import OF_A_SAMPLE
-from speech import check_wav, load_voice, speak
-from writing import Token, Writer, form_of, legend, shown
+from distrogpt.audio.speech import check_wav, load_voice, speak
+from distrogpt.checkpoint import load_trained
+from distrogpt.data.dataset import read_dataset_meta
+from distrogpt.data.meta import GPT2_META
+from distrogpt.data.tokenizer import Tokenizer, from_description, ids_of_prompt
+from distrogpt.errors import UserError, one_line_errors
+from distrogpt.inference.decoder import Choice, prepare, stream, uniform_draws
+from distrogpt.inference.detokenizer import Token, Writer, form_of, legend, shown
+from distrogpt.inference.interactive import prompt_mode
+from distrogpt.runtime import compile_works, progress_bar, start_runtime
+from distrogpt.settings import OF_A_SAMPLE
 
 SEPARATOR = "---------------"
 

@@ -1,7 +1,7 @@
 """A page to write with, and an API for OpenAI's clients: python serve.py --out_dir=out-shakespeare-char"""
 
 from configurator import configure
-from settings import ServeConfig
+from distrogpt.settings import ServeConfig
 
 if __name__ == "__main__":
     CONFIG = configure(ServeConfig)  # before torch is loaded, so that --help and mistakes answer at once
@@ -21,11 +21,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from completions import Completion, answer, failure, joined, read_body, told_choice, usage
-from engine import Closed, Engine, Full, News, Request
-from errors import MachineError, UserError, leave, one_line_errors
+from distrogpt.audio.speech import Voice, load_voice, wav_bytes
+from distrogpt.errors import MachineError, UserError, leave, one_line_errors
+from distrogpt.serving.completions import Completion, answer, failure, joined, read_body, told_choice, usage
+from distrogpt.serving.engine import Closed, Engine, Full, News, Request
 from sample import Sampler, read_prompt, warn
-from speech import Voice, load_voice, wav_bytes
 
 with one_line_errors():
     try:
@@ -40,7 +40,7 @@ with one_line_errors():
     except ImportError as error:
         raise UserError(f"serve.py needs {error.name}; run: pip install -r requirements-serve.txt") from None
 
-PAGE = Path(__file__).with_name("page.html")
+PAGE = Path(__file__).with_name("distrogpt") / "serving" / "page.html"
 BODY_BYTES, BODY_SECONDS = 1 << 20, 30  # of a request, at most
 MOST_SPOKEN, MOST_TO_SPEAK = 10_000, 4  # characters (some ten minutes) of a text; texts that wait
 MOST_UNREAD = 2_000  # news that wait for a client: some ten seconds of four samples

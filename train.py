@@ -5,7 +5,7 @@ One process trains on one device; under torchrun, one process per GPU trains the
 """
 
 from configurator import configure
-from settings import TrainConfig
+from distrogpt.settings import TrainConfig
 
 if __name__ == "__main__":
     CONFIG = configure(TrainConfig)  # before torch is loaded, so that --help and mistakes answer at once
@@ -24,18 +24,13 @@ import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoint import BEST, NEWEST, lost, restore_optimizers, training_state
-from data.dataset import Dataset, measured_splits, open_dataset, step_windows, to_xy
-from errors import UserError, leave, one_line_errors
-from evaluation import attempt, evaluate, evaluation_line
-from guards import crowd_watch, early_end, spike_watch
-from logs import Logs
-from model import GPT
-from openmp import WAITS
-from optim import get_lr, make_optimizers, set_learning_rates
-from parallel import local, share_model, whole
-from run_folder import RunFolder
-from runtime import (
+from distrogpt.checkpoint import BEST, NEWEST, lost, restore_optimizers, training_state
+from distrogpt.data.dataset import Dataset, measured_splits, open_dataset, step_windows, to_xy
+from distrogpt.errors import UserError, leave, one_line_errors
+from distrogpt.evaluation.loss import attempt, evaluate, evaluation_line
+from distrogpt.evaluation.tasks import Ask, make_ask
+from distrogpt.openmp import WAITS
+from distrogpt.runtime import (
     Runtime,
     maybe_compile,
     peak_flops,
@@ -45,8 +40,20 @@ from runtime import (
     stop_runtime,
     take_fast_float32,
 )
-from start import describe_resumption, describe_run, earlier_run, fingerprint, initial_model, planned
-from tasks import Ask, make_ask
+from distrogpt.training.distributed import local, share_model, whole
+from distrogpt.training.guards import crowd_watch, early_end, spike_watch
+from distrogpt.training.logger import Logs
+from distrogpt.training.optim import get_lr, make_optimizers, set_learning_rates
+from distrogpt.training.run_directory import RunFolder
+from distrogpt.training.startup import (
+    describe_resumption,
+    describe_run,
+    earlier_run,
+    fingerprint,
+    initial_model,
+    planned,
+)
+from model import GPT
 
 
 class Batch(NamedTuple):

@@ -104,9 +104,9 @@ def run_here(
     import bench
     import export
     import sample
-    import settings
     import train
-    from errors import leave, one_line_errors
+    from distrogpt import settings
+    from distrogpt.errors import leave, one_line_errors
 
     def train_as_command(config: settings.TrainConfig) -> None:
         stopped_by = train.train(config).stopped_by

@@ -11,7 +11,7 @@ from typing import Any
 import hypothesis
 from hypothesis import strategies as st
 
-from errors import UserError
+from distrogpt.errors import UserError
 
 TESTS = 8  # that share the inputs
 INPUTS = os.environ.get("FUZZ_INPUTS")

@@ -6,7 +6,7 @@ from conftest import TINY, assert_user_error, run_here, run_warm
 
 from ablate import table, variants
 from configurator import read_settings
-from settings import AblateConfig
+from distrogpt.settings import AblateConfig
 
 STUDY = (*TINY, "--max_iters=4", "--eval_interval=2", "--seeds=2", "--rotary=True", "--optimizer=muon")
 

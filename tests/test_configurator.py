@@ -8,8 +8,8 @@ import pytest
 from conftest import REPO, assert_user_error, run
 
 from configurator import configure, read_settings
-from errors import UserError
-from settings import BenchConfig, EvalConfig, PlotConfig, SampleConfig, TrainConfig
+from distrogpt.errors import UserError
+from distrogpt.settings import BenchConfig, EvalConfig, PlotConfig, SampleConfig, TrainConfig
 
 
 def settings_of(*argv: str) -> TrainConfig:

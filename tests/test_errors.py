@@ -8,8 +8,8 @@ import pytest
 import torch
 from conftest import TINY, assert_user_error, run_here
 
-from errors import UserError
-from runtime import find_device
+from distrogpt.errors import UserError
+from distrogpt.runtime import find_device
 
 
 def train_on(dataset, *flags):

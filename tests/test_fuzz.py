@@ -13,10 +13,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from configurator import kinds_of, limit_broken, read_settings
-from data.meta import read_meta
-from data.tokens import TokenStream
+from distrogpt.data.meta import read_meta
+from distrogpt.data.token_stream import TokenStream
+from distrogpt.settings import BenchConfig, EvalConfig, SampleConfig, TrainConfig
 from sample import find_tokenizer
-from settings import BenchConfig, EvalConfig, SampleConfig, TrainConfig
 
 # settings
 

@@ -24,13 +24,13 @@ from fuzzing import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from checkpoint import load_checkpoint, restore_model, restore_optimizers, training_state
-from decoding import stream
+from distrogpt.checkpoint import load_checkpoint, restore_model, restore_optimizers, training_state
+from distrogpt.inference.decoder import stream
+from distrogpt.runtime import Runtime
+from distrogpt.settings import TrainConfig
+from distrogpt.training.optim import make_optimizers
 from model import GPT, GPTConfig
-from optim import make_optimizers
-from runtime import Runtime
 from sample import find_tokenizer
-from settings import TrainConfig
 from train import Batch, training_step
 
 CPU = Runtime(torch.device("cpu"), torch.float32)

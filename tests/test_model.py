@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from attention import causal_attention, dropout
-from decoding import Choice, prepare, sample_token, stream, uniform_draws
+from distrogpt.inference.decoder import Choice, prepare, sample_token, stream, uniform_draws
+from distrogpt.kernels.cpu import causal_attention, dropout
 from model import GPT, GPTConfig
 
 SMALL = {"block_size": 32, "vocab_size": 96, "n_layer": 3, "n_head": 4, "n_embd": 32}

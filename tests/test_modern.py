@@ -10,14 +10,20 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-import settings as settings_file
-from attention import KVCache, rms_norm, rotate, rotation
-from checkpoint import load_checkpoint, restore_model, restore_optimizers, training_state, write_whole
-from decoding import Choice, prepare, stream
+from distrogpt import settings as settings_file
+from distrogpt.checkpoint import (
+    load_checkpoint,
+    restore_model,
+    restore_optimizers,
+    training_state,
+    write_whole,
+)
+from distrogpt.inference.decoder import Choice, prepare, stream
+from distrogpt.kernels.cpu import KVCache, rms_norm, rotate, rotation
+from distrogpt.runtime import Runtime
+from distrogpt.settings import TrainConfig
+from distrogpt.training.optim import make_optimizers
 from model import ACTIVATIONS, GPT, NORMS, GPTConfig
-from optim import make_optimizers
-from runtime import Runtime
-from settings import TrainConfig
 from train import Batch, training_step
 
 SMALL = {"block_size": 16, "vocab_size": 24, "n_layer": 2, "n_head": 4, "n_embd": 24}

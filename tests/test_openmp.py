@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 from conftest import REPO
 
-from guards import crowd_watch
-from openmp import INTERVAL, ThreadWaits, find_cores_taken, find_switch, find_waited, switch_of_llvm
+from distrogpt.openmp import INTERVAL, ThreadWaits, find_cores_taken, find_switch, find_waited, switch_of_llvm
+from distrogpt.training.guards import crowd_watch
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -43,7 +43,7 @@ def run_script(script: str, **env: str) -> None:
 
 TOGGLE = """
 import os, time, torch
-from openmp import find_switch
+from distrogpt.openmp import find_switch
 
 def threads_now(wanted):
     end = time.monotonic() + 60
@@ -74,8 +74,8 @@ def test_a_team_of_idle_threads_comes_and_goes():
 
 ADAPT = """
 import os, threading, time, torch
-from runtime import start_runtime
-from openmp import WAITS
+from distrogpt.runtime import start_runtime
+from distrogpt.openmp import WAITS
 
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # two threads on one core wait for it in turns
 start_runtime("cpu")

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from conftest import TINY, assert_user_error, run, train_here
 
-import logs as logs_file
 import plot
 from configurator import read_settings
-from errors import UserError
-from run_folder import COLUMNS
-from settings import PlotConfig, TrainConfig
+from distrogpt.errors import UserError
+from distrogpt.settings import PlotConfig, TrainConfig
+from distrogpt.training import logger as logs_file
+from distrogpt.training.run_directory import COLUMNS
 from train import train
 
 HEADER = ",".join(COLUMNS)
@@ -351,7 +351,7 @@ def test_scores_go_wherever_losses_go_and_none_is_needed(tmp_path, dataset, monk
 
 def test_lines_wait_at_most_until_a_save(tmp_path, dataset, monkeypatch):
     """What a checkpoint goes on from is in log.csv before it is written."""
-    from checkpoint import write_whole
+    from distrogpt.checkpoint import write_whole
 
     seen = []
 
@@ -360,7 +360,7 @@ def test_lines_wait_at_most_until_a_save(tmp_path, dataset, monkeypatch):
             seen.append((tmp_path / "log.csv").read_text().splitlines()[-1].split(",")[0])
         write_whole(how, *paths)
 
-    monkeypatch.setattr("run_folder.write_whole", write)
+    monkeypatch.setattr("distrogpt.training.run_directory.write_whole", write)
     monkeypatch.setattr(logs_file, "TOGETHER", 1e9)
     flags = [*TINY, f"--dataset={dataset}", f"--out_dir={tmp_path}", "--save_interval=7", "--log_interval=1"]
     train_here(*flags, "--eval_interval=100", "--max_iters=16")

@@ -9,8 +9,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from data.lines import at_least, line_parser, write_problems
-from errors import one_line_errors
+from distrogpt.data.preparation.problems import at_least, line_parser, write_problems
+from distrogpt.errors import one_line_errors
 
 
 def addition(a: int, b: int, reverse: bool = False) -> str:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from data.lines import line_parser, write_problems
-from errors import one_line_errors
+from distrogpt.data.preparation.problems import line_parser, write_problems
+from distrogpt.errors import one_line_errors
 
 VALUES = (1000, 900, 500, 400, 100, 90, 50, 40, 10, 9, 5, 4, 1)
 NUMERALS = dict(zip(VALUES, "M CM D CD C XC L XL X IX V IV I".split(), strict=True))

@@ -5,9 +5,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from data.source import prepare_shakespeare
-from data.tokenizer import GPT2Tokenizer
-from errors import one_line_errors
+from distrogpt.data.preparation.sources import prepare_shakespeare
+from distrogpt.data.tokenizer import GPT2Tokenizer
+from distrogpt.errors import one_line_errors
 
 if __name__ == "__main__":
     with one_line_errors():

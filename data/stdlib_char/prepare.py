@@ -10,10 +10,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from data.source import argument_parser
-from data.tokenizer import CharTokenizer
-from data.writer import write_dataset
-from errors import UserError, one_line_errors
+from distrogpt.data.preparation.sources import argument_parser
+from distrogpt.data.preparation.writer import write_dataset
+from distrogpt.data.tokenizer import CharTokenizer
+from distrogpt.errors import UserError, one_line_errors
 
 CHARS = "\n" + "".join(map(chr, range(32, 127)))
 LEFT_OUT = {"test", "tests", "idle_test", "encodings", "site-packages", "dist-packages", "__pycache__"}

@@ -1,1 +1,0 @@
-"""Datasets, one folder each, and what they share: tokenizer.py (text), tokens.py (ids on disk)."""

@@ -1,0 +1,1 @@
+"""Everything that nobody types: the commands in the folder above import it."""

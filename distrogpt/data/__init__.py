@@ -1,0 +1,1 @@
+"""Datasets: token files, tokenizers, and which windows a step reads."""

@@ -1,0 +1,1 @@
+"""What the prepare.py scripts of data/ share."""

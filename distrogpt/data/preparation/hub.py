@@ -1,0 +1,135 @@
+"""Datasets of the Hugging Face hub, or local files of any size, as shards: what several prepare.py share.
+
+Read as a stream by Hugging Face's `datasets`: the disk holds nothing but the shards.
+"""
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from distrogpt.data.meta import DATA
+from distrogpt.data.preparation.documents import Corpus, Piece, not_blank, row_pieces
+from distrogpt.data.preparation.shards import Part, write_shards
+from distrogpt.data.preparation.sources import corpus_of, named_tokenizer, text_parser
+from distrogpt.errors import MachineError, UserError
+
+
+class HubText:
+    """The documents in a column of a dataset of the hub, or of a folder of files that `datasets` reads."""
+
+    def __init__(self, name: str, config: str | None, split: str, field: str) -> None:
+        """Raises UserError where there is no such dataset, or no way to it."""
+        from datasets import load_dataset
+
+        self.settings = {"dataset": name, "config": config, "split": split, "field": field}
+        try:
+            self.rows = load_dataset(name, config, split=split, streaming=True)
+        except Exception as error:  # the hub's client raises many kinds
+            url, reason = f"https://huggingface.co/datasets/{name}", " ".join(str(error).split())[:200]
+            raise UserError(
+                f"no dataset {name} ({type(error).__name__}: {reason}); check --dataset, --config, --split, "
+                f"or fetch the files of {url} and give --input PATH"
+            ) from None
+        if self.rows.column_names and field in self.rows.column_names:
+            self.rows = self.rows.select_columns([field])
+        known = (self.rows.info.splits or {}).get(split)
+        self.documents = known.num_examples if known else 0
+        self.size = known.num_bytes if known else None  # bytes of the text, or of its files
+        if os.path.isdir(name):
+            self.size = sum(path.stat().st_size for path in Path(name).rglob("*"))
+        self.read = 0
+
+    def __len__(self) -> int:
+        return self.rows.num_shards
+
+    def pieces(self, first: int = 0, end: int | None = None) -> Iterator[Piece]:
+        """All documents that are not blank, in the order of the files first..end-1. Raises UserError, and
+        MachineError where the connection is lost."""
+        corpus = Corpus([], field=self.settings["field"])
+        for number in range(first, len(self) if end is None else end):
+            where = f"{self.settings['dataset']}, file {number}"
+            self.read = int(self.documents * number / len(self))
+            rows = iter(self.rows.shard(num_shards=len(self), index=number))
+            while True:
+                try:
+                    row = next(rows, None)
+                except Exception as error:
+                    reason = f"{type(error).__name__}: {str(error)[:150]}"
+                    raise MachineError(f"{where} is lost ({reason}); the same command goes on") from None
+                if row is None:
+                    break
+                self.read += 1
+                for piece in not_blank(row_pieces(row, where, corpus)):
+                    yield piece._replace(file=number)
+
+    def done(self) -> float:
+        """The share of the documents that has been read; 0 where their number is not known."""
+        return min(1.0, self.read / self.documents) if self.documents else 0.0
+
+    def describe(self) -> dict[str, Any]:
+        return self.settings
+
+
+def prepare_shards(about: str, dataset: str | None = None, config: str | None = None) -> None:
+    """The whole of a prepare.py that writes shards; without `dataset`, one is named by its options."""
+    parser = shard_options(about, dataset, config)
+    args = parser.parse_args()
+    tokenizer = named_tokenizer(args.tokenizer)
+    if args.input:
+        text: Corpus | HubText = corpus_of(args, args.input)
+        about = ", ".join(args.input)
+    elif args.dataset:
+        text = HubText(args.dataset, args.config, args.split, args.field)
+        about = " ".join(filter(None, (args.dataset, args.config, args.split)))
+    else:
+        parser.error("neither --dataset nor --input is given")
+    folder = args.output
+    if dataset is None and folder == Path(sys.argv[0]).resolve().parent:
+        name = args.dataset or Path(args.input[0]).stem
+        name = re.sub(r"\W+", "_", "_".join(filter(None, (name, args.config)))).strip("_").lower()
+        folder = DATA / name
+        if not name or (folder / "prepare.py").exists():
+            raise UserError("the input names no folder of its own; choose one by --output data/NAME")
+    settings = (args.shard_tokens, args.max_tokens, args.val_tokens, max(1, args.workers), args.shard)
+    try:
+        write_shards(folder, text, tokenizer, *settings, overwrite=args.overwrite, about=about)
+    except KeyboardInterrupt:
+        print(f"\nstopped; the same command goes on with {folder}", file=sys.stderr)
+        raise
+
+
+def shard_options(about: str, dataset: str | None, config: str | None) -> argparse.ArgumentParser:
+    """The options of those prepare.py."""
+    parser = text_parser(sys.argv[0], about, "instead of the hub: files, folders, globs")
+    add = parser.add_argument
+    if dataset is None:
+        add("--dataset", metavar="NAME", help="of the hub, such as Salesforce/wikitext, or a folder")
+    parser.set_defaults(dataset=dataset)
+    add("--config", default=config, metavar="NAME", help=f"which of its configurations (default: {config})")
+    add("--split", default="train", metavar="NAME", help="which of its splits is read (default: train)")
+    add("--tokenizer", default="gpt2", help="gpt2 (default), byte, or a dataset whose tokenizer to take")
+    add("--max_tokens", type=whole_number, metavar="N", help="stop after so many, such as 1e9 (default: all)")
+    add("--shard_tokens", type=whole_number, default=10**8, metavar="N", help="ids of a file (default: 1e8)")
+    add("--val_tokens", type=whole_number, metavar="N", help="of them (default: one, or a tenth of the text)")
+    add("--shard", type=part, default=Part(), metavar="I/N", help="this machine does part I of N, from 1 on")
+    return parser
+
+
+def whole_number(text: str) -> int:
+    """A positive whole number, also written 1e9. Raises ValueError."""
+    number = float(text)
+    if number < 1 or not number.is_integer():
+        raise ValueError(text)
+    return int(number)
+
+
+def part(text: str) -> Part:
+    """I/N. Raises ValueError."""
+    number, of = map(int, text.split("/"))
+    if not 1 <= number <= of < 10**5:
+        raise ValueError(text)
+    return Part(number, of)

@@ -1,0 +1,1 @@
+"""Losses, multiple choice, exact answers, and what a network does inside."""

@@ -1,0 +1,1 @@
+"""Models in the folders that transformers reads."""

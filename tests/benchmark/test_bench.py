@@ -1,0 +1,363 @@
+"""The bench measures train.py's own step."""
+
+import json
+import math
+import os
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REPO, TINY, assert_user_error, run_here
+
+import bench
+import model
+from bench import alternate, open_data, our_step, ratio, rung_step
+from configurator import read_settings
+from distrogpt.benchmark.batch_size import LARGEST, Trial, available_memory, search, shared
+from distrogpt.errors import UserError, is_out_of_memory
+from distrogpt.kernels import cpu as attention
+from distrogpt.runtime import Runtime
+from distrogpt.settings import BenchConfig
+
+
+def test_it_tells_time_speed_share_and_memory(dataset):
+    done = run_here("bench.py", *TINY, f"--dataset={dataset}", "--bench_steps=5", "--warmup_steps=1")
+    assert done.returncode == 0, done.stderr
+    for line in (
+        r"^step +4 sequences of 16 = 64 tokens$",
+        r"^time +\d+\.\d\d ms median \(\d+\.\d\d to \d+\.\d\d is the middle half\)$",
+        r"^speed +[\d,]+ tokens/s, [\d,]+ GFLOP/s$",
+        r"^mfu +\d+\.\d% of [\d,]+ GFLOP/s$",
+        r"^memory +\d+\.\d\d GiB",
+    ):
+        assert re.search(line, done.stdout, re.M), (line, done.stdout)
+    assert "random ids" not in done.stdout
+
+
+def test_random_ids_where_they_are_wanted_and_not_for_a_name_that_is_wrong():
+    flags = (*TINY, "--bench_steps=2", "--n_layer=1", "--warmup_steps=0", "--dataset=none")
+    done = run_here("bench.py", *flags, "--real_data=False", "--profile=True", "--ladder=True")
+    assert_user_error(done, "ladder and profile do not go together")
+    assert_user_error(run_here("bench.py", *flags), "no dataset none", "--real_data=False")
+    done = run_here("bench.py", *flags, "--real_data=False")
+    assert done.returncode == 0 and "random ids of GPT-2's vocabulary" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("layers", "steps", "compiled"), [(1, 2000, False), (1, 10**6, True), (40, 10**6, False)]
+)
+def test_it_compiles_where_train_py_would(layers, steps, compiled, monkeypatch, dataset):
+    monkeypatch.setattr("distrogpt.runtime.compile_works", lambda device, say: True)
+    shape = (f"--n_layer={layers}", "--n_embd=96", "--compile=auto", f"--max_iters={steps}")
+    config = read_settings(BenchConfig, [*TINY, f"--dataset={dataset}", "--batch_size=2", *shape])
+    made, _, _ = our_step(config, open_data(config), Runtime(torch.device("cpu"), torch.float32))
+    assert (made._compiled_call_impl is not None) == compiled
+
+
+def test_a_rungs_vocabulary_and_optimizer_are_plain_ones(monkeypatch):
+    calls, fused_adamw = [], torch._fused_adamw_
+    monkeypatch.setattr(torch, "_fused_adamw_", lambda *a, **k: calls.append(1) or fused_adamw(*a, **k))
+    config = read_settings(BenchConfig, [*TINY, "--real_data=False", "--batch_size=2", "--dtype=float16"])
+    data = open_data(config)
+    place = Runtime(torch.device("cpu"), torch.float16)
+    for padded, size in ((True, 50304), (False, 50257)):
+        made, _, step = our_step(config, data, place, fused=padded, padded=padded)
+        before = made.lm_head.weight.clone()
+        calls.clear()
+        step(0)  # fp16's loss scaling goes with either optimizer
+        assert bool(calls) == padded
+        assert made.config.vocab_size == size and not torch.equal(before, made.lm_head.weight)
+
+
+def test_profile_shows_operations_and_writes_a_trace(dataset, tmp_path):
+    done = run_here(
+        "bench.py", *TINY, f"--dataset={dataset}", "--bench_steps=2", "--profile=True", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert "aten::mm" in done.stdout
+    trace = json.loads((tmp_path / "bench_trace.json").read_text())
+    assert any("aten::mm" in str(event.get("name")) for event in trace["traceEvents"])
+
+
+def test_it_takes_a_training_config_and_its_own_settings():
+    config = read_settings(BenchConfig, ["config/train_shakespeare_cpu.py", "--bench_steps=3"])
+    assert (config.n_layer, config.batch_size, config.bench_steps) == (4, 12, 3)
+    assert read_settings(BenchConfig, []).batch_size is None
+    assert_user_error(run_here("bench.py", "--bench_step=3"), "did you mean bench_steps?")
+
+
+def test_the_step_is_train_pys():
+    import train
+
+    assert bench.training_step is train.training_step and bench.step_batches is train.step_batches
+    assert "def training_step" not in Path(bench.__file__).read_text()
+
+
+@pytest.mark.parametrize("against", [str(REPO), "transformers"])  # our model.py has nanoGPT's face too
+def test_others_are_timed_in_turns_and_the_results_written(against, dataset, tmp_path):
+    flags = (f"--dataset={dataset}", "--bench_steps=4", f"--against={against}", "--dropout=0.1")
+    done = run_here("bench.py", *TINY, *flags, f"--json={tmp_path / 'found.json'}")
+    assert done.returncode == 0, done.stderr
+    name = "transformers" if against == "transformers" else REPO.name
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert set(found["steps"]) == {"ours", name} and found["torch"] == torch.__version__
+    assert found["settings"]["n_embd"] == 16 and "cpu" in found["device"]
+    told = float(re.search(r"^ratio +(\d+\.\d+) times", done.stdout, re.M)[1])
+    assert told == pytest.approx(found["ratio"]["median"], abs=0.01)
+    times = found["steps"]
+    assert times["ours"]["low"] <= times["ours"]["median"] <= times["ours"]["high"]
+    assert times["ours"]["tokens_per_second"] == pytest.approx(64 / times["ours"]["median"])
+
+
+def test_mistakes_of_against_and_json(dataset, tmp_path):
+    (tmp_path / "model.py").write_text("GPT = 1")
+    flags = (*TINY, f"--dataset={dataset}", "--bench_steps=1", "--warmup_steps=0")
+    assert_user_error(run_here("bench.py", *flags, "--against=nowhere"), "no model.py", "nanoGPT checkout")
+    assert_user_error(run_here("bench.py", *flags, f"--against={tmp_path}"), "is not nanoGPT's")
+    (tmp_path / "model.py").write_text("raise ValueError('no')")
+    assert_user_error(run_here("bench.py", *flags, f"--against={tmp_path}"), "is not nanoGPT's")
+    done = run_here("bench.py", *flags, f"--json={tmp_path}")
+    assert_user_error(done, "cannot be written")
+    assert "median" not in done.stdout  # told before all that takes time
+    done = run_here("bench.py", *flags, "--generate=True", "--max_new_tokens=20")
+    assert_user_error(done, "block_size=16 leaves 0 tokens", "raise --block_size")
+
+
+def test_alternation_takes_turns():
+    order = []
+    steps = {name: lambda number, name=name: order.append((name, number)) for name in "ab"}
+    runtime = Runtime(torch.device("cpu"), torch.float32)
+    times = alternate(steps, 1, 2, runtime)
+    assert order == [("a", 0), ("b", 0), ("a", 0), ("b", 0), ("a", 1), ("b", 1)]
+    assert {name: len(seconds) for name, seconds in times.items()} == {"a": 2, "b": 2}
+    order.clear()
+    times = alternate(steps, 0, 25, runtime)  # turns of three
+    assert "".join(name for name, _ in order) == 8 * "aaabbb" + "ab"
+    assert {name: len(seconds) for name, seconds in times.items()} == {"a": 25, "b": 25}
+
+
+def test_a_ratio_is_how_many_times_faster_ours_is():
+    assert ratio([2.0, 6.0, 8.0], [1.0, 2.0, 2.0])["median"] == 3.0
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))), reason="no C++ compiler")
+def test_ladder_has_a_table_and_a_plot(dataset, tmp_path):
+    flags = (*TINY, f"--dataset={dataset}", "--bench_steps=2", "--dropout=0.1", "--dtype=bfloat16")
+    done = run_here("bench.py", *flags, "--ladder=True", "--json=found.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rungs = json.loads((tmp_path / "found.json").read_text())["rungs"]
+    names = [rung["rung"] for rung in rungs]
+    assert names[0] == "fp32, plain" and {"bfloat16", "fused AdamW", "compile"} < set(names)
+    assert all(name in done.stdout for name in names)
+    assert rungs[-1]["total"] == pytest.approx(math.prod(rung["gain"] for rung in rungs))
+    assert (tmp_path / "bench_ladder.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_ladder_leaves_the_model_as_it_was(dataset):
+    def state():
+        parts = [vars(file)[name] for file in (model, attention) for name in ("dropout", "causal_attention")]
+        return [*parts, torch.get_float32_matmul_precision()]
+
+    modern = ("--optimizer=muon", "--n_kv_head=1", "--activation=relu2")  # the ladder is GPT-2's
+    config = read_settings(BenchConfig, [*TINY, f"--dataset={dataset}", *modern])
+    before = state()
+    runtime = Runtime(torch.device("cpu"), torch.float32)
+    data = open_data(config)
+    rung_step(config, data, runtime, {})(0)
+    assert before == state()
+
+
+@pytest.mark.parametrize("against", [None, str(REPO), "transformers"])
+def test_generate_tells_prefill_decode_and_the_bandwidths_share(against, tmp_path):
+    shape = "--n_layer=1 --n_head=2 --n_embd=32 --block_size=64 --max_new_tokens=8 --num_samples=3".split()
+    flags = ("--generate=True", "--real_data=False", "--rounds=2", f"--json={tmp_path / 'found.json'}")
+    done = run_here(
+        "bench.py", *shape, *flags, *([f"--against={against}"] if against else []), "--device=cpu"
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert [(run["name"], run["batch"]) for run in found["runs"]] == [
+        (name, batch) for name in ("ours", "ours, int8") for batch in (1, 3)
+    ]
+    for one in found["runs"]:
+        weights = 12 * 32 * 32 + 50304 * 32
+        nbytes = 1 if "int8" in one["name"] else 2 if "bfloat16" in found["device"] else 4
+        limit = found["bandwidth"] / (weights * nbytes)
+        assert one["share"] == pytest.approx(one["decode"]["median"] / one["batch"] / limit)
+    assert ("ratio" in found) == (against is not None)
+
+
+def test_what_a_checkpoint_costs(dataset, tmp_path):
+    flags = [*TINY, f"--dataset={dataset}", "--checkpoint=True", "--bench_steps=5", "--rounds=2"]
+    done = run_here("bench.py", *flags, f"--json={tmp_path / 'found.json'}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    size = int(re.search(r"writes   (\d+) MB", done.stdout)[1])
+    assert round(found["bytes"] / 1e6) == size and found["wait"]["median"] > 0 < found["write"]["median"]
+    assert re.search(r"lost     -?\d+\.\d\d s a checkpoint, .* -?\d+\.\d\d% of 250 steps", done.stdout)
+    assert [path.name for path in tmp_path.iterdir()] == ["found.json"]
+
+
+# the largest batch
+
+
+@pytest.mark.parametrize("careful", [True, False])
+def test_the_search_finds_the_largest_batch_to_an_eighth(careful):
+    for limit in [*range(1, 40), 100, 255, 256, 257, 1000, LARGEST - 1]:
+        attempted = []
+
+        def attempt(batch, limit=limit, attempted=attempted):
+            attempted.append(batch)
+            return Trial(batch, batch, batch <= limit, 1.0)
+
+        def computed(batch, limit=limit):  # trusted only by the careful
+            return Trial(batch, batch, batch <= (limit if careful else 3))
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("distrogpt.benchmark.batch_size.worth_timing", lambda *_: True)
+            trials = search(attempt, computed, careful)
+        largest = max(batch for batch, trial in trials.items() if trial.fits)
+        assert largest <= limit <= largest + largest // 8 and list(trials) == sorted(trials)
+        assert set(attempted) <= set(trials) and len(attempted) == len(set(attempted)) < 2 * 16
+        assert max(attempted) <= limit if careful else limit < max(attempted)
+    none = search(lambda batch: Trial(batch, 1, False), lambda batch: Trial(batch, 1, True), careful)
+    assert list(none) == [1]
+    most = search(lambda batch: Trial(batch, 1, True, 1.0), lambda batch: Trial(batch, 1, True), careful)
+    assert max(most) == LARGEST
+
+
+def test_larger_batches_are_not_timed_where_it_is_not_worth_it():
+    def timed(seconds_of, careful):
+        trials = search(
+            lambda batch: Trial(batch, 1, True, seconds_of(batch)),
+            lambda batch: Trial(batch, 1, batch <= 1000),
+            careful,
+        )
+        assert max(batch for batch, trial in trials.items() if trial.fits) > (900 if careful else 2**14)
+        return [batch for batch, trial in trials.items() if trial.seconds]
+
+    assert timed(lambda batch: 0.1 + 0.1 * batch, True) == [1, 2, 4, 8, 16, 32, 64]  # slow: 6.5 s
+    assert timed(lambda batch: 0.01 * max(batch, 4), True) == [1, 2, 4, 8, 16, 32]  # flat from 4 on
+    assert timed(lambda batch: 0.0001 * max(batch, 4), False)[-1] == LARGEST  # only trying knows
+
+
+@pytest.mark.parametrize(
+    "steps, size, gpus, largest, flags",
+    [
+        (40, 12, 1, 100, "--batch_size=96 --gradient_accumulation_steps=5"),
+        (40, 12, 1, 7, "--batch_size=6 --gradient_accumulation_steps=80"),
+        (1, 12, 1, 2000, "--batch_size=12 --gradient_accumulation_steps=1"),
+        (40, 12, 8, 100, "--batch_size=60 --gradient_accumulation_steps=8"),
+        (1, 13, 1, 12, "--batch_size=12 --gradient_accumulation_steps=1"),  # 13 is prime: nearest
+    ],
+)
+def test_flags_keep_the_tokens_of_a_step(steps, size, gpus, largest, flags):
+    words = [f"--gradient_accumulation_steps={steps}", f"--batch_size={size}", f"--n_gpus={gpus}"]
+    found = shared(read_settings(BenchConfig, words), largest)
+    assert found["flags"] == flags and found["batch_size"] <= largest
+    assert abs(found["sequences"] - steps * size) <= (flags.startswith("--batch_size=12") and size == 13)
+
+
+FIND = (*TINY, "--find_batch=True", "--gradient_accumulation_steps=10", "--loss_after==")
+
+
+def test_on_a_cpu_nothing_is_tried_that_memory_has_no_room_for(monkeypatch, tmp_path, capsys, dataset):
+    tried, room, flags = [], 0.7 * 0.185 * 2**30, [*FIND, f"--dataset={dataset}"]
+    plain = bench.training_step
+
+    def step(model, optimizers, scaler, batches, *more):
+        held = all(p.grad is not None for p in model.parameters())
+        tried.append((len(batches), batches[0].x.size(0), held))
+        return plain(model, optimizers, scaler, batches, *more)
+
+    monkeypatch.setattr(bench, "training_step", step)
+    monkeypatch.setattr(bench, "available_memory", lambda: 0.185 * 2**30)
+    monkeypatch.setattr("distrogpt.benchmark.batch_size.worth_timing", lambda *_: True)
+    found = bench.bench(read_settings(BenchConfig, [*flags, f"--json={tmp_path / 'found.json'}"]))
+    largest = found["largest"]
+    assert {count for count, _, _ in tried} == {1} and largest["batch"] == max(size for _, size, _ in tried)
+    assert all(held == (size < 40) for _, size, held in tried)  # of the micro-steps before, in a step of 40
+    assert largest["memory"] <= room < max(row["memory"] for row in found["trials"])
+    for row in found["trials"]:
+        assert row["fits"] == (row["memory"] <= room) == bool(row["seconds"])
+        if row["fits"]:
+            assert row["tokens_per_second"] == pytest.approx(row["batch"] * 16 / row["seconds"])
+    assert found["fastest"]["tokens_per_second"] == max(
+        row["tokens_per_second"] or 0 for row in found["trials"]
+    )
+    told = capsys.readouterr().out
+    assert "too much" in told
+    for name in ("largest", "fastest"):
+        config = read_settings(BenchConfig, re.search(rf"^{name} .*: (--.*)$", told, re.M)[1].split())
+        assert config.batch_size * config.gradient_accumulation_steps == 40
+        assert config.batch_size <= found[name]["batch"]
+    assert json.loads((tmp_path / "found.json").read_text())["largest"] == largest
+    monkeypatch.setattr(bench, "available_memory", lambda: 2**20)
+    tried.clear()
+    with pytest.raises(UserError, match=r"one sequence needs 0\.\d+ GiB, 0\.00 can be used; lower"):
+        bench.bench(read_settings(BenchConfig, flags))
+    assert not tried
+
+
+def test_what_runs_out_of_memory_is_too_large(monkeypatch, dataset):
+    plain, flags = bench.training_step, [*FIND, f"--dataset={dataset}"]
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    def step(model, optimizers, scaler, batches, *more):
+        if batches[0].x.size(0) > 11:
+            raise error
+        return plain(model, optimizers, scaler, batches, *more)
+
+    monkeypatch.setattr(bench, "training_step", step)
+    monkeypatch.setattr(bench, "available_memory", lambda: math.inf)
+    monkeypatch.setattr("distrogpt.benchmark.batch_size.worth_timing", lambda *_: True)
+    found = bench.bench(read_settings(BenchConfig, flags))
+    assert found["largest"]["batch"] == 11
+    assert [row["batch"] for row in found["trials"] if not row["fits"]] == [12, 16]
+    error = RuntimeError("a bug")
+    with pytest.raises(RuntimeError, match="a bug"):
+        bench.bench(read_settings(BenchConfig, flags))
+    for kind, words in ((RuntimeError, "DefaultCPUAllocator: can't allocate memory"), (MemoryError, "")):
+        assert is_out_of_memory(kind(words)) and not is_out_of_memory(OSError(words))
+
+
+def test_what_is_left_of_memory_is_the_least_that_the_system_says(tmp_path):
+    proc, cgroups = tmp_path / "proc", tmp_path / "cgroup"
+    (proc / "self").mkdir(parents=True)
+    (proc / "meminfo").write_text("MemTotal: 9000 kB\nMemFree: 10 kB\nMemAvailable:    5000 kB\n")
+    (proc / "self" / "cgroup").write_text("4:cpu:/\n")
+    assert available_memory(proc, cgroups) == 5000 * 1024
+
+    def limited(folder, limit, used, stat, names):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in zip((*names, "stat"), (limit, used, stat), strict=True):
+            (folder / f"memory.{name}").write_text(f"{text}\n")
+
+    (proc / "self" / "cgroup").write_text("0::/job/step\n")  # version 2; the limit stands above
+    limited(cgroups / "job" / "step", "max", 100, "inactive_file 7", ("max", "current"))
+    assert available_memory(proc, cgroups) == 5000 * 1024
+    limited(cgroups / "job", 3000, 1000, "anon 5\ninactive_file 500\nactive_file 9", ("max", "current"))
+    assert available_memory(proc, cgroups) == 2500
+    (proc / "self" / "cgroup").write_text("0::/\n9:cpu,memory:/docker/abc\n")  # 1, in a container
+    names = ("limit_in_bytes", "usage_in_bytes")
+    limited(cgroups / "memory", 4000, 3900, "inactive_file 1\ntotal_inactive_file 20", names)
+    assert available_memory(proc, cgroups) == 120
+    limited(cgroups / "memory", 4000, 4100, "inactive_file 1", names)
+    assert available_memory(proc, cgroups) == 0
+    if hasattr(os, "sysconf"):
+        assert 2**20 < available_memory(tmp_path / "none") < 2**50  # another system
+    assert available_memory() > 0
+
+
+def test_what_logs_cost(dataset, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("plot.find_spec", lambda name: None)  # no picture, whose steps take seconds
+    flags = [*TINY, f"--dataset={dataset}", "--logs=True", "--bench_steps=20"]
+    found = bench.bench(read_settings(BenchConfig, flags))
+    assert 0 < found["lines"] < 0.1 and found["share"] == pytest.approx(found["cost"] / found["step"])
+    printed = capsys.readouterr().out
+    assert re.search(r"^lines    \d\.\d{3} ms a step, \d+\.\d\d%: screen, log\.csv, Tensor", printed, re.M)
+    assert re.search(r"^cost     \d\.\d{3} ms a step, \d+\.\d\d%$", printed, re.M)
+    assert not list(tmp_path.iterdir())

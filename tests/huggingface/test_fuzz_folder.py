@@ -1,0 +1,80 @@
+"""Arbitrary and hostile folders in Hugging Face's format: each can be used, or ends in a UserError."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from fuzzing import META, bombs, changed, fuzz, mutated, plain, scalars, works_or_tells
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save
+from test_fuzz_checkpoint import SHAPE
+
+from distrogpt.checkpoint import load_pretrained
+from distrogpt.data.tokenizer import from_description
+from distrogpt.huggingface.formats import to_weights
+from export import settings_files
+from model import GPT, GPTConfig
+from sample import find_tokenizer
+
+NEW = {"norm": "rmsnorm", "rotary": True, "bias": False}
+KINDS = (
+    {},
+    {**NEW, "activation": "swiglu", "qk_norm": True},
+    {**NEW, "activation": "relu2"},
+    {"rotary": True},
+)
+
+
+def a_folder(more: dict[str, Any]) -> dict[str, bytes]:
+    """The files that are read, by their names."""
+    config = GPTConfig(**SHAPE, **more)
+    weights = to_weights(config, GPT(config).state_dict())
+    settings = settings_files(config, from_description(META["tokenizer"]), torch.float32)["config.json"]
+    return {
+        "config.json": settings.encode(),
+        "meta.json": json.dumps(META).encode(),
+        "model.safetensors": save({name: w.clone() for name, w in weights.items()}),
+    }
+
+
+FOLDERS = [a_folder(more) for more in KINDS]
+
+
+def use_folder(files: dict[str, bytes]) -> None:
+    """What train.py and sample.py do with it."""
+    folder = Path("folder")
+    folder.mkdir(exist_ok=True)
+    for path in folder.iterdir():
+        path.unlink()
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    with works_or_tells():
+        model, contents = load_pretrained("folder")
+        tokenizer = find_tokenizer(contents, model.config.vocab_size, "folder")
+        idx = torch.tensor(tokenizer.encode("ab"))[None, -model.config.block_size :]
+        assert model.generate(idx, 2, temperature=0).shape == (1, idx.size(1) + 2)
+
+
+@fuzz
+@given(st.sampled_from(FOLDERS), st.data())
+def test_any_settings_in_folders(fuzz_folder, files, data):
+    name = data.draw(st.sampled_from(["config.json", "config.json", "config.json", "meta.json"]))
+    settings = data.draw(changed(json.loads(files[name]), plain | scalars | st.just("[" * 10**5)))
+    use_folder({**files, name: json.dumps(settings).encode()})
+
+
+@fuzz
+@given(
+    st.sampled_from(FOLDERS), st.sampled_from(["config.json", "model.safetensors", "meta.json"]), st.data()
+)
+def test_bytes_of_folders(fuzz_folder, files, name, data):
+    use_folder({**files, name: data.draw(mutated(files[name]))})
+
+
+@fuzz
+@given(st.sampled_from(FOLDERS), st.sampled_from(bombs) | st.binary(max_size=40))
+def test_pickles_in_folders(fuzz_folder, files, data):
+    files = {name: whole for name, whole in files.items() if name != "model.safetensors"}
+    use_folder({**files, "pytorch_model.bin": data})
