@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from distrogpt.errors import Diverged, UserError, one_line_errors, writable
+from distrogpt.errors import Diverged, UserError, cli_errors, writable
 from distrogpt.runtime import find_pyplot
 from distrogpt.settings import TrainConfig
 from train import train
@@ -158,5 +158,5 @@ def ablate(config: AblateConfig) -> dict[str, list[Run]]:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with cli_errors():
         ablate(CONFIG)

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 import model as model_file
 from distrogpt.benchmark.baselines import Step, others_generate, others_step
 from distrogpt.benchmark.batch_size import (
-    HOLES,
+    FRAGMENTATION,
     Trial,
     available_memory,
     found_in,
@@ -45,26 +45,26 @@ from distrogpt.benchmark.plan import USABLE, Split, count, find_place, memory, p
 from distrogpt.benchmark.report import bench_report
 from distrogpt.benchmark.serving import bench_serve
 from distrogpt.benchmark.timing import alternate, open_data, peak_memory, ratio, spread, synchronize
-from distrogpt.checkpoint import BEST, NEWEST, training_state, write_whole
+from distrogpt.checkpoint import BEST, NEWEST, atomic_write, training_state
 from distrogpt.data.dataset import Dataset
-from distrogpt.errors import UserError, is_out_of_memory, one_line_errors, writable
-from distrogpt.inference.decoder import Choice, prepare, stream
+from distrogpt.errors import UserError, cli_errors, is_out_of_memory, writable
+from distrogpt.inference.decoder import SamplingParams, optimize_for_inference, stream
 from distrogpt.kernels import cpu as attention_file
 from distrogpt.runtime import (
     Runtime,
     compile_works,
+    enable_onednn_float32,
     find_pyplot,
     maybe_compile,
     measured_bandwidth,
     measured_flops,
     peak_flops,
     start_runtime,
-    take_fast_float32,
 )
-from distrogpt.training.logger import Logs
+from distrogpt.training.logger import TrainLogger
 from distrogpt.training.optim import get_lr, make_optimizers
-from distrogpt.training.run_directory import RunFolder
-from distrogpt.training.startup import new_shape, planned
+from distrogpt.training.run_directory import RunDirectory
+from distrogpt.training.startup import new_model_config, resolve_max_iters
 from model import GPT
 from plot import SHARE
 from train import initial_model, step_batches, training_step
@@ -89,7 +89,7 @@ def our_step(
         ]
         betas = (config.beta1, config.beta2)
         optimizers = [torch.optim.AdamW(groups, config.learning_rate, betas, fused=False)]
-    maybe_compile(model, config.compile, runtime.device, planned(config, data).max_iters, print)
+    maybe_compile(model, config.compile, runtime.device, resolve_max_iters(config, data).max_iters, print)
     return model, optimizers, step_of(model, optimizers, config, data, runtime)
 
 
@@ -205,7 +205,7 @@ def bench_checkpoint(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
     print(f"step     {median * 1000:,.1f} ms median, {model.get_num_params(False):,} parameters")
     with (
         tempfile.TemporaryDirectory(dir=".", prefix="out-bench-") as out_dir,
-        RunFolder(Path(out_dir), lambda line: None) as folder,
+        RunDirectory(Path(out_dir), lambda line: None) as folder,
     ):
         for _ in range(config.rounds):
             began = time.perf_counter()
@@ -222,7 +222,7 @@ def bench_checkpoint(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
             size = (Path(out_dir) / NEWEST).stat().st_size
             began = time.perf_counter()
             contents = training_state(model, optimizers, iter_num=0, best_val_loss=math.inf)
-            write_whole(functools.partial(torch.save, contents), Path(out_dir) / "alone.pt")
+            atomic_write(functools.partial(torch.save, contents), Path(out_dir) / "alone.pt")
             times["write"].append(time.perf_counter() - began)
     found: dict[str, Any] = {name: spread(values) for name, values in times.items()}
     wait, lost, write = (found[name]["median"] for name in ("wait", "lost", "write"))
@@ -244,8 +244,8 @@ def bench_logs(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
     with (
         tempfile.TemporaryDirectory(dir=".", prefix="out-bench-") as out_dir,
         open(os.devnull, "w") as screen,
-        RunFolder(Path(out_dir), print) as folder,
-        Logs(replace(config, out_dir=out_dir, **ALL_LOGS), runtime, folder, "0", 0, 0.0) as logs,
+        RunDirectory(Path(out_dir), print) as folder,
+        TrainLogger(replace(config, out_dir=out_dir, **ALL_LOGS), runtime, folder, "0", 0, 0.0) as logs,
     ):
         logs.say = functools.partial(print, file=screen, flush=True)
 
@@ -395,7 +395,7 @@ def bench_generate(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
     kinds = {"ours": (False, runtime.dtype.itemsize), "ours, int8": (True, 1)}  # bytes of a weight
     compiled = config.compile is True and compile_works(runtime.device, print)
     ready = {
-        name: prepare(copy.deepcopy(model).to(runtime.device), runtime.dtype, int8, compiled)
+        name: optimize_for_inference(copy.deepcopy(model).to(runtime.device), runtime.dtype, int8, compiled)
         for name, (int8, _) in kinds.items()
     }
     runs = [(name, B) for name in kinds for B in sorted({1, config.num_samples})]
@@ -406,7 +406,7 @@ def bench_generate(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
         """To the first token; from the second to the last; in all. At the second, a GPU records its graph."""
         synchronize(runtime)
         begin = time.perf_counter()
-        tokens = stream(m, idx, count, Choice(0.8, 200), copies=copies)
+        tokens = stream(m, idx, count, SamplingParams(0.8, 200), copies=copies)
         next(tokens)
         synchronize(runtime)
         first = time.perf_counter()
@@ -446,11 +446,13 @@ def bench_generate(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
     for name, B in runs:
         found = spread(decode[name, B])
         share = found["median"] / B / (bandwidth / (weights * kinds[name][1]))
-        filled = statistics.median(prefill[name, B])
-        result["runs"].append({"name": name, "batch": B, "decode": found, "share": share, "prefill": filled})
+        prefill_rate = statistics.median(prefill[name, B])
+        result["runs"].append(
+            {"name": name, "batch": B, "decode": found, "share": share, "prefill": prefill_rate}
+        )
         print(
             f"{name + ',':11} batch {B:2}: decode {found['median']:7.1f} tokens/s ({found['low']:.1f} to "
-            f"{found['high']:.1f}), {share:.0%} of the bandwidth's limit; prefill {filled:,.0f} tokens/s"
+            f"{found['high']:.1f}), {share:.0%} of the bandwidth's limit; prefill {prefill_rate:,.0f} tokens/s"
         )
     if other:
         rates = {name: spread([new / s for s in times]) for name, times in whole.items()}
@@ -467,9 +469,9 @@ def bench_batch(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
     config = planned_shape(replace(config, max_epochs=None))[0]  # it makes a few steps
     on_gpu = runtime.device.type == "cuda"
     data = open_data(config)._replace(separator=None)  # a small batch may have no target that counts
-    room = USABLE * torch.cuda.mem_get_info()[0] if on_gpu else HOLES * available_memory()
+    room = USABLE * torch.cuda.mem_get_info()[0] if on_gpu else FRAGMENTATION * available_memory()
     place = find_place(replace(config, gpu="here"), runtime, peak=1.0)
-    half, shape = runtime.dtype != torch.float32, new_shape(config, data.meta)
+    half, shape = runtime.dtype != torch.float32, new_model_config(config, data.meta)
     counts = count(shape, config, half, not place.is_cpu)
     sequences = config.gradient_accumulation_steps * config.batch_size
 
@@ -565,7 +567,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     if not elsewhere:
         print(f"machine  {runtime.describe()}, torch {torch.__version__}")
     if not (config.generate or config.serve):
-        take_fast_float32(runtime)
+        enable_onednn_float32(runtime)
     result = measure(config, runtime)
     result |= {"device": runtime.describe(), "torch": torch.__version__, "settings": asdict(config)}
     if config.json:
@@ -575,5 +577,5 @@ def bench(config: BenchConfig) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with cli_errors():
         bench(CONFIG)

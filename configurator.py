@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from distrogpt.errors import UserError, one_line_errors
+from distrogpt.errors import UserError, cli_errors
 
 REPO = Path(__file__).resolve().parent
 Settings = TypeVar("Settings")
@@ -40,7 +40,7 @@ def configure(cls: type[Settings], argv: list[str] | None = None) -> Settings:
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         pr_set_pdeathsig = 1  # a rank whose torchrun was killed gets SIGTERM: it would train on, unseen
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
-    with one_line_errors():
+    with cli_errors():
         if "--help" in argv or "-h" in argv:
             print(help_text(cls))
             sys.exit(0)
@@ -89,12 +89,12 @@ def find_config(name: str) -> Path:
             return path
     if os.path.isdir(name):
         raise UserError(
-            f"{brief(name)} is a folder, not a config file; a run's is named by --out_dir={brief(name)}"
+            f"{shorten(name)} is a folder, not a config file; a run's is named by --out_dir={shorten(name)}"
         )
     known = sorted(path.stem for path in (REPO / "config").glob("*.py"))
     near = difflib.get_close_matches(Path(name).stem, known, n=1)
     hint = f"did you mean config/{near[0]}.py?" if near else f"config/ has {', '.join(known)}"
-    raise UserError(f"no config file {brief(name)}; {hint} (settings are written --key=value)")
+    raise UserError(f"no config file {shorten(name)}; {hint} (settings are written --key=value)")
 
 
 def run_config_file(path: Path, values: dict[str, Any]) -> dict[str, Any]:
@@ -108,7 +108,7 @@ def run_config_file(path: Path, values: dict[str, Any]) -> dict[str, Any]:
         ]
         line = getattr(error, "lineno", None) or (lines or ["?"])[-1]
         raise UserError(
-            f"{path}, line {line}: {type(error).__name__}: {brief(error)}; mend the config file"
+            f"{path}, line {line}: {type(error).__name__}: {shorten(error)}; mend the config file"
         ) from None
 
     changed = {key: value for key, value in scope.items() if key not in values or value is not values[key]}
@@ -128,16 +128,16 @@ def checked(cls: type, key: str, value: Any, where: str = "", *, text: bool = Fa
     if key not in fields:
         near = difflib.get_close_matches(key.replace("-", "_"), fields, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else "--help lists all (a name of your own begins with _)"
-        raise UserError(f"{where}unknown setting {brief(key)}; {hint}")
+        raise UserError(f"{where}unknown setting {shorten(key)}; {hint}")
     kinds, limits = kinds_of(cls)[key], fields[key].metadata
     try:
         value = from_text(value, kinds) if text else from_python(value, kinds)
     except (ValueError, OverflowError):
         wanted = " or ".join(kind_name(kind) for kind in kinds)
-        raise UserError(f"{where}{key}={brief(value, repr)} does not fit; give it {wanted}") from None
+        raise UserError(f"{where}{key}={shorten(value, repr)} does not fit; give it {wanted}") from None
     wrong = limit_broken(value, limits)
     if wrong:
-        raise UserError(f"{where}{key}={brief(value)} is out of range; it must be {wrong}")
+        raise UserError(f"{where}{key}={shorten(value)} is out of range; it must be {wrong}")
     return value
 
 
@@ -169,7 +169,7 @@ def is_path(text: str) -> bool:
         return False
 
 
-def brief(value: Any, write: Callable[[Any], str] = str) -> str:
+def shorten(value: Any, write: Callable[[Any], str] = str) -> str:
     """`value` as text for a message, cut to 200 characters; its type where it cannot be written."""
     try:
         text = write(value)
@@ -209,7 +209,7 @@ def from_text(text: str, kinds: tuple[type, ...]) -> Any:
     if bool in kinds and text.lower() in words:
         return words[text.lower()]
     if tuple in kinds:
-        return (typed(text),) if text else ()
+        return (unescape(text),) if text else ()
     for kind in (int, float):
         if kind in kinds:
             try:
@@ -223,7 +223,7 @@ def from_text(text: str, kinds: tuple[type, ...]) -> Any:
     raise ValueError(text)
 
 
-def typed(text: str) -> str:
+def unescape(text: str) -> str:
     r"""A text with what a shell's user cannot easily type: the characters \n are a newline, \t a tab."""
     return text.replace("\\n", "\n").replace("\\t", "\t")
 

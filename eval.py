@@ -22,9 +22,9 @@ from distrogpt.checkpoint import load_trained
 from distrogpt.data.dataset import Dataset, evaluation_windows, open_dataset, padded, strided_windows
 from distrogpt.data.meta import GPT2_META, other_tokenizer
 from distrogpt.data.tokenizer import Tokenizer, ids_of_prompt
-from distrogpt.errors import UserError, leave, one_line_errors, writable
+from distrogpt.errors import UserError, cli_errors, exit_process, writable
 from distrogpt.evaluation.introspection import next_tokens
-from distrogpt.evaluation.loss import means_of, summed_loss
+from distrogpt.evaluation.loss import mean_losses, summed_loss
 from distrogpt.evaluation.questions import GPT2_HELLASWAG
 from distrogpt.evaluation.tasks import answers, check_lengths, choices, held_out_lines, open_questions
 from distrogpt.runtime import Runtime, start_runtime, stop_runtime
@@ -139,7 +139,7 @@ def loss(config: EvalConfig, trained: Trained, name: str) -> Callable[[], Result
             found.append(summed_loss(trained.model, data, stream, *windows, B, T, runtime))
         if not all(count for _, count in found):
             raise UserError(f"no target of {config.split} stands after the separator; choose another dataset")
-        means = means_of(data, {config.split: [total / count for total, count in found]}, config.split)
+        means = mean_losses(data, {config.split: [total / count for total, count in found]}, config.split)
         mean = means.pop(config.split)
         tokens = int(sum(count for _, count in found))
         return {"loss": mean, "perplexity": math.exp(min(mean, 700)), **means, "tokens": tokens}
@@ -231,7 +231,7 @@ def table(results: dict[str, Result]) -> list[str]:
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")
-    with one_line_errors("lower --batch_size"):
+    with cli_errors("lower --batch_size"):
         measure(CONFIG)
         stop_runtime()
-        leave(0)
+        exit_process(0)

@@ -32,7 +32,7 @@ import torch
 
 from distrogpt.checkpoint import first_line, load_trained
 from distrogpt.data.tokenizer import END_OF_TEXT, Tokenizer, library_file, start_of_text
-from distrogpt.errors import MachineError, UserError, one_line_errors
+from distrogpt.errors import MachineError, UserError, cli_errors
 from distrogpt.huggingface.formats import ARCHITECTURES, CODE, model_type_of, to_settings, to_weights
 from distrogpt.huggingface.model_card import how_to_load, limits_of, model_card, shared_meta
 from distrogpt.settings import SampleConfig
@@ -196,5 +196,5 @@ def remove(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors("close other programs"):
+    with cli_errors("close other programs"):
         export(CONFIG)

@@ -19,7 +19,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from distrogpt.inference.decoder import Choice, stream
+from distrogpt.inference.decoder import SamplingParams, stream
 from distrogpt.kernels.cpu import KVCache, causal_attention, dropout, rms_norm, rotate, rotation
 from distrogpt.training.optim import adamw
 
@@ -286,7 +286,7 @@ class GPT(nn.Module):
         self, idx: torch.Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None
     ) -> torch.Tensor:
         """idx (B, T) with max_new_tokens sampled ones after it, (B, T + max_new_tokens): decoding.stream."""
-        drawn = stream(self, idx, max_new_tokens, Choice(temperature, top_k))
+        drawn = stream(self, idx, max_new_tokens, SamplingParams(temperature, top_k))
         return torch.cat([idx, *(ids for ids, _ in drawn)], dim=1)
 
     @classmethod

@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from distrogpt.errors import UserError, one_line_errors
+from distrogpt.errors import UserError, cli_errors
 
 LOG, PICTURE = "log.csv", "loss.png"
 MOST = 2000  # points of a line: more than a picture has columns
@@ -326,7 +326,7 @@ def show(out_dir: str | Path, by: str = "steps", **baselines: float) -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with cli_errors():
         if CONFIG.follow and FOLDERS:
             follow(FOLDERS[0], CONFIG)
         else:

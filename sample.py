@@ -18,15 +18,15 @@ from typing import Any
 
 import torch
 
-from configurator import checked, typed
+from configurator import checked, unescape
 from distrogpt.audio.speech import check_wav, load_voice, speak
 from distrogpt.checkpoint import load_trained
 from distrogpt.data.dataset import read_dataset_meta
 from distrogpt.data.meta import GPT2_META
 from distrogpt.data.tokenizer import Tokenizer, from_description, ids_of_prompt
-from distrogpt.errors import UserError, one_line_errors
-from distrogpt.inference.decoder import Choice, prepare, stream, uniform_draws
-from distrogpt.inference.detokenizer import Token, Writer, form_of, legend, shown
+from distrogpt.errors import UserError, cli_errors
+from distrogpt.inference.decoder import SamplingParams, optimize_for_inference, stream, uniform_noise
+from distrogpt.inference.detokenizer import Detokenizer, Token, form_of, legend, shown
 from distrogpt.inference.interactive import prompt_mode
 from distrogpt.runtime import compile_works, progress_bar, start_runtime
 from distrogpt.settings import OF_A_SAMPLE
@@ -51,7 +51,7 @@ class Sampler:
         self.config = contents.get("config", {})  # the settings that it was trained with
         self.tokenizer = find_tokenizer(contents, model.config.vocab_size, self.source)
         compile = compile and compile_works(self.runtime.device, warn)
-        self.model = prepare(model.to(self.runtime.device), self.runtime.dtype, int8, compile)
+        self.model = optimize_for_inference(model.to(self.runtime.device), self.runtime.dtype, int8, compile)
 
     def ids_of(self, prompt: str, name: str = "the prompt", whole: bool = True) -> list[int]:
         """The prompt's ids, one at least; with `whole` no more than the network reads. Raises UserError."""
@@ -67,19 +67,19 @@ class Sampler:
 
     def steps(
         self, prompts: Sequence[list[int]], draws: torch.Tensor, asked: SampleConfig, every: int = 1
-    ) -> Iterator[list[Writer]]:
+    ) -> Iterator[list[Detokenizer]]:
         """The samples of one batch while they are written, the same ones each time: after `every` tokens of
         each and when all have ended. Each of N prompts goes on once for each row of draws."""
         copies, scored = len(draws), asked.best_of > 1 or asked.show_probs
         end = self.tokenizer.end_of_text if asked.stop_at_end else None
-        writers = [Writer(self.tokenizer, asked.stop, end) for _ in range(len(prompts) * copies)]
+        writers = [Detokenizer(self.tokenizer, asked.stop, end) for _ in range(len(prompts) * copies)]
         lengths = [len(ids) for ids in prompts]
         rows = [[*ids, *[0] * (max(lengths) - len(ids))] for ids in prompts]
         drawn = stream(
             self.model,
             torch.tensor(rows, device=self.runtime.device),  # (N, T)
             asked.max_new_tokens,
-            Choice.of(asked),
+            SamplingParams.of(asked),
             self.tokenizer.vocab_size,
             draws.repeat(len(prompts), 1),
             lengths,
@@ -107,11 +107,11 @@ class Sampler:
         prompts: Sequence[list[int]],
         asked: SampleConfig,
         advance: Callable[[int], object] = lambda tokens: None,
-    ) -> Iterator[Writer]:
+    ) -> Iterator[Detokenizer]:
         """num_samples of each prompt, one prompt after another, each when it has ended; of its candidates the
         likeliest. `advance` is told the tokens made."""
         copies, candidates = asked.num_samples * asked.best_of, []
-        draws = uniform_draws(asked.seed, copies, asked.max_new_tokens)
+        draws = uniform_noise(asked.seed, copies, asked.max_new_tokens)
         together = max(1, asked.batch_size // copies)  # prompts at once
         every = 16 if self.runtime.device.type == "cuda" else 1
         for begin in range(0, len(prompts), together):
@@ -127,12 +127,12 @@ class Sampler:
                         yield max(candidates, key=lambda writer: writer.score)  # of equal ones the first
                         candidates = []
 
-    def live(self, prompt: list[int], asked: SampleConfig) -> Iterator[Writer]:
+    def live(self, prompt: list[int], asked: SampleConfig) -> Iterator[Detokenizer]:
         """One sample while it is written, the same again and again; the best of several when it is done."""
         if asked.best_of > 1:
             yield from self.samples([prompt], replace(asked, num_samples=1))
         else:
-            for (writer,) in self.steps([prompt], uniform_draws(asked.seed, 1, asked.max_new_tokens), asked):
+            for (writer,) in self.steps([prompt], uniform_noise(asked.seed, 1, asked.max_new_tokens), asked):
                 yield writer
 
     def generate(
@@ -236,7 +236,7 @@ def read_prompts(config: SampleConfig) -> dict[str, str]:
         return {"the prompt": read_prompt(config.start)}
     place = "stdin" if config.prompts == "-" else config.prompts
     lines = enumerate(read_text(config.prompts).split("\n"), 1)
-    prompts = {f"{place}, line {number}": typed(line) for number, line in lines if line}
+    prompts = {f"{place}, line {number}": unescape(line) for number, line in lines if line}
     if not prompts:
         raise UserError(f"{place} has no prompts; write one a line")
     return prompts
@@ -290,5 +290,5 @@ def print_samples(sampler: Sampler, prompts: dict[str, str], config: SampleConfi
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows a question mark
-    with one_line_errors("lower --batch_size or --max_new_tokens"):
+    with cli_errors("lower --batch_size or --max_new_tokens"):
         main(CONFIG)

@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from distrogpt.audio.speech import Voice, load_voice, wav_bytes
-from distrogpt.errors import MachineError, UserError, leave, one_line_errors
-from distrogpt.serving.completions import Completion, answer, failure, joined, read_body, told_choice, usage
-from distrogpt.serving.engine import Closed, Engine, Full, News, Request
+from distrogpt.errors import MachineError, UserError, cli_errors, exit_process
+from distrogpt.serving.completions import Completion, answer, choice_json, failure, joined, read_body, usage
+from distrogpt.serving.engine import Engine, EngineClosed, QueueFull, Request, RequestOutput
 from sample import Sampler, read_prompt, warn
 
-with one_line_errors():
+with cli_errors():
     try:
         import uvicorn
         from starlette import requests
@@ -49,7 +49,7 @@ ALLOWED = (  # to the page: nothing of others, and nobody may show it within a p
     "default-src 'none'; connect-src 'self'; media-src blob:; img-src data:; style-src 'unsafe-inline'; "
     "script-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-Written = AsyncIterator[tuple[int, News]]  # with the number of the prompt
+Written = AsyncIterator[tuple[int, RequestOutput]]  # with the number of the prompt
 
 
 class Face:
@@ -95,14 +95,14 @@ class Face:
             asked = read_body(body, self.sampler, *limits)
         except UserError as error:
             raise HTTPException(400, str(error)) from None
-        news: asyncio.Queue[tuple[int, News] | None] = asyncio.Queue()
+        news: asyncio.Queue[tuple[int, RequestOutput] | None] = asyncio.Queue()
         rows = [self.row(prompt.ids, asked, number, news) for number, prompt in enumerate(asked.prompts)]
         try:
             self.engine.submit(rows)
-        except Full:
+        except QueueFull:
             why = f"no more than {most.queue} requests may wait; try again"
             raise HTTPException(429, why, {"Retry-After": "1"}) from None
-        except Closed:
+        except EngineClosed:
             raise HTTPException(503, "the server ends, or has no memory; start it again") from None
         written = written_of(request, rows, news)
         if asked.config.stream:
@@ -113,7 +113,7 @@ class Face:
         """A prompt for the engine, whose news come into the queue with the prompt's number."""
         loop = asyncio.get_running_loop()
 
-        def tell(one: News) -> None:
+        def tell(one: RequestOutput) -> None:
             with suppress(RuntimeError):  # the loop has ended, and with it whoever asked
                 if news.qsize() > MOST_UNREAD:  # nobody reads them, and memory has an end
                     row.gone = True
@@ -126,7 +126,7 @@ class Face:
 
     async def whole(self, asked: Completion, written: Written) -> Response:
         """One answer, when all is written."""
-        samples: dict[tuple[int, int], list[News]] = {}
+        samples: dict[tuple[int, int], list[RequestOutput]] = {}
         async for number, news in written:
             if news.ended == "error":
                 status = 503 if self.engine.closed else 500
@@ -134,7 +134,9 @@ class Face:
             samples.setdefault((number, news.sample), []).append(news)
         choices, made, copies = [], 0, asked.asked.num_samples
         for number, prompt in enumerate(asked.prompts):
-            done = [joined(samples.get((number, sample), [News(sample)])) for sample in range(copies)]
+            done = [
+                joined(samples.get((number, sample), [RequestOutput(sample)])) for sample in range(copies)
+            ]
             if not all(news.ended for news in done):
                 return Response(status_code=499)  # to nobody: whoever asked has left
             made += sum(news.made for news in done)
@@ -142,7 +144,7 @@ class Face:
                 done = sorted(done, key=lambda news: news.score, reverse=True)[: asked.config.n]
             begin = prompt.text if asked.config.echo else ""
             for one in done:
-                choices.append(told_choice(len(choices), one, asked.config, self.sampler, begin, len(begin)))
+                choices.append(choice_json(len(choices), one, asked.config, self.sampler, begin, len(begin)))
         return JSONResponse(answer(new_id(), self.name, choices, usage(asked, made)))
 
     async def streamed(self, asked: Completion, written: Written) -> AsyncIterator[str]:
@@ -157,7 +159,7 @@ class Face:
             place = number * config.n + news.sample
             begin = asked.prompts[number].text if config.echo and place not in told else ""
             offset = told.get(place, len(begin))
-            part = told_choice(place, news, config, self.sampler, begin, offset)
+            part = choice_json(place, news, config, self.sampler, begin, offset)
             told[place], made[place] = offset + sum(len(token.text) for token in news.tokens), news.made
             yield event(answer(id, self.name, [part]))
         if asked.tells_usage:
@@ -345,7 +347,7 @@ def main(config: ServeConfig) -> None:
         host, port = address.getsockname()[:2]
         warn(f"{sampler.source} ({sampler.runtime.describe()})")
         print(f"http://{f'[{host}]' if ':' in host else host}:{port}  (Ctrl-C ends)", flush=True)
-        leave(run(server, engine, address))
+        exit_process(run(server, engine, address))
 
 
 def run(server: uvicorn.Server, engine: Engine, address: socket.socket) -> int:
@@ -380,5 +382,5 @@ def run(server: uvicorn.Server, engine: Engine, address: socket.socket) -> int:
 
 
 if __name__ == "__main__":
-    with one_line_errors("lower --batch_size"):
+    with cli_errors("lower --batch_size"):
         main(CONFIG)

@@ -24,39 +24,39 @@ import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from distrogpt.checkpoint import BEST, NEWEST, lost, restore_optimizers, training_state
+from distrogpt.checkpoint import BEST, NEWEST, diverged_error, restore_optimizers, training_state
 from distrogpt.data.dataset import Dataset, measured_splits, open_dataset, step_windows, to_xy
-from distrogpt.errors import UserError, leave, one_line_errors
+from distrogpt.errors import UserError, cli_errors, exit_process
 from distrogpt.evaluation.loss import attempt, evaluate, evaluation_line
 from distrogpt.evaluation.tasks import Ask, make_ask
 from distrogpt.openmp import WAITS
 from distrogpt.runtime import (
     Runtime,
+    enable_onednn_float32,
     maybe_compile,
     peak_flops,
     progress_bar,
     signals_caught,
     start_runtime,
     stop_runtime,
-    take_fast_float32,
 )
-from distrogpt.training.distributed import local, share_model, whole
-from distrogpt.training.guards import crowd_watch, early_end, spike_watch
-from distrogpt.training.logger import Logs
+from distrogpt.training.distributed import full_tensor, local, wrap_distributed
+from distrogpt.training.guards import crowd_watch, early_stop_reason, spike_watch
+from distrogpt.training.logger import TrainLogger
 from distrogpt.training.optim import get_lr, make_optimizers, set_learning_rates
-from distrogpt.training.run_directory import RunFolder
+from distrogpt.training.run_directory import RunDirectory
 from distrogpt.training.startup import (
     describe_resumption,
     describe_run,
     earlier_run,
     fingerprint,
     initial_model,
-    planned,
+    resolve_max_iters,
 )
 from model import GPT
 
 
-class Batch(NamedTuple):
+class MicroBatch(NamedTuple):
     """A micro-batch of one rank."""
 
     x: torch.Tensor  # (B, T)
@@ -88,7 +88,7 @@ class Step(NamedTuple):
     following: Any  # what was read meanwhile
 
 
-def step_batches(data: Dataset, config: TrainConfig, runtime: Runtime, step: int) -> list[Batch]:
+def step_batches(data: Dataset, config: TrainConfig, runtime: Runtime, step: int) -> list[MicroBatch]:
     """This rank's micro-batches of one step.
 
     The samples of a step are drawn as one set, by seed and step alone; ranks and micro-steps share it out.
@@ -102,7 +102,7 @@ def step_batches(data: Dataset, config: TrainConfig, runtime: Runtime, step: int
     for micro in read:
         some = slice(micro * B, (micro + 1) * B)
         windows[micro] = data.windows("train", which[some], starts[some], T + 1)
-        counted[micro] = data.counted(windows[micro])
+        counted[micro] = data.loss_mask(windows[micro])
     if data.separator is not None:
         counts = np.array([counted[micro].sum() for micro in read])
         if not counts.all():
@@ -114,7 +114,9 @@ def step_batches(data: Dataset, config: TrainConfig, runtime: Runtime, step: int
     batches = []
     for micro in ours:
         seed = np.random.SeedSequence((config.seed, step, micro)).generate_state(1, np.uint64)
-        batches.append(Batch(*to_xy(windows[micro], counted[micro], runtime), int(seed[0]), shares[micro]))
+        batches.append(
+            MicroBatch(*to_xy(windows[micro], counted[micro], runtime), int(seed[0]), shares[micro])
+        )
     return batches
 
 
@@ -122,7 +124,7 @@ def training_step(
     model: torch.nn.Module,
     optimizers: list[torch.optim.Optimizer],
     scaler: torch.amp.GradScaler,
-    batches: list[Batch],
+    batches: list[MicroBatch],
     grad_clip: float,
     runtime: Runtime,
     meanwhile: Callable[[], Any] = lambda: None,
@@ -144,7 +146,7 @@ def training_step(
         scaler.unscale_(optimizer)
     norm = clip_gradients(model, grad_clip)
     following = meanwhile()
-    mean = runtime.total(total.item() / len(batches))[0] / runtime.world_size  # waits for the device
+    mean = runtime.all_reduce_sum(total.item() / len(batches))[0] / runtime.world_size  # waits for the device
     taken = math.isfinite(mean) and math.isfinite(norm.item())
     for optimizer in optimizers:
         if taken:
@@ -161,7 +163,7 @@ def clip_gradients(model: torch.nn.Module, grad_clip: float) -> torch.Tensor:
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
     if grad_clip:
         torch.nn.utils.clip_grads_with_norm_(parameters, grad_clip, norm)
-    return whole(norm)
+    return full_tensor(norm)
 
 
 def train(
@@ -178,16 +180,18 @@ def train(
             f"{runtime.world_size} ranks; make it a multiple"
         )
     settings = zlib.crc32(repr(config).encode())
-    runtime.agree(settings, "the ranks have not all the same settings; start them with the same command")
+    runtime.check_equal_on_all_ranks(
+        settings, "the ranks have not all the same settings; start them with the same command"
+    )
     data = open_dataset(config)
-    config = planned(config, data)
+    config = resolve_max_iters(config, data)
     ask = make_ask(config, data, runtime)
     earlier = earlier_run(config, runtime)  # before the lock is signed anew
     folder = None
     if runtime.is_main and not config.eval_only:
-        folder = RunFolder(Path(config.out_dir), runtime.say, config.keep_checkpoints)
+        folder = RunDirectory(Path(config.out_dir), runtime.say, config.keep_checkpoints)
     with folder or nullcontext():
-        runtime.agree(0, "")  # all wait until nobody else writes to out_dir
+        runtime.barrier()  # all wait until nobody else writes to out_dir
         model, contents = initial_model(config, data.meta, earlier)
         describe_run(config, runtime, data, model, runtime.say)
         return train_model(config, runtime, data, model, contents, folder, earlier, ask, on_evaluation)
@@ -199,7 +203,7 @@ def train_model(
     data: Dataset,
     model: GPT,
     contents: dict[str, Any],
-    folder: RunFolder | None,
+    folder: RunDirectory | None,
     earlier: str | None,
     ask: Ask,
     on_evaluation: Callable[[list[dict[str, float]]], object] | None = None,
@@ -210,10 +214,12 @@ def train_model(
     first = step = contents.get("iter_num", 0)
     best_val_loss = lowest = float(contents.get("best_val_loss", math.inf))
     no_lower = contents.get("no_lower", 0)  # evaluations in a row whose loss was not below `lowest`
-    ended = early_end(config, step, contents.get("seconds", 0.0), no_lower)
+    ended = early_stop_reason(config, step, contents.get("seconds", 0.0), no_lower)
     judge = measured_splits(config)[-1]  # whose loss chooses the best
     out_dir, run_id = Path(config.out_dir), contents.get("run_id") or earlier or secrets.token_hex(4)
-    runtime.agree(step, f"the ranks do not find the same checkpoint; put out_dir={out_dir} where all see it")
+    runtime.check_equal_on_all_ranks(
+        step, f"the ranks do not find the same checkpoint; put out_dir={out_dir} where all see it"
+    )
     skipped = contents.get("skipped", 0)  # steps whose gradient was not finite
     say = runtime.say
     if folder:
@@ -221,9 +227,9 @@ def train_model(
         if contents or earlier:
             folder.go_on(step, best_val_loss)
     evaluated = bool(contents) and contents.get("evaluated", True) and not config.eval_only  # step `first`
-    logs = Logs(config, runtime, folder, run_id, first + evaluated, began)
+    logs = TrainLogger(config, runtime, folder, run_id, first + evaluated, began)
 
-    take_fast_float32(runtime)
+    enable_onednn_float32(runtime)
     model.activation_checkpointing = config.activation_checkpointing
     steps = 1 if config.eval_only else config.max_iters  # of the whole run: resumed, it computes as before
     in_parts = config.shard and runtime.world_size > 1
@@ -232,7 +238,7 @@ def train_model(
     maybe_compile(model, config.compile, runtime.device, steps, say, model.transformer.h if in_parts else ())
     if config.shard and not in_parts:
         say("note     shard: one rank has nothing to share with")
-    trained = share_model(model, config.shard, runtime)
+    trained = wrap_distributed(model, config.shard, runtime)
     optimizers = make_optimizers(model, config, runtime.device.type, runtime.dtype)
     scaler = runtime.loss_scaler()
     if "optimizer" in contents and not config.eval_only:
@@ -246,11 +252,11 @@ def train_model(
     at_peak = model.estimate_mfu(sequences / runtime.world_size, 1.0, peak_flops(runtime))  # a step's seconds
 
     def diverged() -> UserError:
-        return lost(step, out_dir if folder and folder.own else None)
+        return diverged_error(step, out_dir if folder and folder.own else None)
 
     def save(found: dict[str, float] | None) -> None:
         nonlocal best_val_loss, lowest, no_lower
-        if runtime.total(not all(bool(local(p).isfinite().all()) for p in model.parameters()))[0]:
+        if runtime.all_reduce_sum(not all(bool(local(p).isfinite().all()) for p in model.parameters()))[0]:
             raise diverged()
         logs.flush()
         if folder:
@@ -271,7 +277,7 @@ def train_model(
 
     trouble: list[UserError] = []  # the data is not what it was: all ranks have to stop
 
-    def read_on() -> list[Batch]:
+    def read_on() -> list[MicroBatch]:
         return attempt(lambda: step_batches(data, config, runtime, step + 1), trouble)
 
     losses: list[dict[str, float]] = []
@@ -290,7 +296,7 @@ def train_model(
             due = config.eval_only or ended or step % config.eval_interval == 0 or step == config.max_iters
             if due and not (step == first and evaluated):
                 found = evaluate(model, data, config, runtime, lambda: bool(caught or trouble), trouble)
-                more = found and ask(model, say, lambda: runtime.total(len(caught))[0] > 0)
+                more = found and ask(model, say, lambda: runtime.all_reduce_sum(len(caught))[0] > 0)
                 found = None if more is None else found | more
                 stopping = stopping or found is None
                 clock, clocked = time.perf_counter(), step
@@ -305,7 +311,7 @@ def train_model(
                 clock = time.perf_counter()
             if found and not config.eval_only and (step > 0 or step == config.max_iters):
                 save(found)
-                ended = ended or early_end(config, step, 0.0, no_lower)
+                ended = ended or early_stop_reason(config, step, 0.0, no_lower)
             elif step > first and (stopping or step % (config.save_interval or math.inf) == 0):
                 save(None)
             if config.eval_only or stopping or ended or step >= config.max_iters:
@@ -316,8 +322,8 @@ def train_model(
             step += 1
             batches = made.following
             spent = (time.perf_counter() - began) * runtime.is_main  # by one clock, for all ranks
-            asked, spent = runtime.total(len(caught) + len(trouble), spent)
-            stopping, ended = asked > 0, early_end(config, step, spent, 0)
+            asked, spent = runtime.all_reduce_sum(len(caught) + len(trouble), spent)
+            stopping, ended = asked > 0, early_stop_reason(config, step, spent, 0)
             if made.taken:
                 in_a_row = 0
                 watch_loss(step, made.loss)
@@ -352,6 +358,6 @@ def train_model(
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with cli_errors():
         result = train(CONFIG)
-        leave(128 + result.stopped_by if result.stopped_by else 0)
+        exit_process(128 + result.stopped_by if result.stopped_by else 0)

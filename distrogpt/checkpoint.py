@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from distrogpt.data.meta import GPT2_META, checked_meta, read_meta
 from distrogpt.errors import Diverged, MachineError, UserError
-from distrogpt.training.distributed import copied, part_like
+from distrogpt.training.distributed import gather_to_cpu, shard_like
 from model import GPT, GPTConfig
 
 BEST, NEWEST = "ckpt.pt", "last.pt"
@@ -30,7 +30,7 @@ OPTIMIZER_KEYS = ("optimizer", "muon")  # AdamW's or SGD's state, as in nanoGPT;
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
 
-def write_whole(write: Callable[[IO[bytes]], object], *paths: Path) -> None:
+def atomic_write(write: Callable[[IO[bytes]], object], *paths: Path) -> None:
     """Write a file beside `paths`, flush it to disk, and let each of them in turn be it, without a copy.
 
     At each moment each path is a whole file, the old or the new. Raises MachineError where the disk does not
@@ -183,13 +183,13 @@ def restore_model(contents: dict[str, Any], path: Path, dropout: float = 0.0) ->
         if not name.endswith(".attn.bias")  # the causal mask, in files from nanoGPT on torch before 2.0
     }
     try:
-        return filled(config, weights)
+        return build_model(config, weights)
     except (ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[-1].strip()
         raise UserError(f"{path}: weights and model_args do not fit ({reason}); use another one") from None
 
 
-def filled(config: GPTConfig, weights: dict[str, Any]) -> GPT:
+def build_model(config: GPTConfig, weights: dict[str, Any]) -> GPT:
     """A network of this shape with these weights. Raises ValueError where they are not its own."""
     check_weights(weights, config)
     with Unset():
@@ -248,7 +248,7 @@ def restore_optimizers(
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             check_averages(contents[key], optimizer)
             state = {  # of each, the part that this rank has
-                number: {name: part_like(value, parameters[number]) for name, value in averages.items()}
+                number: {name: shard_like(value, parameters[number]) for name, value in averages.items()}
                 for number, averages in contents[key]["state"].items()
             }
             optimizer.load_state_dict({"state": state, "param_groups": groups})
@@ -284,10 +284,10 @@ def training_state(
     weights = dict(model.state_dict())
     if model.config.tied:
         weights.pop("lm_head.weight")  # copied once
-    weights = copied(weights, keep)
+    weights = gather_to_cpu(weights, keep)
     if model.config.tied:
         weights["lm_head.weight"] = weights["transformer.wte.weight"]
-    states = [copied(optimizer.state_dict(), keep) for optimizer in optimizers]
+    states = [gather_to_cpu(optimizer.state_dict(), keep) for optimizer in optimizers]
     return {
         "model": weights,
         **dict(zip(OPTIMIZER_KEYS, states, strict=False)),
@@ -362,7 +362,7 @@ def check_hub(name: str) -> None:
             pass  # it answers
 
 
-def lost(step: int, out_dir: Path | None) -> Diverged:
+def diverged_error(step: int, out_dir: Path | None) -> Diverged:
     """The error of a loss that is no number any more; out_dir is None where the run has saved nothing."""
     path = newest_checkpoint(out_dir) if out_dir else None
     kept = f"{path} is the last good state" if path else "nothing was saved yet"

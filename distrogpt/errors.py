@@ -21,11 +21,11 @@ class MachineError(Exception):
     """The machine failed (disk full, out of memory); the last good checkpoint is intact. Status 1."""
 
 
-SMALLER = "lower --batch_size (and raise --gradient_accumulation_steps), --block_size or --n_embd"
+OOM_HINT = "lower --batch_size (and raise --gradient_accumulation_steps), --block_size or --n_embd"
 
 
 @contextmanager
-def one_line_errors(out_of_memory: str = SMALLER) -> Iterator[None]:
+def cli_errors(out_of_memory: str = OOM_HINT) -> Iterator[None]:
     """Turn errors that are not bugs into one line and an exit status; bugs keep their traceback.
 
     `out_of_memory` is what to do where memory does not suffice.
@@ -33,11 +33,11 @@ def one_line_errors(out_of_memory: str = SMALLER) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        stop(2, error)
+        exit_with_error(2, error)
     except MachineError as error:
-        stop(1, error)
+        exit_with_error(1, error)
     except KeyboardInterrupt:
-        leave(130)  # 128 + SIGINT, as shells expect
+        exit_process(130)  # 128 + SIGINT, as shells expect
     except BrokenPipeError:  # the reader of our output left (`| head`), which is no error of ours
         sys.stderr.close()
         sys.exit(141)  # 128 + SIGPIPE
@@ -45,14 +45,14 @@ def one_line_errors(out_of_memory: str = SMALLER) -> Iterator[None]:
         if error.errno != errno.ENOSPC:
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still to be printed would end likewise
-        stop(1, f"no space left for {error.filename or 'the output'}; free some")
+        exit_with_error(1, f"no space left for {error.filename or 'the output'}; free some")
     except (RuntimeError, MemoryError) as error:
         text = str(error).lower()
         if "gloo" in text or "nccl" in text or type(error).__name__ == "DistBackendError":
-            stop(1, f"another rank was lost ({text[:60]}); start again: --init_from=auto goes on")
+            exit_with_error(1, f"another rank was lost ({text[:60]}); start again: --init_from=auto goes on")
         if not is_out_of_memory(error):
             raise
-        stop(1, f"out of memory; {out_of_memory}")
+        exit_with_error(1, f"out of memory; {out_of_memory}")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -62,16 +62,16 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and said)
 
 
-def stop(status: int, error: object) -> NoReturn:
+def exit_with_error(status: int, error: object) -> NoReturn:
     """Print `error` as one line and exit with `status`."""
     if status == 2 and int(os.environ.get("RANK", 0)):
         time.sleep(3)  # what all ranks find, the first one says; torchrun then ends the others
     sys.stdout.flush()
     sys.stderr.write(f"error: {' '.join(str(error).split())}\n")  # in one piece, as ranks share a terminal
-    leave(status)
+    exit_process(status)
 
 
-def leave(status: int) -> NoReturn:
+def exit_process(status: int) -> NoReturn:
     """End the process. A rank ends at once: torch's threads that talk to others may abort it otherwise."""
     if "RANK" in os.environ:
         sys.stdout.flush()

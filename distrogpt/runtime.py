@@ -67,7 +67,7 @@ class Runtime:
             return tensor.pin_memory().to(self.device, non_blocking=True)
         return tensor.to(self.device)
 
-    def total(self, *values: float) -> list[float]:
+    def all_reduce_sum(self, *values: float) -> list[float]:
         """The sum of each value over all ranks."""
         if self.world_size == 1:
             return list(values)
@@ -79,7 +79,7 @@ class Runtime:
             dist.all_reduce(torch.from_numpy(array))  # on the CPU, over gloo: nothing waits for a GPU
         return array
 
-    def agree(self, value: float, message: str) -> None:
+    def check_equal_on_all_ranks(self, value: float, message: str) -> None:
         """Raises UserError where the ranks have different values."""
         lowest, highest = (
             torch.tensor([value], dtype=torch.float64),
@@ -90,6 +90,10 @@ class Runtime:
             dist.all_reduce(highest, dist.ReduceOp.MAX)
         if lowest != highest:
             raise UserError(message)
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        self.check_equal_on_all_ranks(0, "")
 
     def say(self, line: str) -> None:
         """Print it, in one process."""
@@ -119,7 +123,7 @@ def start_runtime(device: str = "auto", dtype: str = "auto", backend: str = "aut
         torch.cuda.set_device(place)
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32
     elif place.type == "cpu":
-        keep_freed_memory()
+        tune_malloc()
         adapt_waits()
     if world_size > 1 and not dist.is_initialized():
         on_gpu = "nccl" if backend == "auto" else backend
@@ -173,7 +177,7 @@ def find_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if in_chip else torch.float32
 
 
-def keep_freed_memory() -> None:
+def tune_malloc() -> None:
     """Let glibc keep what a step frees: fetched anew by each step, it costs a tenth of its time."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -186,7 +190,7 @@ def keep_freed_memory() -> None:
 
 
 @torch.no_grad()
-def take_fast_float32(runtime: Runtime) -> None:
+def enable_onednn_float32(runtime: Runtime) -> None:
     """Let oneDNN multiply fp32 matrices on a CPU where it does so exactly: on AMD, twice as fast as MKL.
 
     "medium" allows oneDNN to round to bf16; on chips where it does (AMX), the default stays. Training gains;

@@ -106,11 +106,11 @@ def run_here(
     import sample
     import train
     from distrogpt import settings
-    from distrogpt.errors import leave, one_line_errors
+    from distrogpt.errors import cli_errors, exit_process
 
     def train_as_command(config: settings.TrainConfig) -> None:
         stopped_by = train.train(config).stopped_by
-        leave(128 + stopped_by if stopped_by else 0)
+        exit_process(128 + stopped_by if stopped_by else 0)
 
     main, kind = {
         "train.py": (train_as_command, settings.TrainConfig),
@@ -125,7 +125,7 @@ def run_here(
         patch.chdir(cwd or REPO)
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
-                with one_line_errors():
+                with cli_errors():
                     main(read_settings(kind, [str(flag) for flag in flags]))
             except SystemExit as end:
                 status = end.code

@@ -31,12 +31,12 @@ from distrogpt.settings import TrainConfig
 from distrogpt.training.optim import make_optimizers
 from model import GPT, GPTConfig
 from sample import find_tokenizer
-from train import Batch, training_step
+from train import MicroBatch, training_step
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
 SHAPE = {"block_size": 8, "vocab_size": len(CHARS), "n_layer": 1, "n_head": 2, "n_embd": 8}
 MODERN = {**SHAPE, "rotary": True, "norm": "rmsnorm", "n_kv_head": 1, "tied": False, "embedding_skip": True}
-BATCH = Batch(torch.arange(8)[None], torch.arange(1, 9)[None], 0)
+BATCH = MicroBatch(torch.arange(8)[None], torch.arange(1, 9)[None], 0)
 
 
 def a_run(shape: dict[str, Any], optimizer: str) -> tuple[GPT, list[torch.optim.Optimizer]]:
@@ -79,7 +79,7 @@ def use_checkpoint(data: bytes) -> None:
         restore_optimizers(optimizers, contents, Path())
         x = torch.zeros(1, min(8, model.config.block_size), dtype=torch.long)
         training_step(
-            model, optimizers, torch.amp.GradScaler("cpu", enabled=False), [Batch(x, x, 0)], 1.0, CPU
+            model, optimizers, torch.amp.GradScaler("cpu", enabled=False), [MicroBatch(x, x, 0)], 1.0, CPU
         )
 
 

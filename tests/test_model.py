@@ -6,7 +6,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from distrogpt.inference.decoder import Choice, prepare, sample_token, stream, uniform_draws
+from distrogpt.inference.decoder import (
+    SamplingParams,
+    optimize_for_inference,
+    sample_token,
+    stream,
+    uniform_noise,
+)
 from distrogpt.kernels.cpu import causal_attention, dropout
 from model import GPT, GPTConfig
 
@@ -245,7 +251,7 @@ def test_stream_yields_what_generate_returns():
     whole = model.generate(idx, 6, top_k=10)
     torch.manual_seed(5)
     assert torch.equal(
-        torch.cat([ids for ids, _ in stream(model, idx, 6, Choice(top_k=10))], 1), whole[:, 4:]
+        torch.cat([ids for ids, _ in stream(model, idx, 6, SamplingParams(top_k=10))], 1), whole[:, 4:]
     )
 
 
@@ -253,17 +259,17 @@ def test_a_padded_vocabulary_is_never_drawn_from():
     model = small()
     with torch.no_grad():
         model.lm_head.weight[90:] += 10 * model.transformer.ln_f.weight  # the padding would win
-    drawn = stream(model, random_ids(8, 4), 20, Choice(1.5), vocab_size=90)
+    drawn = stream(model, random_ids(8, 4), 20, SamplingParams(1.5), vocab_size=90)
     assert max(int(ids.max()) for ids, _ in drawn) < 90
 
 
 def test_sampling_follows_the_softmax():
     logits = torch.tensor([[0.0, 1.0, 2.0, 3.0]]).expand(20_000, 4)
-    draws = uniform_draws(0, 20_000, 1)
+    draws = uniform_noise(0, 20_000, 1)
     for temperature, top_k, kept in ((1.0, None, 4), (0.7, None, 4), (1.0, 2, 2), (2.0, 3, 3), (1.0, 9, 4)):
-        drawn = sample_token(logits, Choice(temperature, top_k), draws).flatten().bincount(minlength=4) / len(
-            logits
-        )
+        drawn = sample_token(logits, SamplingParams(temperature, top_k), draws).flatten().bincount(
+            minlength=4
+        ) / len(logits)
         expected = torch.softmax(logits[0].double() / temperature, 0)
         expected[: 4 - kept] = 0
         assert torch.allclose(drawn.double(), expected / expected.sum(), atol=0.02), (temperature, top_k)
@@ -391,12 +397,12 @@ def test_a_sequences_numbers_are_the_same_alone_and_beside_others(int8, dtype):
         pytest.skip("no bf16 in this chip")
     torch.manual_seed(0)
     shape = {"block_size": 32, "vocab_size": 3000, "n_layer": 2, "n_head": 6, "n_embd": 384, "n_kv_head": 2}
-    model = prepare(GPT(GPTConfig(**shape)), dtype, int8)
+    model = optimize_for_inference(GPT(GPTConfig(**shape)), dtype, int8)
     prompts = [torch.randint(3000, (length,)).tolist() for length in (1, 5, 17, 32)]
     idx = torch.zeros(4, 32, dtype=torch.long)
     for row, prompt in zip(idx, prompts, strict=True):
         row[: len(prompt)] = torch.tensor(prompt)
-    draws, lengths = uniform_draws(0, 2, 40), list(map(len, prompts))
+    draws, lengths = uniform_noise(0, 2, 40), list(map(len, prompts))
     together = list(stream(model, idx, 40, draws=draws.repeat(4, 1), lengths=lengths, copies=2))
     for number, prompt in enumerate(prompts):
         for copy_number in range(2):

@@ -12,19 +12,19 @@ from torch.nn import functional as F
 
 from distrogpt import settings as settings_file
 from distrogpt.checkpoint import (
+    atomic_write,
     load_checkpoint,
     restore_model,
     restore_optimizers,
     training_state,
-    write_whole,
 )
-from distrogpt.inference.decoder import Choice, prepare, stream
+from distrogpt.inference.decoder import SamplingParams, optimize_for_inference, stream
 from distrogpt.kernels.cpu import KVCache, rms_norm, rotate, rotation
 from distrogpt.runtime import Runtime
 from distrogpt.settings import TrainConfig
 from distrogpt.training.optim import make_optimizers
 from model import ACTIVATIONS, GPT, NORMS, GPTConfig
-from train import Batch, training_step
+from train import MicroBatch, training_step
 
 SMALL = {"block_size": 16, "vocab_size": 24, "n_layer": 2, "n_head": 4, "n_embd": 24}
 VALUES = {
@@ -144,7 +144,9 @@ def test_each_combination_samples_with_the_cache_as_without(part):
     """Also where the block is full and the window slides: 20 tokens after a prompt of 5, a block of 16."""
     for settings in PICKED[part::4]:
         model = made(**settings)
-        found = torch.cat([ids(2, 5), *(new for new, _ in stream(model, ids(2, 5), 20, Choice(0.0)))], dim=1)
+        found = torch.cat(
+            [ids(2, 5), *(new for new, _ in stream(model, ids(2, 5), 20, SamplingParams(0.0)))], dim=1
+        )
         window = idx = ids(2, 5)
         for _ in range(20):
             with torch.no_grad():
@@ -158,7 +160,7 @@ def test_each_combination_samples_with_the_cache_as_without(part):
 @pytest.mark.parametrize("part", range(4))
 def test_each_combination_trains_is_saved_and_goes_on_bit_for_bit(part, tmp_path):
     place, scaler = Runtime(torch.device("cpu"), torch.bfloat16), torch.amp.GradScaler("cpu", enabled=False)
-    batches = [Batch(ids(4, 17)[:, :-1], ids(4, 17)[:, 1:], 0)]
+    batches = [MicroBatch(ids(4, 17)[:, :-1], ids(4, 17)[:, 1:], 0)]
     path = tmp_path / "ckpt.pt"
     for number, settings in enumerate(PICKED[part::4]):
         optimizer = ("adamw", "muon", "sgd")[number % 3]
@@ -174,7 +176,7 @@ def test_each_combination_trains_is_saved_and_goes_on_bit_for_bit(part, tmp_path
             assert same == [], settings
 
         state = training_state(model, optimizers, iter_num=4, best_val_loss=1.0)
-        write_whole(lambda file, state=state: torch.save(state, file), path)
+        atomic_write(lambda file, state=state: torch.save(state, file), path)
         contents = load_checkpoint(path)
         restored = restore_model(contents, path)
         assert restored.config == model.config
@@ -205,11 +207,11 @@ def test_decoding_scores_each_position_as_the_whole_sequence_does(settings, stat
 @pytest.mark.parametrize("int8", [False, True])
 def test_a_modern_model_made_ready_to_decode_scores_nearly_the_same(int8):
     model, idx = made(**{**MODERN, "n_embd": 64, "activation": "swiglu"}), ids(2, 16)
-    ready = prepare(copy.deepcopy(model), torch.bfloat16, int8)
+    ready = optimize_for_inference(copy.deepcopy(model), torch.bfloat16, int8)
     with torch.no_grad():
         expected, found = model(idx, idx)[0], ready(idx, idx)[0].float()
     assert (found - expected).abs().mean() < 0.1 * expected.std()
-    assert len(list(stream(ready, idx[:, :3], 10, Choice(0.8, 5)))) == 10
+    assert len(list(stream(ready, idx[:, :3], 10, SamplingParams(0.8, 5)))) == 10
 
 
 def test_settings_and_network_know_the_same_names():

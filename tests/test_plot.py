@@ -333,8 +333,8 @@ def test_scores_go_wherever_losses_go_and_none_is_needed(tmp_path, dataset, monk
     ))  # fmt: skip
     config.wandb_log = True
     with (
-        logs_file.RunFolder(tmp_path, said.append) as folder,
-        logs_file.Logs(config, runtime, folder, "0", 0, 0.0) as logs,
+        logs_file.RunDirectory(tmp_path, said.append) as folder,
+        logs_file.TrainLogger(config, runtime, folder, "0", 0, 0.0) as logs,
     ):
         logs.write(0, {"hellaswag": 0.3, "accuracy": 0.5, "val/part": 2.0})
         logs.write(1, None)
@@ -351,14 +351,14 @@ def test_scores_go_wherever_losses_go_and_none_is_needed(tmp_path, dataset, monk
 
 def test_lines_wait_at_most_until_a_save(tmp_path, dataset, monkeypatch):
     """What a checkpoint goes on from is in log.csv before it is written."""
-    from distrogpt.checkpoint import write_whole
+    from distrogpt.checkpoint import atomic_write
 
     seen = []
 
     def write(how, *paths) -> None:
         if paths[0].suffix == ".pt":
             seen.append((tmp_path / "log.csv").read_text().splitlines()[-1].split(",")[0])
-        write_whole(how, *paths)
+        atomic_write(how, *paths)
 
     monkeypatch.setattr("distrogpt.training.run_directory.write_whole", write)
     monkeypatch.setattr(logs_file, "TOGETHER", 1e9)

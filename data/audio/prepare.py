@@ -11,8 +11,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from distrogpt.audio.transcription import main
-from distrogpt.errors import one_line_errors
+from distrogpt.errors import cli_errors
 
 if __name__ == "__main__":
-    with one_line_errors("choose a smaller --model, or --compute_type int8"):
+    with cli_errors("choose a smaller --model, or --compute_type int8"):
         main(__doc__.splitlines()[0])

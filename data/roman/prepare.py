@@ -10,7 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from distrogpt.data.preparation.problems import line_parser, write_problems
-from distrogpt.errors import one_line_errors
+from distrogpt.errors import cli_errors
 
 VALUES = (1000, 900, 500, 400, 100, 90, 50, 40, 10, 9, 5, 4, 1)
 NUMERALS = dict(zip(VALUES, "M CM D CD C XC L XL X IX V IV I".split(), strict=True))
@@ -40,5 +40,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with cli_errors():
         main()

@@ -10,7 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from distrogpt.data.preparation.problems import at_least, line_parser, write_problems
-from distrogpt.errors import one_line_errors
+from distrogpt.errors import cli_errors
 
 
 def sequence(first: int, step: int) -> str:
@@ -35,5 +35,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with cli_errors():
         main()

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from distrogpt.data.preparation.sources import argument_parser
 from distrogpt.data.preparation.writer import write_dataset
 from distrogpt.data.tokenizer import CharTokenizer
-from distrogpt.errors import UserError, one_line_errors
+from distrogpt.errors import UserError, cli_errors
 
 CHARS = "\n" + "".join(map(chr, range(32, 127)))
 LEFT_OUT = {"test", "tests", "idle_test", "encodings", "site-packages", "dist-packages", "__pycache__"}
@@ -50,5 +50,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with cli_errors():
         main()

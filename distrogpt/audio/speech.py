@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from distrogpt.checkpoint import first_line, write_whole
+from distrogpt.checkpoint import atomic_write, first_line
 from distrogpt.errors import UserError, is_out_of_memory, writable
 
 LONGEST = 400  # characters that a voice gets at once: its memory grows with them
@@ -129,7 +129,7 @@ def speak(texts: Iterable[str], voice: Voice, path: str) -> float:
         nonlocal seconds
         seconds = write_wav(texts, voice, file)
 
-    write_whole(write, Path(path))
+    atomic_write(write, Path(path))
     return seconds
 
 

@@ -18,7 +18,9 @@ from distrogpt.settings import BenchConfig
 LARGEST = 1 << 15  # sequences; beyond, GPU kernels run out of numbers
 SLOW = 5.0  # seconds of a step after which larger batches, twice as slow or more, are not timed
 GAIN = 1.02  # of tokens/s; less is noise
-HOLES = 0.7  # of what is left on a CPU; the rest is for holes between what is allocated: up to 1.4 measured
+FRAGMENTATION = (
+    0.7  # of what is left on a CPU; the rest is for holes between what is allocated: up to 1.4 measured
+)
 
 
 class Trial(NamedTuple):

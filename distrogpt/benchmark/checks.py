@@ -27,14 +27,14 @@ from distrogpt.benchmark.plan import Split, count, find_place, memory
 from distrogpt.benchmark.timing import alternate, open_data, peak_memory, spread
 from distrogpt.checkpoint import NEWEST, load_checkpoint
 from distrogpt.errors import UserError
-from distrogpt.inference.decoder import Choice, prepare, stream
+from distrogpt.inference.decoder import SamplingParams, optimize_for_inference, stream
 from distrogpt.runtime import Runtime, compile_works, measured_bandwidth, measured_flops, peak_flops
 from distrogpt.settings import BenchConfig
-from distrogpt.training.distributed import share_model, whole
+from distrogpt.training.distributed import full_tensor, wrap_distributed
 from distrogpt.training.optim import make_optimizers
-from distrogpt.training.startup import new_shape
+from distrogpt.training.startup import new_model_config
 from model import GPT, GPTConfig
-from train import Batch, clip_gradients, training_step
+from train import MicroBatch, clip_gradients, training_step
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = {"block_size": 256, "vocab_size": 1024, "n_layer": 4, "n_head": 4, "n_embd": 256}
@@ -93,12 +93,12 @@ def small_model(network: dict[str, Any], seed: int = 0) -> GPT:
     return GPT(GPTConfig(**SMALL, **network))
 
 
-def batch_of(seed: int, device: torch.device, length: int = SMALL["block_size"]) -> Batch:
+def batch_of(seed: int, device: torch.device, length: int = SMALL["block_size"]) -> MicroBatch:
     """A micro-batch of 8 sequences that count upwards, which a network learns in a few steps."""
     rng = np.random.default_rng(seed)
     tokens = rng.integers(0, 1024, (8, 1)) + np.arange(length + 1) * rng.integers(1, 4, (8, 1))
     tokens = torch.from_numpy(tokens % SMALL["vocab_size"]).to(device)
-    return Batch(tokens[:, :-1], tokens[:, 1:].contiguous(), seed)
+    return MicroBatch(tokens[:, :-1], tokens[:, 1:].contiguous(), seed)
 
 
 def train_steps(
@@ -195,7 +195,7 @@ def check_greedy(config: BenchConfig, runtime: Runtime) -> list[Row]:
         prompts = [batch_of(seed, runtime.device).x[0, : 8 + 5 * seed] for seed in range(8)]
         for dtype in (torch.float32, torch.bfloat16):
             kind = f"{name}, {str(dtype).removeprefix('torch.')}"
-            ready = prepare(copy.deepcopy(model).to(runtime.device), dtype)
+            ready = optimize_for_inference(copy.deepcopy(model).to(runtime.device), dtype)
             with exact_float32():
                 alone = torch.cat([greedy(ready, [prompt]) for prompt in prompts])
                 together = greedy(ready, prompts)
@@ -215,7 +215,7 @@ def greedy(model: GPT, prompts: list[torch.Tensor], graph: bool = True) -> torch
     """The 64 likeliest ids after each prompt (T,), by the decoder of sample.py: (N, 64)."""
     padded = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True)
     lengths = [len(prompt) for prompt in prompts]
-    tokens = stream(model, padded, 64, Choice(temperature=0.0), lengths=lengths, graph=graph)
+    tokens = stream(model, padded, 64, SamplingParams(temperature=0.0), lengths=lengths, graph=graph)
     return torch.cat([token.ids for token in tokens], dim=1)
 
 
@@ -353,10 +353,10 @@ def check_ranks(config: BenchConfig, runtime: Runtime) -> list[Row]:
     expected = train_steps(copy.deepcopy(model), config, runtime)
     for name, shard in (("DDP", False), ("FSDP2, --shard=True", True)):
         shared = copy.deepcopy(model)
-        losses = train_steps(share_model(shared, shard, runtime), config, runtime)
+        losses = train_steps(wrap_distributed(shared, shard, runtime), config, runtime)
         difference = largest_difference(expected, losses)
         rows.append(Row(f"{name}, {backend}: largest difference of losses", difference, 0.01))
-        finite = all(bool(whole(p.detach()).isfinite().all()) for p in shared.parameters())
+        finite = all(bool(full_tensor(p.detach()).isfinite().all()) for p in shared.parameters())
         rows.append(Row(f"{name}: weights that are not finite", float(not finite), 0.0))
         del shared
     dist.destroy_process_group()
@@ -374,7 +374,7 @@ def check_synchronize(config: BenchConfig, runtime: Runtime) -> list[Row]:
     config.batch_size = config.batch_size or 8
     data = open_data(config)
     torch.manual_seed(0)
-    model = GPT(new_shape(config, data.meta)).to(runtime.device)
+    model = GPT(new_model_config(config, data.meta)).to(runtime.device)
     if config.compile is True:
         model.compile()
     optimizers = make_optimizers(model, config, runtime.device.type, runtime.dtype)
@@ -384,7 +384,7 @@ def check_synchronize(config: BenchConfig, runtime: Runtime) -> list[Row]:
 
     def reading(number: int) -> None:
         for _ in range(5):
-            training_step(model, optimizers, scaler, [Batch(x, y, 0)], config.grad_clip, runtime)
+            training_step(model, optimizers, scaler, [MicroBatch(x, y, 0)], config.grad_clip, runtime)
 
     def without_reading(number: int) -> None:
         for _ in range(5):
@@ -411,7 +411,7 @@ def check_memory(config: BenchConfig, runtime: Runtime) -> list[Row]:
     """The largest memory of three training steps, beside the planner's number."""
     config.batch_size = config.batch_size or 1
     data = open_data(config)
-    shape = new_shape(config, data.meta)
+    shape = new_model_config(config, data.meta)
     torch.manual_seed(0)
     model = GPT(shape).to(runtime.device)
     model.activation_checkpointing = config.activation_checkpointing
@@ -420,12 +420,12 @@ def check_memory(config: BenchConfig, runtime: Runtime) -> list[Row]:
     size = (config.batch_size, config.block_size)
     x, y = (torch.randint(shape.vocab_size, size, device=runtime.device) for _ in range(2))
     for _ in range(3):
-        training_step(model, optimizers, scaler, [Batch(x, y, 0)], config.grad_clip, runtime)
+        training_step(model, optimizers, scaler, [MicroBatch(x, y, 0)], config.grad_clip, runtime)
     measured = peak_memory(runtime)  # before the planner counts, which needs memory of its own
     on_gpu = runtime.device.type != "cpu"
     counts = count(shape, config, runtime.dtype != torch.float32, on_gpu)
     split = Split(1, config.batch_size, 1, again=config.activation_checkpointing)
-    planned = memory(counts, find_place(replace(config, gpu="here"), runtime, peak=1.0), split)["peak"]
+    predicted = memory(counts, find_place(replace(config, gpu="here"), runtime, peak=1.0), split)["peak"]
     again = "with" if config.activation_checkpointing else "without"
     parameters = f"{model.get_num_params(False) / 1e6:,.0f} M parameters, batch {config.batch_size}"
     if measured is None:
@@ -433,7 +433,7 @@ def check_memory(config: BenchConfig, runtime: Runtime) -> list[Row]:
     return [
         Row(
             f"{parameters}, {again} activation checkpointing",
-            f"{measured / 2**30:.2f} GiB; planner {planned / 2**30:.2f} GiB, {planned / measured - 1:+.0%}",
+            f"{measured / 2**30:.2f} GiB; planner {predicted / 2**30:.2f} GiB, {predicted / measured - 1:+.0%}",
         )
     ]
 

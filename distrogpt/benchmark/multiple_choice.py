@@ -14,7 +14,7 @@ from distrogpt.evaluation.questions import Question
 from distrogpt.evaluation.tasks import choices
 from distrogpt.runtime import Runtime
 from distrogpt.settings import BenchConfig
-from distrogpt.training.startup import new_shape
+from distrogpt.training.startup import new_model_config
 from model import GPT
 
 COUNT = 48  # questions of a round
@@ -59,7 +59,7 @@ def one_by_one(model: GPT, questions: list[Question], runtime: Runtime) -> list[
 def bench_questions(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
     """Both, in turns, on the network of the settings with random weights."""
     torch.manual_seed(config.seed)
-    shape = replace(new_shape(config, GPT2_META), zero_init=False)  # which would have no choice
+    shape = replace(new_model_config(config, GPT2_META), zero_init=False)  # which would have no choice
     model = GPT(shape).to(runtime.device).eval()
     questions = made_up(COUNT, config.block_size)
     ways = {f"batches of {size}": lambda m, q, r, size=size: choices(m, q, r, size) for size in BATCHES}

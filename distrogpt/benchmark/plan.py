@@ -33,7 +33,7 @@ from distrogpt.errors import UserError
 from distrogpt.kernels import cpu as attention_file
 from distrogpt.runtime import PEAK_FLOPS, Runtime, measured_flops, peak_flops
 from distrogpt.settings import BenchConfig
-from distrogpt.training.startup import new_shape, planned
+from distrogpt.training.startup import new_model_config, resolve_max_iters
 from model import GPT, GPTConfig
 
 MFU = 0.4  # where none is known: llm.c's on H100, see above
@@ -70,7 +70,7 @@ GPUS = {
 UNKNOWN = (None, None, None, 32, 12.5)  # PCIe, and eight that share 100 Gbit/s
 
 
-class Place(NamedTuple):
+class Hardware(NamedTuple):
     """A GPU among others, or this machine. Bandwidths are bytes/s, in one direction."""
 
     name: str
@@ -114,7 +114,7 @@ class Split(NamedTuple):
         return self.n * self.B * self.rounds
 
 
-def find_place(config: BenchConfig, runtime: Runtime, peak: float | None = None) -> Place:
+def find_place(config: BenchConfig, runtime: Runtime, peak: float | None = None) -> Hardware:
     """The GPU of config.gpu, or this machine, whose `peak` may have been measured before."""
     kind = runtime.device.type
     if config.gpu != "here":
@@ -132,7 +132,7 @@ def find_place(config: BenchConfig, runtime: Runtime, peak: float | None = None)
         pages = os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf  # Windows does not tell
         size = PAGE * pages if pages == math.inf else os.sysconf("SC_PAGE_SIZE") * pages
     peak = peak or (peak_flops(runtime) if kind == "cuda" else measured_flops(runtime))
-    return Place(
+    return Hardware(
         name,
         peak,
         size,
@@ -166,8 +166,8 @@ def planned_shape(config: BenchConfig) -> tuple[BenchConfig, GPTConfig, bool]:
     if config.max_epochs is not None:
         if not found:
             raise UserError("max_epochs is counted on the dataset, which is not here; give --max_iters alone")
-        config = planned(config, open_dataset(config, ("train",)))
-    return config, new_shape(config, meta), found
+        config = resolve_max_iters(config, open_dataset(config, ("train",)))
+    return config, new_model_config(config, meta), found
 
 
 @contextmanager
@@ -240,7 +240,7 @@ def count(shape: GPTConfig, config: BenchConfig, half: bool, on_gpu: bool) -> Co
     return Counts(shape, N, tables, matrices, averages, model.flops_per_token(), 2 if half else 4, *kept)
 
 
-def memory(counts: Counts, place: Place, split: Split) -> dict[str, float]:
+def memory(counts: Counts, place: Hardware, split: Split) -> dict[str, float]:
     """Bytes of a rank, without torch.compile, which needs less for activations and loss.
 
     "more", with `shard`, is what is gathered from others: two blocks in the run's arithmetic, tables in fp32.
@@ -273,13 +273,13 @@ def memory(counts: Counts, place: Place, split: Split) -> dict[str, float]:
     return {**parts, "more": more, "peak": peak, "fits": peak <= USABLE * place.memory}
 
 
-def ring_bandwidth(place: Place, n: int) -> float:
+def ring_bandwidth(place: Hardware, n: int) -> float:
     """Bytes/s that a ring through n GPUs carries."""
     cards = min(n, place.per_node) * place.network if n > place.per_node else math.inf
     return LINK_SHARE * min(place.link, cards)
 
 
-def exchange(counts: Counts, place: Place, n: int, shard: bool) -> tuple[float, float]:
+def exchange(counts: Counts, place: Hardware, n: int, shard: bool) -> tuple[float, float]:
     """Seconds of an exchange among n ranks, and of its last message, which nothing hides.
 
     The all-reduce of fp32 gradients, once a step; with `shard` the gathers and the scatter of a micro-step.
@@ -295,7 +295,7 @@ def exchange(counts: Counts, place: Place, n: int, shard: bool) -> tuple[float, 
     return seconds, seconds / messages
 
 
-def step_time(counts: Counts, place: Place, split: Split, mfu: float) -> dict[str, float]:
+def step_time(counts: Counts, place: Hardware, split: Split, mfu: float) -> dict[str, float]:
     """Seconds of a step and of its parts; "waits" is the part of "exchange" that arithmetic does not hide."""
     shard = split.shard and split.n > 1
     tokens = split.B * counts.shape.block_size
@@ -321,7 +321,7 @@ def share_out(sequences: int, n: int, largest: int) -> tuple[int, int]:
     return -B, rounds
 
 
-def settle(config: BenchConfig, counts: Counts, place: Place, n: int, shard: bool, again: bool) -> Split:
+def settle(config: BenchConfig, counts: Counts, place: Hardware, n: int, shard: bool, again: bool) -> Split:
     """The settings nearest to the given ones that n ranks can share, and that fit; B is 1 where none does."""
     sequences = config.gradient_accumulation_steps * config.batch_size
 
@@ -347,7 +347,7 @@ def data_rates(counts: Counts, tokens_per_second: float, nodes: int) -> dict[str
     return {"total": total, "node": total / nodes, "disk": total / nodes * pages * PAGE / window}
 
 
-def run_on(config: BenchConfig, counts: Counts, place: Place, split: Split, mfu: float) -> dict[str, Any]:
+def run_on(config: BenchConfig, counts: Counts, place: Hardware, split: Split, mfu: float) -> dict[str, Any]:
     """The whole run, for the tokens that its settings say, shared in this way."""
     took = step_time(counts, place, split, mfu)
     step = config.gradient_accumulation_steps * config.batch_size
@@ -422,7 +422,7 @@ def plan(config: BenchConfig, runtime: Runtime, mfu: float | None = None, peak: 
     return result
 
 
-def print_memory(config: BenchConfig, place: Place, counts: Counts, result: dict[str, Any]) -> None:
+def print_memory(config: BenchConfig, place: Hardware, counts: Counts, result: dict[str, Any]) -> None:
     """The place, the model, and what of it fits with which settings."""
     run, n, shape = result["run"], config.n_gpus, counts.shape
     steps, usable = config.gradient_accumulation_steps, f"{USABLE * place.memory / 2**30:,.1f} GiB"

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from distrogpt.data.meta import dataset_folder, find_dataset, read_meta
-from distrogpt.data.sampling import epoch_order, epoch_starts, epoch_windows, random_starts, shared_out
+from distrogpt.data.sampling import epoch_order, epoch_starts, epoch_windows, interleave, random_starts
 from distrogpt.data.token_stream import TokenStream
 from distrogpt.data.tokenizer import from_description
 from distrogpt.errors import UserError
@@ -198,7 +198,7 @@ def step_windows(data: Dataset, config: TrainConfig, step: int) -> tuple[np.ndar
     count = config.gradient_accumulation_steps * config.batch_size
     if len(data.parts) == 1:
         return np.zeros(count, np.int64), part_starts(data.parts[0], 0, config, step, step * count, count)
-    which, within = shared_out(step * count, count, [part.share for part in data.parts])
+    which, within = interleave(step * count, count, [part.share for part in data.parts])
     starts = np.empty(count, np.int64)
     for number, part in enumerate(data.parts):
         here = np.flatnonzero(which == number)

@@ -50,7 +50,7 @@ def epoch_order(seed: int, first: int, count: int, size: int, part: int = 0) -> 
     return order, more
 
 
-def shared_out(first: int, count: int, shares: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+def interleave(first: int, count: int, shares: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
     """Which part of a mixture samples first, first + 1, ... belong to, and which of the part's own samples
     each of them is: (count,) twice. Nothing is random: of any samples in a row, a part has its share, which
     is counted in 2^-20, to within as many samples as there are parts.

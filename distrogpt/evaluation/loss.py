@@ -40,10 +40,10 @@ def evaluate(
             if loss is None:
                 return None
             found.append(loss)
-    return means_of(data, losses)
+    return mean_losses(data, losses)
 
 
-def means_of(data: Dataset, losses: dict[str, list[float]], split: str = "val") -> Losses:
+def mean_losses(data: Dataset, losses: dict[str, list[float]], split: str = "val") -> Losses:
     """Of the losses of each part in each split, the means by the parts' shares. Where they are known, also
     bits_per_byte and, of a mixture, SPLIT/NAME of each part: of one split."""
     shares = [part.share for part in data.parts]
@@ -102,11 +102,11 @@ def summed_loss(
     model.eval()
     for i in range(runtime.rank * B, len(starts), runtime.world_size * B):
         windows = attempt(lambda i=i: stream.windows(starts[i : i + B], T + 1), trouble)
-        if runtime.total(windows is None or stop_asked())[0]:
+        if runtime.all_reduce_sum(windows is None or stop_asked())[0]:
             model.train()
             return None
         counted = np.arange(T) >= skip[i : i + B, None]  # (B, T)
-        answers = data.counted(windows)
+        answers = data.loss_mask(windows)
         x, y = to_xy(windows, counted if answers is None else counted & answers, runtime)
         with runtime.autocast():
             _, loss = model(x, y, only_loss=True)
@@ -119,7 +119,7 @@ def summed_loss(
     model.train()
     if sums:
         total += torch.stack(sums).cpu().double().sum(dim=0)
-    all_loss, all_count = runtime.total(*total.tolist())
+    all_loss, all_count = runtime.all_reduce_sum(*total.tolist())
     return all_loss, all_count
 
 

@@ -16,7 +16,7 @@ from distrogpt.data.dataset import Dataset
 from distrogpt.data.tokenizer import Tokenizer, from_description, ids_of_prompt
 from distrogpt.errors import UserError
 from distrogpt.evaluation.questions import Question, hellaswag_file, read_questions
-from distrogpt.inference.decoder import Choice, stream, uniform_draws
+from distrogpt.inference.decoder import SamplingParams, stream, uniform_noise
 from distrogpt.kernels.cpu import Branches
 from distrogpt.runtime import Runtime
 from distrogpt.settings import TrainConfig
@@ -138,7 +138,7 @@ def open_questions(
 ) -> list[Question]:
     """Those of a file, by default HellaSwag's, which one rank downloads where it is missing. UserError."""
     path = hellaswag_file(given, runtime.is_main)
-    runtime.agree(0, "")  # the others wait for it
+    runtime.barrier()  # the others wait for it
     return read_questions(path, tokenizer, block_size, limit)
 
 
@@ -177,7 +177,9 @@ def answers(
         idx, columns = runtime.to_device(prompts), []
         ended = torch.zeros(len(batch), 1, dtype=torch.bool, device=idx.device)
         with torch.no_grad(), runtime.autocast():
-            for ids, _ in stream(model, idx, most, Choice(0.0), vocab_size, lengths=lengths, graph=False):
+            for ids, _ in stream(
+                model, idx, most, SamplingParams(0.0), vocab_size, lengths=lengths, graph=False
+            ):
                 columns.append(ids)  # (B, 1)
                 ended |= ids == newline
                 if ended.all():
@@ -236,11 +238,11 @@ def make_ask(config: TrainConfig, data: Dataset, runtime: Runtime) -> Ask:
                 return None
             found["accuracy"] = float(np.mean([answer.given == answer.right for answer in given]))
         if config.eval_samples:
-            draws = uniform_draws(config.seed, config.eval_samples, config.sample_tokens)
+            draws = uniform_noise(config.seed, config.eval_samples, config.sample_tokens)
             how = {"vocab_size": vocab_size, "draws": draws, "copies": config.eval_samples, "graph": False}
             idx = torch.tensor([prompt], device=runtime.device)
             with runtime.autocast():
-                drawn = list(stream(model, idx, config.sample_tokens, Choice(0.8, 200), **how))
+                drawn = list(stream(model, idx, config.sample_tokens, SamplingParams(0.8, 200), **how))
             for number, row in enumerate(torch.cat([ids for ids, _ in drawn], dim=1).tolist(), 1):
                 say(f"sample {number}: {config.sample_start}{tokenizer.decode(row)}")
         return found

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from distrogpt.checkpoint import config_of, filled
+from distrogpt.checkpoint import build_model, config_of
 from distrogpt.kernels.cpu import EPS
 from model import GPT, GPTConfig
 
@@ -211,7 +211,7 @@ def read_pretrained(folder: Path, dropout: float = 0.0) -> GPT:
         weights = from_llama(config, theirs)
     if config.tied:
         weights["lm_head.weight"] = weights["transformer.wte.weight"]
-    return filled(config, weights)
+    return build_model(config, weights)
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from distrogpt.runtime import cuda_graph
 
 
 @dataclass(frozen=True)
-class Choice:
+class SamplingParams:
     """How a token is chosen; as it stands, by the network's own chances. The limits hold in this order."""
 
     temperature: float = 1.0
@@ -28,7 +28,7 @@ class Choice:
     repetition_penalty: float = 1.0  # of what stands there already, against its logit (arXiv 1909.05858)
 
     @classmethod
-    def of(cls, asked: Any) -> "Choice":
+    def of(cls, asked: Any) -> "SamplingParams":
         """What a SampleConfig says of it."""
         return cls(**{field.name: getattr(asked, field.name) for field in fields(cls)})
 
@@ -41,7 +41,7 @@ class Drawn(NamedTuple):
 
 
 def sample_token(
-    logits: torch.Tensor, choice: Choice, draws: torch.Tensor, seen: torch.Tensor | None = None
+    logits: torch.Tensor, choice: SamplingParams, draws: torch.Tensor, seen: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Choose one id for each row of logits (B, V): (B, 1). Temperature 0 takes the likeliest.
 
@@ -83,14 +83,14 @@ def likeliest_first(chances: torch.Tensor, top_p: float) -> tuple[torch.Tensor, 
     return ordered, ids
 
 
-def uniform_draws(seed: int, copies: int, count: int) -> torch.Tensor:
+def uniform_noise(seed: int, copies: int, count: int) -> torch.Tensor:
     """Numbers for `count` tokens of each of so many samples, uniform in [0, 1): (copies, count). Those of a
     sample are a function of seed and its number alone."""
     rows = [np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, n])) for n in range(copies)]
     return torch.from_numpy(np.stack([row.random(count, np.float32) for row in rows]))
 
 
-class Batch:
+class DecodingBatch:
     """Sequences that go on together, by a token of each at a time; they may join and leave in between.
 
     Each token is read once: keys and values are kept. Where a sequence fills block_size, the last three
@@ -208,7 +208,7 @@ def stream(
     model: nn.Module,
     idx: torch.Tensor,
     max_new_tokens: int,
-    choice: Choice = Choice(),
+    choice: SamplingParams = SamplingParams(),
     vocab_size: int | None = None,
     draws: torch.Tensor | None = None,
     lengths: Sequence[int] | None = None,
@@ -224,7 +224,7 @@ def stream(
     """
     B = len(idx) * copies
     prompts = [row[:length] for row, length in zip(idx, lengths or [idx.size(1)] * len(idx), strict=True)]
-    batch = Batch(model, B, max(map(len, prompts)) + max_new_tokens, graph)
+    batch = DecodingBatch(model, B, max(map(len, prompts)) + max_new_tokens, graph)
     batch.join(prompts, copies)
     draws = (torch.rand(B, max_new_tokens) if draws is None else draws).to(idx.device)
     seen = None
@@ -283,7 +283,9 @@ class Int8Linear(nn.Module):
 
 
 @torch.no_grad()
-def prepare(model: nn.Module, dtype: torch.dtype, int8: bool = False, compile: bool = False) -> nn.Module:
+def optimize_for_inference(
+    model: nn.Module, dtype: torch.dtype, int8: bool = False, compile: bool = False
+) -> nn.Module:
     """The model for decoding only, changed in place: weights in `dtype`, or in 8 bits, and in fast layout.
 
     With `compile`, one token's decoding is compiled, without the layout, which torch.compile does not know:

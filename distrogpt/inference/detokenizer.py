@@ -20,7 +20,7 @@ class Token(NamedTuple):
     logprob: float  # under the network's own chances, at temperature 1
 
 
-class Writer:
+class Detokenizer:
     """The text of one sample while its tokens come, up to the token `end` or the first of the `stop` strings.
 
     The text is the same for any cut into tokens: it ends before the stop string that is whole first. What may
@@ -117,7 +117,7 @@ def form_of(show_probs: bool) -> str:
     return "colours" if sys.stdout.isatty() and not os.environ.get("NO_COLOR") else "lines"
 
 
-def shown(writer: Writer, form: str) -> str:
+def shown(writer: Detokenizer, form: str) -> str:
     """What became certain since the last call, in a form of `form_of`."""
     if form == "text":
         return writer.take_text()

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from configurator import brief, checked
+from configurator import checked, shorten
 from distrogpt.errors import UserError
 from distrogpt.inference.detokenizer import form_of, legend, shown
 from distrogpt.settings import OF_A_SAMPLE, SampleConfig
@@ -89,7 +89,7 @@ def obey(command: str, config: SampleConfig) -> SampleConfig:
     else:
         near = difflib.get_close_matches(name, ("help", "settings", "quit", *OF_A_SAMPLE), n=1)
         hint = f"did you mean /{near[0]}?" if near else "/help lists all"
-        raise UserError(f"unknown command /{brief(name)}; {hint}")
+        raise UserError(f"unknown command /{shorten(name)}; {hint}")
     return config
 
 

@@ -6,9 +6,9 @@ import time
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
-from configurator import brief, check_settings, setting
+from configurator import check_settings, setting, shorten
 from distrogpt.errors import UserError
-from distrogpt.serving.engine import News
+from distrogpt.serving.engine import RequestOutput
 from distrogpt.settings import SampleConfig
 
 NOT_SERVED = ("logit_bias", "suffix", "presence_penalty", "frequency_penalty")
@@ -88,7 +88,7 @@ def read_body(body: Any, sampler: Any, most_tokens: int, most_samples: int, most
     for name in set(body) - set(names):
         near = "max_tokens" if name == "max_new_tokens" else nearest(name, names)
         hint = f"did you mean {near}?" if near else f"known are {', '.join(names)}"
-        raise UserError(f"{brief(name)} is no setting of a completion; {hint}")
+        raise UserError(f"{shorten(name)} is no setting of a completion; {hint}")
     try:
         config = CompletionConfig(**body)
         asked = SampleConfig(
@@ -140,15 +140,15 @@ def prompt_of(given: Any, name: str, sampler: Any, truncate: bool) -> Prompt:
     return Prompt(text, ids[-block_size:])
 
 
-def joined(parts: list[News]) -> News:
+def joined(parts: list[RequestOutput]) -> RequestOutput:
     """All news of a sample as one."""
     tokens = [token for part in parts for token in part.tokens]
     likeliest = [place for part in parts for place in part.likeliest]
     return parts[-1]._replace(text="".join(part.text for part in parts), tokens=tokens, likeliest=likeliest)
 
 
-def told_choice(
-    number: int, news: News, config: CompletionConfig, sampler: Any, begin: str = "", offset: int = 0
+def choice_json(
+    number: int, news: RequestOutput, config: CompletionConfig, sampler: Any, begin: str = "", offset: int = 0
 ) -> dict[str, Any]:
     """What became certain of a sample, as OpenAI's clients know it. `begin` stands before it; its tokens
     follow `offset` characters."""

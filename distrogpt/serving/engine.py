@@ -13,22 +13,22 @@ from typing import Any, NamedTuple
 import torch
 
 from distrogpt.errors import is_out_of_memory
-from distrogpt.inference.decoder import Batch, Choice, sample_token, uniform_draws
-from distrogpt.inference.detokenizer import Token, Writer
+from distrogpt.inference.decoder import DecodingBatch, SamplingParams, sample_token, uniform_noise
+from distrogpt.inference.detokenizer import Detokenizer, Token
 from distrogpt.settings import SampleConfig
 
 TELL_EVERY = 0.05  # seconds: eyes hardly want more, and each telling wakes others on the same cores
 
 
-class Full(Exception):
+class QueueFull(Exception):
     """As many wait as may."""
 
 
-class Closed(Exception):
+class EngineClosed(Exception):
     """Nothing is written any more."""
 
 
-class News(NamedTuple):
+class RequestOutput(NamedTuple):
     """What became certain of a sample since the last news of it."""
 
     sample: int  # its number in the request
@@ -44,13 +44,17 @@ class Request:
     """A prompt that is to go on in asked.num_samples samples."""
 
     def __init__(
-        self, prompt: list[int], asked: SampleConfig, tell: Callable[[News], None], likeliest: int = 0
+        self,
+        prompt: list[int],
+        asked: SampleConfig,
+        tell: Callable[[RequestOutput], None],
+        likeliest: int = 0,
     ) -> None:
         """`tell` is called in the engine's thread. With asked.show_probs, chances are told too, and those of
         so many `likeliest` tokens at each place."""
         self.prompt, self.asked, self.tell, self.likeliest = prompt, asked, tell, likeliest
-        self.choice = Choice.of(asked)
-        self.draws = uniform_draws(asked.seed, asked.num_samples, asked.max_new_tokens).numpy()
+        self.choice = SamplingParams.of(asked)
+        self.draws = uniform_noise(asked.seed, asked.num_samples, asked.max_new_tokens).numpy()
         self.gone = False  # nobody waits for it any more
 
 
@@ -60,7 +64,7 @@ class Sample:
     def __init__(self, request: Request, number: int, tokenizer: Any) -> None:
         asked = request.asked
         self.request, self.number, self.draws = request, number, request.draws[number]  # (max_new_tokens,)
-        self.writer = Writer(tokenizer, asked.stop, tokenizer.end_of_text if asked.stop_at_end else None)
+        self.writer = Detokenizer(tokenizer, asked.stop, tokenizer.end_of_text if asked.stop_at_end else None)
         self.likeliest: list[list[tuple[int, float]]] = []  # as the writer's tokens
         self.told, self.told_at = 0, 0.0
         self.ended: str | None = None
@@ -84,14 +88,14 @@ class Sample:
             self.writer.close()
             self.ended = "length"
 
-    def news(self) -> News:
+    def news(self) -> RequestOutput:
         """What became certain since the last call."""
         tokens = self.writer.take_tokens()
         likeliest = self.likeliest[self.told : self.told + len(tokens)]
         self.told += len(tokens)
         score = self.writer.score if self.ended else 0.0
         text = self.writer.take_text()
-        return News(self.number, text, tokens, likeliest, self.made, self.ended, score)
+        return RequestOutput(self.number, text, tokens, likeliest, self.made, self.ended, score)
 
 
 class Engine:
@@ -105,14 +109,14 @@ class Engine:
         self.model, self.tokenizer, self.rows, self.queue = sampler.model, sampler.tokenizer, rows, queue
         self.waiting: deque[Request] = deque()
         self.samples: list[Sample] = []  # as the rows of the batch
-        self.batch = Batch(self.model, rows)
+        self.batch = DecodingBatch(self.model, rows)
         self.changed, self.closed, self.told_all = threading.Condition(), False, threading.Event()
 
     def submit(self, requests: list[Request]) -> None:
         """Take them all, or none and raise Full; Closed. The samples of each have to fit into the rows."""
         with self.changed:
             if self.closed:
-                raise Closed
+                raise EngineClosed
             self.waiting = deque(request for request in self.waiting if not request.gone)
             free = max(0, self.rows - len(self.samples))
             begins = 0  # of those that come, at once
@@ -120,7 +124,7 @@ class Engine:
                 free -= request.asked.num_samples
                 begins += free >= 0
             if len(self.waiting) + len(requests) > self.queue + begins:
-                raise Full
+                raise QueueFull
             self.waiting.extend(requests)
             self.changed.notify()
 
@@ -159,7 +163,7 @@ class Engine:
         self.end(self.samples, wrong)
         self.samples, self.batch = [], None
         try:
-            self.batch = Batch(self.model, self.rows)
+            self.batch = DecodingBatch(self.model, self.rows)
         except Exception as error:
             reason_of(error)
             with self.changed:
@@ -170,7 +174,7 @@ class Engine:
         for sample in samples:
             if not sample.over:
                 sample.ended, sample.over = "error", True
-                sample.request.tell(News(sample.number, wrong, ended="error"))
+                sample.request.tell(RequestOutput(sample.number, wrong, ended="error"))
 
     def remove_ended(self) -> None:
         for row in reversed(range(len(self.samples))):
@@ -223,7 +227,7 @@ class Engine:
 
     def choose(self, logits: torch.Tensor) -> torch.Tensor:
         """The next ids (B, 1), of each sample by its own settings."""
-        groups: dict[Choice, list[int]] = {}
+        groups: dict[SamplingParams, list[int]] = {}
         for row, sample in enumerate(self.samples):
             groups.setdefault(sample.request.choice, []).append(row)
         draws = torch.tensor([[sample.draws[sample.made]] for sample in self.samples])  # (B, 1)

@@ -14,7 +14,7 @@ from distrogpt.errors import UserError
 from distrogpt.runtime import Runtime
 
 
-def share_model(model: torch.nn.Module, shard: bool, runtime: Runtime) -> torch.nn.Module:
+def wrap_distributed(model: torch.nn.Module, shard: bool, runtime: Runtime) -> torch.nn.Module:
     """What is called to train `model` on all ranks. Its gradients are the means over the ranks.
 
     DDP (arXiv 2006.15704) copies; with `shard`, FSDP2 (arXiv 2304.11277) leaves each rank an equal part of
@@ -44,24 +44,24 @@ def share_model(model: torch.nn.Module, shard: bool, runtime: Runtime) -> torch.
     return model
 
 
-def in_parts(tensor: torch.Tensor) -> bool:
+def is_dtensor(tensor: torch.Tensor) -> bool:
     """Whether it is a DTensor."""
     return hasattr(tensor, "full_tensor")
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """What this rank holds of it."""
-    return tensor.to_local() if in_parts(tensor) else tensor
+    return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """All of it, on every rank; all have to ask."""
-    return tensor.full_tensor() if in_parts(tensor) else tensor
+    return tensor.full_tensor() if is_dtensor(tensor) else tensor
 
 
-def part_like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+def shard_like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     """Of a whole tensor in the shape of `parameter`, what this rank's part of it is, as a DTensor too."""
-    if not in_parts(parameter) or tensor.shape != parameter.shape:
+    if not is_dtensor(parameter) or tensor.shape != parameter.shape:
         return tensor
     from torch.distributed.tensor import distribute_tensor
 
@@ -69,12 +69,12 @@ def part_like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     return distribute_tensor(tensor, mesh, parameter.placements, src_data_rank=None)  # nothing is sent
 
 
-def copied(tree: Any, keep: bool) -> Any:
+def gather_to_cpu(tree: Any, keep: bool) -> Any:
     """A copy of nested dicts and lists with whole tensors on the CPU; None for each where this rank does not
     keep it. Parts are gathered, so all ranks have to ask."""
     if isinstance(tree, torch.Tensor):
-        tensor = whole(tree.detach())
+        tensor = full_tensor(tree.detach())
         return tensor.to("cpu", copy=True) if keep else None
     if isinstance(tree, dict):
-        return {key: copied(value, keep) for key, value in tree.items()}
-    return [copied(value, keep) for value in tree] if isinstance(tree, list) else tree
+        return {key: gather_to_cpu(value, keep) for key, value in tree.items()}
+    return [gather_to_cpu(value, keep) for value in tree] if isinstance(tree, list) else tree

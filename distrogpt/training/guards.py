@@ -10,7 +10,7 @@ from distrogpt.settings import TrainConfig
 Say = Callable[[str], None]
 
 
-def early_end(config: TrainConfig, step: int, seconds: float, no_lower: int) -> str:
+def early_stop_reason(config: TrainConfig, step: int, seconds: float, no_lower: int) -> str:
     """Why a run ends after a step that is not its last one, "" where it goes on or would end anyway: after so
     many seconds of training, and so many evaluations in a row without a lower loss."""
     if step >= config.max_iters:

@@ -9,7 +9,7 @@ from distrogpt.errors import UserError
 from distrogpt.evaluation.loss import Losses
 from distrogpt.runtime import Runtime
 from distrogpt.settings import TrainConfig
-from distrogpt.training.run_directory import TENSORBOARD, RunFolder
+from distrogpt.training.run_directory import TENSORBOARD, RunDirectory
 from plot import picture_of
 
 COLUMN_OF = {  # in log.csv, by the name in an evaluation
@@ -23,7 +23,7 @@ CURVES = ("loss", "lr", "grad_norm", "mfu", "tokens_per_second")  # of the steps
 TOGETHER = 1.0  # seconds whose lines are written at once: one at a time takes five times as long
 
 
-class Logs:
+class TrainLogger:
     """The logs of a run, which rank 0 writes; other ranks', and an evaluation's without a folder, write none.
 
     Entered before the first step, left after the last.
@@ -33,7 +33,7 @@ class Logs:
         self,
         config: TrainConfig,
         runtime: Runtime,
-        folder: RunFolder | None,
+        folder: RunDirectory | None,
         run_id: str,
         again: int,
         began: float,
@@ -108,7 +108,7 @@ class Logs:
             self.say(f"note     {TENSORBOARD} takes no more ({error}); the run goes on without")
             self.writer_class = None
 
-    def __enter__(self) -> "Logs":
+    def __enter__(self) -> "TrainLogger":
         return self
 
     def __exit__(self, kind: type | None, *_: Any) -> None:

@@ -8,7 +8,7 @@ import torch
 import torch.nn as nn
 
 from distrogpt.settings import TrainConfig
-from distrogpt.training.distributed import in_parts, local, part_like, whole
+from distrogpt.training.distributed import full_tensor, is_dtensor, local, shard_like
 
 # Coefficients of Muon's iteration, a polynomial a·x + b·x³ + c·x⁵ for each step. Each is the one nearest to
 # 1 (by its largest error) on what those before make of [0.01, 1]: Polar Express's idea (arXiv 2505.16932).
@@ -103,7 +103,7 @@ class Muon(Light, torch.optim.Muon):
                     of_shape.setdefault(p.shape, []).append(p)
             for short in {min(shape) for shape in of_shape}:
                 same = [matrices for shape, matrices in of_shape.items() if min(shape) == short]
-                count = 1 if in_parts(same[0][0]) else len(max(same, key=len))  # whole on a rank at a time
+                count = 1 if is_dtensor(same[0][0]) else len(max(same, key=len))  # whole on a rank at a time
                 for begin in range(0, len(max(same, key=len)), count):
                     self.step_together([matrices[begin : begin + count] for matrices in same], group)
 
@@ -116,7 +116,7 @@ class Muon(Light, torch.optim.Muon):
             _, rows, columns = updates.shape
             rate = group["lr"] * math.sqrt(max(1, rows / columns))
             updates = updates.reshape(len(matrices), -1, columns)
-            ours = [local(part_like(u, p)) for u, p in zip(updates, matrices, strict=True)]
+            ours = [local(shard_like(u, p)) for u, p in zip(updates, matrices, strict=True)]
             theirs = [local(p) for p in matrices]
             torch._foreach_mul_(theirs, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_add_(theirs, ours, alpha=-rate)
@@ -133,7 +133,7 @@ class Muon(Light, torch.optim.Muon):
         gradients = [local(p.grad) for p in matrices]
         torch._foreach_lerp_(means, gradients, 1 - momentum)
         torch._foreach_lerp_(gradients, means, momentum)  # in place: nobody reads the gradients after this
-        return torch.stack([whole(p.grad) for p in matrices])
+        return torch.stack([full_tensor(p.grad) for p in matrices])
 
 
 def adamw(
@@ -149,12 +149,12 @@ def adamw(
 
     wte and wpe may have a learning rate of their own, and so may lm_head where it is no part of wte.
     """
-    groups = groups_of(named_parameters, weight_decay, learning_rate, embedding_lr, head_lr)
+    groups = param_groups(named_parameters, weight_decay, learning_rate, embedding_lr, head_lr)
     fused = device_type in ("cuda", "cpu")  # one kernel for all parameters
     return AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
 
 
-def groups_of(
+def param_groups(
     named_parameters: Iterable[tuple[str, nn.Parameter]],
     weight_decay: float,
     learning_rate: float,
@@ -172,7 +172,7 @@ def groups_of(
     return list(groups.values())
 
 
-def parts_of(name: str, shape: Any) -> int:
+def num_submatrices(name: str, shape: Any) -> int:
     """How many matrices the rows of a weight are: a query, key or value for each head; SwiGLU's two halves.
 
     Orthogonalised together, keys and queries, whose gradients are small at first, would hardly move.
@@ -191,7 +191,7 @@ def make_optimizers(
     named = list(model.named_parameters())
     own_rates = (config.embedding_lr, config.head_lr)
     if config.optimizer == "sgd":
-        groups = groups_of(named, config.weight_decay, config.learning_rate, *own_rates)
+        groups = param_groups(named, config.weight_decay, config.learning_rate, *own_rates)
         optimizers = [SGD(groups, momentum=config.momentum, nesterov=config.momentum > 0)]
     else:
         takes_muon = config.optimizer == "muon"
@@ -205,7 +205,7 @@ def make_optimizers(
             products = dtype if dtype == torch.bfloat16 else torch.float32  # fp16's range is too small
             by_parts: dict[int, list[nn.Parameter]] = {}
             for name, p in muons.items():
-                by_parts.setdefault(parts_of(name, model.config), []).append(p)
+                by_parts.setdefault(num_submatrices(name, model.config), []).append(p)
             groups = [{"params": ps, "parts": parts} for parts, ps in by_parts.items()]
             rest = {"weight_decay": config.weight_decay, "momentum": config.momentum}
             optimizers.append(Muon(groups, products, lr=config.muon_lr, **rest))

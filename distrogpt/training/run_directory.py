@@ -21,7 +21,7 @@ from typing import IO, Any
 
 import torch
 
-from distrogpt.checkpoint import BEST, NEWEST, write_whole
+from distrogpt.checkpoint import BEST, NEWEST, atomic_write
 from distrogpt.errors import MachineError, UserError
 from plot import LOG, PICTURE
 
@@ -35,7 +35,7 @@ HELD: set[str] = set()  # locks of this process: the system's do not keep it fro
 PATIENCE = 5.0  # seconds: a killed run takes a moment to let go of its lock
 
 
-class RunFolder:
+class RunDirectory:
     """out_dir, held by this process alone. `report` tells what the background did; `finish` waits for it."""
 
     def __init__(self, path: Path, say: Callable[[str], None], keep: int = 0) -> None:
@@ -108,7 +108,7 @@ class RunFolder:
         """log.csv up to the step that the run goes on from."""
         rows = [list(COLUMNS), *self.kept, *([list(self.resumed.values())] if self.resumed else [])]
         text = "".join(",".join(row) + "\n" for row in rows)
-        write_whole(lambda file: file.write(text.encode()), self.path / LOG)
+        atomic_write(lambda file: file.write(text.encode()), self.path / LOG)
 
     def log(self, *rows: dict[str, Any]) -> None:
         """Add lines to log.csv. Where the disk does not take them, that is told once, and the run goes on."""
@@ -149,7 +149,7 @@ class RunFolder:
         if self.keep:
             paths.insert(0, self.path / HISTORY.replace("????????", f"{contents['iter_num']:08}"))
         try:
-            write_whole(lambda file: torch.save(contents, file), *paths)
+            atomic_write(lambda file: torch.save(contents, file), *paths)
             self.failure = None
             if BEST in names:
                 self.best = contents["best_val_loss"]
@@ -174,7 +174,7 @@ class RunFolder:
         elif goes_on:
             self.say(f"note     {self.failure}; the run goes on and tries again")
 
-    def __enter__(self) -> "RunFolder":
+    def __enter__(self) -> "RunDirectory":
         return self
 
     def finish(self) -> None:

@@ -24,14 +24,14 @@ from distrogpt.data.meta import other_tokenizer
 from distrogpt.errors import UserError
 from distrogpt.runtime import Runtime
 from distrogpt.settings import TrainConfig
-from distrogpt.training.guards import early_end
+from distrogpt.training.guards import early_stop_reason
 from distrogpt.training.run_directory import LOG, is_restart, run_before_restart
 from model import GPT, GPTConfig
 
 Say = Callable[[str], None]
 
 
-def planned(config: TrainConfig, data: Dataset) -> TrainConfig:
+def resolve_max_iters(config: TrainConfig, data: Dataset) -> TrainConfig:
     """The settings with the max_iters that max_epochs asks for on this data. Raises UserError."""
     if config.max_epochs is None or "train" not in data.parts[0].streams:
         return config
@@ -65,7 +65,7 @@ def checkpoint_to_resume(config: TrainConfig, earlier: str | None) -> tuple[Path
     return None, {}
 
 
-def new_shape(config: TrainConfig, meta: dict[str, Any]) -> GPTConfig:
+def new_model_config(config: TrainConfig, meta: dict[str, Any]) -> GPTConfig:
     """The shape of a new network; GPT-2's vocabulary is padded to GPTConfig's, which GPUs multiply faster."""
     shape = {name: value for name, value in asdict(config).items() if name in asdict(GPTConfig())}
     vocab_size = GPTConfig.vocab_size if meta["vocab_size"] == 50257 else meta["vocab_size"]
@@ -89,7 +89,7 @@ def initial_model(
             )
     elif source == "scratch":
         torch.manual_seed(config.seed)
-        model = GPT(new_shape(config, meta))
+        model = GPT(new_model_config(config, meta))
     else:
         model, origin = load_pretrained(source, config.dropout)
     if other_tokenizer(origin.get("meta", meta)["tokenizer"], meta["tokenizer"]):
@@ -120,7 +120,7 @@ def initial_model(
 def earlier_run(config: TrainConfig, runtime: Runtime) -> str | None:
     """The id of this run where torchrun has started its ranks again, as rank 0 finds it; else None."""
     found = run_before_restart(Path(config.out_dir)) if runtime.is_main else None
-    number = int(runtime.total(int(found or "0", 16))[0])
+    number = int(runtime.all_reduce_sum(int(found or "0", 16))[0])
     return f"{number:08x}" if number else None
 
 
@@ -179,7 +179,7 @@ def describe_resumption(
     """Tell where a run goes on, and what of it is not as the settings or the unbroken run would have it."""
     step = contents.get("iter_num", 0)
     if contents:
-        ended = early_end(config, step, contents.get("seconds", 0.0), contents.get("no_lower", 0))
+        ended = early_stop_reason(config, step, contents.get("seconds", 0.0), contents.get("no_lower", 0))
         finished = (ended or step >= config.max_iters) and not config.eval_only
         why = f" ({ended})" if ended else ""
         say(f"resumes  after step {step}" + (f": nothing left to do{why}" if finished else ""))

@@ -138,7 +138,7 @@ def test_the_mask_is_what_a_loop_over_characters_finds(lines):
     chars = data.meta["tokenizer"]["chars"]
     windows = data.parts[0].streams["train"].windows(np.arange(300), 40)
     expected = [naive_mask("".join(chars[i] for i in window)) for window in windows]
-    assert data.counted(windows).tolist() == expected
+    assert data.loss_mask(windows).tolist() == expected
     assert after(1, 0, np.array([[5, 1, 6, 0, 7, 1, 1, 0]])).astype(int).tolist() == [[0, 1, 1, 0, 0, 1, 1]]
 
 

@@ -13,7 +13,7 @@ from configurator import read_settings
 from distrogpt.benchmark.plan import planned_shape
 from distrogpt.checkpoint import load_checkpoint
 from distrogpt.data.dataset import evaluation_windows, mixture_of, open_dataset, step_windows
-from distrogpt.data.sampling import epoch_starts, random_starts, shared_out
+from distrogpt.data.sampling import epoch_starts, interleave, random_starts
 from distrogpt.errors import UserError
 from distrogpt.evaluation.loss import evaluate
 from distrogpt.runtime import Runtime
@@ -48,14 +48,14 @@ def other(dataset, tmp_path) -> Path:
 
 @pytest.mark.parametrize("shares", [[1.0], [0.9, 0.1], [0.5, 0.3, 0.2], [1e-9, 1 - 1e-9], [0.25] * 4])
 def test_samples_are_shared_out_exactly(shares):
-    which, within = shared_out(0, 20_000, shares)
+    which, within = interleave(0, 20_000, shares)
     for part, share in enumerate(shares):
         assert within[which == part].tolist() == list(range((which == part).sum()))  # each once, in order
         counts = np.cumsum(which == part)
         assert np.abs(counts - share * np.arange(1, 20_001)).max() < 2.1
     for first in (1, 777, 12_345):  # however they are asked for
-        assert np.array_equal(shared_out(first, 500, shares), [which[first:][:500], within[first:][:500]])
-    far, numbers = shared_out(10**12, 1000, shares)  # of a run on 10^15 tokens
+        assert np.array_equal(interleave(first, 500, shares), [which[first:][:500], within[first:][:500]])
+    far, numbers = interleave(10**12, 1000, shares)  # of a run on 10^15 tokens
     assert all(abs((far == part).mean() - share) < 0.003 for part, share in enumerate(shares))
     assert all(abs(number - 10**12 * shares[0]) < 10**6 for number in numbers[far == 0])  # of 10^12
 

@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from conftest import REPO, TINY, assert_user_error, run_here, sample_here, train_here, write_lines
 
-from distrogpt.checkpoint import load_checkpoint, load_pretrained, training_state, write_whole
+from distrogpt.checkpoint import atomic_write, load_checkpoint, load_pretrained, training_state
 from distrogpt.data.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer, train_bpe
 from distrogpt.huggingface.formats import in_halves, in_pairs
-from distrogpt.inference.decoder import Choice, stream
+from distrogpt.inference.decoder import SamplingParams, stream
 from eval import EvalConfig, measure
 from model import GPT, GPTConfig
 
@@ -83,7 +83,7 @@ def a_run(folder: Path, model: GPT, tokenizer: Tokenizer, **more: Any) -> Path:
     about = {"iter_num": 7, "best_val_loss": 1.5, "val_loss": 1.6, "config": {}, "meta": meta}
     state = training_state(model, [], **{**about, **more})
     folder.mkdir()
-    write_whole(lambda file: torch.save(state, file), folder / "ckpt.pt")
+    atomic_write(lambda file: torch.save(state, file), folder / "ckpt.pt")
     return folder
 
 
@@ -127,7 +127,7 @@ def greedy(theirs: Any, ids: torch.Tensor, count: int, **more: Any) -> torch.Ten
 
 
 def our_greedy(model: GPT, ids: torch.Tensor, count: int, tokenizer: Tokenizer = LETTERS) -> torch.Tensor:
-    drawn = stream(model, ids, count, Choice(temperature=0), tokenizer.vocab_size)
+    drawn = stream(model, ids, count, SamplingParams(temperature=0), tokenizer.vocab_size)
     return torch.cat([ids, *(column for column, _ in drawn)], dim=1)
 
 

@@ -11,15 +11,15 @@ from conftest import assert_user_error, run, run_warm, sample_here
 from distrogpt.checkpoint import load_checkpoint, restore_model
 from distrogpt.data.tokenizer import GPT2Tokenizer
 from distrogpt.errors import UserError
-from distrogpt.inference.decoder import Int8Linear, PackedLinear, prepare
-from distrogpt.inference.detokenizer import Writer
+from distrogpt.inference.decoder import Int8Linear, PackedLinear, optimize_for_inference
+from distrogpt.inference.detokenizer import Detokenizer
 from model import GPT, GPTConfig
 from sample import SEPARATOR, Sampler
 
 
 def decode_stream(ids, tokenizer):
     """The pieces in which a text comes."""
-    writer = Writer(tokenizer)
+    writer = Detokenizer(tokenizer)
     for id in ids:
         writer.add(id)
         yield writer.take_text()
@@ -149,7 +149,10 @@ def test_output_that_finds_no_space(trained):
 def test_all_linear_layers_are_made_ready(int8, dtype):
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=32, vocab_size=96, n_layer=2, n_head=4, n_embd=64)).eval()
-    ready, idx = prepare(copy.deepcopy(model), getattr(torch, dtype), int8), torch.randint(96, (3, 32))
+    ready, idx = (
+        optimize_for_inference(copy.deepcopy(model), getattr(torch, dtype), int8),
+        torch.randint(96, (3, 32)),
+    )
     kinds = {type(module).__name__ for module in ready.modules()}
     assert ("Int8Linear" if int8 else "PackedLinear") in kinds and "Linear" not in kinds
     with torch.no_grad():

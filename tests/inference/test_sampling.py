@@ -12,8 +12,8 @@ import sample
 from distrogpt.data.tokenizer import END_OF_TEXT, ByteTokenizer, CharTokenizer, Tokenizer, train_bpe
 from distrogpt.errors import UserError
 from distrogpt.inference import decoder as decoding
-from distrogpt.inference.decoder import Choice, prepare, sample_token
-from distrogpt.inference.detokenizer import Writer, coloured, form_of
+from distrogpt.inference.decoder import SamplingParams, optimize_for_inference, sample_token
+from distrogpt.inference.detokenizer import Detokenizer, coloured, form_of
 from distrogpt.runtime import start_runtime
 from model import GPT, GPTConfig
 from sample import SEPARATOR, Sampler
@@ -31,7 +31,7 @@ def sampler_of(tokenizer: Tokenizer, dtype: str = "float32", **more) -> Sampler:
             parameter.mul_(4 if parameter.dim() == 2 else 1)
     made = Sampler.__new__(Sampler)
     made.runtime, made.tokenizer, made.config, made.source = start_runtime("cpu", dtype), tokenizer, {}, "-"
-    made.model = prepare(model, made.runtime.dtype)
+    made.model = optimize_for_inference(model, made.runtime.dtype)
     return made
 
 
@@ -56,16 +56,16 @@ def bpe(text) -> Tokenizer:
 @pytest.mark.parametrize(
     "choice",
     [
-        Choice(0.7),
-        Choice(1.3, top_k=3),
-        Choice(1.3, top_p=0.7),
-        Choice(0.9, min_p=0.2),
-        Choice(1.0, repetition_penalty=1.7),
-        Choice(1.0, repetition_penalty=0.6),
-        Choice(1.4, 8, 0.85, 0.1, 1.4),
-        Choice(2.0, 5, 0.4, 0.01, 3.0),
-        Choice(1.0, top_p=1e-6),
-        Choice(1.0, min_p=1.0),
+        SamplingParams(0.7),
+        SamplingParams(1.3, top_k=3),
+        SamplingParams(1.3, top_p=0.7),
+        SamplingParams(0.9, min_p=0.2),
+        SamplingParams(1.0, repetition_penalty=1.7),
+        SamplingParams(1.0, repetition_penalty=0.6),
+        SamplingParams(1.4, 8, 0.85, 0.1, 1.4),
+        SamplingParams(2.0, 5, 0.4, 0.01, 3.0),
+        SamplingParams(1.0, top_p=1e-6),
+        SamplingParams(1.0, min_p=1.0),
     ],
 )
 def test_tokens_are_drawn_from_what_transformers_makes_of_the_scores(choice):
@@ -100,7 +100,7 @@ def test_top_p_of_a_large_vocabulary_is_that_of_all_of_it_sorted(top_p):
     torch.manual_seed(2)
     spread = torch.tensor([0.05, 6.0, 1.0, 3.0])[:, None]
     logits, draws = spread * torch.randn(4, 5000), torch.tensor([0.1, 0.5, 0.9, 0.999]).repeat(4, 1)
-    choice = Choice(1.0, top_p=top_p)
+    choice = SamplingParams(1.0, top_p=top_p)
     chances, order = logits.double().softmax(-1).sort(dim=-1, descending=True)
     before = chances.cumsum(-1) - chances
     kept = chances.masked_fill(before >= top_p, 0.0)
@@ -156,8 +156,8 @@ def test_all_limits_reach_the_choice_and_no_more_sequences_are_made_at_once_than
     chars.generate(["a"] * 5, 2, 20, batch_size=7)
     assert sizes[4:] == [6, 4]
     for number, prompt in enumerate(("abc", "j")):
-        draws, idx = decoding.uniform_draws(8, 5, 20), torch.tensor([chars.ids_of(prompt)])
-        drawn = decoding.stream(chars.model, idx, 20, Choice(**limits), draws=draws, copies=5)
+        draws, idx = decoding.uniform_noise(8, 5, 20), torch.tensor([chars.ids_of(prompt)])
+        drawn = decoding.stream(chars.model, idx, 20, SamplingParams(**limits), draws=draws, copies=5)
         rows = torch.cat([ids for ids, _ in drawn], 1).tolist()
         assert found[5 * number : 5 * number + 5] == [chars.tokenizer.decode(row) for row in rows]
 
@@ -190,7 +190,7 @@ def test_text_ends_before_a_stop_string_and_no_more_is_held_back_than_may_begin_
     for stops in some:
         ends = [(TEXT.index(stop) + len(stop), TEXT.index(stop)) for stop in stops if stop in TEXT]
         expected = TEXT[: min(ends)[1]] if ends else TEXT
-        writer, out, tokens = Writer(tokenizer, stops), "", []
+        writer, out, tokens = Detokenizer(tokenizer, stops), "", []
         for number, id in enumerate(ids, 1):
             writer.add(id, -float(number))
             out += writer.take_text()

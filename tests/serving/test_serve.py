@@ -24,8 +24,8 @@ from distrogpt.benchmark import serving as bench_serve
 from distrogpt.benchmark.serving import CHROMIUM, QUIET
 from distrogpt.data.tokenizer import ByteTokenizer
 from distrogpt.errors import UserError
-from distrogpt.inference.decoder import Batch, prepare
-from distrogpt.inference.detokenizer import Writer
+from distrogpt.inference.decoder import DecodingBatch
+from distrogpt.inference.detokenizer import Detokenizer
 from distrogpt.serving import engine as engine_module
 from distrogpt.serving.engine import Engine, Request
 from distrogpt.settings import ServeConfig
@@ -121,8 +121,8 @@ def test_sequences_that_join_and_leave_go_on_as_they_would_alone(exact, graph, m
     monkeypatch.setattr("distrogpt.inference.decoder.cuda_graph", lambda function, *inputs: function)
     torch.manual_seed(1)
     shape = {"block_size": 32, "vocab_size": 50, "n_layer": 2, "n_head": 4, "n_embd": 128, "n_kv_head": 2}
-    model = prepare(GPT(GPTConfig(**shape, rotary=True)), torch.float32)
-    rng, batch = random.Random(1), Batch(model, 6)
+    model = optimize_for_inference(GPT(GPTConfig(**shape, rotary=True)), torch.float32)
+    rng, batch = random.Random(1), DecodingBatch(model, 6)
     batch.graph = graph
     rows, ended, alone = [], [], []  # the prompt of each row, and the scores so far
     with torch.no_grad():
@@ -146,7 +146,7 @@ def test_sequences_that_join_and_leave_go_on_as_they_would_alone(exact, graph, m
         recorded = batch.graphs
         assert {shapes[0] for shapes in recorded} <= {1, 2, 4, 6}
         for prompt, found in ended + rows:
-            batch = Batch(model, 1)
+            batch = DecodingBatch(model, 1)
             batch.join([torch.tensor(prompt)])
             for scores in found:
                 assert torch.equal(batch.read()[0], scores)  # to the last bit
@@ -306,7 +306,7 @@ def written_by_hand(served, monkeypatch):
             return chances
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Batch, "read", read)
+            patch.setattr(DecodingBatch, "read", read)
             patch.setattr(engine_module, "TELL_EVERY", 0)
             return served.stream([1], max_tokens=len(ids), temperature=0, logprobs=3, **body)
 
@@ -428,7 +428,7 @@ def test_other_mistakes_are_refused(served):
 
 
 def test_a_failure_is_told_and_others_are_served(served, monkeypatch, capfd):
-    good = Batch.read
+    good = DecodingBatch.read
     for error, words in (
         (RuntimeError("out of memory"), "out of memory; "),
         (ValueError("a bug"), "internal error"),
@@ -437,25 +437,25 @@ def test_a_failure_is_told_and_others_are_served(served, monkeypatch, capfd):
         def fail(batch, error=error):
             raise error
 
-        monkeypatch.setattr(Batch, "read", fail)
+        monkeypatch.setattr(DecodingBatch, "read", fail)
         status, _, text = served.request("POST", "/v1/completions", {"prompt": "a"})
         assert status == 500 and words in text
         body = {"prompt": "a", "stream": True}
         assert words in served.request("POST", "/v1/completions", body)[2]
-        monkeypatch.setattr(Batch, "read", good)
+        monkeypatch.setattr(DecodingBatch, "read", good)
         assert served.texts(max_tokens=3)
     assert "a bug" in capfd.readouterr().err
 
 
 def test_the_trouble_of_one_text_is_its_own(served, monkeypatch, capfd):
-    good = Writer.take_tokens
+    good = Detokenizer.take_tokens
 
     def fail(writer):
         if len(writer.tokens) > 3 and writer.stop == ("never",):
             raise ValueError("a bug")
         return good(writer)
 
-    monkeypatch.setattr(Writer, "take_tokens", fail)
+    monkeypatch.setattr(Detokenizer, "take_tokens", fail)
     with ThreadPoolExecutor(2) as pool:
         body = {"prompt": "a", "max_tokens": 2000, "stop": ["never"]}
         bad = pool.submit(served.request, "POST", "/v1/completions", body)
@@ -471,7 +471,7 @@ def test_without_memory_for_a_new_batch_nobody_waits_for_ever(trained, monkeypat
         raise RuntimeError("out of memory")
 
     try:
-        monkeypatch.setattr(Batch, "read", fail)
+        monkeypatch.setattr(DecodingBatch, "read", fail)
         assert one.request("POST", "/v1/completions", {"prompt": "a"})[0] == 500
         end = time.monotonic() + 20
         while held() is not None and time.monotonic() < end:  # the engine answers, then lets go of it

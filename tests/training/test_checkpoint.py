@@ -10,18 +10,18 @@ import torch
 from conftest import NANOGPT
 
 from distrogpt.checkpoint import (
+    atomic_write,
     load_checkpoint,
     restore_model,
     restore_optimizers,
     training_state,
-    write_whole,
 )
 from distrogpt.data.meta import read_meta
 from distrogpt.data.token_stream import TokenStream
 from distrogpt.errors import MachineError, UserError
 from distrogpt.runtime import Runtime
 from model import GPT, GPTConfig
-from train import Batch, training_step
+from train import MicroBatch, training_step
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
 SHAPE = {"block_size": 8, "vocab_size": 16, "n_layer": 1, "n_head": 2, "n_embd": 8}
@@ -37,7 +37,7 @@ def make_state() -> dict:
 
 
 def save_checkpoint(path, contents) -> None:
-    write_whole(lambda file: torch.save(contents, file), path)
+    atomic_write(lambda file: torch.save(contents, file), path)
 
 
 def test_what_is_saved_is_loaded(tmp_path):
@@ -189,7 +189,7 @@ def test_nanogpts_checkpoint_gives_its_logits_and_trains_on(name, tag):
         logits, _ = model(batches[0][:, :-1], batches[0][:, 1:])
     np.testing.assert_allclose(logits[:2].numpy(), expected[f"{tag}_logits"], atol=1e-6)
     losses = [
-        training_step(model, [optimizer], scaler, [Batch(ids[:, :-1], ids[:, 1:], 0)], 1.0, CPU).loss
+        training_step(model, [optimizer], scaler, [MicroBatch(ids[:, :-1], ids[:, 1:], 0)], 1.0, CPU).loss
         for ids in batches
     ]
     np.testing.assert_allclose(losses, expected[f"{tag}_losses"], atol=2e-6)

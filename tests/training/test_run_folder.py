@@ -32,7 +32,7 @@ from distrogpt.errors import Diverged, MachineError, UserError
 from distrogpt.settings import TrainConfig
 from distrogpt.training import run_directory as run_folder
 from distrogpt.training.guards import spike_watch
-from distrogpt.training.run_directory import COLUMNS, RunFolder
+from distrogpt.training.run_directory import COLUMNS, RunDirectory
 from train import train
 
 LONG = [
@@ -178,12 +178,15 @@ def test_a_folder_is_held_against_the_own_process_too_and_keeps_what_is_not_ours
     monkeypatch.setattr(run_folder, "PATIENCE", 0.1)
     for name in ("thesis.tmp", "last.pt.tmp"):
         (tmp_path / name).write_text("x")
-    with RunFolder(tmp_path, print), pytest.raises(UserError, match=f"process {os.getpid()} on .* writes to"):
-        RunFolder(tmp_path, print)
-    with RunFolder(tmp_path, print):
+    with (
+        RunDirectory(tmp_path, print),
+        pytest.raises(UserError, match=f"process {os.getpid()} on .* writes to"),
+    ):
+        RunDirectory(tmp_path, print)
+    with RunDirectory(tmp_path, print):
         pass
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run.lock", "thesis.tmp"]
-    with pytest.raises(UserError), RunFolder(tmp_path / "new", print):
+    with pytest.raises(UserError), RunDirectory(tmp_path / "new", print):
         raise UserError("the first file is still to come; see there")
     assert not (tmp_path / "new").exists()
 
@@ -195,7 +198,7 @@ def test_a_restart_takes_only_what_its_own_run_has_written(tmp_path, dataset, mo
     train_here(*flags, "--seed=7")
     old = (tmp_path / "last.pt").read_bytes()
     (tmp_path / "loss.png").write_bytes(b"a picture")
-    with RunFolder(tmp_path, print):  # the first start: it ends before it has written
+    with RunDirectory(tmp_path, print):  # the first start: it ends before it has written
         pass
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert run_folder.run_before_restart(tmp_path) is None
@@ -212,7 +215,7 @@ def test_the_line_that_a_run_goes_on_from_is_never_out_of_the_log(tmp_path, data
     flags = (f"--dataset={dataset}", f"--out_dir={tmp_path}", "--max_iters=10")
     train_here(*LONG, *flags)
     before = (tmp_path / "log.csv").read_bytes()
-    with RunFolder(tmp_path, print) as folder:  # killed before it trains
+    with RunDirectory(tmp_path, print) as folder:  # killed before it trains
         folder.go_on(10, 1.0)
     assert (tmp_path / "log.csv").read_bytes() == before
 
@@ -291,7 +294,7 @@ def test_a_folder_that_vanishes_is_told(tmp_path, dataset):
 
 def test_the_best_of_a_failed_save_does_not_count(tmp_path, dataset, monkeypatch):
     """ckpt.pt is then the best of those that were written."""
-    write, calls = run_folder.write_whole, []
+    write, calls = run_folder.atomic_write, []
 
     def fail_once(how, *paths):
         calls.append(paths)

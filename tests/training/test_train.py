@@ -34,11 +34,11 @@ from configurator import read_settings
 from distrogpt.checkpoint import load_checkpoint
 from distrogpt.data.dataset import open_dataset
 from distrogpt.data.meta import read_meta
-from distrogpt.runtime import Runtime, find_dtype, maybe_compile, take_fast_float32
+from distrogpt.runtime import Runtime, enable_onednn_float32, find_dtype, maybe_compile
 from distrogpt.settings import TrainConfig
 from distrogpt.training.optim import make_optimizers
 from model import GPT, GPTConfig
-from train import Batch, evaluate, step_batches, train, training_step
+from train import MicroBatch, evaluate, step_batches, train, training_step
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
 
@@ -331,7 +331,7 @@ def test_fast_products_are_taken_where_they_are_exact():
         torch.set_float32_matmul_precision("medium")
         rounds = bool((a @ b.T - exact).abs().max() > 1e-5 * exact.abs().max())
         torch.set_float32_matmul_precision("highest")
-        take_fast_float32(CPU)
+        enable_onednn_float32(CPU)
         assert torch.get_float32_matmul_precision() == ("highest" if rounds else "medium")
         assert (a @ b.T - exact).abs().max() < 1e-5 * exact.abs().max()
     finally:
@@ -348,7 +348,7 @@ def test_fast_products_that_round_are_not_taken(monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "__matmul__", rounding)
     try:
-        take_fast_float32(CPU)
+        enable_onednn_float32(CPU)
         assert torch.get_float32_matmul_precision() == "highest"
     finally:
         torch.set_float32_matmul_precision(before)
@@ -403,11 +403,11 @@ def test_an_overflow_in_fp16_lets_no_optimizer_step():
         before = [p.detach().clone() for p in model.parameters()]
         x = torch.arange(16)[None]
         hook = model.lm_head.weight.register_hook(lambda gradient, value=value: gradient * value)
-        training_step(model, optimizers, scaler, [Batch(x, x, 0)], 1.0, CPU)
+        training_step(model, optimizers, scaler, [MicroBatch(x, x, 0)], 1.0, CPU)
         hook.remove()
         assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
         assert scaler.get_scale() == 2.0
-        training_step(model, optimizers, scaler, [Batch(x, x, 0)], 0.0, CPU)  # and the next step is one
+        training_step(model, optimizers, scaler, [MicroBatch(x, x, 0)], 0.0, CPU)  # and the next step is one
         assert all(bool(p.isfinite().all()) for p in model.parameters())
         assert not torch.equal(before[0], next(iter(model.parameters())))
 

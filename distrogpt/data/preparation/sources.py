@@ -14,7 +14,7 @@ from distrogpt.data.meta import find_dataset, read_meta
 from distrogpt.data.preparation.documents import READERS, Corpus, find_files
 from distrogpt.data.preparation.writer import text_bytes, write_dataset
 from distrogpt.data.tokenizer import Tokenizer, from_description
-from distrogpt.errors import UserError, stop
+from distrogpt.errors import UserError, exit_with_error
 
 TINY_SHAKESPEARE = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
@@ -32,7 +32,7 @@ def argument_parser(script: str, about: str, input_help: str | None = None) -> a
         "--output", type=Path, default=folder, metavar="FOLDER", help="default: the script's folder"
     )
     parser.add_argument("--overwrite", action="store_true", help="write anew what is there")
-    parser.error = lambda message: stop(2, f"{message}; --help lists the options")
+    parser.error = lambda message: exit_with_error(2, f"{message}; --help lists the options")
     return parser
 
 
