@@ -59,7 +59,7 @@ class Dataset(NamedTuple):
                 windows[here] = part.streams[split].windows(starts[here], length)
         return windows
 
-    def counted(self, windows: np.ndarray) -> np.ndarray | None:
+    def loss_mask(self, windows: np.ndarray) -> np.ndarray | None:
         """Which targets of windows (N, T + 1) count, (N, T); None where all do."""
         return None if self.separator is None else after(self.separator, self.newline, windows)
 

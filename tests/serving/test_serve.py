@@ -24,7 +24,7 @@ from distrogpt.benchmark import serving as bench_serve
 from distrogpt.benchmark.serving import CHROMIUM, QUIET
 from distrogpt.data.tokenizer import ByteTokenizer
 from distrogpt.errors import UserError
-from distrogpt.inference.decoder import DecodingBatch
+from distrogpt.inference.decoder import DecodingBatch, optimize_for_inference
 from distrogpt.inference.detokenizer import Detokenizer
 from distrogpt.serving import engine as engine_module
 from distrogpt.serving.engine import Engine, Request
