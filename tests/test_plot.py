@@ -360,7 +360,7 @@ def test_lines_wait_at_most_until_a_save(tmp_path, dataset, monkeypatch):
             seen.append((tmp_path / "log.csv").read_text().splitlines()[-1].split(",")[0])
         atomic_write(how, *paths)
 
-    monkeypatch.setattr("distrogpt.training.run_directory.write_whole", write)
+    monkeypatch.setattr("distrogpt.training.run_directory.atomic_write", write)
     monkeypatch.setattr(logs_file, "TOGETHER", 1e9)
     flags = [*TINY, f"--dataset={dataset}", f"--out_dir={tmp_path}", "--save_interval=7", "--log_interval=1"]
     train_here(*flags, "--eval_interval=100", "--max_iters=16")

@@ -153,7 +153,7 @@ import sys
 import bench
 from distrogpt.benchmark import timing
 from configurator import read_settings
-from distrogpt.runtime import Runtime, find_dtype, take_fast_float32
+from distrogpt.runtime import Runtime, find_dtype, enable_onednn_float32
 from distrogpt.settings import BenchConfig
 
 def resident(key):
@@ -162,7 +162,7 @@ def resident(key):
 config = read_settings(BenchConfig, sys.argv[1:])
 place = bench.torch.device("cpu")
 runtime = Runtime(place, find_dtype(config.dtype, place))
-take_fast_float32(runtime)
+enable_onednn_float32(runtime)
 stream = {"train": timing.RandomStream(50257, 10_000)}
 data = bench.Dataset([timing.Part("random ids", 1.0, timing.Path(), timing.GPT2_META, stream)])
 before = resident("VmRSS")

@@ -477,7 +477,7 @@ def test_without_memory_for_a_new_batch_nobody_waits_for_ever(trained, monkeypat
         while held() is not None and time.monotonic() < end:  # the engine answers, then lets go of it
             gc.collect()
         assert held() is None  # before the next one is made, its memory is free
-        monkeypatch.setattr(engine_module, "Batch", fail)
+        monkeypatch.setattr(engine_module, "DecodingBatch", fail)
         assert one.request("POST", "/v1/completions", {"prompt": "a"})[0] in (500, 503)
         status, _, text = one.request("POST", "/v1/completions", {"prompt": "a"})
         assert status == 503 and "start it again" in text

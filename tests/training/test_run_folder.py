@@ -302,7 +302,7 @@ def test_the_best_of_a_failed_save_does_not_count(tmp_path, dataset, monkeypatch
             raise MachineError("the disk is full")
         write(how, *paths)
 
-    monkeypatch.setattr(run_folder, "write_whole", fail_once)
+    monkeypatch.setattr(run_folder, "atomic_write", fail_once)
     losses = iter([4.0, 4.0, 3.0, 3.0, 3.5, 3.5, 3.6, 3.6])
     monkeypatch.setattr(train_file, "evaluate", lambda *_: {"train": next(losses), "val": next(losses)})
     flags = [*TINY, "--max_iters=30", "--eval_interval=10", "--always_save_checkpoint=False"]

@@ -17,7 +17,7 @@ from distrogpt.data.dataset import evaluation_windows, open_dataset, step_window
 from distrogpt.errors import UserError
 from distrogpt.settings import BenchConfig, TrainConfig
 from distrogpt.training import startup as start_file
-from distrogpt.training.startup import planned
+from distrogpt.training.startup import resolve_max_iters
 from sample import Sampler
 from train import TrainResult, train
 
@@ -190,7 +190,7 @@ def test_ranks_stop_after_the_same_step(dataset, tmp_path):
 def steps_of(*flags: object) -> tuple[TrainConfig, int]:
     config = config_of(*flags)
     data = open_dataset(config)
-    return planned(config, data), sum(len(part.streams["train"]) for part in data.parts)
+    return resolve_max_iters(config, data), sum(len(part.streams["train"]) for part in data.parts)
 
 
 def test_epochs_are_as_many_steps_as_their_samples_take(dataset, copy):
