@@ -1,6 +1,7 @@
 """Where a run happens: device, arithmetic, ranks; and what the machine can do at most."""
 
 import ctypes
+import logging
 import math
 import os
 import signal
@@ -36,6 +37,23 @@ PEAK_FLOPS = {
     "RTX 4090": 165e12,
     "RTX 3090": 71e12,
 }
+
+
+log = logging.getLogger("distrogpt")
+
+
+class PrintHandler(logging.Handler):
+    """Prints each message to sys.stdout at once."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        speak(record.getMessage())
+
+
+def start_logging(is_main: bool) -> None:
+    """Print the messages of the logger "distrogpt", in one process."""
+    log.handlers[:] = [PrintHandler()]
+    log.setLevel(logging.INFO if is_main else logging.CRITICAL)
+    log.propagate = False
 
 
 @dataclass(frozen=True)
@@ -97,8 +115,7 @@ class Runtime:
 
     def say(self, line: str) -> None:
         """Print it, in one process."""
-        if self.is_main:
-            speak(line)
+        log.info(line)
 
     def describe(self) -> str:
         """The machine, in words."""
@@ -113,6 +130,7 @@ def start_runtime(device: str = "auto", dtype: str = "auto", backend: str = "aut
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     # torch 2.9 warns of set_float32_matmul_precision, which later versions keep
     warnings.filterwarnings("ignore", "Please use the new API settings")
+    start_logging(rank == 0)
     place = find_device(device)
     if world_size > 1 and place.type == "cuda":
         local_rank = int(os.environ["LOCAL_RANK"])
