@@ -18,19 +18,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from distrogpt.checkpoint import load_trained
 from distrogpt.data.dataset import Dataset, evaluation_windows, open_dataset, padded, strided_windows
 from distrogpt.data.meta import GPT2_META, other_tokenizer
 from distrogpt.data.tokenizer import Tokenizer, ids_of_prompt
-from distrogpt.errors import UserError, cli_errors, exit_process, writable
+from distrogpt.errors import UserError, cli_errors, exit_process, warn, writable
 from distrogpt.evaluation.introspection import next_tokens
 from distrogpt.evaluation.loss import mean_losses, summed_loss
 from distrogpt.evaluation.questions import GPT2_HELLASWAG
 from distrogpt.evaluation.tasks import answers, check_lengths, choices, held_out_lines, open_questions
+from distrogpt.inference.sampler import read_prompt
+from distrogpt.loading import find_tokenizer, load_trained
 from distrogpt.runtime import Runtime, start_runtime, stop_runtime
 from distrogpt.settings import EVAL_TASKS, TrainConfig
 from model import GPT
-from sample import find_tokenizer, read_prompt, warn
 
 Result = dict[str, Any]
 

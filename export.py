@@ -30,14 +30,14 @@ from unicodedata import category
 
 import torch
 
-from distrogpt.checkpoint import first_line, load_trained
+from distrogpt.checkpoint import first_line
 from distrogpt.data.tokenizer import END_OF_TEXT, Tokenizer, library_file, start_of_text
 from distrogpt.errors import MachineError, UserError, cli_errors
 from distrogpt.huggingface.formats import ARCHITECTURES, CODE, model_type_of, to_settings, to_weights
 from distrogpt.huggingface.model_card import how_to_load, limits_of, model_card, shared_meta
+from distrogpt.loading import find_tokenizer, load_trained
 from distrogpt.settings import SampleConfig
 from model import GPTConfig
-from sample import find_tokenizer
 
 MADE = (
     *("config.json", "model.safetensors", f"{CODE}.py", "tokenizer.json", "tokenizer_config.json"),

@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from distrogpt.audio.speech import Voice, load_voice, wav_bytes
-from distrogpt.errors import MachineError, UserError, cli_errors, exit_process
+from distrogpt.errors import MachineError, UserError, cli_errors, exit_process, warn
+from distrogpt.inference.sampler import Sampler, read_prompt
 from distrogpt.serving.completions import Completion, answer, choice_json, failure, joined, read_body, usage
 from distrogpt.serving.engine import Engine, EngineClosed, QueueFull, Request, RequestOutput
-from sample import Sampler, read_prompt, warn
 
 with cli_errors():
     try:

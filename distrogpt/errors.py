@@ -91,3 +91,8 @@ def writable(path: str) -> Iterator[str]:
         raise UserError(
             f"{path} cannot be written ({error.strerror}); name another, or go elsewhere"
         ) from None
+
+
+def warn(line: str) -> None:
+    """Notes go to stderr, so that stdout has the samples alone."""
+    print(line, file=sys.stderr)

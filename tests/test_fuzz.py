@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from configurator import kinds_of, limit_broken, read_settings
 from distrogpt.data.meta import read_meta
 from distrogpt.data.token_stream import TokenStream
+from distrogpt.loading import find_tokenizer
 from distrogpt.settings import BenchConfig, EvalConfig, SampleConfig, TrainConfig
-from sample import find_tokenizer
 
 # settings
 

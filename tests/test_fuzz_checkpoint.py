@@ -26,11 +26,11 @@ from hypothesis import strategies as st
 
 from distrogpt.checkpoint import load_checkpoint, restore_model, restore_optimizers, training_state
 from distrogpt.inference.decoder import stream
+from distrogpt.loading import find_tokenizer
 from distrogpt.runtime import Runtime
 from distrogpt.settings import TrainConfig
 from distrogpt.training.optim import make_optimizers
 from model import GPT, GPTConfig
-from sample import find_tokenizer
 from train import MicroBatch, training_step
 
 CPU = Runtime(torch.device("cpu"), torch.float32)

@@ -16,9 +16,9 @@ from typing import Any
 
 from distrogpt.benchmark.timing import ratio, spread
 from distrogpt.errors import MachineError, UserError
+from distrogpt.inference.sampler import Sampler
 from distrogpt.runtime import Runtime
 from distrogpt.settings import BenchConfig
-from sample import Sampler
 
 CLIENTS, EACH, TOKENS = 32, 4, 64  # who ask at once, how often each, and for how many tokens
 BODY = {"prompt": "\n", "temperature": 0.8, "top_k": 200, "stop_at_end": False}

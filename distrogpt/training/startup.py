@@ -11,17 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from distrogpt.checkpoint import (
-    BEST,
-    NEWEST,
-    load_checkpoint,
-    load_pretrained,
-    newest_checkpoint,
-    restore_model,
-)
+from distrogpt.checkpoint import BEST, NEWEST, load_checkpoint, newest_checkpoint, restore_model
 from distrogpt.data.dataset import Dataset, epoch_samples
 from distrogpt.data.meta import other_tokenizer
 from distrogpt.errors import UserError
+from distrogpt.loading import load_pretrained
 from distrogpt.runtime import Runtime
 from distrogpt.settings import TrainConfig
 from distrogpt.training.guards import early_stop_reason

@@ -141,7 +141,7 @@ def test_a_mixture_goes_on_bit_for_bit_and_its_checkpoint_is_read(dataset, other
     assert set(contents["meta"]) == {"tokenizer", "vocab_size", "dtype"} and len(contents["data"]) == 4
     others = (f"--dataset={dataset}:0.6,{other}:0.4", f"--out_dir={tmp_path / 'parts'}", "--max_iters=21")
     assert "the data changed since" in train_here(*TINY, *others, "--init_from=resume")
-    from sample import find_tokenizer
+    from distrogpt.loading import find_tokenizer
 
     del contents["meta"]  # as in nanoGPT's checkpoints
     assert find_tokenizer(contents, 100, "it").describe()["chars"]

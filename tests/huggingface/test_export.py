@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from conftest import REPO, TINY, assert_user_error, run_here, sample_here, train_here, write_lines
 
-from distrogpt.checkpoint import atomic_write, load_checkpoint, load_pretrained, training_state
+from distrogpt.checkpoint import atomic_write, load_checkpoint, training_state
 from distrogpt.data.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer, train_bpe
 from distrogpt.huggingface.formats import in_halves, in_pairs
 from distrogpt.inference.decoder import SamplingParams, stream
+from distrogpt.loading import load_pretrained
 from eval import EvalConfig, measure
 from model import GPT, GPTConfig
 

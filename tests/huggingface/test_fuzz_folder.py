@@ -11,12 +11,11 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 from test_fuzz_checkpoint import SHAPE
 
-from distrogpt.checkpoint import load_pretrained
 from distrogpt.data.tokenizer import from_description
 from distrogpt.huggingface.formats import to_weights
+from distrogpt.loading import find_tokenizer, load_pretrained
 from export import settings_files
 from model import GPT, GPTConfig
-from sample import find_tokenizer
 
 NEW = {"norm": "rmsnorm", "rotary": True, "bias": False}
 KINDS = (

@@ -8,10 +8,10 @@ import pytest
 import torch
 from conftest import assert_user_error, sample_here
 
-import sample
 from distrogpt.data.tokenizer import END_OF_TEXT, ByteTokenizer, CharTokenizer, Tokenizer, train_bpe
 from distrogpt.errors import UserError
 from distrogpt.inference import decoder as decoding
+from distrogpt.inference import sampler as sample
 from distrogpt.inference.decoder import SamplingParams, optimize_for_inference, sample_token
 from distrogpt.inference.detokenizer import Detokenizer, coloured, form_of
 from distrogpt.runtime import start_runtime
