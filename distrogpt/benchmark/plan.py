@@ -30,8 +30,9 @@ import model as model_file
 from distrogpt.data.dataset import folders_of, open_dataset
 from distrogpt.data.meta import GPT2_META
 from distrogpt.errors import UserError
+from distrogpt.hardware import PEAK_FLOPS, measured_flops, peak_flops
 from distrogpt.kernels import cpu as attention_file
-from distrogpt.runtime import PEAK_FLOPS, Runtime, measured_flops, peak_flops
+from distrogpt.runtime import Runtime
 from distrogpt.settings import BenchConfig
 from distrogpt.training.startup import new_model_config, resolve_max_iters
 from model import GPT, GPTConfig
@@ -131,7 +132,11 @@ def find_place(config: BenchConfig, runtime: Runtime, peak: float | None = None)
         name, row, own = f"this {kind}", UNKNOWN, 1
         pages = os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf  # Windows does not tell
         size = PAGE * pages if pages == math.inf else os.sysconf("SC_PAGE_SIZE") * pages
-    peak = peak or (peak_flops(runtime) if kind == "cuda" else measured_flops(runtime))
+    peak = peak or (
+        peak_flops(runtime.device, runtime.dtype)
+        if kind == "cuda"
+        else measured_flops(runtime.device, runtime.dtype)
+    )
     return Hardware(
         name,
         peak,

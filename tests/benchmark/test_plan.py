@@ -33,8 +33,9 @@ from distrogpt.benchmark.plan import (
     share_out,
 )
 from distrogpt.errors import UserError
+from distrogpt.hardware import PEAK_FLOPS
 from distrogpt.kernels import cpu as attention
-from distrogpt.runtime import PEAK_FLOPS, Runtime
+from distrogpt.runtime import Runtime
 from distrogpt.settings import BenchConfig
 from model import GPT, GPTConfig
 
@@ -153,7 +154,8 @@ import sys
 import bench
 from distrogpt.benchmark import timing
 from configurator import read_settings
-from distrogpt.runtime import Runtime, find_dtype, enable_onednn_float32
+from distrogpt.hardware import find_dtype
+from distrogpt.runtime import Runtime, enable_onednn_float32
 from distrogpt.settings import BenchConfig
 
 def resident(key):
