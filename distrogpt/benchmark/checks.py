@@ -29,6 +29,7 @@ from distrogpt.checkpoint import NEWEST, load_checkpoint
 from distrogpt.errors import UserError
 from distrogpt.hardware import measured_bandwidth, measured_flops, peak_flops
 from distrogpt.inference.decoder import SamplingParams, optimize_for_inference, stream
+from distrogpt.kernels.compile import compile_error
 from distrogpt.runtime import Runtime
 from distrogpt.settings import BenchConfig
 from distrogpt.training.batches import MicroBatch
