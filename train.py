@@ -24,10 +24,10 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from distrogpt.checkpoint import BEST, NEWEST, diverged_error, restore_optimizers, training_state
-from distrogpt.data.dataset import Dataset, measured_splits, open_dataset
+from distrogpt.data.dataset import Dataset, open_dataset
 from distrogpt.errors import UserError, cli_errors, exit_process
-from distrogpt.evaluation.loss import attempt, evaluate, evaluation_line
-from distrogpt.evaluation.tasks import Ask, make_ask
+from distrogpt.evaluation.evaluator import Evaluator
+from distrogpt.evaluation.loss import evaluation_line
 from distrogpt.hardware import peak_flops
 from distrogpt.kernels.compile import maybe_compile
 from distrogpt.openmp import WAITS
@@ -134,7 +134,7 @@ def train(
     )
     data = open_dataset(config)
     config = resolve_max_iters(config, data)
-    ask = make_ask(config, data, runtime)
+    evaluator = Evaluator(config, data, runtime)
     earlier = earlier_run(config, runtime)  # before the lock is signed anew
     folder = None
     if runtime.is_main and not config.eval_only:
@@ -143,7 +143,7 @@ def train(
         runtime.barrier()  # all wait until nobody else writes to out_dir
         model, contents = initial_model(config, data.meta, earlier)
         describe_run(config, runtime, data, model, runtime.say)
-        return train_model(config, runtime, data, model, contents, folder, earlier, ask, on_evaluation)
+        return train_model(config, runtime, data, model, contents, folder, earlier, evaluator, on_evaluation)
 
 
 def train_model(
@@ -154,17 +154,16 @@ def train_model(
     contents: dict[str, Any],
     folder: RunDirectory | None,
     earlier: str | None,
-    ask: Ask,
+    evaluator: Evaluator,
     on_evaluation: Callable[[list[dict[str, float]]], object] | None = None,
 ) -> TrainResult:
     """Train the network of a checkpoint's contents, {} for a new run's, and write to the folder, if there is
-    one. `earlier` is the id of this run where it was started again, `ask` what evaluations ask, too."""
+    one. `earlier` is the id of this run where it was started again, `evaluator` measures it."""
     began = time.perf_counter() - contents.get("seconds", 0.0)
     first = step = contents.get("iter_num", 0)
     best_val_loss = lowest = float(contents.get("best_val_loss", math.inf))
     no_lower = contents.get("no_lower", 0)  # evaluations in a row whose loss was not below `lowest`
     ended = early_stop_reason(config, step, contents.get("seconds", 0.0), no_lower)
-    judge = measured_splits(config)[-1]  # whose loss chooses the best
     out_dir, run_id = Path(config.out_dir), contents.get("run_id") or earlier or secrets.token_hex(4)
     runtime.check_equal_on_all_ranks(
         step, f"the ranks do not find the same checkpoint; put out_dir={out_dir} where all see it"
@@ -216,7 +215,7 @@ def train_model(
         names = [NEWEST]
         more = {**kept, "iter_num": step, "evaluated": found is not None, "skipped": skipped}
         if found:
-            more["val_loss"] = loss = found[judge]
+            more["val_loss"] = loss = found[evaluator.monitor]
             names = [BEST, NEWEST] if loss < best_val_loss or config.always_save_checkpoint else names
             best_val_loss = min(best_val_loss, loss)
             lowest, no_lower = (loss, 0) if loss < lowest else (lowest, no_lower + 1)
@@ -229,7 +228,11 @@ def train_model(
     trouble: list[UserError] = []  # the data is not what it was: all ranks have to stop
 
     def read_on() -> list[MicroBatch]:
-        return attempt(lambda: step_batches(data, config, runtime, step + 1), trouble)
+        try:
+            return step_batches(data, config, runtime, step + 1)
+        except UserError as error:
+            trouble.append(error)
+            return []
 
     losses: list[dict[str, float]] = []
     batches = [] if config.eval_only else step_batches(data, config, runtime, step)
@@ -246,15 +249,13 @@ def train_model(
             found = None
             due = config.eval_only or ended or step % config.eval_interval == 0 or step == config.max_iters
             if due and not (step == first and evaluated):
-                found = evaluate(model, data, config, runtime, lambda: bool(caught or trouble), trouble)
-                more = found and ask(model, say, lambda: runtime.all_reduce_sum(len(caught))[0] > 0)
-                found = None if more is None else found | more
+                found = evaluator.evaluate(model, lambda: bool(caught or trouble))
                 stopping = stopping or found is None
                 clock, clocked = time.perf_counter(), step
             if found:
                 losses.append({"step": step, **found})
                 say(evaluation_line(step, found))
-                if not math.isfinite(found[judge]):
+                if not math.isfinite(found[evaluator.monitor]):
                     raise diverged()
             logs.write(step, found)
             if found and on_evaluation and runtime.is_main:
@@ -296,14 +297,14 @@ def train_model(
             folder.finish()
     del trained  # as the last to hold the ranks' group, DDP may end it with Python locked, and wait for ever
     stop_runtime()
-    if trouble:
-        raise trouble[0]
+    if trouble or evaluator.error:
+        raise trouble[0] if trouble else evaluator.error
     if stopping:
         again = "" if config.init_from.partition(":")[0] == "auto" else " and --init_from=resume"
         say(f"stopped after step {step}; go on with the same command{again}")
     elif not config.eval_only:
         early = f"early stop after step {step}: {ended}; " if ended else ""
-        result = f"best {judge} loss {best_val_loss:.4f} in {time.perf_counter() - began:.0f} s"
+        result = f"best {evaluator.monitor} loss {best_val_loss:.4f} in {time.perf_counter() - began:.0f} s"
         say(f"done: {early}{result}; python sample.py --out_dir={out_dir}")
     return TrainResult(model, step, best_val_loss, losses, caught[0] if caught and stopping else None)
 

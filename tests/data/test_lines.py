@@ -15,7 +15,7 @@ from distrogpt.data.dataset import after, evaluation_windows, open_dataset, step
 from distrogpt.data.preparation.writer import write_dataset
 from distrogpt.data.tokenizer import CharTokenizer
 from distrogpt.errors import UserError
-from distrogpt.evaluation.loss import evaluate
+from distrogpt.evaluation.evaluator import Evaluator
 from distrogpt.runtime import Runtime
 from distrogpt.settings import TrainConfig
 from distrogpt.training.batches import step_batches
@@ -212,7 +212,7 @@ def test_evaluation_has_a_window_for_each_line_and_counts_answers_only(lines):
         for place, counts in enumerate(naive_mask(window)):
             if counts:
                 total, count = total - float(scores[place, ids[0, place + 1]]), count + 1
-    found = evaluate(model, data, config, CPU)
+    found = Evaluator(config, data, CPU).evaluate(model)
     assert found["val"] == pytest.approx(total / count, abs=1e-5)
     assert "bits_per_byte" not in found  # of some of the bytes
 
