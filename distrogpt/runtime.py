@@ -19,25 +19,8 @@ import torch
 import torch.distributed as dist
 
 from distrogpt.errors import UserError
+from distrogpt.gpus import find_gpu
 from distrogpt.openmp import adapt_waits
-
-# Dense bf16 (V100, T4: fp16) tensor-core peaks in FLOP/s, from the vendor's data sheets.
-# The first whose words stand in the device's name is taken.
-PEAK_FLOPS = {
-    "B200": 2250e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "A40": 150e12,
-    "A10": 125e12,
-    "V100": 125e12,
-    "T4": 65e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
-}
-
 
 log = logging.getLogger("distrogpt")
 
@@ -297,10 +280,9 @@ def cuda_graph(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> 
 def peak_flops(runtime: Runtime) -> float:
     """FLOP/s of one rank's device at most: its data sheet's, or else a matrix product's, measured once."""
     if runtime.device.type == "cuda" and runtime.dtype != torch.float32:
-        words = f" {torch.cuda.get_device_name(runtime.device).replace('-', ' ')} "
-        for name, peak in PEAK_FLOPS.items():
-            if f" {name} " in words:
-                return peak
+        gpu = find_gpu(torch.cuda.get_device_name(runtime.device))
+        if gpu:
+            return gpu.peak_flops
     return measured_flops(runtime)
 
 
