@@ -6,23 +6,7 @@ from functools import cache
 import torch
 
 from distrogpt.errors import UserError
-
-# Dense bf16 (V100, T4: fp16) tensor-core peaks in FLOP/s, from the vendor's data sheets.
-# The first name whose words are in the device's name is taken.
-PEAK_FLOPS = {
-    "B200": 2250e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "A40": 150e12,
-    "A10": 125e12,
-    "V100": 125e12,
-    "T4": 65e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
-}
+from distrogpt.gpus import find_gpu
 
 
 def find_device(name: str) -> torch.device:
@@ -61,11 +45,9 @@ def find_dtype(name: str, device: torch.device) -> torch.dtype:
 @cache  # many short runs in one process, as a study's, measure once
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Peak FLOP/s of the device: from its data sheet if that is known, else measured once."""
-    if device.type == "cuda" and dtype != torch.float32:
-        words = f" {torch.cuda.get_device_name(device).replace('-', ' ')} "
-        for name, peak in PEAK_FLOPS.items():
-            if f" {name} " in words:
-                return peak
+    gpu = find_gpu(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    if gpu and dtype != torch.float32:
+        return gpu.peak_flops
     return measured_flops(device, dtype)
 
 
