@@ -10,6 +10,7 @@ from distrogpt.settings import BenchConfig
 if __name__ == "__main__":
     CONFIG = configure(BenchConfig)  # before torch is loaded, so that --help and mistakes answer at once
 
+import contextlib
 import copy
 import functools
 import gc
@@ -45,7 +46,7 @@ from distrogpt.benchmark.plan import USABLE, Split, count, find_place, memory, p
 from distrogpt.benchmark.report import bench_report
 from distrogpt.benchmark.serving import bench_serve
 from distrogpt.benchmark.timing import alternate, open_data, peak_memory, ratio, spread, synchronize
-from distrogpt.checkpoint import BEST, NEWEST, atomic_write, training_state
+from distrogpt.checkpoint import NEWEST, atomic_write, training_state
 from distrogpt.data.dataset import Dataset
 from distrogpt.errors import UserError, cli_errors, is_out_of_memory, writable
 from distrogpt.hardware import measured_bandwidth, measured_flops, peak_flops
@@ -58,13 +59,13 @@ from distrogpt.runtime import (
     find_pyplot,
     start_runtime,
 )
-from distrogpt.training.batches import step_batches
+from distrogpt.training.batches import BatchLoader
 from distrogpt.training.logger import TrainLogger
-from distrogpt.training.optim import get_lr, make_optimizers
+from distrogpt.training.optim import make_optimizers
 from distrogpt.training.run_directory import RunDirectory
 from distrogpt.training.startup import initial_model, new_model_config, resolve_max_iters
+from distrogpt.training.state import TrainState
 from model import GPT
-from plot import SHARE
 from train import training_step
 
 TRACE, PLOT = "bench_trace.json", "bench_ladder.png"
@@ -80,7 +81,7 @@ def our_step(
     if not padded:
         model = GPT(replace(model.config, vocab_size=data.meta["vocab_size"]))
     model.activation_checkpointing = config.activation_checkpointing
-    optimizers = make_optimizers(model.to(runtime.device).train(), config, runtime.device.type, runtime.dtype)
+    optimizers = make_optimizers(model.to(runtime.device).train(), config, runtime)
     if not fused:
         groups = [
             {key: group[key] for key in ("params", "weight_decay")} for group in optimizers[0].param_groups
@@ -99,17 +100,10 @@ def step_of(
     runtime: Runtime,
 ) -> Step:
     """train.py's step of that model, on batches of its own."""
-    scaler = runtime.loss_scaler()
-    batches = step_batches(data, config, runtime, 0)
+    scaler, batches = runtime.grad_scaler(), BatchLoader(data, config, runtime, step=0)
 
     def step(number: int) -> None:
-        nonlocal batches
-
-        def read_on() -> list:
-            return step_batches(data, config, runtime, number + 1)
-
-        made = training_step(model, optimizers, scaler, batches, config.grad_clip, runtime, read_on)
-        batches = made.following
+        training_step(model, optimizers, scaler, batches, config.grad_clip, runtime)
 
     return step
 
@@ -201,18 +195,18 @@ def bench_checkpoint(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
     median, count = statistics.median(usual), itertools.count(config.bench_steps)
     times: dict[str, list[float]] = {"wait": [], "lost": [], "write": []}
     print(f"step     {median * 1000:,.1f} ms median, {model.get_num_params(False):,} parameters")
+    state = TrainState()
+    state.val_loss = 3.0  # as after an evaluation
     with (
         tempfile.TemporaryDirectory(dir=".", prefix="out-bench-") as out_dir,
-        RunDirectory(Path(out_dir), lambda line: None) as folder,
+        RunDirectory(replace(config, out_dir=out_dir, always_save_checkpoint=True), runtime) as folder,
     ):
         for _ in range(config.rounds):
             began = time.perf_counter()
-            contents = training_state(model, optimizers, iter_num=0, best_val_loss=math.inf)
-            folder.save(contents, BEST, NEWEST)
+            folder.save(model, optimizers, runtime.grad_scaler(), state)
             times["wait"].append(time.perf_counter() - began)
-            del contents
             taken = 0
-            while folder.writing():
+            while folder.saving():
                 step(next(count))
                 synchronize(runtime)
                 taken += 1
@@ -236,18 +230,14 @@ def bench_logs(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
     """What training loses to all its logs: a line at each step, and loss.png as often as it is redrawn."""
     data = open_data(config)
     model, _, step = our_step(config, data, runtime)
-    sequences = config.gradient_accumulation_steps * config.batch_size
-    at_peak = model.estimate_mfu(
-        sequences, 1.0, peak_flops(runtime.device, runtime.dtype)
-    )  # a step's seconds
     times: dict[str, list[float]] = {"step": [], "lines": []}
+    state = TrainState()
     with (
         tempfile.TemporaryDirectory(dir=".", prefix="out-bench-") as out_dir,
         open(os.devnull, "w") as screen,
-        RunDirectory(Path(out_dir), print) as folder,
-        TrainLogger(replace(config, out_dir=out_dir, **ALL_LOGS), runtime, folder, "0", 0, 0.0) as logs,
+        RunDirectory(replace(config, out_dir=out_dir, **ALL_LOGS), runtime) as folder,
+        TrainLogger(folder.config, runtime, folder, state, model) as logs,
     ):
-        logs.say = functools.partial(print, file=screen, flush=True)
 
         def timed(what: str, do: Callable[..., object], *given: Any) -> float:
             began = time.perf_counter()
@@ -256,21 +246,25 @@ def bench_logs(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
             times[what].append(time.perf_counter() - began)
             return times[what][-1]
 
-        def log(number: int, seconds: float, found: dict[str, float] | None) -> None:
-            logs.step(number, 3.0, 1.0, get_lr(number, config), seconds, at_peak / seconds)
-            logs.write(number, found)
+        def log(found: dict[str, float] | None) -> None:
+            state.step += 1
+            with contextlib.redirect_stdout(screen):
+                logs.log_step(3.0, 1.0, 1e-3, True)
+            logs.write(found)
 
         for number in range(config.warmup_steps):
             step(number)
         for number in range(config.bench_steps):
-            timed("lines", log, number, timed("step", step, number), None)
+            timed("step", step, number)
+            timed("lines", log, None)
         timed("lines", logs.flush)
-        log(number, 1.0, {"train": 3.0, "val": 3.0})
-        while logs.picture and logs.picture.drawing():
-            time.sleep(0.1)
-        picture = logs.picture.cost if logs.picture else 0.0  # by the child's own clock: steps vary by more
+        before = sum(os.times()[2:4])
+        log({"train": 3.0, "val": 3.0})
+        if logs.plot:
+            logs.plot.finish(60)
+        picture = (sum(os.times()[2:4]) - before) / (os.cpu_count() or 1)  # of the child: steps vary by more
     median, lines = statistics.median(times["step"]), sum(times["lines"]) / config.bench_steps
-    often = max(config.eval_interval * median, picture / SHARE)
+    often = max(config.eval_interval * median, picture)
     cost = lines + picture * median / often
     print(f"step     {median * 1000:,.2f} ms median, {model.get_num_params(False):,} parameters")
     print(f"lines    {lines * 1000:.3f} ms a step, {lines / median:.2%}: screen, log.csv, TensorBoard")

@@ -21,7 +21,6 @@ from torch.utils.checkpoint import checkpoint
 
 from distrogpt.inference.decoder import SamplingParams, stream
 from distrogpt.kernels.cpu import KVCache, causal_attention, dropout, rms_norm, rotate, rotation
-from distrogpt.training.optim import adamw
 
 
 def swiglu(x: torch.Tensor) -> torch.Tensor:
@@ -317,7 +316,13 @@ class GPT(nn.Module):
         self, weight_decay: float, learning_rate: float, betas: tuple[float, float], device_type: str
     ) -> torch.optim.AdamW:
         """AdamW (arXiv 1711.05101) that decays matrices and embeddings, not biases and LayerNorms."""
-        return adamw(self.named_parameters(), weight_decay, learning_rate, betas, device_type)
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        ]
+        fused = device_type in ("cuda", "cpu")  # one kernel for all parameters
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
 
     def get_num_params(self, non_embedding: bool = True) -> int:
         """Number of parameters; with non_embedding, without wpe, and without wte where it is not lm_head."""

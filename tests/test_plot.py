@@ -9,14 +9,18 @@ import types
 
 import numpy as np
 import pytest
+import torch
 from conftest import TINY, assert_user_error, run, train_here
 
 import plot
 from configurator import read_settings
 from distrogpt.errors import UserError
+from distrogpt.runtime import start_runtime
 from distrogpt.settings import PlotConfig, TrainConfig
-from distrogpt.training import logger as logs_file
-from distrogpt.training.run_directory import COLUMNS
+from distrogpt.training.logger import TrainLogger
+from distrogpt.training.run_directory import COLUMNS, RunDirectory
+from distrogpt.training.state import TrainState
+from model import GPT, GPTConfig
 from train import train
 
 HEADER = ",".join(COLUMNS)
@@ -229,7 +233,7 @@ def alive(pid: int) -> bool:
 
 
 def test_without_matplotlib_a_run_says_so_and_trains(tmp_path, dataset, monkeypatch):
-    monkeypatch.setattr(plot, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     flags = [*TINY, f"--dataset={dataset}", f"--out_dir={tmp_path}", "--loss_plot=True", "--max_iters=2"]
     printed = train_here(*flags)
     assert printed.count("loss.png: pip install matplotlib") == 1 and "step 2: train loss" in printed
@@ -322,46 +326,37 @@ def test_without_tensorboard_it_is_told_before_anything_is_made(tmp_path, datase
     assert not (tmp_path / "out").exists()
 
 
-def test_scores_go_wherever_losses_go_and_none_is_needed(tmp_path, dataset, monkeypatch):
-    said = []
+def test_scores_go_wherever_losses_go_and_none_is_needed(tmp_path, dataset, monkeypatch, capsys):
     flags = [*TINY, f"--dataset={dataset}", "--tensorboard_log=True", "--baseline_hellaswag=0.25"]
-    config = read_settings(TrainConfig, [*flags, f"--out_dir={tmp_path}"])
-    runtime = types.SimpleNamespace(say=said.append, is_main=True)
-    gone = []
-    monkeypatch.setattr(logs_file, "start_wandb", lambda config, run_id: types.SimpleNamespace(
-        log=lambda values, step: gone.append((step, values)), finish=lambda: gone.append("finished")
-    ))  # fmt: skip
-    config.wandb_log = True
-    with (
-        logs_file.RunDirectory(tmp_path, said.append) as folder,
-        logs_file.TrainLogger(config, runtime, folder, "0", 0, 0.0) as logs,
-    ):
-        logs.write(0, {"hellaswag": 0.3, "accuracy": 0.5, "val/part": 2.0})
-        logs.write(1, None)
-        logs.write(2, {"train": 3.0})
+    config = read_settings(TrainConfig, [*flags, "--wandb_log=True", f"--out_dir={tmp_path}"])
+    runtime, model, state, sent = start_runtime("cpu", "float32"), GPT(GPTConfig()), TrainState(), []
+    wandb_run = types.SimpleNamespace(
+        log=lambda values, step: sent.append((step, values)), finish=lambda: sent.append("finished")
+    )
+    wandb = types.SimpleNamespace(init=lambda **settings: wandb_run)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    with RunDirectory(config, runtime) as run, TrainLogger(config, runtime, run, state, model) as logger:
+        evaluations = ({"hellaswag": 0.3, "accuracy": 0.5, "val/part": 2.0}, None, {"train": 3.0})
+        for state.step, losses in enumerate(evaluations):
+            logger.write(losses)
     log = plot.read_log(tmp_path / "log.csv")
     np.testing.assert_array_equal(log["step"], [0, 2])
     np.testing.assert_array_equal(log["hellaswag"], [0.3, np.nan])
     np.testing.assert_array_equal(log["accuracy"], [0.5, np.nan])
     shown = {"val/hellaswag": 0.3, "val/accuracy": 0.5, "val/part/loss": 2.0}
-    assert gone == [(0, shown), (2, {"train/loss": 3.0}), "finished"]
+    assert sent == [(0, shown), (2, {"train/loss": 3.0}), "finished"]
     assert set(scalars(tmp_path / "tensorboard")) == {*shown, "train/loss"}
-    assert said == ["step 0: HellaSwag 0.3000, published 0.25 (+0.0500)"]
+    assert capsys.readouterr().out == "step 0: HellaSwag 0.3000, published 0.25 (+0.0500)\n"
 
 
-def test_lines_wait_at_most_until_a_save(tmp_path, dataset, monkeypatch):
-    """What a checkpoint goes on from is in log.csv before it is written."""
-    from distrogpt.checkpoint import atomic_write
+def test_a_row_is_in_the_log_before_its_checkpoint_is_written(tmp_path, dataset, monkeypatch):
+    save, steps = torch.save, []
 
-    seen = []
+    def save_and_look(*args) -> None:
+        steps.append((tmp_path / "log.csv").read_text().splitlines()[-1].split(",")[0])
+        save(*args)
 
-    def write(how, *paths) -> None:
-        if paths[0].suffix == ".pt":
-            seen.append((tmp_path / "log.csv").read_text().splitlines()[-1].split(",")[0])
-        atomic_write(how, *paths)
-
-    monkeypatch.setattr("distrogpt.training.run_directory.atomic_write", write)
-    monkeypatch.setattr(logs_file, "TOGETHER", 1e9)
-    flags = [*TINY, f"--dataset={dataset}", f"--out_dir={tmp_path}", "--save_interval=7", "--log_interval=1"]
+    monkeypatch.setattr(torch, "save", save_and_look)
+    flags = [*TINY, f"--dataset={dataset}", f"--out_dir={tmp_path}", "--save_interval=7", "--log_interval=20"]
     train_here(*flags, "--eval_interval=100", "--max_iters=16")
-    assert seen == ["7", "14", "16"]
+    assert steps == ["0", "0", "16"]

@@ -109,8 +109,8 @@ def train_steps(
 ) -> list[float]:
     """The losses of 20 steps of train.py on sequences of that length."""
     plain = model.module if hasattr(model, "module") else model
-    optimizers = make_optimizers(plain, config, runtime.device.type, runtime.dtype)
-    scaler = runtime.loss_scaler()
+    optimizers = make_optimizers(plain, config, runtime)
+    scaler = runtime.grad_scaler()
     batches = ([batch_of(step, runtime.device, length)] for step in range(20))
     return [training_step(model, optimizers, scaler, batch, 1.0, runtime).loss for batch in batches]
 
@@ -384,8 +384,8 @@ def check_synchronize(config: BenchConfig, runtime: Runtime) -> list[Row]:
     model = GPT(new_model_config(config, data.meta)).to(runtime.device)
     if config.compile is True:
         model.compile()
-    optimizers = make_optimizers(model, config, runtime.device.type, runtime.dtype)
-    scaler = runtime.loss_scaler()
+    optimizers = make_optimizers(model, config, runtime)
+    scaler = runtime.grad_scaler()
     vocab_size, shape = model.config.vocab_size, (config.batch_size, config.block_size)
     x, y = (torch.randint(vocab_size, shape, device=runtime.device) for _ in range(2))
 
@@ -422,8 +422,8 @@ def check_memory(config: BenchConfig, runtime: Runtime) -> list[Row]:
     torch.manual_seed(0)
     model = GPT(shape).to(runtime.device)
     model.activation_checkpointing = config.activation_checkpointing
-    optimizers = make_optimizers(model, config, runtime.device.type, runtime.dtype)
-    scaler = runtime.loss_scaler()
+    optimizers = make_optimizers(model, config, runtime)
+    scaler = runtime.grad_scaler()
     size = (config.batch_size, config.block_size)
     x, y = (torch.randint(shape.vocab_size, size, device=runtime.device) for _ in range(2))
     for _ in range(3):
