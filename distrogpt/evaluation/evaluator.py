@@ -10,8 +10,9 @@ import torch
 from distrogpt.data.dataset import Dataset, evaluation_windows, measured_splits
 from distrogpt.data.tokenizer import from_description, ids_of_prompt
 from distrogpt.errors import UserError
+from distrogpt.evaluation.exact_match import answer_problems, check_prompt_length, load_problems
 from distrogpt.evaluation.loss import EvalWindows, Losses, mean_losses, never, summed_loss
-from distrogpt.evaluation.tasks import answers, check_lengths, choices, held_out_lines, open_questions
+from distrogpt.evaluation.multiple_choice import answer_multiple_choice, load_questions
 from distrogpt.inference.decoder import SamplingParams, stream, uniform_noise
 from distrogpt.runtime import Runtime
 from distrogpt.settings import TrainConfig
@@ -40,7 +41,7 @@ class Evaluator:
             self.tokenizer = from_description(data.meta["tokenizer"])
         if config.eval_hellaswag:
             sizes = (config.block_size, config.hellaswag_items)
-            self.questions = open_questions(config.hellaswag_input, self.tokenizer, *sizes, runtime)
+            self.questions = load_questions(config.hellaswag_input, self.tokenizer, *sizes, runtime)
         if config.eval_accuracy:
             if data.separator is None:
                 raise UserError("eval_accuracy asks val's lines up to loss_after; give --loss_after='=', say")
@@ -48,11 +49,10 @@ class Evaluator:
                 raise UserError(
                     "eval_accuracy asks val's lines, eval_splits=train reads none; leave one of them out"
                 )
-            self.problems = held_out_lines(data)
-            check_lengths(self.problems, config.block_size, config.loss_after)
+            self.problems = load_problems(data, config.block_size)
         if config.eval_samples:
             self.prompt = ids_of_prompt(self.tokenizer, config.sample_start)
-            check_lengths([(self.prompt, [])], config.block_size, "")
+            check_prompt_length(len(self.prompt), config.block_size)
 
     def evaluate(self, model: GPT, stop_requested: Callable[[], bool] = never) -> Losses | None:
         """Losses and, if configured, hellaswag (acc_norm) and accuracy, between 0 and 1; samples are logged.
@@ -94,19 +94,19 @@ class Evaluator:
 
     def scores(self, model: GPT, stop_requested: Callable[[], bool]) -> dict[str, float] | None:
         """hellaswag and accuracy. `stop_requested` has to return the same on all ranks."""
-        config, scores = self.config, {}
+        config, runtime, scores = self.config, self.task_runtime, {}
+        B = config.batch_size
         if config.eval_hellaswag:
-            chosen = choices(model, self.questions, self.task_runtime, config.batch_size, stop_requested)
+            chosen = answer_multiple_choice(model, self.questions, runtime, B, stop_requested)
             if chosen is None:
                 return None
             labels = [question.label for question in self.questions]
             scores["hellaswag"] = float(np.mean(chosen[:, 1] == labels))
         if config.eval_accuracy:
-            newline, vocab_size, B = self.data.newline, self.data.meta["vocab_size"], 4 * config.batch_size
-            given = answers(model, self.problems, newline, vocab_size, self.task_runtime, B, stop_requested)
-            if given is None:
+            answers = answer_problems(model, self.data, self.problems, runtime, 4 * B, stop_requested)
+            if answers is None:
                 return None
-            scores["accuracy"] = float(np.mean([answer.given == answer.right for answer in given]))
+            scores["accuracy"] = float(np.mean([answer.given == answer.right for answer in answers]))
         if config.eval_samples:
             self.log_samples(model)
         return scores

@@ -1,190 +1,208 @@
-"""What a network is asked to do: choose the right ending of a text, finish lines, tell the next token.
-
-Both eval.py and training ask it; under torchrun the ranks share the questions. All of them ask whether to
-stop equally often, and stop_asked tells all of them the same.
-"""
+"""The tasks of eval.py: NAME_task checks what its task needs, and returns a function that computes it."""
 
 import math
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
-import numpy as np
-import torch
-
-from distrogpt.data.dataset import Dataset
-from distrogpt.data.tokenizer import Tokenizer
+from distrogpt.data.dataset import Dataset, evaluation_windows, open_dataset, padded, strided_windows
+from distrogpt.data.meta import GPT2_META, other_tokenizer
+from distrogpt.data.tokenizer import Tokenizer, ids_of_prompt
 from distrogpt.errors import UserError
-from distrogpt.evaluation.questions import Question, hellaswag_file, read_questions
-from distrogpt.inference.decoder import SamplingParams, stream
-from distrogpt.kernels.cpu import Branches
+from distrogpt.evaluation.exact_match import answer_problems, check_prompt_length, load_problems
+from distrogpt.evaluation.introspection import next_tokens
+from distrogpt.evaluation.loss import EvalWindows, mean_losses, summed_loss
+from distrogpt.evaluation.multiple_choice import GPT2_HELLASWAG, answer_multiple_choice, load_questions
+from distrogpt.inference.sampler import read_prompt
+from distrogpt.loading import find_tokenizer, load_trained
 from distrogpt.runtime import Runtime
+from distrogpt.settings import EVAL_TASKS, EvalConfig, TrainConfig
 from model import GPT
 
-
-class Row(NamedTuple):
-    """A question as one sequence: the context, then each ending but its last id, which nobody reads."""
-
-    ids: list[int]
-    positions: list[int]  # each ending goes on from the context
-    branch: list[int]  # 0 of the context, n of ending n, from 1 on
-    places: list[int]  # of `ids`, from which the ids of the endings are told
-    targets: list[int]  # these
+Result = dict[str, Any]
+Task = Callable[[], Result]
 
 
-def as_row(question: Question) -> Row:
-    """The question, so that its context is read once for all endings."""
-    context = question.context
-    row = Row([*context], [*range(len(context))], [0] * len(context), [], [])
-    for number, ending in enumerate(question.endings, 1):
-        row.places.extend([len(context) - 1, *range(len(row.ids), len(row.ids) + len(ending) - 1)])
-        row.targets.extend(ending)
-        row.ids.extend(ending[:-1])
-        row.positions.extend(range(len(context), len(context) + len(ending) - 1))
-        row.branch.extend([number] * (len(ending) - 1))
-    return row
+class LoadedModel(NamedTuple):
+    """A trained model on its device, and what is known about it."""
+
+    model: GPT
+    tokenizer: Tokenizer | None  # None if no task needs one
+    contents: dict[str, Any]  # of its checkpoint, {} if it has none
+    source: str
+    runtime: Runtime
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings of its training, {} if unknown."""
+        return self.contents.get("config", {})
+
+    @property
+    def block_size(self) -> int:
+        return self.model.config.block_size
 
 
-def ending_scores(model: GPT, questions: list[Question], runtime: Runtime) -> list[list[list[float]]]:
-    """The logarithm of the chance of each token of each ending of each question, all read at once."""
-    rows = [as_row(question) for question in questions]
-    T = max(len(row.ids) for row in rows)
-    T += -T % 16  # the same numbers as in another batch: attention.py
-    idx, positions, branch = (np.zeros((len(rows), T), np.int64) for _ in range(3))
-    for number, row in enumerate(rows):
-        n = len(row.ids)
-        idx[number, :n], positions[number, :n], branch[number, :n] = row.ids, row.positions, row.branch
-        branch[number, n:] = -1
-    reads = (branch[:, None] == 0) | (branch[:, None] == branch[:, :, None])  # (B, T, T)
-    reads &= np.tri(T, dtype=bool)
-    places = np.concatenate([np.array(row.places) + number * T for number, row in enumerate(rows)])
-    targets = np.concatenate([row.targets for row in rows])
-    branches = Branches(runtime.to_device(reads))
-    idx, places, targets, positions = map(runtime.to_device, (idx, places, targets, positions))
-    with torch.no_grad(), runtime.autocast():
-        scores = iter(model.log_likelihood(idx, places, targets, branches, positions).tolist())
-    return [[[next(scores) for _ in ending] for ending in question.endings] for question in questions]
+def load_tasks(config: EvalConfig, runtime: Runtime) -> tuple[str, dict[str, Task]]:
+    """What the model is called, and the tasks that the settings name, checked. Raises UserError."""
+    model, contents, source = load_trained(config.out_dir, config.init_from)
+    names = task_names(config, contents.get("config", {}))
+    tokenizer = None
+    if names != ["loss"]:  # the loss needs no tokenizer
+        tokenizer = find_tokenizer(contents, model.config.vocab_size, source)
+    loaded = LoadedModel(model.to(runtime.device).eval(), tokenizer, contents, source, runtime)
+    return source, {name: TASKS[name](config, loaded, name) for name in names}
 
 
-def choices(
-    model: GPT,
-    questions: list[Question],
-    runtime: Runtime,
-    batch_size: int,
-    stop_asked: Callable[[], bool] = lambda: False,
-) -> np.ndarray | None:
-    """Which ending of each question is likeliest, by the sum and by the mean over its tokens: (N, 2). None
-    where stop_asked.
-
-    The ranks share the questions; all of them call the network equally often.
-    """
-    lengths = [len(context) + sum(map(len, endings)) for context, endings, _ in questions]
-    chosen = np.zeros((len(questions), 2))
-    for batch, ours in batches_of_rank(lengths, batch_size, runtime):
-        if stop_asked():
-            return None
-        scores = ending_scores(model, [questions[i] for i in batch], runtime)
-        for i, endings in zip(batch if ours else (), scores, strict=False):
-            sums, means = ([f(tokens) for tokens in endings] for f in (math.fsum, np.mean))
-            chosen[i] = int(np.argmax(sums)), int(np.argmax(means))
-    return runtime.sum_over_ranks(chosen).astype(int)
+def task_names(config: EvalConfig, settings: dict[str, Any]) -> list[str]:
+    """The names in `tasks`; auto depends on the settings of the training. Raises UserError."""
+    if config.tasks == "auto":
+        return ["accuracy" if settings.get("loss_after") else "loss"]
+    names = [name.strip() for name in config.tasks.split(",") if name.strip()] or [config.tasks]
+    for name in names:
+        if name not in EVAL_TASKS:
+            raise UserError(f"tasks={name[:40]} is not known; name some of {', '.join(EVAL_TASKS)}, by comma")
+    return list(dict.fromkeys(names))
 
 
-def batches_of_rank(
-    lengths: list[int], batch_size: int, runtime: Runtime
-) -> Iterator[tuple[list[int], bool]]:
-    """Numbers of things of near lengths, batch_size at a time, and whether they are this rank's to count: it
-    gets as many batches as all others, and so some that are not."""
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])  # what takes most memory comes first
-    batches = [order[begin : begin + batch_size] for begin in range(0, len(order), batch_size)]
-    for begin in range(0, len(batches), runtime.world_size):
-        number = begin + runtime.rank
-        yield batches[number % len(batches)], number < len(batches)
+def open_eval_data(config: EvalConfig, loaded: LoadedModel, **settings: Any) -> tuple[Dataset, TrainConfig]:
+    """The dataset that the settings name, or else the one of the training, and how it is read. UserError."""
+    dataset = config.dataset or loaded.settings.get("dataset")
+    if not dataset:
+        raise UserError(f"{loaded.source} names no dataset; give --dataset=NAME")
+    train_config = TrainConfig(dataset=dataset, eval_iters=0, eval_splits=config.split, **settings)
+    data = open_dataset(train_config, (config.split,))
+    if loaded.contents:
+        tokenizer = loaded.contents.get("meta", data.meta)["tokenizer"]
+    else:
+        tokenizer = GPT2_META["tokenizer"]
+    if other_tokenizer(tokenizer, data.meta["tokenizer"]):
+        raise UserError(f"{loaded.source} has another tokenizer than {dataset}; use a dataset of its own")
+    if data.meta["vocab_size"] > loaded.model.config.vocab_size:
+        raise UserError(f"{dataset} has more tokens than {loaded.source} knows; use a dataset of its own")
+    return data, train_config
 
 
-class Answer(NamedTuple):
-    """A prompt, what the model made of it, and what is right: ids, without the newline."""
-
-    prompt: list[int]
-    given: list[int]
-    right: list[int]
-
-
-def held_out_lines(
-    data: Dataset, split: str = "val", limit: int | None = None
-) -> list[tuple[list[int], list[int]]]:
-    """Prompt and answer of each line that has the separator, in ids; the separator ends the prompt."""
-    problems = []
-    for part in data.parts:
-        rest = np.empty(0, np.int64)  # what follows the last newline so far; at the end, no line
-        for _, ids in part.streams[split].chunks():
-            ids = np.concatenate([rest, ids])
-            *lines, rest = np.split(ids, np.flatnonzero(ids == data.newline) + 1)
-            for line in lines:
-                if len(problems) == limit:
-                    return problems
-                at = np.flatnonzero(line == data.separator)
-                if len(at):
-                    problems.append((line[: at[0] + 1].tolist(), line[at[0] + 1 : -1].tolist()))
-    return problems
+def loss_task(config: EvalConfig, loaded: LoadedModel, name: str) -> Task:
+    """Loss, perplexity and bits per byte of a split. Each token but the first is a target once; if the
+    training sampled lines, its own evaluation windows are read."""
+    settings = {"loss_after": loaded.settings.get("loss_after"), "batch_size": config.batch_size or 16}
+    if loaded.settings.get("sampling") == "lines":
+        settings["sampling"] = "lines"
+    T = config.block_size or loaded.block_size
+    if T > loaded.block_size:
+        raise UserError(f"block_size={T} is longer than the model reads; give {loaded.block_size} or less")
+    data, train_config = open_eval_data(config, loaded, block_size=T, **settings)
+    if config.stride and train_config.sampling == "lines":
+        raise UserError("stride is for text; this run's windows begin with lines: leave it out")
+    stride = config.stride or T
+    if stride > T:
+        raise UserError(f"stride={stride} is longer than a window of {T} tokens; give {T} or less")
+    return partial(measure_loss, loaded, data, train_config, stride)
 
 
-def open_questions(
-    given: str | None, tokenizer: Tokenizer, block_size: int, limit: int | None, runtime: Runtime
-) -> list[Question]:
-    """Those of a file, by default HellaSwag's, which one rank downloads where it is missing. UserError."""
-    path = hellaswag_file(given, runtime.is_main)
-    runtime.barrier()  # the others wait for it
-    return read_questions(path, tokenizer, block_size, limit)
+def measure_loss(loaded: LoadedModel, data: Dataset, config: TrainConfig, stride: int) -> Result:
+    """The result of the task loss on the split that eval_splits names."""
+    split, B, T, runtime = config.eval_splits, config.batch_size, config.block_size, loaded.runtime
+    sums = []
+    for number, part in enumerate(data.parts):
+        stream = part.streams[split]
+        if config.sampling == "lines":
+            starts, skip = evaluation_windows(part, number, split, config, runtime.world_size)
+        else:
+            starts, skip = padded(*strided_windows(len(stream), T, stride), T, B * runtime.world_size)
+        result = summed_loss(loaded.model, data, EvalWindows(stream, starts, skip, B, T), runtime)
+        if result is None:
+            raise UserError("another rank could not read the data; see its error")
+        sums.append(result)
+    if not all(count for _, count in sums):
+        raise UserError(f"no target of {split} stands after the separator; choose another dataset")
+    means = mean_losses(data, {split: [loss_sum / count for loss_sum, count in sums]}, split)
+    loss, tokens = means.pop(split), int(sum(count for _, count in sums))
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700)), **means, "tokens": tokens}
 
 
-def check_lengths(problems: list[tuple[list[int], list[int]]], block_size: int, separator: str) -> None:
-    """Raises UserError where there is nothing to ask, or a prompt is longer than the model reads."""
-    if not problems:
-        raise UserError(f"no line to ask has {separator!r}; choose another separator, or another dataset")
-    longest = max(len(prompt) for prompt, _ in problems)
-    if longest > block_size:
-        raise UserError(
-            f"a prompt has {longest} tokens, the model reads {block_size}; shorten it, or train with a "
-            "larger block_size"
-        )
+def multiple_choice_task(config: EvalConfig, loaded: LoadedModel, name: str) -> Task:
+    """How often the most likely ending is the right one, by the sum (acc) and by the mean (acc_norm) of the
+    log-probabilities of its tokens."""
+    if name == "choice" and not config.input:
+        raise UserError("choice reads a file; give --input=FILE, or --tasks=hellaswag")
+    runtime = loaded.runtime
+    questions = load_questions(config.input, loaded.tokenizer, loaded.block_size, config.max_items, runtime)
+
+    def task() -> Result:
+        chosen = answer_multiple_choice(loaded.model, questions, runtime, config.batch_size or 16)
+        right = chosen == [[question.label] for question in questions]  # (N, 2)
+        acc, acc_norm = right.mean(axis=0).tolist()
+        result = {"acc": acc, "acc_norm": acc_norm, "questions": len(questions)}
+        if name == "hellaswag" and config.init_from in GPT2_HELLASWAG:
+            acc, acc_norm = GPT2_HELLASWAG[config.init_from]
+            result["published"] = {"acc": acc, "acc_norm": acc_norm}
+        return result
+
+    return task
 
 
-def answers(
-    model: GPT,
-    problems: list[tuple[list[int], list[int]]],
-    newline: int,
-    vocab_size: int,
-    runtime: Runtime,
-    batch_size: int,
-    stop_asked: Callable[[], bool] = lambda: False,
-) -> list[Answer] | None:
-    """What the model makes of each prompt up to a newline, always by the likeliest token. None where
-    stop_asked. The ranks share the prompts, as in `choices`."""
-    most = max(len(right) for _, right in problems) + 1
-    given = np.zeros((len(problems), most))  # ids + 1, and 0 behind their end
-    for batch, ours in batches_of_rank([len(prompt) for prompt, _ in problems], batch_size, runtime):
-        if stop_asked():
-            return None
-        lengths = [len(problems[i][0]) for i in batch]
-        prompts = np.zeros((len(batch), max(lengths)), np.int64)
-        for row, i in enumerate(batch):
-            prompts[row, : lengths[row]] = problems[i][0]
-        idx, columns = runtime.to_device(prompts), []
-        ended = torch.zeros(len(batch), 1, dtype=torch.bool, device=idx.device)
-        with torch.no_grad(), runtime.autocast():
-            for ids, _ in stream(
-                model, idx, most, SamplingParams(0.0), vocab_size, lengths=lengths, graph=False
-            ):
-                columns.append(ids)  # (B, 1)
-                ended |= ids == newline
-                if ended.all():
-                    break
-        rows = torch.cat(columns, dim=1).cpu().numpy() + 1
-        rows[np.cumsum(rows == newline + 1, axis=1) > 0] = 0
-        if ours:
-            given[batch, : rows.shape[1]] = rows
-    given = runtime.sum_over_ranks(given).astype(int)
-    return [
-        Answer(prompt, (row[row > 0] - 1).tolist(), right)
-        for (prompt, right), row in zip(problems, given, strict=True)
-    ]
+def exact_match_task(config: EvalConfig, loaded: LoadedModel, name: str) -> Task:
+    """How many held-out lines are answered exactly; a prompt ends with the separator, its answer follows."""
+    separator = config.separator or loaded.settings.get("loss_after") or "="
+    data, _ = open_eval_data(config, loaded, block_size=1, loss_after=separator)
+    problems = load_problems(data, loaded.block_size, config.split, config.max_items)
+
+    def task() -> Result:
+        answers = answer_problems(loaded.model, data, problems, loaded.runtime, config.batch_size or 256)
+        wrong = [answer for answer in answers if answer.given != answer.right]
+        n_right, decode = len(answers) - len(wrong), loaded.tokenizer.decode
+        shown = [
+            {name: decode(ids) for name, ids in answer._asdict().items()} for answer in wrong[: config.show]
+        ]
+        return {"exact": n_right / len(answers), "right": n_right, "lines": len(answers), "wrong": shown}
+
+    return task
+
+
+def next_token_task(config: EvalConfig, loaded: LoadedModel, name: str) -> Task:
+    """The most likely next tokens after a prompt."""
+    prompt, tokenizer = read_prompt(config.start), loaded.tokenizer
+    ids = ids_of_prompt(tokenizer, prompt)
+    check_prompt_length(len(ids), loaded.block_size)
+
+    def task() -> Result:
+        count = max(config.show, 1)
+        pairs = next_tokens(loaded.model, ids, tokenizer.vocab_size, loaded.runtime, count)
+        rows = [{"token": tokenizer.decode([i]), "id": i, "probability": prob} for i, prob in pairs]
+        return {"prompt": prompt, "tokens": rows}
+
+    return task
+
+
+TASKS = {
+    "loss": loss_task,
+    "hellaswag": multiple_choice_task,
+    "choice": multiple_choice_task,
+    "accuracy": exact_match_task,
+    "next": next_token_task,
+}
+
+
+def result_table(results: dict[str, Result]) -> str:
+    """The results of all tasks, one value per line."""
+    rows = [(name, what, value) for name, result in results.items() for what, value in result_rows(result)]
+    width = max(len(what) for _, what, _ in rows)
+    return "\n".join(f"{name:10} {what:{width}}  {value}" for name, what, value in rows)
+
+
+def result_rows(result: Result) -> list[tuple[str, str]]:
+    """The values of a result and their names, as texts."""
+    if "prompt" in result:
+        return [(repr(row["token"]), f"{100 * row['probability']:.2f} %") for row in result["tokens"]]
+    if "exact" in result:
+        exact = f"{100 * result['exact']:.1f} % ({result['right']} of {result['lines']})"
+        wrong = [f"{one['prompt']}{one['given']}, not {one['right']}" for one in result["wrong"]]
+        return [("exact", exact), *(("wrong", line) for line in wrong)]
+    rows = []
+    for what, value in result.items():
+        if isinstance(value, dict):
+            rows += [(f"{what} {key}", f"{level:.4f}") for key, level in value.items()]
+        elif what != "seconds":
+            rows.append((what, f"{value:.4f}" if isinstance(value, float) else f"{value:,}"))
+    return rows

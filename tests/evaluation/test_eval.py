@@ -1,7 +1,6 @@
 """eval.py and what training asks beside its losses: strided losses, multiple choice, next tokens."""
 
 import hashlib
-import io
 import json
 import math
 import random
@@ -23,13 +22,17 @@ from conftest import (
 from configurator import read_settings
 from distrogpt.checkpoint import load_checkpoint, restore_model, training_state
 from distrogpt.data.dataset import strided_windows
-from distrogpt.data.preparation import sources
 from distrogpt.data.tokenizer import ByteTokenizer, from_description
 from distrogpt.errors import UserError
-from distrogpt.evaluation import questions
 from distrogpt.evaluation.introspection import Watch, attention_weights, next_tokens
-from distrogpt.evaluation.questions import Question, read_questions
-from distrogpt.evaluation.tasks import choices, ending_scores
+from distrogpt.evaluation.multiple_choice import (
+    GPT2_HELLASWAG,
+    Question,
+    answer_multiple_choice,
+    ending_log_probs,
+    hellaswag_file,
+    read_questions,
+)
 from distrogpt.runtime import Runtime
 from eval import EvalConfig, measure
 from model import GPT, GPTConfig
@@ -83,7 +86,7 @@ def test_endings_read_together_score_as_each_alone(shape):
     model, questions = lively(**shape), made_up(40)
     expected = [one_by_one(model, question) for question in questions]
     for question, wanted in zip(questions, expected, strict=True):
-        (found,) = ending_scores(model, [question], CPU)
+        (found,) = ending_log_probs(model, [question], CPU)
         assert [len(ending) for ending in found] == [len(ending) for ending in question.endings]
         for ours, theirs in zip(found, wanted, strict=True):
             assert ours == pytest.approx(theirs, abs=2e-5)
@@ -91,10 +94,10 @@ def test_endings_read_together_score_as_each_alone(shape):
     by_mean = [int(np.argmax([sum(ending) / len(ending) for ending in scores])) for scores in expected]
     assert by_sum != by_mean  # they are two measures
     for batch_size in (1, 7, 64):
-        assert choices(model, questions, CPU, batch_size).tolist() == list(
+        assert answer_multiple_choice(model, questions, CPU, batch_size).tolist() == list(
             map(list, zip(by_sum, by_mean, strict=True))
         )
-    assert choices(model, questions, CPU, 7, lambda: True) is None
+    assert answer_multiple_choice(model, questions, CPU, 7, lambda: True) is None
 
 
 @pytest.fixture(scope="module")
@@ -267,7 +270,7 @@ def test_gpt2s_hellaswag_is_told_beside(tmp_path, gpt2_bpe, monkeypatch, capsys)
             means.append(sum(found) / len(found))
         right[0] += int(np.argmax(sums)) == int(entry["label"])
         right[1] += int(np.argmax(means)) == int(entry["label"])
-    monkeypatch.setattr("eval.GPT2_HELLASWAG", {str(tmp_path / "gpt2"): (0.25, 0.5)})
+    monkeypatch.setitem(GPT2_HELLASWAG, str(tmp_path / "gpt2"), (0.25, 0.5))
     asked = EvalConfig(
         init_from=str(tmp_path / "gpt2"),
         tasks="hellaswag",
@@ -292,32 +295,32 @@ def test_a_long_context_keeps_its_end_and_an_empty_one_begins(tmp_path):
     assert bytes(long.context) == b"xxxxxyz" and list(map(bytes, long.endings)) == [b" abc", b" d"]
     assert empty.context == [256] and len(read_questions(tmp_path / "q.jsonl", ByteTokenizer(), 10, 1)) == 1
     model = lively()
-    assert choices(model, [long, empty], CPU, 2).shape == (2, 2)
+    assert answer_multiple_choice(model, [long, empty], CPU, 2).shape == (2, 2)
 
 
-def test_hellaswag_is_downloaded_once_and_checked(tmp_path, monkeypatch):
-    entry = b'{"ctx": "a", "endings": ["b", "c"], "label": 0}\n'
-    monkeypatch.setattr(questions, "DATA", tmp_path)
-    monkeypatch.setattr(sources.urllib.request, "urlopen", lambda url, timeout: io.BytesIO(entry))
+def test_hellaswag_is_downloaded_once_and_checked(tmp_path):
+    entry, folder = b'{"ctx": "a", "endings": ["b", "c"], "label": 0}\n', tmp_path / "hellaswag"
+    original = tmp_path / "original.jsonl"
+    original.write_bytes(entry)
     with pytest.raises(UserError, match="is not the file expected"):
-        questions.hellaswag_file()
-    assert not list((tmp_path / "hellaswag").iterdir())
-    monkeypatch.setattr(questions, "HELLASWAG", ("https://there", hashlib.sha256(entry).hexdigest()))
-    path = questions.hellaswag_file()
-    monkeypatch.setattr(sources.urllib.request, "urlopen", None)
-    assert questions.hellaswag_file() == path and path.read_bytes() == entry
+        hellaswag_file(folder, (original.as_uri(), "0" * 64))
+    assert not list(folder.iterdir())
+    source = (original.as_uri(), hashlib.sha256(entry).hexdigest())
+    path = hellaswag_file(folder, source)
+    original.unlink()
+    assert hellaswag_file(folder, source) == path and path.read_bytes() == entry
 
 
 @pytest.mark.parametrize(
     ("line", "says"),
     [
         ("{", "line 2: Expecting"),
-        ("7", "line 2: it is no object"),
-        ('{"endings": ["a", "b"], "label": 0}', "line 2: ctx is no text"),
-        ('{"ctx": "a", "endings": ["b"], "label": 0}', "line 2: endings is no list of two"),
-        ('{"ctx": "a", "endings": ["b", 3], "label": 0}', "line 2: endings is no list"),
-        ('{"ctx": "a", "endings": ["b", "c"], "label": 2}', "line 2: label is not the number"),
-        ('{"ctx": "a", "endings": ["b", "c"], "label": true}', "line 2: label is not the number"),
+        ("7", "line 2: it is not an object"),
+        ('{"endings": ["a", "b"], "label": 0}', "line 2: ctx is not a text"),
+        ('{"ctx": "a", "endings": ["b"], "label": 0}', "line 2: endings is not a list of two"),
+        ('{"ctx": "a", "endings": ["b", 3], "label": 0}', "line 2: endings is not a list"),
+        ('{"ctx": "a", "endings": ["b", "c"], "label": 2}', "line 2: label is not the index"),
+        ('{"ctx": "a", "endings": ["b", "c"], "label": true}', "line 2: label is not the index"),
         ('{"ctx": "a", "endings": ["b", "c"]}', "line 2: label"),
         ('{"ctx": "a", "endings": ["b", "' + "c" * 40 + '"], "label": 0}', "line 2: an ending has 41 tokens"),
         ("[" * 100_000, "line 2: maximum recursion"),
@@ -371,7 +374,7 @@ def test_files_of_other_systems_and_lines_within_texts(tmp_path):
 
 
 def test_results_that_cannot_be_written_are_told_before_they_are_computed(learner, monkeypatch, tmp_path):
-    monkeypatch.setattr("eval.summed_loss", None)  # would be called
+    monkeypatch.setattr(GPT, "forward", None)  # computing would fail
     where = {"out_dir": str(learner[0]), "device": "cpu"}
     with pytest.raises(UserError, match=r"r\.json cannot be written"):
         measure(EvalConfig(**where, json=str(tmp_path / "no" / "r.json")))

@@ -1,0 +1,181 @@
+"""Multiple choice, such as HellaSwag: which ending of a text does the model find most likely?
+
+A file has JSON lines: {"ctx": text, "endings": [text, ...], "label": 0}.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from distrogpt.data.meta import DATA
+from distrogpt.data.preparation.sources import download
+from distrogpt.data.tokenizer import Tokenizer, ids_of_prompt
+from distrogpt.errors import UserError
+from distrogpt.evaluation.loss import never
+from distrogpt.kernels.cpu import Branches
+from distrogpt.runtime import Runtime
+from model import GPT
+
+HELLASWAG = (  # arXiv 1905.07830
+    "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl",
+    "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588",
+)
+# acc and acc_norm of OpenAI's weights by this method, as published with build-nanogpt
+GPT2_HELLASWAG = {"gpt2": (0.2859, 0.2955), "gpt2-xl": (0.3842, 0.4893)}
+
+
+class Question(NamedTuple):
+    """A context and its possible endings as token ids, and the index of the right ending."""
+
+    context: list[int]
+    endings: list[list[int]]
+    label: int
+
+
+def load_questions(
+    path: str | None, tokenizer: Tokenizer, block_size: int, limit: int | None, runtime: Runtime
+) -> list[Question]:
+    """The questions of a file; None is HellaSwag, downloaded by one rank if it is missing. UserError."""
+    if path is None and runtime.is_main:
+        hellaswag_file()
+    runtime.barrier()  # the other ranks wait for the file
+    return read_questions(hellaswag_file() if path is None else Path(path), tokenizer, block_size, limit)
+
+
+def hellaswag_file(folder: Path = DATA / "hellaswag", source: tuple[str, str] = HELLASWAG) -> Path:
+    """HellaSwag's 10,042 questions for validation, downloaded once. Raises UserError."""
+    return download(*source, folder / "hellaswag_val.jsonl")
+
+
+def read_questions(
+    path: Path, tokenizer: Tokenizer, block_size: int, limit: int | None = None
+) -> list[Question]:
+    """The first `limit` questions of a file (None: all), with a space before each ending.
+
+    A context that does not fit into block_size together with each ending loses its beginning. Raises
+    UserError that names the line.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8"
+        raise UserError(f"{path} cannot be read ({reason}); name a file of JSON lines") from None
+    questions = []
+    for number, line in enumerate(lines, 1):
+        if len(questions) == limit:
+            break
+        if not line.strip():
+            continue
+        try:
+            question = parse_question(line, tokenizer)
+        except (ValueError, RecursionError) as error:  # RecursionError: deeply nested brackets
+            example = '{"ctx": "text", "endings": ["one", "another"], "label": 0}'
+            raise UserError(f"{path}, line {number}: {str(error)[:100]}; give {example}") from None
+        except UserError as error:
+            raise UserError(f"{path}, line {number}: {error}") from None
+        longest = max(map(len, question.endings))
+        if longest > block_size:
+            raise UserError(
+                f"{path}, line {number}: an ending has {longest} tokens, the model reads {block_size}; "
+                "leave the line out, or train with a larger block_size"
+            )
+        room = block_size + 1 - longest  # the last id of an ending is a target only
+        questions.append(question._replace(context=question.context[-room:]))
+    if not questions:
+        raise UserError(f"{path} has no question; name a file of JSON lines")
+    return questions
+
+
+def parse_question(line: str, tokenizer: Tokenizer) -> Question:
+    """The question of a JSON line. Raises ValueError if a field is missing or wrong, UserError if a character
+    has no token."""
+    entry: Any = json.loads(line)
+    if not isinstance(entry, dict):
+        raise ValueError("it is not an object")
+    context, endings, label = (entry.get(name) for name in ("ctx", "endings", "label"))
+    if isinstance(label, str) and label.isdecimal():  # as in some copies of HellaSwag
+        label = int(label)
+    if not isinstance(context, str):
+        raise ValueError("ctx is not a text")
+    if not isinstance(endings, list) or len(endings) < 2 or not all(isinstance(one, str) for one in endings):
+        raise ValueError("endings is not a list of two texts or more")
+    if type(label) is not int or not 0 <= label < len(endings):
+        raise ValueError("label is not the index of an ending")
+    ids = [tokenizer.encode(f" {ending}").tolist() for ending in endings]
+    return Question(ids_of_prompt(tokenizer, context), ids, label)
+
+
+def answer_multiple_choice(
+    model: GPT,
+    questions: list[Question],
+    runtime: Runtime,
+    batch_size: int,
+    stop_requested: Callable[[], bool] = never,
+) -> np.ndarray | None:
+    """The most likely ending of each question, by the sum and by the mean of its log-probabilities: (N, 2).
+
+    The ranks share the questions. Returns None if stop_requested, which has to return the same on all ranks.
+    """
+    lengths = [len(context) + sum(map(len, endings)) for context, endings, _ in questions]
+    chosen = np.zeros((len(questions), 2))
+    for batch, is_ours in batches_of_rank(lengths, batch_size, runtime):
+        if stop_requested():
+            return None
+        log_probs = ending_log_probs(model, [questions[i] for i in batch], runtime)
+        if is_ours:
+            for i, endings in zip(batch, log_probs, strict=True):
+                chosen[i, 0] = np.argmax([math.fsum(tokens) for tokens in endings])
+                chosen[i, 1] = np.argmax([np.mean(tokens) for tokens in endings])
+    return runtime.sum_over_ranks(chosen).astype(int)
+
+
+def batches_of_rank(
+    lengths: list[int], batch_size: int, runtime: Runtime
+) -> Iterator[tuple[list[int], bool]]:
+    """Indices of samples of similar length, and whether this rank's results for them count.
+
+    All ranks get equally many batches; those in excess are repeated and do not count.
+    """
+    order = sorted(
+        range(len(lengths)), key=lambda i: -lengths[i]
+    )  # the one that takes most memory comes first
+    batches = [order[begin : begin + batch_size] for begin in range(0, len(order), batch_size)]
+    for begin in range(0, len(batches), runtime.world_size):
+        number = begin + runtime.rank
+        yield batches[number % len(batches)], number < len(batches)
+
+
+@torch.no_grad()
+def ending_log_probs(model: GPT, questions: list[Question], runtime: Runtime) -> list[list[list[float]]]:
+    """The log-probability of each token of each ending of each question, in one forward pass.
+
+    A question is one row: the context, then the inputs of each ending, which are its ids but the last. Their
+    positions continue the context, and the mask hides the endings from one another.
+    """
+    T = max(len(context) + sum(len(ending) - 1 for ending in endings) for context, endings, _ in questions)
+    T += -T % 16  # then a question gets the same numbers in any batch: kernels/cpu.py
+    idx, positions, branch = (np.zeros((len(questions), T), np.int64) for _ in range(3))
+    sources, targets = [], []  # indices of the tokens that predict the targets, in all rows as one
+    for row, (context, endings, _) in enumerate(questions):
+        n = end = len(context)
+        idx[row, :n], positions[row, :n] = context, range(n)  # in branch 0, which all others read
+        for number, ending in enumerate(endings, 1):
+            begin, end = end, end + len(ending) - 1
+            idx[row, begin:end], positions[row, begin:end] = ending[:-1], range(n, n + end - begin)
+            branch[row, begin:end] = number
+            sources += [row * T + n - 1, *range(row * T + begin, row * T + end)]
+            targets += ending
+        branch[row, end:] = -1  # padding
+    mask = (branch[:, None] == 0) | (branch[:, None] == branch[:, :, None])  # (B, T, T)
+    mask &= np.tri(T, dtype=bool)
+    branches = Branches(runtime.to_device(mask))
+    arrays = (idx, np.array(sources), np.array(targets), positions)
+    idx, sources, targets, positions = map(runtime.to_device, arrays)
+    with runtime.autocast():
+        log_probs = iter(model.log_likelihood(idx, sources, targets, branches, positions).tolist())
+    return [[[next(log_probs) for _ in ending] for ending in question.endings] for question in questions]
