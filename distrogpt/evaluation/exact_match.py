@@ -9,8 +9,7 @@ import torch
 
 from distrogpt.data.dataset import Dataset
 from distrogpt.errors import UserError
-from distrogpt.evaluation.loss import never
-from distrogpt.evaluation.multiple_choice import batches_of_rank
+from distrogpt.evaluation.batches import map_batches, never
 from distrogpt.inference.decoder import SamplingParams, stream
 from distrogpt.runtime import Runtime
 from model import GPT
@@ -20,15 +19,7 @@ class Problem(NamedTuple):
     """A line as token ids: a prompt, which ends with the separator, and the answer, without the newline."""
 
     prompt: list[int]
-    right: list[int]
-
-
-class Answer(NamedTuple):
-    """The token ids of a prompt, of the model's answer, and of the right one, without the newline."""
-
-    prompt: list[int]
-    given: list[int]
-    right: list[int]
+    answer: list[int]
 
 
 def load_problems(
@@ -39,7 +30,7 @@ def load_problems(
     problems = list(islice(iter_problems(data, split), limit))
     if not problems:
         raise UserError(f"no line of {split} has the separator; choose another separator, or another dataset")
-    check_prompt_length(max(len(problem.prompt) for problem in problems), block_size)
+    check_prompt_length(max((problem.prompt for problem in problems), key=len), block_size)
     return problems
 
 
@@ -57,12 +48,12 @@ def iter_problems(data: Dataset, split: str) -> Iterator[Problem]:
                     yield Problem(line[:n].tolist(), line[n:-1].tolist())
 
 
-def check_prompt_length(length: int, block_size: int) -> None:
+def check_prompt_length(prompt: list[int], block_size: int) -> None:
     """Raises UserError if a prompt is longer than block_size."""
-    if length > block_size:
+    if len(prompt) > block_size:
         raise UserError(
-            f"a prompt has {length} tokens, the model reads {block_size}; shorten it, or train with a larger "
-            "block_size"
+            f"a prompt has {len(prompt)} tokens, the model reads {block_size}; shorten it, or train with a "
+            "larger block_size"
         )
 
 
@@ -73,42 +64,36 @@ def answer_problems(
     runtime: Runtime,
     batch_size: int,
     stop_requested: Callable[[], bool] = never,
-) -> list[Answer] | None:
-    """The greedy continuation of each prompt up to a newline; the ranks share the prompts.
+) -> list[list[int]] | None:
+    """The greedy continuation of each prompt up to a newline, as token ids. The ranks share the prompts; None
+    and stop_requested are those of map_batches."""
+    lengths = [len(problem.prompt) for problem in problems]
+    longest = max(len(problem.answer) for problem in problems) + 1  # with the newline
 
-    Returns None if stop_requested, which has to return the same on all ranks.
-    """
-    max_new_tokens = max(len(problem.right) for problem in problems) + 1  # the newline
-    given = np.zeros((len(problems), max_new_tokens))  # ids + 1, and 0 after their end
-    for batch, is_ours in batches_of_rank([len(prompt) for prompt, _ in problems], batch_size, runtime):
-        if stop_requested():
-            return None
-        rows = greedy_lines(model, data, [problems[i].prompt for i in batch], max_new_tokens, runtime)
-        if is_ours:
-            given[batch, : rows.shape[1]] = rows + 1
-    given = runtime.sum_over_ranks(given).astype(int)
-    return [
-        Answer(prompt, (row[row > 0] - 1).tolist(), right)
-        for (prompt, right), row in zip(problems, given, strict=True)
-    ]
+    def answer(batch: list[int]) -> np.ndarray:
+        return greedy_lines(model, data, [problems[i].prompt for i in batch], longest, runtime)
+
+    rows = map_batches(answer, lengths, longest, batch_size, runtime, stop_requested)
+    return None if rows is None else [(row[row > 0] - 1).tolist() for row in rows]
 
 
 @torch.no_grad()
 def greedy_lines(
     model: GPT, data: Dataset, prompts: list[list[int]], max_new_tokens: int, runtime: Runtime
 ) -> np.ndarray:
-    """Greedy continuations of prompts, at most max_new_tokens long: ids (B, T), -1 from the newline on."""
+    """Greedy continuations of prompts: (B, max_new_tokens), ids + 1, and 0 from the newline on."""
     lengths = [len(prompt) for prompt in prompts]
-    padded = np.zeros((len(prompts), max(lengths)), np.int64)
+    idx = torch.zeros(len(prompts), max(lengths), dtype=torch.long)
     for row, prompt in enumerate(prompts):
-        padded[row, : len(prompt)] = prompt
-    idx, columns = runtime.to_device(padded), []
+        idx[row, : len(prompt)] = torch.tensor(prompt)
+    idx = idx.to(runtime.device)
+    lines = idx.new_zeros(len(prompts), max_new_tokens)
     finished = torch.zeros(len(prompts), 1, dtype=torch.bool, device=idx.device)
     settings = {"vocab_size": data.meta["vocab_size"], "lengths": lengths, "graph": False}
     with runtime.autocast():
-        for step in stream(model, idx, max_new_tokens, SamplingParams(0.0), **settings):
+        for n, step in enumerate(stream(model, idx, max_new_tokens, SamplingParams(0.0), **settings)):
             finished |= step.ids == data.newline  # (B, 1)
-            columns.append(step.ids.masked_fill(finished, -1))
+            lines[:, n : n + 1] = (step.ids + 1).masked_fill(finished, 0)
             if finished.all():
                 break
-    return torch.cat(columns, dim=1).cpu().numpy()
+    return lines.cpu().numpy()

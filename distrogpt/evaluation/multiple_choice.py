@@ -5,7 +5,7 @@ A file has JSON lines: {"ctx": text, "endings": [text, ...], "label": 0}.
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from distrogpt.data.meta import DATA
 from distrogpt.data.preparation.sources import download
 from distrogpt.data.tokenizer import Tokenizer, ids_of_prompt
 from distrogpt.errors import UserError
-from distrogpt.evaluation.loss import never
+from distrogpt.evaluation.batches import map_batches, never
 from distrogpt.kernels.cpu import Branches
 from distrogpt.runtime import Runtime
 from model import GPT
@@ -118,36 +118,16 @@ def answer_multiple_choice(
     stop_requested: Callable[[], bool] = never,
 ) -> np.ndarray | None:
     """The most likely ending of each question, by the sum and by the mean of its log-probabilities: (N, 2).
-
-    The ranks share the questions. Returns None if stop_requested, which has to return the same on all ranks.
-    """
+    The ranks share the questions; None and stop_requested are those of map_batches."""
     lengths = [len(context) + sum(map(len, endings)) for context, endings, _ in questions]
-    chosen = np.zeros((len(questions), 2))
-    for batch, is_ours in batches_of_rank(lengths, batch_size, runtime):
-        if stop_requested():
-            return None
+
+    def answer(batch: list[int]) -> np.ndarray:
         log_probs = ending_log_probs(model, [questions[i] for i in batch], runtime)
-        if is_ours:
-            for i, endings in zip(batch, log_probs, strict=True):
-                chosen[i, 0] = np.argmax([math.fsum(tokens) for tokens in endings])
-                chosen[i, 1] = np.argmax([np.mean(tokens) for tokens in endings])
-    return runtime.sum_over_ranks(chosen).astype(int)
+        sums = [np.argmax([math.fsum(ending) for ending in endings]) for endings in log_probs]
+        means = [np.argmax([np.mean(ending) for ending in endings]) for endings in log_probs]
+        return np.stack([sums, means], axis=1)  # (B, 2)
 
-
-def batches_of_rank(
-    lengths: list[int], batch_size: int, runtime: Runtime
-) -> Iterator[tuple[list[int], bool]]:
-    """Indices of samples of similar length, and whether this rank's results for them count.
-
-    All ranks get equally many batches; those in excess are repeated and do not count.
-    """
-    order = sorted(
-        range(len(lengths)), key=lambda i: -lengths[i]
-    )  # the one that takes most memory comes first
-    batches = [order[begin : begin + batch_size] for begin in range(0, len(order), batch_size)]
-    for begin in range(0, len(batches), runtime.world_size):
-        number = begin + runtime.rank
-        yield batches[number % len(batches)], number < len(batches)
+    return map_batches(answer, lengths, 2, batch_size, runtime, stop_requested)
 
 
 @torch.no_grad()

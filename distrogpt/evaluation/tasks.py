@@ -2,16 +2,16 @@
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
-from distrogpt.data.dataset import Dataset, evaluation_windows, open_dataset, padded, strided_windows
+from distrogpt.data.dataset import Dataset, open_dataset
 from distrogpt.data.meta import GPT2_META, other_tokenizer
 from distrogpt.data.tokenizer import Tokenizer, ids_of_prompt
 from distrogpt.errors import UserError
+from distrogpt.evaluation.evaluator import Evaluator
 from distrogpt.evaluation.exact_match import answer_problems, check_prompt_length, load_problems
 from distrogpt.evaluation.introspection import next_tokens
-from distrogpt.evaluation.loss import EvalWindows, mean_losses, summed_loss
+from distrogpt.evaluation.loss import mean_losses
 from distrogpt.evaluation.multiple_choice import GPT2_HELLASWAG, answer_multiple_choice, load_questions
 from distrogpt.inference.sampler import read_prompt
 from distrogpt.loading import find_tokenizer, load_trained
@@ -86,39 +86,27 @@ def loss_task(config: EvalConfig, loaded: LoadedModel, name: str) -> Task:
     """Loss, perplexity and bits per byte of a split. Each token but the first is a target once; if the
     training sampled lines, its own evaluation windows are read."""
     settings = {"loss_after": loaded.settings.get("loss_after"), "batch_size": config.batch_size or 16}
-    if loaded.settings.get("sampling") == "lines":
-        settings["sampling"] = "lines"
-    T = config.block_size or loaded.block_size
+    T, stride = config.block_size or loaded.block_size, config.stride
     if T > loaded.block_size:
         raise UserError(f"block_size={T} is longer than the model reads; give {loaded.block_size} or less")
-    data, train_config = open_eval_data(config, loaded, block_size=T, **settings)
-    if config.stride and train_config.sampling == "lines":
-        raise UserError("stride is for text; this run's windows begin with lines: leave it out")
-    stride = config.stride or T
-    if stride > T:
+    if loaded.settings.get("sampling") == "lines":
+        settings["sampling"] = "lines"
+        if stride:
+            raise UserError("stride is for text; this run's windows begin with lines: leave it out")
+    if stride and stride > T:
         raise UserError(f"stride={stride} is longer than a window of {T} tokens; give {T} or less")
-    return partial(measure_loss, loaded, data, train_config, stride)
+    data, train_config = open_eval_data(config, loaded, block_size=T, **settings)
+    evaluator = Evaluator(train_config, data, loaded.runtime)
 
+    def task() -> Result:
+        parts = evaluator.part_losses(loaded.model, config.split, stride=stride)
+        if parts is None:
+            raise evaluator.error or UserError("another rank cannot read its data; see its error")
+        means = mean_losses(data, {config.split: [loss for loss, _ in parts]}, config.split)
+        loss, tokens = means.pop(config.split), sum(count for _, count in parts)
+        return {"loss": loss, "perplexity": math.exp(min(loss, 700)), **means, "tokens": tokens}
 
-def measure_loss(loaded: LoadedModel, data: Dataset, config: TrainConfig, stride: int) -> Result:
-    """The result of the task loss on the split that eval_splits names."""
-    split, B, T, runtime = config.eval_splits, config.batch_size, config.block_size, loaded.runtime
-    sums = []
-    for number, part in enumerate(data.parts):
-        stream = part.streams[split]
-        if config.sampling == "lines":
-            starts, skip = evaluation_windows(part, number, split, config, runtime.world_size)
-        else:
-            starts, skip = padded(*strided_windows(len(stream), T, stride), T, B * runtime.world_size)
-        result = summed_loss(loaded.model, data, EvalWindows(stream, starts, skip, B, T), runtime)
-        if result is None:
-            raise UserError("another rank could not read the data; see its error")
-        sums.append(result)
-    if not all(count for _, count in sums):
-        raise UserError(f"no target of {split} stands after the separator; choose another dataset")
-    means = mean_losses(data, {split: [loss_sum / count for loss_sum, count in sums]}, split)
-    loss, tokens = means.pop(split), int(sum(count for _, count in sums))
-    return {"loss": loss, "perplexity": math.exp(min(loss, 700)), **means, "tokens": tokens}
+    return task
 
 
 def multiple_choice_task(config: EvalConfig, loaded: LoadedModel, name: str) -> Task:
@@ -150,12 +138,14 @@ def exact_match_task(config: EvalConfig, loaded: LoadedModel, name: str) -> Task
 
     def task() -> Result:
         answers = answer_problems(loaded.model, data, problems, loaded.runtime, config.batch_size or 256)
-        wrong = [answer for answer in answers if answer.given != answer.right]
-        n_right, decode = len(answers) - len(wrong), loaded.tokenizer.decode
+        pairs = zip(problems, answers, strict=True)
+        wrong = [(*problem, answer) for problem, answer in pairs if answer != problem.answer]
+        right, decode = len(problems) - len(wrong), loaded.tokenizer.decode
         shown = [
-            {name: decode(ids) for name, ids in answer._asdict().items()} for answer in wrong[: config.show]
+            {"prompt": decode(prompt), "given": decode(given), "right": decode(answer)}
+            for prompt, answer, given in wrong[: config.show]
         ]
-        return {"exact": n_right / len(answers), "right": n_right, "lines": len(answers), "wrong": shown}
+        return {"exact": right / len(problems), "right": right, "lines": len(problems), "wrong": shown}
 
     return task
 
@@ -164,7 +154,7 @@ def next_token_task(config: EvalConfig, loaded: LoadedModel, name: str) -> Task:
     """The most likely next tokens after a prompt."""
     prompt, tokenizer = read_prompt(config.start), loaded.tokenizer
     ids = ids_of_prompt(tokenizer, prompt)
-    check_prompt_length(len(ids), loaded.block_size)
+    check_prompt_length(ids, loaded.block_size)
 
     def task() -> Result:
         count = max(config.show, 1)
