@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,8 +25,11 @@ HELLASWAG = (  # arXiv 1905.07830
     "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl",
     "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588",
 )
-# acc and acc_norm of OpenAI's weights by this method, as published with build-nanogpt
-GPT2_HELLASWAG = {"gpt2": (0.2859, 0.2955), "gpt2-xl": (0.3842, 0.4893)}
+GPT2_HELLASWAG = {  # OpenAI's weights by this method, as published with build-nanogpt
+    "gpt2": {"acc": 0.2859, "acc_norm": 0.2955},
+    "gpt2-xl": {"acc": 0.3842, "acc_norm": 0.4893},
+}
+EXAMPLE = '{"ctx": "text", "endings": ["one", "another"], "label": 0}'
 
 
 class Question(NamedTuple):
@@ -55,11 +58,7 @@ def hellaswag_file(folder: Path = DATA / "hellaswag", source: tuple[str, str] = 
 def read_questions(
     path: Path, tokenizer: Tokenizer, block_size: int, limit: int | None = None
 ) -> list[Question]:
-    """The first `limit` questions of a file (None: all), with a space before each ending.
-
-    A context that does not fit into block_size together with each ending loses its beginning. Raises
-    UserError that names the line.
-    """
+    """The first `limit` questions of a file, or all. Raises UserError that names the line."""
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, ValueError) as error:
@@ -67,34 +66,25 @@ def read_questions(
         raise UserError(f"{path} cannot be read ({reason}); name a file of JSON lines") from None
     questions = []
     for number, line in enumerate(lines, 1):
-        if len(questions) == limit:
-            break
-        if not line.strip():
+        if not line.strip() or len(questions) == limit:
             continue
         try:
-            question = parse_question(line, tokenizer)
+            questions.append(parse_question(line, tokenizer, block_size))
         except (ValueError, RecursionError) as error:  # RecursionError: deeply nested brackets
-            example = '{"ctx": "text", "endings": ["one", "another"], "label": 0}'
-            raise UserError(f"{path}, line {number}: {str(error)[:100]}; give {example}") from None
+            raise UserError(f"{path}, line {number}: {str(error)[:100]}; give {EXAMPLE}") from None
         except UserError as error:
             raise UserError(f"{path}, line {number}: {error}") from None
-        longest = max(map(len, question.endings))
-        if longest > block_size:
-            raise UserError(
-                f"{path}, line {number}: an ending has {longest} tokens, the model reads {block_size}; "
-                "leave the line out, or train with a larger block_size"
-            )
-        room = block_size + 1 - longest  # the last id of an ending is a target only
-        questions.append(question._replace(context=question.context[-room:]))
     if not questions:
         raise UserError(f"{path} has no question; name a file of JSON lines")
     return questions
 
 
-def parse_question(line: str, tokenizer: Tokenizer) -> Question:
-    """The question of a JSON line. Raises ValueError if a field is missing or wrong, UserError if a character
-    has no token."""
-    entry: Any = json.loads(line)
+def parse_question(line: str, tokenizer: Tokenizer, block_size: int) -> Question:
+    """The question of a JSON line; of a context that does not fit together with each ending, the end.
+
+    Raises ValueError if a field is missing or wrong, UserError if the text has no tokens or too many.
+    """
+    entry = json.loads(line)
     if not isinstance(entry, dict):
         raise ValueError("it is not an object")
     context, endings, label = (entry.get(name) for name in ("ctx", "endings", "label"))
@@ -107,7 +97,14 @@ def parse_question(line: str, tokenizer: Tokenizer) -> Question:
     if type(label) is not int or not 0 <= label < len(endings):
         raise ValueError("label is not the index of an ending")
     ids = [tokenizer.encode(f" {ending}").tolist() for ending in endings]
-    return Question(ids_of_prompt(tokenizer, context), ids, label)
+    longest = max(map(len, ids))
+    if longest > block_size:
+        raise UserError(
+            f"an ending has {longest} tokens, the model reads {block_size}; leave the line out, or train "
+            "with a larger block_size"
+        )
+    room = block_size + 1 - longest  # the last id of an ending is a target only
+    return Question(ids_of_prompt(tokenizer, context)[-room:], ids, label)
 
 
 def answer_multiple_choice(

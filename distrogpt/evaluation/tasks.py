@@ -24,78 +24,63 @@ Task = Callable[[], Result]
 
 
 class LoadedModel(NamedTuple):
-    """A trained model on its device, and what is known about it."""
+    """A trained model on its device, and what its checkpoint says; what is unknown is {}."""
 
     model: GPT
     tokenizer: Tokenizer | None  # None if no task needs one
-    contents: dict[str, Any]  # of its checkpoint, {} if it has none
+    settings: dict[str, Any]  # of its training
+    meta: dict[str, Any]  # of its dataset
     source: str
     runtime: Runtime
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The settings of its training, {} if unknown."""
-        return self.contents.get("config", {})
-
-    @property
-    def block_size(self) -> int:
-        return self.model.config.block_size
 
 
 def load_tasks(config: EvalConfig, runtime: Runtime) -> tuple[str, dict[str, Task]]:
     """What the model is called, and the tasks that the settings name, checked. Raises UserError."""
     model, contents, source = load_trained(config.out_dir, config.init_from)
-    names = task_names(config, contents.get("config", {}))
-    tokenizer = None
-    if names != ["loss"]:  # the loss needs no tokenizer
-        tokenizer = find_tokenizer(contents, model.config.vocab_size, source)
-    loaded = LoadedModel(model.to(runtime.device).eval(), tokenizer, contents, source, runtime)
-    return source, {name: TASKS[name](config, loaded, name) for name in names}
-
-
-def task_names(config: EvalConfig, settings: dict[str, Any]) -> list[str]:
-    """The names in `tasks`; auto depends on the settings of the training. Raises UserError."""
+    settings, meta = contents.get("config", {}), contents.get("meta", {}) if contents else GPT2_META
     if config.tasks == "auto":
-        return ["accuracy" if settings.get("loss_after") else "loss"]
-    names = [name.strip() for name in config.tasks.split(",") if name.strip()] or [config.tasks]
+        names = ["accuracy" if settings.get("loss_after") else "loss"]
+    else:
+        names = [name.strip() for name in config.tasks.split(",") if name.strip()] or [config.tasks]
     for name in names:
         if name not in EVAL_TASKS:
             raise UserError(f"tasks={name[:40]} is not known; name some of {', '.join(EVAL_TASKS)}, by comma")
-    return list(dict.fromkeys(names))
+    tokenizer = None
+    if set(names) != {"loss"}:  # the loss needs no tokenizer
+        tokenizer = find_tokenizer(contents, model.config.vocab_size, source)
+    loaded = LoadedModel(model.to(runtime.device).eval(), tokenizer, settings, meta, source, runtime)
+    return source, {name: TASKS[name](config, loaded, name) for name in names}
 
 
 def open_eval_data(config: EvalConfig, loaded: LoadedModel, **settings: Any) -> tuple[Dataset, TrainConfig]:
     """The dataset that the settings name, or else the one of the training, and how it is read. UserError."""
-    dataset = config.dataset or loaded.settings.get("dataset")
+    dataset, source = config.dataset or loaded.settings.get("dataset"), loaded.source
     if not dataset:
-        raise UserError(f"{loaded.source} names no dataset; give --dataset=NAME")
+        raise UserError(f"{source} names no dataset; give --dataset=NAME")
     train_config = TrainConfig(dataset=dataset, eval_iters=0, eval_splits=config.split, **settings)
     data = open_dataset(train_config, (config.split,))
-    if loaded.contents:
-        tokenizer = loaded.contents.get("meta", data.meta)["tokenizer"]
-    else:
-        tokenizer = GPT2_META["tokenizer"]
-    if other_tokenizer(tokenizer, data.meta["tokenizer"]):
-        raise UserError(f"{loaded.source} has another tokenizer than {dataset}; use a dataset of its own")
+    if other_tokenizer(loaded.meta.get("tokenizer"), data.meta["tokenizer"]):
+        raise UserError(f"{source} has another tokenizer than {dataset}; use a dataset of its own")
     if data.meta["vocab_size"] > loaded.model.config.vocab_size:
-        raise UserError(f"{dataset} has more tokens than {loaded.source} knows; use a dataset of its own")
+        raise UserError(f"{dataset} has more tokens than {source} knows; use a dataset of its own")
     return data, train_config
 
 
 def loss_task(config: EvalConfig, loaded: LoadedModel, name: str) -> Task:
-    """Loss, perplexity and bits per byte of a split. Each token but the first is a target once; if the
-    training sampled lines, its own evaluation windows are read."""
-    settings = {"loss_after": loaded.settings.get("loss_after"), "batch_size": config.batch_size or 16}
-    T, stride = config.block_size or loaded.block_size, config.stride
-    if T > loaded.block_size:
-        raise UserError(f"block_size={T} is longer than the model reads; give {loaded.block_size} or less")
+    """Loss, perplexity and bits per byte of a split, each token being a target once."""
+    longest, stride = loaded.model.config.block_size, config.stride
+    T = config.block_size or longest
+    settings = {"block_size": T, "batch_size": config.batch_size or 16}
+    settings["loss_after"] = loaded.settings.get("loss_after")
+    if T > longest:
+        raise UserError(f"block_size={T} is longer than the model reads; give {longest} or less")
     if loaded.settings.get("sampling") == "lines":
         settings["sampling"] = "lines"
         if stride:
             raise UserError("stride is for text; this run's windows begin with lines: leave it out")
     if stride and stride > T:
         raise UserError(f"stride={stride} is longer than a window of {T} tokens; give {T} or less")
-    data, train_config = open_eval_data(config, loaded, block_size=T, **settings)
+    data, train_config = open_eval_data(config, loaded, **settings)
     evaluator = Evaluator(train_config, data, loaded.runtime)
 
     def task() -> Result:
@@ -110,21 +95,19 @@ def loss_task(config: EvalConfig, loaded: LoadedModel, name: str) -> Task:
 
 
 def multiple_choice_task(config: EvalConfig, loaded: LoadedModel, name: str) -> Task:
-    """How often the most likely ending is the right one, by the sum (acc) and by the mean (acc_norm) of the
+    """How often the right ending is the most likely one, by the sum (acc) and by the mean (acc_norm) of the
     log-probabilities of its tokens."""
     if name == "choice" and not config.input:
         raise UserError("choice reads a file; give --input=FILE, or --tasks=hellaswag")
-    runtime = loaded.runtime
-    questions = load_questions(config.input, loaded.tokenizer, loaded.block_size, config.max_items, runtime)
+    model, runtime, block_size = loaded.model, loaded.runtime, loaded.model.config.block_size
+    questions = load_questions(config.input, loaded.tokenizer, block_size, config.max_items, runtime)
 
     def task() -> Result:
-        chosen = answer_multiple_choice(loaded.model, questions, runtime, config.batch_size or 16)
-        right = chosen == [[question.label] for question in questions]  # (N, 2)
-        acc, acc_norm = right.mean(axis=0).tolist()
-        result = {"acc": acc, "acc_norm": acc_norm, "questions": len(questions)}
+        chosen = answer_multiple_choice(model, questions, runtime, config.batch_size or 16)
+        accuracies = (chosen == [[question.label] for question in questions]).mean(axis=0).tolist()
+        result = dict(zip(("acc", "acc_norm"), accuracies, strict=True), questions=len(questions))
         if name == "hellaswag" and config.init_from in GPT2_HELLASWAG:
-            acc, acc_norm = GPT2_HELLASWAG[config.init_from]
-            result["published"] = {"acc": acc, "acc_norm": acc_norm}
+            result["published"] = GPT2_HELLASWAG[config.init_from]
         return result
 
     return task
@@ -132,20 +115,21 @@ def multiple_choice_task(config: EvalConfig, loaded: LoadedModel, name: str) -> 
 
 def exact_match_task(config: EvalConfig, loaded: LoadedModel, name: str) -> Task:
     """How many held-out lines are answered exactly; a prompt ends with the separator, its answer follows."""
+    model, runtime, decode = loaded.model, loaded.runtime, loaded.tokenizer.decode
     separator = config.separator or loaded.settings.get("loss_after") or "="
     data, _ = open_eval_data(config, loaded, block_size=1, loss_after=separator)
-    problems = load_problems(data, loaded.block_size, config.split, config.max_items)
+    problems = load_problems(data, model.config.block_size, config.split, config.max_items)
 
     def task() -> Result:
-        answers = answer_problems(loaded.model, data, problems, loaded.runtime, config.batch_size or 256)
+        answers = answer_problems(model, data, problems, runtime, config.batch_size or 256)
         pairs = zip(problems, answers, strict=True)
-        wrong = [(*problem, answer) for problem, answer in pairs if answer != problem.answer]
-        right, decode = len(problems) - len(wrong), loaded.tokenizer.decode
-        shown = [
-            {"prompt": decode(prompt), "given": decode(given), "right": decode(answer)}
-            for prompt, answer, given in wrong[: config.show]
+        wrong = [
+            {"prompt": decode(problem.prompt), "given": decode(answer), "right": decode(problem.answer)}
+            for problem, answer in pairs
+            if answer != problem.answer
         ]
-        return {"exact": right / len(problems), "right": right, "lines": len(problems), "wrong": shown}
+        n, right = len(problems), len(problems) - len(wrong)
+        return {"exact": right / n, "right": right, "lines": n, "wrong": wrong[: config.show]}
 
     return task
 
@@ -154,7 +138,7 @@ def next_token_task(config: EvalConfig, loaded: LoadedModel, name: str) -> Task:
     """The most likely next tokens after a prompt."""
     prompt, tokenizer = read_prompt(config.start), loaded.tokenizer
     ids = ids_of_prompt(tokenizer, prompt)
-    check_prompt_length(ids, loaded.block_size)
+    check_prompt_length(ids, loaded.model.config.block_size)
 
     def task() -> Result:
         count = max(config.show, 1)
@@ -176,13 +160,13 @@ TASKS = {
 
 def result_table(results: dict[str, Result]) -> str:
     """The results of all tasks, one value per line."""
-    rows = [(name, what, value) for name, result in results.items() for what, value in result_rows(result)]
+    rows = [(name, *row) for name, result in results.items() for row in result_rows(result)]
     width = max(len(what) for _, what, _ in rows)
     return "\n".join(f"{name:10} {what:{width}}  {value}" for name, what, value in rows)
 
 
 def result_rows(result: Result) -> list[tuple[str, str]]:
-    """The values of a result and their names, as texts."""
+    """The names of a task's values, and the values as text."""
     if "prompt" in result:
         return [(repr(row["token"]), f"{100 * row['probability']:.2f} %") for row in result["tokens"]]
     if "exact" in result:

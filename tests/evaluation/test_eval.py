@@ -270,7 +270,7 @@ def test_gpt2s_hellaswag_is_told_beside(tmp_path, gpt2_bpe, monkeypatch, capsys)
             means.append(sum(found) / len(found))
         right[0] += int(np.argmax(sums)) == int(entry["label"])
         right[1] += int(np.argmax(means)) == int(entry["label"])
-    monkeypatch.setitem(GPT2_HELLASWAG, str(tmp_path / "gpt2"), (0.25, 0.5))
+    monkeypatch.setitem(GPT2_HELLASWAG, str(tmp_path / "gpt2"), {"acc": 0.25, "acc_norm": 0.5})
     asked = EvalConfig(
         init_from=str(tmp_path / "gpt2"),
         tasks="hellaswag",
