@@ -1,7 +1,6 @@
 """What train.py measures at an evaluation: losses, and as configured HellaSwag, exact answers, samples."""
 
 import logging
-from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -18,7 +17,7 @@ from distrogpt.data.dataset import (
 from distrogpt.data.token_stream import TokenStream
 from distrogpt.data.tokenizer import from_description, ids_of_prompt
 from distrogpt.errors import UserError
-from distrogpt.evaluation.batches import never
+from distrogpt.evaluation.batches import EvaluationStopped, StopCheck, never
 from distrogpt.evaluation.exact_match import answer_problems, check_prompt_length, load_problems
 from distrogpt.evaluation.loss import Losses, mean_losses
 from distrogpt.evaluation.multiple_choice import answer_multiple_choice, load_questions
@@ -63,35 +62,28 @@ class Evaluator:
             self.prompt = ids_of_prompt(self.tokenizer, config.sample_start)
             check_prompt_length(self.prompt, config.block_size)
 
-    def evaluate(self, model: GPT, stop_requested: Callable[[], bool] = never) -> Losses | None:
+    def evaluate(self, model: GPT, stop_requested: StopCheck = never) -> Losses | None:
         """Losses and, if configured, hellaswag (acc_norm) and accuracy, between 0 and 1; samples are logged.
 
         Returns None on all ranks if one of them requests a stop or finds that its data changed. Raises
         UserError if no target counts. Leaves the model in training mode.
         """
         model.eval()
-        results = self.losses(model, stop_requested)
-        if results is not None:
-            scores = self.scores(model, lambda: self.runtime.all_reduce_sum(stop_requested())[0] > 0)
-            results = None if scores is None else results | scores
+        try:
+            splits = measured_splits(self.config)
+            parts = {split: self.part_losses(model, split, stop_requested) for split in splits}
+            results = mean_losses(self.data, {split: [loss for loss, _ in parts[split]] for split in splits})
+            results |= self.scores(model, lambda: self.runtime.all_reduce_sum(stop_requested())[0] > 0)
+        except EvaluationStopped:
+            results = None
         model.train()
         return results
 
-    def losses(self, model: GPT, stop_requested: Callable[[], bool]) -> Losses | None:
-        """Mean loss per token of each measured split, in nats; of a mixture, weighted as its parts are."""
-        losses = {}
-        for split in measured_splits(self.config):
-            parts = self.part_losses(model, split, stop_requested)
-            if parts is None:
-                return None
-            losses[split] = [loss for loss, _ in parts]
-        return mean_losses(self.data, losses)
-
     def part_losses(
-        self, model: GPT, split: str, stop_requested: Callable[[], bool] = never, stride: int | None = None
-    ) -> list[tuple[float, int]] | None:
-        """Mean loss of each part of a split, and the number of its targets; None as in `evaluate`. With a
-        stride, windows cover the whole split, so many tokens apart."""
+        self, model: GPT, split: str, stop_requested: StopCheck = never, stride: int | None = None
+    ) -> list[tuple[float, int]]:
+        """Mean loss in nats of each part of a split, and the number of its targets. With a stride, windows that
+        many tokens apart cover the whole split. Raises EvaluationStopped and UserError."""
         config, ranks, results = self.config, self.runtime.world_size, []
         T = config.block_size
         for number, part in enumerate(self.data.parts):
@@ -101,10 +93,7 @@ class Evaluator:
             else:
                 windows = strided_windows(len(tokens), T, stride)
                 starts, skip = padded(*windows, T, config.batch_size * ranks)
-            result = self.summed_loss(model, tokens, starts, skip, stop_requested)
-            if result is None:
-                return None
-            loss_sum, count = result
+            loss_sum, count = self.summed_loss(model, tokens, starts, skip, stop_requested)
             if not count:
                 after = f"the separator {config.loss_after!r}"
                 raise UserError(f"{part.name}: no target of {split} stands after {after}; choose another")
@@ -113,13 +102,8 @@ class Evaluator:
 
     @torch.no_grad()
     def summed_loss(
-        self,
-        model: GPT,
-        tokens: TokenStream,
-        starts: np.ndarray,
-        skip: np.ndarray,
-        stop_requested: Callable[[], bool],
-    ) -> tuple[float, float] | None:
+        self, model: GPT, tokens: TokenStream, starts: np.ndarray, skip: np.ndarray, stop_requested: StopCheck
+    ) -> tuple[float, float]:
         """The sum of the losses of windows that start at starts (N,), without the first skip (N,) targets of
         each, and the number of targets; the ranks share the batches."""
         B, T, runtime = self.config.batch_size, self.config.block_size, self.runtime
@@ -131,7 +115,7 @@ class Evaluator:
             except UserError as error:
                 self.error = error
             if runtime.all_reduce_sum(self.error is not None or stop_requested())[0]:
-                return None
+                raise EvaluationStopped(str(self.error or "another rank stopped; see its message"))
             counted = np.arange(T) >= skip[first : first + B, None]  # (B, T)
             loss_mask = self.data.loss_mask(windows)
             x, y = to_xy(windows, counted if loss_mask is None else counted & loss_mask, runtime)
@@ -140,22 +124,17 @@ class Evaluator:
             count = (y >= 0).sum()
             sums[i, 0] = torch.where(count > 0, loss.float() * count, 0.0)  # the mean of no losses is nan
             sums[i, 1] = count
-        loss_sum, count = runtime.all_reduce_sum(*sums.cpu().double().sum(dim=0).tolist())
-        return loss_sum, count
+        return tuple(runtime.all_reduce_sum(*sums.cpu().double().sum(dim=0).tolist()))
 
-    def scores(self, model: GPT, stop_requested: Callable[[], bool]) -> dict[str, float] | None:
+    def scores(self, model: GPT, stop_requested: StopCheck) -> dict[str, float]:
         """hellaswag and accuracy; `stop_requested` has to return the same on all ranks."""
         runtime, B, scores = self.task_runtime, self.config.batch_size, {}
         if self.config.eval_hellaswag:
             chosen = answer_multiple_choice(model, self.questions, runtime, B, stop_requested)
-            if chosen is None:
-                return None
             labels = [question.label for question in self.questions]
             scores["hellaswag"] = float(np.mean(chosen[:, 1] == labels))
         if self.config.eval_accuracy:
             answers = answer_problems(model, self.data, self.problems, runtime, 4 * B, stop_requested)
-            if answers is None:
-                return None
             right = [answer == problem.answer for answer, problem in zip(answers, self.problems, strict=True)]
             scores["accuracy"] = float(np.mean(right))
         if self.config.eval_samples:

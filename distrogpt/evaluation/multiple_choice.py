@@ -5,7 +5,6 @@ A file has JSON lines: {"ctx": text, "endings": [text, ...], "label": 0}.
 
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +15,7 @@ from distrogpt.data.meta import DATA
 from distrogpt.data.preparation.sources import download
 from distrogpt.data.tokenizer import Tokenizer, ids_of_prompt
 from distrogpt.errors import UserError
-from distrogpt.evaluation.batches import map_batches, never
+from distrogpt.evaluation.batches import StopCheck, map_batches, never
 from distrogpt.kernels.cpu import Branches
 from distrogpt.runtime import Runtime
 from model import GPT
@@ -112,10 +111,10 @@ def answer_multiple_choice(
     questions: list[Question],
     runtime: Runtime,
     batch_size: int,
-    stop_requested: Callable[[], bool] = never,
-) -> np.ndarray | None:
+    stop_requested: StopCheck = never,
+) -> np.ndarray:
     """The most likely ending of each question, by the sum and by the mean of its log-probabilities: (N, 2).
-    The ranks share the questions; None and stop_requested are those of map_batches."""
+    The ranks share the questions, as in map_batches."""
     lengths = [len(context) + sum(map(len, endings)) for context, endings, _ in questions]
 
     def answer(batch: list[int]) -> np.ndarray:

@@ -24,6 +24,7 @@ from distrogpt.checkpoint import load_checkpoint, restore_model, training_state
 from distrogpt.data.dataset import strided_windows
 from distrogpt.data.tokenizer import ByteTokenizer, from_description
 from distrogpt.errors import UserError
+from distrogpt.evaluation.batches import EvaluationStopped
 from distrogpt.evaluation.introspection import Watch, attention_weights, next_tokens
 from distrogpt.evaluation.multiple_choice import (
     GPT2_HELLASWAG,
@@ -97,7 +98,8 @@ def test_endings_read_together_score_as_each_alone(shape):
         assert answer_multiple_choice(model, questions, CPU, batch_size).tolist() == list(
             map(list, zip(by_sum, by_mean, strict=True))
         )
-    assert answer_multiple_choice(model, questions, CPU, 7, lambda: True) is None
+    with pytest.raises(EvaluationStopped):
+        answer_multiple_choice(model, questions, CPU, 7, lambda: True)
 
 
 @pytest.fixture(scope="module")
