@@ -17,7 +17,7 @@ from distrogpt.data.dataset import (
 from distrogpt.data.token_stream import TokenStream
 from distrogpt.data.tokenizer import from_description, ids_of_prompt
 from distrogpt.errors import UserError
-from distrogpt.evaluation.batches import EvaluationStopped, StopCheck, never
+from distrogpt.evaluation.batches import EvaluationStopped, StopCheck
 from distrogpt.evaluation.exact_match import answer_problems, check_prompt_length, load_problems
 from distrogpt.evaluation.loss import Losses, mean_losses
 from distrogpt.evaluation.multiple_choice import answer_multiple_choice, load_questions
@@ -62,7 +62,7 @@ class Evaluator:
             self.prompt = ids_of_prompt(self.tokenizer, config.sample_start)
             check_prompt_length(self.prompt, config.block_size)
 
-    def evaluate(self, model: GPT, stop_requested: StopCheck = never) -> Losses | None:
+    def evaluate(self, model: GPT, stop_requested: StopCheck = lambda: False) -> Losses | None:
         """Losses and, if configured, hellaswag (acc_norm) and accuracy, between 0 and 1; samples are logged.
 
         Returns None on all ranks if one of them requests a stop or finds that its data changed. Raises
@@ -80,10 +80,10 @@ class Evaluator:
         return results
 
     def part_losses(
-        self, model: GPT, split: str, stop_requested: StopCheck = never, stride: int | None = None
+        self, model: GPT, split: str, stop_requested: StopCheck = lambda: False, stride: int | None = None
     ) -> list[tuple[float, int]]:
-        """Mean loss in nats of each part of a split, and the number of its targets. With a stride, windows that
-        many tokens apart cover the whole split. Raises EvaluationStopped and UserError."""
+        """Mean loss in nats of each part of a split, and the number of its targets. With a stride, windows
+        that many tokens apart cover the whole split. Raises EvaluationStopped and UserError."""
         config, ranks, results = self.config, self.runtime.world_size, []
         T = config.block_size
         for number, part in enumerate(self.data.parts):

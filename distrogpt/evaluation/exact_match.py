@@ -8,7 +8,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from distrogpt.data.dataset import Dataset
 from distrogpt.errors import UserError
-from distrogpt.evaluation.batches import StopCheck, map_batches, never
+from distrogpt.evaluation.batches import StopCheck, map_batches
 from distrogpt.inference.decoder import SamplingParams, stream
 from distrogpt.runtime import Runtime
 from model import GPT
@@ -56,10 +56,10 @@ def answer_problems(
     problems: list[Problem],
     runtime: Runtime,
     batch_size: int,
-    stop_requested: StopCheck = never,
+    stop_requested: StopCheck = lambda: False,
 ) -> list[list[int]]:
-    """The greedy continuation of each prompt up to a newline, as token ids; the ranks share the prompts, as in
-    map_batches."""
+    """The greedy continuation of each prompt up to a newline, as token ids. The ranks share the prompts, as
+    in map_batches."""
     lengths = [len(problem.prompt) for problem in problems]
     longest = max(len(problem.answer) for problem in problems) + 1  # with the newline
 

@@ -15,7 +15,7 @@ from distrogpt.data.meta import DATA
 from distrogpt.data.preparation.sources import download
 from distrogpt.data.tokenizer import Tokenizer, ids_of_prompt
 from distrogpt.errors import UserError
-from distrogpt.evaluation.batches import StopCheck, map_batches, never
+from distrogpt.evaluation.batches import StopCheck, map_batches
 from distrogpt.kernels.cpu import Branches
 from distrogpt.runtime import Runtime
 from model import GPT
@@ -111,7 +111,7 @@ def answer_multiple_choice(
     questions: list[Question],
     runtime: Runtime,
     batch_size: int,
-    stop_requested: StopCheck = never,
+    stop_requested: StopCheck = lambda: False,
 ) -> np.ndarray:
     """The most likely ending of each question, by the sum and by the mean of its log-probabilities: (N, 2).
     The ranks share the questions, as in map_batches."""
