@@ -27,6 +27,7 @@ from distrogpt.evaluation.loss import mean_losses, summed_loss
 from distrogpt.evaluation.questions import GPT2_HELLASWAG
 from distrogpt.evaluation.tasks import answers, check_lengths, choices, held_out_lines, open_questions
 from distrogpt.inference.sampler import read_prompt
+from distrogpt.kernels.cpu import to_device
 from distrogpt.loading import find_tokenizer, load_trained
 from distrogpt.runtime import Runtime, start_runtime, stop_runtime
 from distrogpt.settings import EVAL_TASKS, TrainConfig
@@ -58,7 +59,7 @@ def measure(config: EvalConfig) -> dict[str, Result]:
     tokenizer = None
     if names != ["loss"]:  # which needs none
         tokenizer = find_tokenizer(contents, model.config.vocab_size, source)
-    trained = Trained(model.to(runtime.device).eval(), tokenizer, contents, source, runtime)
+    trained = Trained(to_device(model, runtime.device).eval(), tokenizer, contents, source, runtime)
     prepare = {
         "loss": loss,
         "hellaswag": questions,

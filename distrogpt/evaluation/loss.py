@@ -109,7 +109,7 @@ def summed_loss(
         answers = data.loss_mask(windows)
         x, y = to_xy(windows, counted if answers is None else counted & answers, runtime)
         with runtime.autocast():
-            _, loss = model(x, y, only_loss=True)
+            _, loss = model(x, y, return_logits=False)
         counted = (y >= 0).sum()
         of_batch = torch.where(counted > 0, loss.float() * counted, 0.0)  # the mean of no losses is nan
         sums.append(torch.stack((of_batch, counted.float())))
