@@ -24,7 +24,7 @@ import torch
 import torch.nn as nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from distrogpt.data.dataset import folders_of, open_dataset
+from distrogpt.data.dataset import find_parts, open_dataset
 from distrogpt.data.meta import GPT2_META
 from distrogpt.errors import UserError
 from distrogpt.kernels import replace_layers
@@ -156,7 +156,7 @@ def planned_shape(config: BenchConfig) -> tuple[BenchConfig, GPTConfig, bool]:
     meta, found = GPT2_META, False
     if config.real_data:
         try:
-            parts = folders_of(config.dataset)
+            parts = find_parts(config.dataset)
             found = all(any(folder.glob("train*.bin")) for _, _, folder, _ in parts)
             meta = parts[0][-1] if found else meta
         except UserError:

@@ -46,7 +46,7 @@ def evaluate(
 def mean_losses(data: Dataset, losses: dict[str, list[float]], split: str = "val") -> Losses:
     """Of the losses of each part in each split, the means by the parts' shares. Where they are known, also
     bits_per_byte and, of a mixture, SPLIT/NAME of each part: of one split."""
-    shares = [part.share for part in data.parts]
+    shares = [part.weight for part in data.parts]
     means = {name: weighted(found, shares) for name, found in losses.items()}
     if split not in losses:
         return means

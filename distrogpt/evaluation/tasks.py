@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch.distributed.fsdp import FSDPModule
 
 from distrogpt.data.dataset import Dataset
-from distrogpt.data.tokenizer import Tokenizer, from_description, ids_of_prompt
+from distrogpt.data.tokenizer import Tokenizer, encode_prompt, from_description
 from distrogpt.errors import UserError
 from distrogpt.evaluation.questions import Question, hellaswag_file, read_questions
 from distrogpt.inference.decoder import stream
@@ -227,7 +227,7 @@ def make_ask(config: TrainConfig, data: Dataset, runtime: Runtime) -> Ask:
         problems = held_out_lines(data)
         check_lengths(problems, config.block_size, config.loss_after)
     if config.eval_samples:
-        prompt = ids_of_prompt(tokenizer, config.sample_start)
+        prompt = encode_prompt(tokenizer, config.sample_start)
         check_lengths([(prompt, [])], config.block_size, "")
     if config.shard:  # all ranks have to call the network equally often: each does all of it
         runtime = replace(runtime, rank=0, world_size=1)

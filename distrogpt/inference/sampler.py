@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from configurator import checked
-from distrogpt.data.tokenizer import ids_of_prompt
+from distrogpt.data.tokenizer import encode_prompt
 from distrogpt.errors import UserError, warn
 from distrogpt.inference.decoder import optimize_for_inference, stream
 from distrogpt.inference.detokenizer import Detokenizer, Token
@@ -42,7 +42,7 @@ class Sampler:
         """The prompt's ids, one at least; with `whole` no more than the network reads. Raises UserError."""
         checked(SampleConfig, "start", prompt)
         try:
-            ids = ids_of_prompt(self.tokenizer, prompt)
+            ids = encode_prompt(self.tokenizer, prompt)
         except UserError as error:
             raise UserError(f"{name}: {error}") from None
         block_size = self.model.config.block_size
