@@ -5,23 +5,25 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 from distrogpt.data.dataset import (
     Dataset,
     evaluation_windows,
     measured_splits,
-    padded,
+    pad_windows,
     strided_windows,
     to_xy,
 )
 from distrogpt.data.token_stream import TokenStream
-from distrogpt.data.tokenizer import from_description, ids_of_prompt
+from distrogpt.data.tokenizer import encode_prompt, from_description
 from distrogpt.errors import UserError
 from distrogpt.evaluation.batches import EvaluationStopped, StopCheck
 from distrogpt.evaluation.exact_match import answer_problems, check_prompt_length, load_problems
 from distrogpt.evaluation.loss import Losses, mean_losses
 from distrogpt.evaluation.multiple_choice import answer_multiple_choice, load_questions
-from distrogpt.inference.decoder import SamplingParams, stream, uniform_noise
+from distrogpt.inference.decoder import stream
+from distrogpt.inference.sampling import SamplingParams, uniform_noise
 from distrogpt.runtime import Runtime
 from distrogpt.settings import TrainConfig
 from model import GPT
@@ -59,7 +61,7 @@ class Evaluator:
                 )
             self.problems = load_problems(data, config.block_size)
         if config.eval_samples:
-            self.prompt = ids_of_prompt(self.tokenizer, config.sample_start)
+            self.prompt = encode_prompt(self.tokenizer, config.sample_start)
             check_prompt_length(self.prompt, config.block_size)
 
     def evaluate(self, model: GPT, stop_requested: StopCheck = lambda: False) -> Losses | None:
@@ -73,9 +75,13 @@ class Evaluator:
             splits = measured_splits(self.config)
             parts = {split: self.part_losses(model, split, stop_requested) for split in splits}
             results = mean_losses(self.data, {split: [loss for loss, _ in parts[split]] for split in splits})
+            if isinstance(model, FSDPModule):  # tasks call its methods, not its forward alone
+                model.unshard()
             results |= self.scores(model, lambda: self.runtime.all_reduce_sum(stop_requested())[0] > 0)
         except EvaluationStopped:
             results = None
+        if isinstance(model, FSDPModule):
+            model.reshard()
         model.train()
         return results
 
@@ -92,7 +98,7 @@ class Evaluator:
                 starts, skip = evaluation_windows(part, number, split, config, ranks)
             else:
                 windows = strided_windows(len(tokens), T, stride)
-                starts, skip = padded(*windows, T, config.batch_size * ranks)
+                starts, skip = pad_windows(*windows, T, config.batch_size * ranks)
             loss_sum, count = self.summed_loss(model, tokens, starts, skip, stop_requested)
             if not count:
                 after = f"the separator {config.loss_after!r}"
@@ -120,7 +126,7 @@ class Evaluator:
             loss_mask = self.data.loss_mask(windows)
             x, y = to_xy(windows, counted if loss_mask is None else counted & loss_mask, runtime)
             with runtime.autocast():
-                _, loss = model(x, y, only_loss=True)
+                _, loss = model(x, y, return_logits=False)
             count = (y >= 0).sum()
             sums[i, 0] = torch.where(count > 0, loss.float() * count, 0.0)  # the mean of no losses is nan
             sums[i, 1] = count
@@ -144,11 +150,14 @@ class Evaluator:
     def log_samples(self, model: GPT) -> None:
         """Log eval_samples texts that begin with sample_start, drawn alike at each evaluation."""
         config, n = self.config, self.config.eval_samples
-        settings = {"vocab_size": self.data.meta["vocab_size"], "copies": n, "graph": False}
-        settings["draws"] = uniform_noise(config.seed, n, config.sample_tokens)
-        idx = torch.tensor([self.prompt], device=self.runtime.device)
+        uniforms = uniform_noise(config.seed, n, config.sample_tokens)
+        prompts, params, vocab_size = (
+            [torch.tensor(self.prompt)],
+            SamplingParams(0.8, 200),
+            self.data.meta["vocab_size"],
+        )
         with self.runtime.autocast():
-            steps = stream(model, idx, config.sample_tokens, SamplingParams(0.8, 200), **settings)
+            steps = stream(model, prompts, params, uniforms, vocab_size, graph=False)
             ids = torch.cat([step.ids for step in steps], dim=1)  # (n, sample_tokens)
         for number, row in enumerate(ids.tolist(), 1):
             log.info(f"sample {number}: {config.sample_start}{self.tokenizer.decode(row)}")

@@ -4,12 +4,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
 from distrogpt.data.dataset import Dataset
 from distrogpt.errors import UserError
 from distrogpt.evaluation.batches import StopCheck, map_batches
-from distrogpt.inference.decoder import SamplingParams, stream
+from distrogpt.inference.decoder import stream
+from distrogpt.inference.sampling import SamplingParams
 from distrogpt.runtime import Runtime
 from model import GPT
 
@@ -75,13 +75,13 @@ def greedy_lines(
     model: GPT, data: Dataset, prompts: list[list[int]], max_new_tokens: int, runtime: Runtime
 ) -> np.ndarray:
     """Greedy continuations of prompts: (B, max_new_tokens), ids + 1, and 0 from the newline on."""
-    lengths = [len(prompt) for prompt in prompts]
-    idx = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True).to(runtime.device)
-    lines = idx.new_zeros(len(prompts), max_new_tokens)
-    finished = torch.zeros(len(prompts), 1, dtype=torch.bool, device=idx.device)
-    settings = {"vocab_size": data.meta["vocab_size"], "lengths": lengths, "graph": False}
+    lines = torch.zeros(len(prompts), max_new_tokens, dtype=torch.long, device=runtime.device)
+    finished = torch.zeros(len(prompts), 1, dtype=torch.bool, device=runtime.device)
+    prompt_ids, vocab_size = [torch.tensor(prompt) for prompt in prompts], data.meta["vocab_size"]
+    uniforms = torch.zeros(lines.shape)  # not used by greedy decoding
     with runtime.autocast():
-        for n, step in enumerate(stream(model, idx, max_new_tokens, SamplingParams(0.0), **settings)):
+        steps = stream(model, prompt_ids, SamplingParams(0.0), uniforms, vocab_size, graph=False)
+        for n, step in enumerate(steps):
             finished |= step.ids == data.newline  # (B, 1)
             lines[:, n : n + 1] = (step.ids + 1).masked_fill(finished, 0)
             if finished.all():

@@ -26,7 +26,7 @@ def mean_losses(data: Dataset, losses: dict[str, list[float]], split: str = "val
 
 def weighted_mean(data: Dataset, values: list[float]) -> float:
     """The mean of one value per part, weighted as the parts are."""
-    return sum(value * part.share for value, part in zip(values, data.parts, strict=True))
+    return sum(value * part.weight for value, part in zip(values, data.parts, strict=True))
 
 
 def evaluation_line(step: int, losses: Losses) -> str:

@@ -10,13 +10,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from distrogpt.data.meta import DATA
 from distrogpt.data.preparation.sources import download
-from distrogpt.data.tokenizer import Tokenizer, ids_of_prompt
+from distrogpt.data.tokenizer import Tokenizer, encode_prompt
 from distrogpt.errors import UserError
 from distrogpt.evaluation.batches import StopCheck, map_batches
-from distrogpt.kernels.cpu import Branches
 from distrogpt.runtime import Runtime
 from model import GPT
 
@@ -103,7 +103,7 @@ def parse_question(line: str, tokenizer: Tokenizer, block_size: int) -> Question
             "with a larger block_size"
         )
     room = block_size + 1 - longest  # the last id of an ending is a target only
-    return Question(ids_of_prompt(tokenizer, context)[-room:], ids, label)
+    return Question(encode_prompt(tokenizer, context)[-room:], ids, label)
 
 
 def answer_multiple_choice(
@@ -147,11 +147,15 @@ def ending_log_probs(model: GPT, questions: list[Question], runtime: Runtime) ->
             sources += [row * T + n - 1, *range(row * T + begin, row * T + end)]
             targets += ending
         branch[row, end:] = -1  # padding
-    mask = (branch[:, None] == 0) | (branch[:, None] == branch[:, :, None])  # (B, T, T)
-    mask &= np.tri(T, dtype=bool)
-    branches = Branches(runtime.to_device(mask))
-    arrays = (idx, np.array(sources), np.array(targets), positions)
-    idx, sources, targets, positions = map(runtime.to_device, arrays)
+    arrays = (idx, positions, branch, np.array(sources), np.array(targets))
+    idx, positions, branch, sources, targets = map(runtime.to_device, arrays)
+    reads = ((branch[:, None] == 0) | (branch[:, None] == branch[:, :, None])).tril()  # (B, T, T)
+    mask = torch.zeros(reads.shape, dtype=runtime.dtype, device=runtime.device).masked_fill_(
+        ~reads, -math.inf
+    )
     with runtime.autocast():
-        log_probs = iter(model.log_likelihood(idx, sources, targets, branches, positions).tolist())
+        x = model.hidden_states(idx, positions, mask[:, None]).flatten(0, 1)[sources]  # (N, C)
+        chunks = zip(x.split(256), targets.split(256), strict=True)  # all logits at once would take gigabytes
+        losses = [F.cross_entropy(model.logits(x).float(), y, reduction="none") for x, y in chunks]
+    log_probs = iter(torch.cat(losses).neg().tolist())
     return [[[next(log_probs) for _ in ending] for ending in question.endings] for question in questions]

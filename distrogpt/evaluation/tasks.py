@@ -5,8 +5,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from distrogpt.data.dataset import Dataset, open_dataset
-from distrogpt.data.meta import GPT2_META, other_tokenizer
-from distrogpt.data.tokenizer import Tokenizer, ids_of_prompt
+from distrogpt.data.meta import GPT2_META, tokenizers_differ
+from distrogpt.data.tokenizer import Tokenizer, encode_prompt
 from distrogpt.errors import UserError
 from distrogpt.evaluation.evaluator import Evaluator
 from distrogpt.evaluation.exact_match import answer_problems, check_prompt_length, load_problems
@@ -14,6 +14,7 @@ from distrogpt.evaluation.introspection import next_tokens
 from distrogpt.evaluation.loss import mean_losses
 from distrogpt.evaluation.multiple_choice import GPT2_HELLASWAG, answer_multiple_choice, load_questions
 from distrogpt.inference.sampler import read_prompt
+from distrogpt.kernels.cpu import to_device
 from distrogpt.loading import find_tokenizer, load_trained
 from distrogpt.runtime import Runtime
 from distrogpt.settings import EVAL_TASKS, EvalConfig, TrainConfig
@@ -48,7 +49,7 @@ def load_tasks(config: EvalConfig, runtime: Runtime) -> tuple[str, dict[str, Tas
     tokenizer = None
     if set(names) != {"loss"}:  # the loss needs no tokenizer
         tokenizer = find_tokenizer(contents, model.config.vocab_size, source)
-    loaded = LoadedModel(model.to(runtime.device).eval(), tokenizer, settings, meta, source, runtime)
+    loaded = LoadedModel(to_device(model, runtime.device).eval(), tokenizer, settings, meta, source, runtime)
     return source, {name: TASKS[name](config, loaded, name) for name in names}
 
 
@@ -59,7 +60,7 @@ def open_eval_data(config: EvalConfig, loaded: LoadedModel, **settings: Any) -> 
         raise UserError(f"{source} names no dataset; give --dataset=NAME")
     train_config = TrainConfig(dataset=dataset, eval_iters=0, eval_splits=config.split, **settings)
     data = open_dataset(train_config, (config.split,))
-    if other_tokenizer(loaded.meta.get("tokenizer"), data.meta["tokenizer"]):
+    if tokenizers_differ(loaded.meta.get("tokenizer"), data.meta["tokenizer"]):
         raise UserError(f"{source} has another tokenizer than {dataset}; use a dataset of its own")
     if data.meta["vocab_size"] > loaded.model.config.vocab_size:
         raise UserError(f"{dataset} has more tokens than {source} knows; use a dataset of its own")
@@ -135,7 +136,7 @@ def exact_match_task(config: EvalConfig, loaded: LoadedModel, name: str) -> Task
 def next_token_task(config: EvalConfig, loaded: LoadedModel, name: str) -> Task:
     """The most likely next tokens after a prompt."""
     prompt, tokenizer = read_prompt(config.start), loaded.tokenizer
-    ids = ids_of_prompt(tokenizer, prompt)
+    ids = encode_prompt(tokenizer, prompt)
     check_prompt_length(ids, loaded.model.config.block_size)
 
     def task() -> Result:
