@@ -150,11 +150,10 @@ def ending_log_probs(model: GPT, questions: list[Question], runtime: Runtime) ->
     arrays = (idx, positions, branch, np.array(sources), np.array(targets))
     idx, positions, branch, sources, targets = map(runtime.to_device, arrays)
     reads = ((branch[:, None] == 0) | (branch[:, None] == branch[:, :, None])).tril()  # (B, T, T)
-    mask = torch.zeros(reads.shape, dtype=runtime.dtype, device=runtime.device).masked_fill_(
-        ~reads, -math.inf
-    )
+    mask = torch.zeros(reads.shape, dtype=runtime.dtype, device=runtime.device)
+    mask = mask.masked_fill(~reads, -math.inf)[:, None]  # (B, 1, T, T)
     with runtime.autocast():
-        x = model.hidden_states(idx, positions, mask[:, None]).flatten(0, 1)[sources]  # (N, C)
+        x = model.hidden_states(idx, positions, mask).flatten(0, 1)[sources]  # (N, C)
         chunks = zip(x.split(256), targets.split(256), strict=True)  # all logits at once would take gigabytes
         losses = [F.cross_entropy(model.logits(x).float(), y, reduction="none") for x, y in chunks]
     log_probs = iter(torch.cat(losses).neg().tolist())
