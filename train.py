@@ -74,7 +74,7 @@ def training_step(
         if isinstance(model, DistributedDataParallel):
             model.require_backward_grad_sync = number == len(batches)  # all-reduce the gradients' sum, once
         with runtime.autocast():
-            _, loss = model(x, y, only_loss=True)
+            _, loss = model(x, y, return_logits=False)
         scaler.scale(loss / (len(batches) / weight)).backward()
         loss_sum.add_(loss.detach(), alpha=weight)
     for optimizer in optimizers:

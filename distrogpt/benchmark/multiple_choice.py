@@ -10,8 +10,8 @@ import torch.nn.functional as F
 
 from distrogpt.benchmark.timing import ratio, spread, synchronize
 from distrogpt.data.meta import GPT2_META
-from distrogpt.evaluation.questions import Question
-from distrogpt.evaluation.tasks import choices
+from distrogpt.evaluation.multiple_choice import Question, answer_multiple_choice
+from distrogpt.kernels.cpu import to_device
 from distrogpt.runtime import Runtime
 from distrogpt.settings import BenchConfig
 from distrogpt.training.startup import new_model_config
@@ -37,8 +37,8 @@ def made_up(count: int, block_size: int) -> list[Question]:
 
 
 def one_by_one(model: GPT, questions: list[Question], runtime: Runtime) -> list[list[int]]:
-    """What `choices` finds, in the plain way: the endings of a question, each behind its context, are four
-    padded rows of a batch, and all logits are computed."""
+    """The choices of `answer_multiple_choice` in the plain way: the endings of a question, each after its
+    context, are four padded rows of a batch, and all logits are computed."""
     chosen = []
     for context, endings, _ in questions:
         rows = torch.zeros(len(endings), len(context) + max(map(len, endings)), dtype=torch.long)
@@ -60,9 +60,12 @@ def bench_questions(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
     """Both, in turns, on the network of the settings with random weights."""
     torch.manual_seed(config.seed)
     shape = replace(new_model_config(config, GPT2_META), zero_init=False)  # which would have no choice
-    model = GPT(shape).to(runtime.device).eval()
+    model = to_device(GPT(shape), runtime.device).eval()
     questions = made_up(COUNT, config.block_size)
-    ways = {f"batches of {size}": lambda m, q, r, size=size: choices(m, q, r, size) for size in BATCHES}
+    ways = {
+        f"batches of {size}": lambda m, q, r, size=size: answer_multiple_choice(m, q, r, size)
+        for size in BATCHES
+    }
     ways = {"one by one": one_by_one, **ways}
     times: dict[str, list[float]] = {name: [] for name in ways}
     found = {}

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from distrogpt.errors import UserError
 from distrogpt.kernels.compile import maybe_compile
+from distrogpt.kernels.cpu import to_device, use_cpu_kernels
 from distrogpt.runtime import Runtime, enable_onednn_float32
 from distrogpt.settings import TrainConfig
 
@@ -26,7 +27,9 @@ def distribute(model: torch.nn.Module, config: TrainConfig, runtime: Runtime) ->
     steps = 1 if config.eval_only else config.max_iters  # of the whole run: resumed, it computes as before
     sharded = config.shard and runtime.world_size > 1
     if not sharded:
-        model.to(runtime.device)
+        to_device(model, runtime.device)
+    elif runtime.device.type == "cpu":
+        use_cpu_kernels(model)
     maybe_compile(model, config.compile, runtime.device, steps, model.transformer.h if sharded else ())
     if config.shard and not sharded:
         log.info("note     shard: one rank has nothing to share with")
@@ -47,7 +50,7 @@ def wrap_distributed(model: torch.nn.Module, shard: bool, runtime: Runtime) -> t
     if runtime.dtype == torch.float16:
         raise UserError("shard=True has no scaling of fp16's loss; use --dtype=bfloat16 or float32")
     from torch.distributed.device_mesh import init_device_mesh  # half a second
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     # a warning about operations in place, which blocks do not use
     warnings.filterwarnings("ignore", "FSDP2-wrapped module")
@@ -57,8 +60,6 @@ def wrap_distributed(model: torch.nn.Module, shard: bool, runtime: Runtime) -> t
         for layer in (block.attn, block.mlp):  # what autocast multiplies in bf16; it keeps norms in fp32
             fully_shard(layer, mesh=mesh, mp_policy=mixed_precision)
     fully_shard(model, mesh=mesh)
-    for name in ("prefill", "decode", "log_likelihood"):  # they read the weights, too
-        register_fsdp_forward_method(model, name)
     return model
 
 

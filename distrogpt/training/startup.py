@@ -19,8 +19,8 @@ from distrogpt.checkpoint import (
     restore_model,
     restore_optimizers,
 )
-from distrogpt.data.dataset import Dataset, epoch_samples, measured_splits
-from distrogpt.data.meta import other_tokenizer
+from distrogpt.data.dataset import Dataset, measured_splits, samples_per_epoch
+from distrogpt.data.meta import tokenizers_differ
 from distrogpt.errors import UserError
 from distrogpt.loading import load_pretrained
 from distrogpt.runtime import Runtime
@@ -47,7 +47,9 @@ def resolve_max_iters(config: TrainConfig, data: Dataset) -> TrainConfig:
     """The settings with max_iters for max_epochs passes over this data. Raises UserError."""
     if config.max_epochs is None or "train" not in data.parts[0].streams:
         return config
-    samples = Fraction(str(config.max_epochs)) * epoch_samples(data, config)  # as a float, 0.1 is too large
+    samples = Fraction(str(config.max_epochs)) * samples_per_epoch(
+        data, config
+    )  # as a float, 0.1 is too large
     try:
         return replace(config, max_iters=math.ceil(samples / samples_per_step(config)))
     except ValueError as error:
@@ -99,7 +101,7 @@ def initial_model(
         model = GPT(new_model_config(config, meta))
     else:
         model, weights_from = load_pretrained(source, config.dropout)
-    if other_tokenizer(weights_from.get("meta", meta)["tokenizer"], meta["tokenizer"]):
+    if tokenizers_differ(weights_from.get("meta", meta)["tokenizer"], meta["tokenizer"]):
         raise UserError(
             f"{source} was trained with another tokenizer than {config.dataset} has; choose the dataset that "
             "it was trained on, or --init_from=scratch"
@@ -167,7 +169,7 @@ def fingerprint(data: Dataset) -> dict[str, list[int]]:
             if len(data.parts) == 1:
                 checksums[split] = checksum
             else:
-                checksums[f"{split} {number}"] = [*checksum, round(part.share * 1e6)]
+                checksums[f"{split} {number}"] = [*checksum, round(part.weight * 1e6)]
     return checksums
 
 
@@ -187,7 +189,7 @@ def describe_run(config: TrainConfig, runtime: Runtime, data: Dataset, model: GP
     parameters = model.get_num_params(non_embedding=False)
     for part in data.parts:
         sizes = ", ".join(f"{len(stream):,} {split}" for split, stream in part.streams.items())
-        weight = "" if len(data.parts) == 1 else f"{part.share:.1%} "
+        weight = "" if len(data.parts) == 1 else f"{part.weight:.1%} "
         log.info(f"data     {weight}{part.folder}: {sizes} tokens, vocabulary {data.meta['vocab_size']:,}")
     log.info(
         f"model    {shape.n_layer} layers, {shape.n_head} heads, {shape.n_embd} wide, "
@@ -200,7 +202,7 @@ def describe_run(config: TrainConfig, runtime: Runtime, data: Dataset, model: GP
     if config.eval_only:
         return
     if config.max_epochs is not None:
-        steps = f"{epoch_samples(data, config) / samples_per_step(config):,.1f}".removesuffix(".0")
+        steps = f"{samples_per_epoch(data, config) / samples_per_step(config):,.1f}".removesuffix(".0")
         epochs = "1 epoch" if config.max_epochs == 1 else f"{config.max_epochs:g} epochs"
         log.info(f"length   {epochs} of {steps} steps, {config.max_iters:,} in all")
     interval = min(config.eval_interval, config.save_interval or config.eval_interval)
