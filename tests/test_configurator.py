@@ -3,9 +3,10 @@
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
-from conftest import REPO, assert_user_error, run
+from conftest import REPO, assert_user_error, run, run_here
 
 from configurator import configure, read_settings
 from distrogpt.errors import UserError
@@ -62,7 +63,17 @@ def test_config_file_is_python_with_the_settings_as_globals(tmp_path):
     assert config.min_lr == 0.1
 
 
-@pytest.mark.parametrize("name", ["eval_gpt2", "config/eval_gpt2.py"])
+def test_a_config_can_begin_with_another_one(tmp_path):
+    (tmp_path / "mine.py").write_text("from config.modern import *\nmuon_lr = 2 * muon_lr\n")
+    (tmp_path / "other.py").write_text("from config.modern import *\nfrom os.path import sep\n")
+    config, recipe = settings_of(str(tmp_path / "mine.py")), settings_of("modern")
+    assert recipe.optimizer == "muon" and recipe.rotary and not recipe.tied
+    assert config == replace(recipe, muon_lr=2 * recipe.muon_lr)
+    with pytest.raises(UserError, match=r"other.py: unknown setting sep; did you mean seed\?"):
+        settings_of(str(tmp_path / "other.py"))
+
+
+@pytest.mark.parametrize("name", ["eval_gpt2_xl", "config/eval_gpt2_xl.py"])
 def test_bare_name_and_path_from_any_folder(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert settings_of(name).eval_only is True
@@ -126,7 +137,6 @@ def test_text_becomes_the_annotated_type(flag, name, value):
         ("--max_iters=-1", "at least 0"),
         ("--dtype=float8", "one of auto, float32, bfloat16, float16"),
         ("--compile=perhaps", "one of auto, True, False"),
-        ("--n_embd=100", "not divisible by n_head=12"),
         ("--eval_only", "--eval_only=True"),
         ("config/nothing.py", "no config file config/nothing.py"),
         ("config/train_gtp2.py", "did you mean config/train_gpt2.py?"),
@@ -136,6 +146,19 @@ def test_mistakes_in_one_line(flag, says):
     result = run("train.py", flag)
     assert_user_error(result, says)
     assert result.stdout == "" and len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("flag", "says"),
+    [
+        ("--n_embd=100", "n_embd=100 is not divisible by n_head=12; change one"),
+        ("--n_kv_head=5", "n_kv_head=5 does not divide n_head=12; change one"),
+    ],
+)
+def test_a_network_that_cannot_be_built_is_refused_in_one_line(flag, says, dataset, tmp_path):
+    out_dir = tmp_path / "out"
+    assert_user_error(run_here("train.py", flag, f"--dataset={dataset}", f"--out_dir={out_dir}"), says)
+    assert not out_dir.exists()
 
 
 @pytest.mark.parametrize(
@@ -170,8 +193,6 @@ def test_python_face_checks_too():
     assert TrainConfig(learning_rate=1).learning_rate == 1.0
     with pytest.raises(ValueError, match="batch_size=0"):
         TrainConfig(batch_size=0)
-    with pytest.raises(ValueError, match="not divisible"):
-        TrainConfig(n_embd=10, n_head=3)
 
 
 @pytest.mark.parametrize(
