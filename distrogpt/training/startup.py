@@ -60,10 +60,14 @@ def checkpoint_to_resume(config: TrainConfig, earlier: str | None) -> tuple[Path
 
 
 def new_model_config(config: TrainConfig, meta: dict[str, Any]) -> GPTConfig:
-    """The shape of a new network; GPT-2's vocabulary is padded to GPTConfig's, which GPUs multiply faster."""
+    """The shape of a new network; GPT-2's vocabulary is padded to GPTConfig's, which GPUs multiply faster.
+    Raises UserError if there is no such network."""
     shape = {name: value for name, value in asdict(config).items() if name in asdict(GPTConfig())}
     vocab_size = GPTConfig.vocab_size if meta["vocab_size"] == 50257 else meta["vocab_size"]
-    return GPTConfig(vocab_size=vocab_size, **shape)
+    try:
+        return GPTConfig(vocab_size=vocab_size, **shape)
+    except ValueError as error:
+        raise UserError(error) from None
 
 
 def initial_model(
