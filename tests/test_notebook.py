@@ -4,7 +4,7 @@ import nbformat
 from conftest import REPO
 from nbclient import NotebookClient
 
-from plot import read_log
+from distrogpt.plotting import read_log
 
 
 def test_the_quickstart_runs_from_its_own_folder(dataset, tmp_path):

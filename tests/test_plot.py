@@ -14,6 +14,7 @@ from conftest import TINY, assert_user_error, run, train_here
 import plot
 from configurator import read_settings
 from distrogpt.errors import UserError
+from distrogpt.plotting import MAX_POINTS, draw, read_log, show, smoothed, write_figure
 from distrogpt.settings import PlotConfig, TrainConfig
 from distrogpt.training import logger as logs_file
 from distrogpt.training.run_directory import COLUMNS
@@ -46,13 +47,13 @@ def drawn(axes) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 def test_a_log_is_read_whatever_is_wrong_with_its_lines(tmp_path):
     rows = [{"step": 0, "val_loss": 4.0}, {"step": 5, "loss": 3.5, "lr": 1e-3}]
     write_log(tmp_path, rows, f"6,,\nseven{',' * 11}\n8,,,nan{',' * 8}\n9,512,1.5,3.")
-    log = plot.read_log(tmp_path / "log.csv")
+    log = read_log(tmp_path / "log.csv")
     assert list(log) == list(COLUMNS)
     np.testing.assert_array_equal(log["step"], [0, 5, 8])
     np.testing.assert_array_equal(log["val_loss"], [4, np.nan, np.nan])
     np.testing.assert_array_equal(log["loss"], [np.nan, 3.5, np.nan])
     (tmp_path / "log.csv").write_text("step,loss\n1,2.5\n2,2.25\n")  # an older version's
-    np.testing.assert_array_equal(plot.read_log(tmp_path / "log.csv")["loss"], [2.5, 2.25])
+    np.testing.assert_array_equal(read_log(tmp_path / "log.csv")["loss"], [2.5, 2.25])
 
 
 def test_a_long_log_is_read_and_thinned_fast(tmp_path):
@@ -60,20 +61,20 @@ def test_a_long_log_is_read_and_thinned_fast(tmp_path):
     text = "".join(f"{step}{line}" for step in range(1, 600_001))
     (tmp_path / "log.csv").write_text(f"{HEADER}\n0{',' * 7}4,4{',' * 3}\n{text}")
     began = time.process_time()
-    log = plot.read_log(tmp_path / "log.csv")
-    figure = plot.draw({"run": log})
-    plot.write_figure(figure, tmp_path / "x.png")
+    log = read_log(tmp_path / "log.csv")
+    figure = draw({"run": log})
+    write_figure(figure, tmp_path / "x.png")
     assert time.process_time() - began < 8  # a second on an idle machine
     assert len(log["step"]) == 600_001 and log["step"][-1] == 600_000
     steps, losses = drawn(figure.axes[0])["step"]
-    assert len(steps) <= plot.MOST + 1 and steps[-1] == 600_000 and (losses == 3.25).all()
+    assert len(steps) <= MAX_POINTS + 1 and steps[-1] == 600_000 and (losses == 3.25).all()
 
 
 @pytest.mark.parametrize(("by", "between"), [("steps", 10), ("tokens", 640), ("seconds", 2.5)])
 def test_runs_are_compared_by_steps_tokens_or_seconds(by, between, tmp_path):
     run_of(tmp_path / "a")
     run_of(tmp_path / "b", rate=2)
-    figure = plot.draw({name: plot.read_log(tmp_path / name / "log.csv") for name in "ab"}, by, 3.12)
+    figure = draw({name: read_log(tmp_path / name / "log.csv") for name in "ab"}, by, 3.12)
     assert len(figure.axes) == 1 and figure.axes[0].get_xlabel() == by
     lines = drawn(figure.axes[0])
     x, val = lines["a"]
@@ -89,28 +90,28 @@ def test_runs_are_compared_by_steps_tokens_or_seconds(by, between, tmp_path):
 def test_scores_have_panels_where_a_run_has_them(tmp_path):
     run_of(tmp_path / "a")
     write_log(tmp_path / "b", [{"step": 0, "hellaswag": 0.25}, {"step": 9, "val_loss": 3, "hellaswag": 0.3}])
-    read = {name: plot.read_log(tmp_path / name / "log.csv") for name in "ab"}
-    figure = plot.draw(read, baseline_hellaswag=0.2955)
+    read = {name: read_log(tmp_path / name / "log.csv") for name in "ab"}
+    figure = draw(read, baseline_hellaswag=0.2955)
     _, scores = figure.axes
     assert scores.get_ylabel().startswith("HellaSwag") and "published 0.2955" in scores.texts[0].get_text()
     np.testing.assert_array_equal(drawn(scores)["b"], [[0, 9], [0.25, 0.3]])
     write_log(tmp_path / "b", [{"step": 5, "loss": 3, "accuracy": 0.5}])
-    figure = plot.draw({"b": plot.read_log(tmp_path / "b" / "log.csv")})
+    figure = draw({"b": read_log(tmp_path / "b" / "log.csv")})
     assert [axes.get_ylabel() for axes in figure.axes] == ["loss (nats per token)", "accuracy"]
 
 
 def test_smoothing_keeps_the_ends_and_the_mean():
     values = np.random.default_rng(0).normal(size=1000).cumsum()
-    smooth = plot.smoothed(values)
+    smooth = smoothed(values)
     assert smooth[0] == values[0] and smooth[-1] == pytest.approx(values[-1])
     assert smooth[500] == pytest.approx(values[495:506].mean())
-    np.testing.assert_allclose(plot.smoothed(values[:50]), values[:50])
+    np.testing.assert_allclose(smoothed(values[:50]), values[:50])
 
 
 def test_the_first_steps_of_a_long_run_do_not_flatten_the_rest(tmp_path):
     steps = range(1, 1001)
     write_log(tmp_path, [{"step": step, "loss": 10 if step < 10 else 3 + 1 / step} for step in steps])
-    low, high = plot.draw({"a": plot.read_log(tmp_path / "log.csv")}, baseline_loss=3.12).axes[0].get_ylim()
+    low, high = draw({"a": read_log(tmp_path / "log.csv")}, baseline_loss=3.12).axes[0].get_ylim()
     assert 2.9 < low < 3 and 3.12 < high < 3.2
 
 
@@ -130,10 +131,10 @@ def test_the_command_draws_and_tells_the_best(tmp_path):
         ([], "no run is named"),
         (["none"], "there is no such folder"),
         (["empty"], "log.csv cannot be read"),
-        (["other"], "is no log of train.py"),
+        (["other"], "is not a log of train.py"),
         (["fresh"], "no line with a loss yet"),
         (["good", "--output=none/x.png"], "cannot be written"),
-        (["good", "--output=x.docx"], "is no picture's name"),
+        (["good", "--output=x.docx"], "is not the name of a picture"),
     ],
 )
 def test_mistakes_of_the_command(words, says, tmp_path, monkeypatch):
@@ -145,7 +146,7 @@ def test_mistakes_of_the_command(words, says, tmp_path, monkeypatch):
     run_of(tmp_path / "good")
     config = read_settings(PlotConfig, words[1:])
     with pytest.raises(UserError, match=f"{says}.*; "):
-        plot.compare(words[:1], config)
+        plot.plot(words[:1], config)
     assert not list(tmp_path.glob("*.tmp")) and not list(tmp_path.glob("x.*"))
 
 
@@ -236,7 +237,7 @@ def test_without_matplotlib_a_run_says_so_and_trains(tmp_path, dataset, monkeypa
     assert not (tmp_path / "loss.png").exists()
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(UserError, match="pip install matplotlib"):
-        plot.draw({"a": plot.read_log(tmp_path / "log.csv")})
+        draw({"a": read_log(tmp_path / "log.csv")})
 
 
 def test_a_notebook_shows_the_run_in_place(tmp_path, dataset, monkeypatch):
@@ -259,15 +260,15 @@ def test_a_notebook_shows_the_run_in_place(tmp_path, dataset, monkeypatch):
 
     def live(losses) -> None:
         steps.append([found["step"] for found in losses])
-        assert plot.read_log(tmp_path / "log.csv")["step"][-1] == steps[-1][-1]
-        plot.show(tmp_path)
+        assert read_log(tmp_path / "log.csv")["step"][-1] == steps[-1][-1]
+        show(tmp_path)
 
     train(read_settings(TrainConfig, flags), on_evaluation=live)
     assert steps == [[0], [0, 10], [0, 10, 20]]
     assert [how for how, _ in shown] == ["display", "update", "update"]
     assert all(data.startswith(PNG) for _, data in shown) and len({data for _, data in shown}) == 3
     cell.execution_count = 2  # run again
-    plot.show(tmp_path)
+    show(tmp_path)
     assert shown[-1][0] == "display"
 
 
@@ -288,7 +289,7 @@ def test_tensorboard_and_the_log_have_each_step_once_after_a_resumption(tmp_path
     train_here(*flags, "--max_iters=12", "--init_from=resume", "--eval_interval=6")
     os.replace(tmp_path / "step-00000010.previous-1.pt", tmp_path / "last.pt")
     train_here(*flags, "--max_iters=20", "--init_from=resume")
-    found, log = scalars(tmp_path / "tensorboard"), plot.read_log(tmp_path / "log.csv")
+    found, log = scalars(tmp_path / "tensorboard"), read_log(tmp_path / "log.csv")
     names = {
         "loss",
         "lr",
@@ -339,7 +340,7 @@ def test_scores_go_wherever_losses_go_and_none_is_needed(tmp_path, dataset, monk
         logs.write(0, {"hellaswag": 0.3, "accuracy": 0.5, "val/part": 2.0})
         logs.write(1, None)
         logs.write(2, {"train": 3.0})
-    log = plot.read_log(tmp_path / "log.csv")
+    log = read_log(tmp_path / "log.csv")
     np.testing.assert_array_equal(log["step"], [0, 2])
     np.testing.assert_array_equal(log["hellaswag"], [0.3, np.nan])
     np.testing.assert_array_equal(log["accuracy"], [0.5, np.nan])

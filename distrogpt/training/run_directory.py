@@ -23,7 +23,7 @@ import torch
 
 from distrogpt.checkpoint import BEST, NEWEST, atomic_write
 from distrogpt.errors import MachineError, UserError
-from plot import LOG, PICTURE
+from distrogpt.plotting import LOG, PICTURE
 
 LOCK, HISTORY, TENSORBOARD = "run.lock", "step-????????.pt", "tensorboard"
 COLUMNS = (
