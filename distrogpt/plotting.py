@@ -154,7 +154,7 @@ def loss_range(logs: Iterable[Log], baseline: float | None) -> tuple[float, floa
     return (float(values.min()) - margin, float(values.max()) + margin) if margin else None
 
 
-def write_figure(figure: Any, path: Path) -> None:
+def write_figure(figure: Any, path: Path, dpi: int = 110) -> None:
     """Write it in the format of the file's ending, without leaving half a file. Raises UserError."""
     path = Path(os.path.realpath(path))
     suffix = path.suffix[1:].lower() or "png"
@@ -162,12 +162,12 @@ def write_figure(figure: Any, path: Path) -> None:
         raise UserError(f"{path} is not the name of a picture; end it in .png, .svg or .pdf")
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        figure.savefig(temporary, format=suffix, dpi=110)
+        figure.savefig(temporary, format=suffix, dpi=dpi)
         os.replace(temporary, path)
     except OSError as error:
         with suppress(OSError):
             temporary.unlink()
-        raise UserError(f"{path} cannot be written ({error.strerror}); name another --output") from None
+        raise UserError(f"{path} cannot be written ({error.strerror}); name another file") from None
 
 
 def show(out_dir: str | Path, by: str = "steps", **baselines: float) -> None:

@@ -58,7 +58,7 @@ def test_a_study_is_told_drawn_kept_and_gone_on_with(dataset, tmp_path):
     other = run_here(*flags, "--seeds=1", "--learning_rate=0.02", cwd=tmp_path)
     assert_user_error(other, "another learning_rate", "--json")
     (tmp_path / "text.json").write_text("no study")
-    assert_user_error(run_here(*flags, "--json=text.json", cwd=tmp_path), "is no study's")
+    assert_user_error(run_here(*flags, "--json=text.json", cwd=tmp_path), "is not a study")
     assert (tmp_path / "ablate.json").read_bytes() == kept
     again = run_here(*flags, "--plot=other.png", "--eval_only=True", cwd=tmp_path)  # that is no other study
     assert "seed 1337: val loss" not in again.stdout and (tmp_path / "other.png").is_file()
