@@ -10,6 +10,7 @@ import difflib
 import inspect
 import math
 import os
+import re
 import signal
 import sys
 import traceback
@@ -24,6 +25,7 @@ from distrogpt.errors import UserError, cli_errors
 
 REPO = Path(__file__).resolve().parent
 T = TypeVar("T")
+NOT_IN_PATHS = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")  # null, and surrogates that encode no byte
 TYPE_NAMES = {bool: "True or False", int: "a whole number", float: "a number", str: "text"} | {
     tuple: "a list of texts that are not empty",
     types.NoneType: "None",
@@ -94,10 +96,8 @@ def find_config(name: str) -> Path:
         if os.path.isfile(path):  # Path.is_file raises OSError for 5,000 characters
             return path
     if os.path.isdir(name):
-        raise UserError(
-            f"{shorten(name)} is a folder, not a config file; name the folder of a run by "
-            f"--out_dir={shorten(name)}"
-        )
+        folder = shorten(name)
+        raise UserError(f"{folder} is a folder, not a config file; a run is named by --out_dir={folder}")
     known = sorted(path.stem for path in (REPO / "config").glob("[!_]*.py"))
     near = difflib.get_close_matches(Path(name).stem, known, n=1)
     hint = f"did you mean config/{near[0]}.py?" if near else f"config/ has {', '.join(known)}"
@@ -148,7 +148,7 @@ def broken_limit(value: Any, limits: typing.Mapping[str, Any]) -> str | None:
     """The limit that `value` breaks, in words; None if it keeps all."""
     if "choices" in limits and value not in limits["choices"]:
         return "one of " + ", ".join(str(choice) for choice in limits["choices"])
-    if "path" in limits and isinstance(value, str) and not is_path(value):
+    if "path" in limits and isinstance(value, str) and NOT_IN_PATHS.search(value):
         return "a path, without null characters and lone surrogates"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
@@ -162,14 +162,6 @@ def broken_limit(value: Any, limits: typing.Mapping[str, Any]) -> str | None:
         f"below {below}": value < below,
     }
     return next((words for words, passed in tests.items() if not passed), None)
-
-
-def is_path(text: str) -> bool:
-    """Whether a file could have this name: system calls raise ValueError otherwise."""
-    try:
-        return b"\0" not in os.fsencode(text)
-    except UnicodeEncodeError:  # half of a surrogate pair
-        return False
 
 
 def shorten(value: Any, write: Callable[[Any], str] = str) -> str:
