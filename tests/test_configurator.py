@@ -1,4 +1,4 @@
-"""Settings: defaults, files, flags, in this order; every mistake in one line."""
+"""Settings: defaults, config files, flags, in this order; every mistake in one line."""
 
 import re
 import subprocess
@@ -103,12 +103,12 @@ def test_every_config_is_valid():
     ],
 )
 def test_text_becomes_the_annotated_type(flag, name, value):
-    found = getattr(settings_of(flag), name)
-    assert found == value and type(found) is type(value)
+    setting = getattr(settings_of(flag), name)
+    assert setting == value and type(setting) is type(value)
 
 
 @pytest.mark.parametrize(
-    ("flag", "says"),
+    ("flag", "message"),
     [
         ("--batch_sise=3", "did you mean batch_size?"),
         ("--batch-size=3", "did you mean batch_size?"),
@@ -142,27 +142,27 @@ def test_text_becomes_the_annotated_type(flag, name, value):
         ("config/train_gtp2.py", "did you mean config/train_gpt2.py?"),
     ],
 )
-def test_mistakes_in_one_line(flag, says):
+def test_mistakes_in_one_line(flag, message):
     result = run("train.py", flag)
-    assert_user_error(result, says)
+    assert_user_error(result, message)
     assert result.stdout == "" and len(result.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
-    ("flag", "says"),
+    ("flag", "message"),
     [
         ("--n_embd=100", "n_embd=100 is not divisible by n_head=12; change one"),
         ("--n_kv_head=5", "n_kv_head=5 does not divide n_head=12; change one"),
     ],
 )
-def test_a_network_that_cannot_be_built_is_refused_in_one_line(flag, says, dataset, tmp_path):
+def test_a_network_that_cannot_be_built_is_refused_in_one_line(flag, message, dataset, tmp_path):
     out_dir = tmp_path / "out"
-    assert_user_error(run_here("train.py", flag, f"--dataset={dataset}", f"--out_dir={out_dir}"), says)
+    assert_user_error(run_here("train.py", flag, f"--dataset={dataset}", f"--out_dir={out_dir}"), message)
     assert not out_dir.exists()
 
 
 @pytest.mark.parametrize(
-    ("line", "says"),
+    ("line", "message"),
     [
         ("batchsize = 3", "did you mean batch_size?"),
         ("batch_size = '3'", "batch_size='3' does not fit"),
@@ -181,15 +181,15 @@ def test_a_network_that_cannot_be_built_is_refused_in_one_line(flag, says, datas
         ("globals()[5] = 1; batchsize = 3", "did you mean batch_size?"),
     ],
 )
-def test_mistakes_in_a_config_file_name_the_file(line, says, tmp_path):
+def test_mistakes_in_a_config_file_name_the_file(line, message, tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(f"# a comment\n{line}\n")
-    with pytest.raises(UserError, match=re.escape(says)) as caught:
+    with pytest.raises(UserError, match=re.escape(message)) as caught:
         settings_of(str(path))
     assert str(path) in str(caught.value)
 
 
-def test_python_face_checks_too():
+def test_settings_made_in_python_are_checked_too():
     assert TrainConfig(learning_rate=1).learning_rate == 1.0
     with pytest.raises(ValueError, match="batch_size=0"):
         TrainConfig(batch_size=0)
