@@ -293,7 +293,7 @@ class SampleConfig(Settings):
         super().__post_init__()
         prompts = [self.start != START.default, self.prompts is not None, self.interactive]
         if sum(prompts) > 1:
-            raise ValueError("start, prompts and interactive all give the prompt; choose one of them")
+            raise ValueError("start, prompts and interactive all set the prompt; give one of them")
         if self.speak and self.interactive:
             raise ValueError("speak needs samples that end; leave out interactive")
         if self.voice and not self.speak:
