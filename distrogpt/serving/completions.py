@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
-from configurator import check_settings, setting, shorten
+from configurator import Settings, setting, shorten
 from distrogpt.errors import UserError
 from distrogpt.serving.engine import RequestOutput
 from distrogpt.settings import SampleConfig
@@ -16,19 +16,19 @@ ALIKE = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "stop",
 
 
 @dataclass
-class CompletionConfig:
+class CompletionConfig(Settings):
     """What may stand in a body beside its prompt. The defaults are OpenAI's; the second half is our own."""
 
     model: str = setting("", "any: there is one")
-    max_tokens: int = setting(16, "of each sample", at_least=1)
-    n: int = setting(1, "samples of each prompt", at_least=1)
-    best_of: int | None = setting(None, "so many are written, and the n likeliest of them told", at_least=1)
+    max_tokens: int = setting(16, "of each sample", min=1)
+    n: int = setting(1, "samples of each prompt", min=1)
+    best_of: int | None = setting(None, "so many are written, and the n likeliest of them told", min=1)
     temperature: float = setting(1.0, "as in sample.py, whose limits hold for this and the others")
     top_p: float = setting(1.0, "as in sample.py")
     seed: int | None = setting(None, "None is another one each time")
     stop: tuple[str, ...] = setting((), "texts before which a sample ends")
     logprobs: int | None = setting(
-        None, "the chance of each token, and so many of the likeliest in its place", at_least=0, at_most=20
+        None, "the chance of each token, and so many of the likeliest in its place", min=0, max=20
     )
     echo: bool = setting(False, "the prompt before the text")
     stream: bool = setting(False, "what is certain as soon as it is")
@@ -41,7 +41,7 @@ class CompletionConfig:
     truncate: bool = setting(False, "a prompt that is too long loses its begin, and is not refused")
 
     def __post_init__(self) -> None:
-        check_settings(self)
+        super().__post_init__()
         if self.copies < self.n:
             raise ValueError(f"best_of={self.copies} is below n={self.n}; make it as many or more")
         if self.stream and self.copies > self.n:

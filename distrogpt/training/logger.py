@@ -17,10 +17,11 @@ from distrogpt.errors import UserError
 from distrogpt.evaluation.loss import Losses
 from distrogpt.hardware import peak_flops
 from distrogpt.openmp import WAITS
+from distrogpt.plotting import PICTURE
 from distrogpt.runtime import Runtime, progress_bar
 from distrogpt.settings import TrainConfig
 from distrogpt.training.guards import LossSpikeDetector
-from distrogpt.training.run_directory import PLOT, TENSORBOARD, RunDirectory
+from distrogpt.training.run_directory import TENSORBOARD, RunDirectory
 from distrogpt.training.state import TrainState
 from model import GPT
 
@@ -193,7 +194,7 @@ class TensorBoard:
 
 def has_matplotlib(config: TrainConfig) -> bool:
     if importlib.util.find_spec("matplotlib") is None:
-        log.info(f"note     no {config.out_dir}/{PLOT}: pip install matplotlib")
+        log.info(f"note     no {config.out_dir}/{PICTURE}: pip install matplotlib")
         return False
     return True
 
@@ -203,7 +204,7 @@ class LossPlot:
 
     def __init__(self, config: TrainConfig) -> None:
         plot = Path(__file__).resolve().parents[2] / "plot.py"
-        self.command = [sys.executable, str(plot), config.out_dir, f"--output={config.out_dir}/{PLOT}"]
+        self.command = [sys.executable, str(plot), config.out_dir, f"--output={config.out_dir}/{PICTURE}"]
         self.command.append(f"--baseline_loss={config.baseline_loss}")
         self.command.append(f"--baseline_hellaswag={config.baseline_hellaswag}")
         self.process: subprocess.Popen | None = None

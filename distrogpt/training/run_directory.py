@@ -25,6 +25,7 @@ import torch
 
 from distrogpt.checkpoint import BEST, NEWEST, atomic_write, diverged_error, training_state
 from distrogpt.errors import Diverged, MachineError, UserError
+from distrogpt.plotting import LOG, PICTURE
 from distrogpt.runtime import Runtime
 from distrogpt.settings import TrainConfig
 from distrogpt.training.distributed import weights_are_finite
@@ -33,8 +34,7 @@ from model import GPT
 
 log = logging.getLogger("distrogpt")
 
-LOG, PLOT, TENSORBOARD = "log.csv", "loss.png", "tensorboard"
-LOCK, OWNER, HISTORY = "run.lock", "run.owner", "step-????????.pt"
+TENSORBOARD, LOCK, OWNER, HISTORY = "tensorboard", "run.lock", "run.owner", "step-????????.pt"
 COLUMNS = (
     "step", "tokens", "seconds", "loss", "lr", "grad_norm", "tokens_per_second", "train_loss", "val_loss",
     "val_bits_per_byte", "hellaswag", "accuracy",
@@ -159,7 +159,7 @@ class RunDirectory:
         wrong folder."""
         if not self.owned:
             self.owned = True
-            names = (BEST, NEWEST, LOG, TENSORBOARD, PLOT)
+            names = (BEST, NEWEST, LOG, TENSORBOARD, PICTURE)
             self.move_aside([*(self.path / name for name in names), *self.path.glob(HISTORY)])
             self.write_owner(self.owner_line())
 

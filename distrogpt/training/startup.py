@@ -80,10 +80,14 @@ def checkpoint_to_resume(config: TrainConfig, restarted_id: str | None) -> tuple
 
 
 def new_model_config(config: TrainConfig, meta: dict[str, Any]) -> GPTConfig:
-    """The shape of a new model. GPT-2's vocabulary is padded to GPTConfig's, which GPUs multiply faster."""
+    """The shape of a new model. GPT-2's vocabulary is padded to GPTConfig's, which GPUs multiply faster. Raises
+    UserError if the settings do not fit together."""
     shape = {name: value for name, value in asdict(config).items() if name in asdict(GPTConfig())}
     vocab_size = GPTConfig.vocab_size if meta["vocab_size"] == 50257 else meta["vocab_size"]
-    return GPTConfig(vocab_size=vocab_size, **shape)
+    try:
+        return GPTConfig(vocab_size=vocab_size, **shape)
+    except ValueError as error:
+        raise UserError(error) from None
 
 
 def initial_model(

@@ -16,13 +16,13 @@ from distrogpt.data.dataset import evaluation_windows, open_dataset, parse_mixtu
 from distrogpt.data.sampling import epoch_starts, interleave, random_starts
 from distrogpt.errors import UserError
 from distrogpt.evaluation.evaluator import Evaluator
+from distrogpt.plotting import read_log
 from distrogpt.runtime import Runtime
 from distrogpt.settings import BenchConfig, TrainConfig
 from distrogpt.training.batches import step_batches
 from distrogpt.training.run_directory import COLUMNS
 from distrogpt.training.startup import fingerprint
 from model import GPT, GPTConfig
-from plot import read_log
 from train import train
 
 RANDOM, EPOCH = [461, 347, 838, 901], [468, 804, 132, 836]
