@@ -1,0 +1,137 @@
+"""The speed study of GPT-2's training step: one improvement after another, each next to the one before it."""
+
+import math
+import statistics
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+import model as model_file
+from distrogpt.benchmark.timing import Step, alternate, dtype_name, open_data, ratio, spread
+from distrogpt.benchmark.training import Trainer, TrainingStep, new_model
+from distrogpt.data.dataset import Dataset
+from distrogpt.errors import writable
+from distrogpt.kernels import cpu as attention_file
+from distrogpt.runtime import Runtime, find_pyplot, start_runtime
+from distrogpt.settings import BenchConfig
+from model import GPT
+
+PLOT = "bench_ladder.png"
+Improvements = dict[str, Any]
+
+
+def ladder_rungs(config: BenchConfig, meta: dict, runtime: Runtime) -> dict[str, Improvements]:
+    """What each rung adds to those below it; the first is plain fp32."""
+    on_gpu = runtime.device.type == "cuda"
+    first = {"dropout": True} if on_gpu else {"padded": True}  # no rungs there
+    rungs = {"fp32, plain": first, "TF32" if on_gpu else "oneDNN products": {"products": True}}
+    if runtime.dtype != torch.float32:
+        rungs[dtype_name(runtime.dtype)] = {"dtype": runtime.dtype}
+    rungs["attention kernel"] = {"attention": True}
+    if config.dropout and not on_gpu:
+        rungs["dropout by bytes"] = {"dropout": True}
+    if not on_gpu:
+        rungs["exact GELU"] = {"activation": "gelu"}
+    if on_gpu and meta["vocab_size"] == 50257:
+        rungs["padded vocabulary"] = {"padded": True}
+    return {**rungs, "fused AdamW": {"fused": True}, "compile": {"compile": True}}
+
+
+def plain_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, p: float = 0.0
+) -> torch.Tensor:
+    """Attention as in the formula: all scores, masked afterwards. Shapes (B, H, T, D)."""
+    later = torch.ones(q.size(2), q.size(2), dtype=torch.bool, device=q.device).triu(1)
+    scores = (q @ k.transpose(-2, -1)) * scale  # (B, H, T, T)
+    return F.dropout(scores.masked_fill(later, -math.inf).softmax(dim=-1), p) @ v
+
+
+class Rung:
+    """train.py's step with these improvements alone; the others are taken out of the model."""
+
+    def __init__(
+        self,
+        training_step: TrainingStep,
+        config: BenchConfig,
+        data: Dataset,
+        runtime: Runtime,
+        on: Improvements,
+    ) -> None:
+        gpt2 = {"activation": on.get("activation", "gelu_tanh"), "optimizer": "adamw", "n_kv_head": None}
+        config = replace(config, compile=on.get("compile", False), **gpt2)
+        runtime = replace(runtime, dtype=on.get("dtype", torch.float32))
+        self.precision = torch.get_float32_matmul_precision() if on.get("products") else "highest"
+        self.ours = {"dropout": model_file.dropout, "causal_attention": model_file.causal_attention}
+        self.plain = {} if on.get("dropout") else {"dropout": F.dropout}
+        self.plain |= {} if on.get("attention") else {"causal_attention": plain_attention}
+        model = new_model(config, data, runtime)
+        if not on.get("padded") and model.config.vocab_size != data.meta["vocab_size"]:
+            model = GPT(replace(model.config, vocab_size=data.meta["vocab_size"])).to(runtime.device)
+        self.trainer = Trainer(training_step, config, data, runtime, model)
+        if not on.get("fused"):
+            self.trainer.optimizers = [plain_adamw(self.trainer.optimizers[0], config)]
+
+    def __call__(self, number: int) -> None:
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision(self.precision)
+        for file in (model_file, attention_file):
+            vars(file).update(self.ours | self.plain)
+        self.trainer(number)
+        for file in (model_file, attention_file):
+            vars(file).update(self.ours)
+        torch.set_float32_matmul_precision(before)
+
+
+def plain_adamw(fused: torch.optim.Optimizer, config: BenchConfig) -> torch.optim.AdamW:
+    """The same optimizer, one kernel for each parameter and operation."""
+    groups = [{key: group[key] for key in ("params", "weight_decay")} for group in fused.param_groups]
+    return torch.optim.AdamW(groups, config.learning_rate, (config.beta1, config.beta2), fused=False)
+
+
+def bench_ladder(config: BenchConfig, runtime: Runtime, training_step: TrainingStep) -> dict[str, Any]:
+    """Time each rung in turns with the one below it, and plot them.
+
+    A rung's ms are the first one's divided by all gains so far: measured later, on a busier machine, it would
+    seem slower.
+    """
+    data, on = open_data(config), {}
+    rungs, below, total = [], None, 1.0
+    for name, improvement in ladder_rungs(config, data.meta, runtime).items():
+        on |= improvement
+        step = Rung(training_step, config, data, runtime, on)
+        pair: dict[str, Step] = {name: step} if below is None else {"below": below, name: step}
+        times = alternate(pair, config.warmup_steps, config.bench_steps, runtime)
+        gain = ratio(times["below"], times[name])["median"] if below else 1.0
+        total *= gain
+        ms = rungs[0]["ms"] / total if below else spread(times[name])["median"] * 1000
+        rungs.append({"rung": name, "ms": ms, "gain": gain, "total": total})
+        print(f"{name:18} {ms:10.2f} ms   x {gain:.2f}   {total:6.2f} times the first", flush=True)
+        below = step
+    if runtime.device.type == "cuda":
+        cpu = start_runtime("cpu")
+        small = replace(config, batch_size=1, compile=False)
+        trainer = Trainer(training_step, small, data, cpu)
+        ms = statistics.median(alternate({"": trainer}, 1, 2, cpu)[""]) * 1000 * config.batch_size
+        print(f"{'CPU, all but compile':18} {ms:10.2f} ms for as many sequences")
+        rungs.append({"rung": "CPU", "ms": ms, "gain": rungs[-1]["ms"] / ms, "total": rungs[0]["ms"] / ms})
+    plot_ladder(rungs, f"{config.n_layer}/{config.n_head}/{config.n_embd}, {runtime.describe()}")
+    return {"rungs": rungs}
+
+
+def plot_ladder(rungs: list[dict[str, Any]], title: str) -> None:
+    """Bars of ms per step, each with its gain over the one above it."""
+    pyplot = find_pyplot(PLOT)
+    if pyplot is None:
+        return
+    figure, axes = pyplot.subplots(figsize=(8, 0.45 * len(rungs) + 1.4), layout="constrained")
+    bars = axes.barh([rung["rung"] for rung in rungs], [rung["ms"] for rung in rungs], color="#4477aa")
+    axes.bar_label(bars, [f"{rung['ms']:.1f} ms (x {rung['gain']:.2f})" for rung in rungs], padding=4)
+    axes.invert_yaxis()
+    axes.margins(x=0.32)
+    axes.set(xlabel="ms per training step; in brackets the gain over the rung above", title=title)
+    with writable(PLOT) as file:
+        figure.savefig(file, dpi=150)
+    print(f"plot     {Path(PLOT).resolve()}")
