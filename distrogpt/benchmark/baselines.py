@@ -4,13 +4,14 @@ import contextlib
 import importlib.util
 import math
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
+from distrogpt.benchmark.timing import float32_precision
 from distrogpt.data.dataset import Dataset
 from distrogpt.errors import UserError
 from distrogpt.runtime import Runtime, maybe_compile
@@ -20,14 +21,9 @@ from train import step_batches
 HF = "transformers"
 
 
-@contextlib.contextmanager
-def default_precision(runtime: Runtime) -> Iterator[None]:
-    """torch's default fp32 products on a CPU: a baseline does not get our enable_onednn_float32."""
-    before = torch.get_float32_matmul_precision()
-    if runtime.device.type == "cpu":
-        torch.set_float32_matmul_precision("highest")
-    yield
-    torch.set_float32_matmul_precision(before)
+def default_precision(runtime: Runtime) -> str:
+    """torch's default on a CPU: a baseline does not get our enable_onednn_float32."""
+    return "highest" if runtime.device.type == "cpu" else torch.get_float32_matmul_precision()
 
 
 def baseline_name(against: str) -> str:
@@ -62,25 +58,30 @@ def baseline_model(config: BenchConfig, vocab_size: int) -> torch.nn.Module:
         raise UserError(f"{path} is not nanoGPT's ({error}); name a nanoGPT checkout") from None
 
 
+@dataclass
 class BaselineTrainer:
     """A training step as the baseline does it: fp32 on CPUs, autocast and compiled on GPUs."""
 
-    def __init__(self, config: BenchConfig, data: Dataset, vocab_size: int, runtime: Runtime) -> None:
-        self.config, self.data, self.runtime = config, data, runtime
-        self.model = baseline_model(config, vocab_size).to(runtime.device).train()
+    config: BenchConfig
+    data: Dataset
+    vocab_size: int
+    runtime: Runtime
+
+    def __post_init__(self) -> None:
+        config, device = self.config, self.runtime.device
+        self.model = baseline_model(config, self.vocab_size).to(device).train()
         lr, betas = config.learning_rate, (config.beta1, config.beta2)
         if config.against == HF:
             parameters = self.model.parameters()
             self.optimizer = torch.optim.AdamW(parameters, lr, betas, weight_decay=config.weight_decay)
         else:
-            settings = (config.weight_decay, lr, betas, runtime.device.type)
             with contextlib.redirect_stdout(None):
-                self.optimizer = self.model.configure_optimizers(*settings)
-        if runtime.device.type == "cuda":
-            maybe_compile(self.model, config.compile, runtime.device, config.max_iters, print)
+                self.optimizer = self.model.configure_optimizers(config.weight_decay, lr, betas, device.type)
+        if device.type == "cuda":
+            maybe_compile(self.model, config.compile, device, config.max_iters, print)
         else:
-            self.runtime = replace(runtime, dtype=torch.float32)
-        self.batches = step_batches(data, config, runtime, 0)
+            self.runtime = replace(self.runtime, dtype=torch.float32)
+        self.batches = step_batches(self.data, config, self.runtime, 0)
 
     def loss(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         if self.config.against != HF:
@@ -89,7 +90,7 @@ class BaselineTrainer:
         return F.cross_entropy(logits.flatten(0, 1), y.flatten(), ignore_index=-1)
 
     def __call__(self, number: int) -> None:
-        with default_precision(self.runtime):
+        with float32_precision(default_precision(self.runtime)):
             for x, y, *_ in self.batches:
                 with self.runtime.autocast():
                     loss = self.loss(x, y)
@@ -106,21 +107,21 @@ def baseline_generate(
     """A function that samples tokens after a prompt (1, T): nanoGPT as in its sample.py, transformers in our
     compute dtype."""
     model = baseline_model(config, vocab_size).to(runtime.device).eval()
+    sampling = {"temperature": 0.8, "top_k": 200}
     if config.against == HF:
-        settings = {
+        model.to(runtime.dtype)
+        sampling |= {
             "do_sample": True,
-            "temperature": 0.8,
-            "top_k": 200,
             "pad_token_id": 0,
             "eos_token_id": None,
+            "min_new_tokens": max_new_tokens,
         }
-        settings |= {"max_new_tokens": max_new_tokens, "min_new_tokens": max_new_tokens}
-        return lambda idx: model.to(runtime.dtype).generate(idx, **settings)
+        return lambda idx: model.generate(idx, max_new_tokens=max_new_tokens, **sampling)
     if runtime.device.type == "cpu":
         runtime = replace(runtime, dtype=torch.float32)
 
     def generate(idx: torch.Tensor) -> None:
-        with default_precision(runtime), runtime.autocast():
-            model.generate(idx, max_new_tokens, temperature=0.8, top_k=200)
+        with float32_precision(default_precision(runtime)), runtime.autocast():
+            model.generate(idx, max_new_tokens, **sampling)
 
     return generate

@@ -13,8 +13,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +22,14 @@ import torch
 import torch.distributed as dist
 
 from distrogpt.benchmark.plan import Split, count, find_hardware, memory
-from distrogpt.benchmark.timing import alternate, dtype_name, open_data, peak_memory, spread
+from distrogpt.benchmark.timing import (
+    alternate,
+    dtype_name,
+    float32_precision,
+    open_data,
+    peak_memory,
+    spread,
+)
 from distrogpt.benchmark.training import Trainer, TrainingStep
 from distrogpt.checkpoint import NEWEST, load_checkpoint
 from distrogpt.errors import UserError
@@ -74,15 +79,6 @@ def not_finite(model: torch.nn.Module) -> float:
     """1.0 if any weight is not finite, else 0.0."""
     finite = all(bool(full_tensor(p.detach()).isfinite().all()) for p in model.parameters())
     return 0.0 if finite else 1.0
-
-
-@contextmanager
-def exact_float32() -> Iterator[None]:
-    """fp32 products without TF32 or bf16 in them."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    yield
-    torch.set_float32_matmul_precision(before)
 
 
 def small_model(network: dict[str, Any]) -> GPT:
@@ -145,9 +141,9 @@ def check_network(config: BenchConfig, runtime: Runtime, _: TrainingStep) -> lis
     def run(model: GPT, dtype: torch.dtype) -> tuple[torch.Tensor, float, torch.Tensor]:
         on = replace(runtime, device=next(model.parameters()).device, dtype=dtype)
         x, y, *_ = make_batch(0, on.device)
-        with exact_float32(), on.autocast():
+        with float32_precision("highest"), on.autocast():
             logits, loss = model(x, y)
-        with exact_float32():
+        with float32_precision("highest"):
             loss.backward()
         return logits, loss.item(), torch.cat([p.grad.flatten() for p in model.parameters()])
 
@@ -181,7 +177,7 @@ def check_greedy(config: BenchConfig, runtime: Runtime, _: TrainingStep) -> list
         for dtype in (torch.float32, torch.bfloat16):
             kind, exact = f"{name}, {dtype_name(dtype)}", dtype == torch.float32
             ready = optimize_for_inference(copy.deepcopy(model).to(runtime.device), dtype)
-            with exact_float32():
+            with float32_precision("highest"):
                 alone = torch.cat([greedy(ready, [prompt]) for prompt in prompts])
                 together = greedy(ready, prompts)
                 if exact:

@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,15 @@ import torch
 import torch.nn.functional as F
 
 import model as model_file
-from distrogpt.benchmark.timing import Step, alternate, dtype_name, open_data, ratio, spread
+from distrogpt.benchmark.timing import (
+    Step,
+    alternate,
+    dtype_name,
+    float32_precision,
+    open_data,
+    ratio,
+    spread,
+)
 from distrogpt.benchmark.training import Trainer, TrainingStep, new_model
 from distrogpt.data.dataset import Dataset
 from distrogpt.errors import writable
@@ -20,10 +28,9 @@ from distrogpt.settings import BenchConfig
 from model import GPT
 
 PLOT = "bench_ladder.png"
-Improvements = dict[str, Any]
 
 
-def ladder_rungs(config: BenchConfig, meta: dict, runtime: Runtime) -> dict[str, Improvements]:
+def ladder_rungs(config: BenchConfig, meta: dict, runtime: Runtime) -> dict[str, dict[str, Any]]:
     """What each rung adds to those below it; the first is plain fp32."""
     on_gpu = runtime.device.type == "cuda"
     first = {"dropout": True} if on_gpu else {"padded": True}  # no rungs there
@@ -49,20 +56,21 @@ def plain_attention(
     return F.dropout(scores.masked_fill(later, -math.inf).softmax(dim=-1), p) @ v
 
 
+@dataclass
 class Rung:
-    """train.py's step with these improvements alone; the others are taken out of the model."""
+    """train.py's step with the improvements `on` alone; the others are taken out of the model."""
 
-    def __init__(
-        self,
-        training_step: TrainingStep,
-        config: BenchConfig,
-        data: Dataset,
-        runtime: Runtime,
-        on: Improvements,
-    ) -> None:
+    training_step: TrainingStep
+    config: BenchConfig
+    data: Dataset
+    runtime: Runtime
+    on: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        on, data = self.on, self.data
         gpt2 = {"activation": on.get("activation", "gelu_tanh"), "optimizer": "adamw", "n_kv_head": None}
-        config = replace(config, compile=on.get("compile", False), **gpt2)
-        runtime = replace(runtime, dtype=on.get("dtype", torch.float32))
+        config = replace(self.config, compile=on.get("compile", False), **gpt2)
+        runtime = replace(self.runtime, dtype=on.get("dtype", torch.float32))
         self.precision = torch.get_float32_matmul_precision() if on.get("products") else "highest"
         self.ours = {"dropout": model_file.dropout, "causal_attention": model_file.causal_attention}
         self.plain = {} if on.get("dropout") else {"dropout": F.dropout}
@@ -70,25 +78,19 @@ class Rung:
         model = new_model(config, data, runtime)
         if not on.get("padded") and model.config.vocab_size != data.meta["vocab_size"]:
             model = GPT(replace(model.config, vocab_size=data.meta["vocab_size"])).to(runtime.device)
-        self.trainer = Trainer(training_step, config, data, runtime, model)
-        if not on.get("fused"):
-            self.trainer.optimizers = [plain_adamw(self.trainer.optimizers[0], config)]
+        self.trainer = Trainer(self.training_step, config, data, runtime, model)
+        if not on.get("fused"):  # one kernel for each parameter and operation
+            keys, betas = ("params", "weight_decay"), (config.beta1, config.beta2)
+            groups = [{key: group[key] for key in keys} for group in self.trainer.optimizers[0].param_groups]
+            self.trainer.optimizers = [torch.optim.AdamW(groups, config.learning_rate, betas, fused=False)]
 
     def __call__(self, number: int) -> None:
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision(self.precision)
-        for file in (model_file, attention_file):
-            vars(file).update(self.ours | self.plain)
-        self.trainer(number)
-        for file in (model_file, attention_file):
-            vars(file).update(self.ours)
-        torch.set_float32_matmul_precision(before)
-
-
-def plain_adamw(fused: torch.optim.Optimizer, config: BenchConfig) -> torch.optim.AdamW:
-    """The same optimizer, one kernel for each parameter and operation."""
-    groups = [{key: group[key] for key in ("params", "weight_decay")} for group in fused.param_groups]
-    return torch.optim.AdamW(groups, config.learning_rate, (config.beta1, config.beta2), fused=False)
+        with float32_precision(self.precision):
+            for file in (model_file, attention_file):
+                vars(file).update(self.ours | self.plain)
+            self.trainer(number)
+            for file in (model_file, attention_file):
+                vars(file).update(self.ours)
 
 
 def bench_ladder(config: BenchConfig, runtime: Runtime, training_step: TrainingStep) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,15 @@ def open_data(config: BenchConfig) -> Dataset:
     return Dataset([Part("random ids", 1.0, Path(), GPT2_META, {"train": stream}, lines)])
 
 
+@contextmanager
+def float32_precision(precision: str) -> Iterator[None]:
+    """torch.set_float32_matmul_precision for a while."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -68,7 +78,7 @@ def seconds_of(function: Callable[..., Any], *args: Any, runtime: Runtime) -> fl
 
 
 def alternate(steps: dict[str, Step], warmup: int, count: int, runtime: Runtime) -> dict[str, list[float]]:
-    """Seconds of `count` steps of each, in turns of a tenth of them, so that a busy machine slows all alike."""
+    """Seconds of `count` steps of each, in turns of a tenth of them: a busy machine slows all of them alike."""
     for step in steps.values():
         for number in range(warmup):
             step(number)

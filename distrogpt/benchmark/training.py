@@ -1,7 +1,7 @@
 """Time train.py's training step: speed, MFU and memory, alone or next to another implementation's."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,25 +31,23 @@ TRACE = "bench_trace.json"
 TrainingStep = Callable[..., Any]  # train.py's, which bench.py hands in: the package imports no command
 
 
+@dataclass
 class Trainer:
-    """A model, its optimizers and train.py's training step; each call is a step on the next batch of `data`."""
+    """A model, its optimizers and train.py's step; each call is a training step on the next batch of `data`."""
 
-    def __init__(
-        self,
-        training_step: TrainingStep,
-        config: BenchConfig,
-        data: Dataset | None,
-        runtime: Runtime,
-        model: torch.nn.Module | None = None,
-    ) -> None:
-        """Without a model, a new one as train.py makes it."""
-        self.training_step, self.config, self.data, self.runtime = training_step, config, data, runtime
-        self.model = new_model(config, data, runtime) if model is None else model
+    training_step: TrainingStep
+    config: BenchConfig
+    data: Dataset | None
+    runtime: Runtime
+    model: torch.nn.Module | None = None  # None: a new one as train.py makes it
+
+    def __post_init__(self) -> None:
+        if self.model is None:
+            self.model = new_model(self.config, self.data, self.runtime)
         plain = getattr(self.model, "module", self.model)  # without DDP
-        self.optimizers = make_optimizers(plain, config, runtime.device.type, runtime.dtype)
-        self.scaler = runtime.loss_scaler()
-        self.batches: list[MicroBatch] = []
-        if data is not None:
+        self.optimizers = make_optimizers(plain, self.config, self.runtime.device.type, self.runtime.dtype)
+        self.scaler = self.runtime.loss_scaler()
+        if self.data is not None:
             self.load(0)
 
     def load(self, number: int) -> None:
