@@ -23,7 +23,7 @@ from distrogpt.data.meta import GPT2_META, other_tokenizer
 from distrogpt.data.tokenizer import Tokenizer, ids_of_prompt
 from distrogpt.errors import UserError, cli_errors, exit_process, warn, writable
 from distrogpt.evaluation.introspection import next_tokens
-from distrogpt.evaluation.loss import mean_losses, summed_loss
+from distrogpt.evaluation.loss import EvalWindows, mean_losses, summed_loss
 from distrogpt.evaluation.questions import GPT2_HELLASWAG
 from distrogpt.evaluation.tasks import answers, check_lengths, choices, held_out_lines, open_questions
 from distrogpt.inference.sampler import read_prompt
@@ -132,11 +132,11 @@ def loss(config: EvalConfig, trained: Trained, name: str) -> Callable[[], Result
         for number, part in enumerate(data.parts):
             stream = part.streams[config.split]
             if asked.sampling == "lines":
-                windows = evaluation_windows(part, number, config.split, asked, runtime.world_size)
+                starts, skip = evaluation_windows(part, number, config.split, asked, runtime.world_size)
             else:
-                windows = strided_windows(len(stream), T, stride)
-                windows = padded(*windows, T, B * runtime.world_size)
-            found.append(summed_loss(trained.model, data, stream, *windows, B, T, runtime))
+                starts, skip = padded(*strided_windows(len(stream), T, stride), T, B * runtime.world_size)
+            windows = EvalWindows(stream, starts, skip, B, T)
+            found.append(summed_loss(trained.model, data, windows, runtime))
         if not all(count for _, count in found):
             raise UserError(f"no target of {config.split} stands after the separator; choose another dataset")
         means = mean_losses(data, {config.split: [total / count for total, count in found]}, config.split)

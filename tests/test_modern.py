@@ -22,9 +22,10 @@ from distrogpt.inference.decoder import SamplingParams, optimize_for_inference, 
 from distrogpt.kernels.cpu import KVCache, rms_norm, rotate, rotation
 from distrogpt.runtime import Runtime
 from distrogpt.settings import TrainConfig
+from distrogpt.training.batches import MicroBatch
 from distrogpt.training.optim import make_optimizers
 from model import ACTIVATIONS, GPT, NORMS, GPTConfig
-from train import MicroBatch, training_step
+from train import training_step
 
 SMALL = {"block_size": 16, "vocab_size": 24, "n_layer": 2, "n_head": 4, "n_embd": 24}
 VALUES = {

@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from distrogpt.benchmark.timing import float32_precision
 from distrogpt.data.dataset import Dataset
 from distrogpt.errors import UserError
-from distrogpt.runtime import Runtime, maybe_compile
+from distrogpt.kernels.compile import maybe_compile
+from distrogpt.runtime import Runtime
 from distrogpt.settings import BenchConfig
-from train import step_batches
+from distrogpt.training.batches import step_batches
 
 HF = "transformers"
 
@@ -78,7 +79,7 @@ class BaselineTrainer:
             with contextlib.redirect_stdout(None):
                 self.optimizer = self.model.configure_optimizers(config.weight_decay, lr, betas, device.type)
         if device.type == "cuda":
-            maybe_compile(self.model, config.compile, device, config.max_iters, print)
+            maybe_compile(self.model, config.compile, device, config.max_iters)
         else:
             self.runtime = replace(self.runtime, dtype=torch.float32)
         self.batches = step_batches(self.data, config, self.runtime, 0)

@@ -33,12 +33,15 @@ from distrogpt.benchmark.timing import (
 from distrogpt.benchmark.training import Trainer, TrainingStep
 from distrogpt.checkpoint import NEWEST, load_checkpoint
 from distrogpt.errors import UserError
+from distrogpt.hardware import measured_bandwidth, measured_flops, peak_flops
 from distrogpt.inference.decoder import SamplingParams, optimize_for_inference, stream
-from distrogpt.runtime import Runtime, compile_works, measured_bandwidth, measured_flops, peak_flops
+from distrogpt.kernels.compile import compile_error
+from distrogpt.runtime import Runtime
 from distrogpt.settings import BenchConfig
+from distrogpt.training.batches import MicroBatch
 from distrogpt.training.distributed import full_tensor, wrap_distributed
+from distrogpt.training.optim import clip_gradients
 from model import GPT, GPTConfig
-from train import MicroBatch, clip_gradients
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = {"block_size": 256, "vocab_size": 1024, "n_layer": 4, "n_head": 4, "n_embd": 256}
@@ -112,13 +115,16 @@ def check_machine(config: BenchConfig, runtime: Runtime, _: TrainingStep) -> lis
         Row("Python, torch", f"{platform.python_version()}, {torch.__version__}"),
     ]
     for dtype in sorted({runtime.dtype, torch.float32}, key=str):
-        product = measured_flops(replace(runtime, dtype=dtype), seconds=1.0)
+        product = measured_flops(runtime.device, dtype, seconds=1.0)
         rows.append(Row(f"matrix product, {dtype_name(dtype)}", f"{product / 1e12:,.2f} TFLOP/s"))
     if runtime.device.type == "cuda":
         gpu = torch.cuda.get_device_properties(runtime.device)
         rows += [
             Row("GPU", f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}"),
-            Row("peak from which MFU is computed", f"{peak_flops(runtime) / 1e12:,.0f} TFLOP/s"),
+            Row(
+                "peak from which MFU is computed",
+                f"{peak_flops(runtime.device, runtime.dtype) / 1e12:,.0f} TFLOP/s",
+            ),
         ]
     rows.append(Row("memory, read", f"{measured_bandwidth(runtime.device) / 1e9:,.0f} GB/s"))
     return rows
@@ -215,9 +221,8 @@ def different(ids: torch.Tensor, expected: torch.Tensor) -> float:
 
 def check_compile(config: BenchConfig, runtime: Runtime, training_step: TrainingStep) -> list[Row]:
     """20 compiled training steps against the same steps uncompiled."""
-    reasons: list[str] = []
-    if not compile_works(runtime.device, reasons.append):
-        return [Row("torch.compile", " ".join(reasons))]
+    if error := compile_error(runtime.device):
+        return [Row("torch.compile", error)]
     rows = []
     for name, network in NETWORKS.items():
         model = small_model(network).to(runtime.device)

@@ -15,7 +15,8 @@ import torch
 from distrogpt.benchmark.timing import alternate, open_data, seconds_of, spread, synchronize
 from distrogpt.benchmark.training import Trainer, TrainingStep
 from distrogpt.checkpoint import BEST, NEWEST, atomic_write, training_state
-from distrogpt.runtime import Runtime, peak_flops
+from distrogpt.hardware import peak_flops
+from distrogpt.runtime import Runtime
 from distrogpt.settings import BenchConfig
 from distrogpt.training.logger import TrainLogger
 from distrogpt.training.optim import get_lr
@@ -69,7 +70,8 @@ def bench_logs(config: BenchConfig, runtime: Runtime, training_step: TrainingSte
     """What all logs cost: a line at each step, and loss.png as often as it is redrawn."""
     trainer = Trainer(training_step, config, open_data(config), runtime)
     sequences = config.gradient_accumulation_steps * config.batch_size
-    mfu_per_step_second = trainer.model.estimate_mfu(sequences, 1.0, peak_flops(runtime))
+    peak = peak_flops(runtime.device, runtime.dtype)
+    mfu_per_step_second = trainer.model.estimate_mfu(sequences, 1.0, peak)
     steps, lines, screen = [], [], io.StringIO()
     config = replace(config, **ALL_LOGS)
 

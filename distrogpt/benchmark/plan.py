@@ -31,8 +31,10 @@ from distrogpt.benchmark.training import TrainingStep, bench_step
 from distrogpt.data.dataset import folders_of, open_dataset
 from distrogpt.data.meta import GPT2_META
 from distrogpt.errors import UserError
+from distrogpt.gpus import GPU, GPUS, find_gpu
+from distrogpt.hardware import measured_flops, peak_flops
 from distrogpt.kernels import cpu as attention_file
-from distrogpt.runtime import PEAK_FLOPS, Runtime, measured_flops, peak_flops
+from distrogpt.runtime import Runtime
 from distrogpt.settings import BenchConfig
 from distrogpt.training.startup import new_model_config, resolve_max_iters
 from model import GPT, GPTConfig
@@ -58,25 +60,7 @@ GPT2_SHAPES = {  # layers, heads, width (Radford et al., 2019)
     "gpt2-large": (36, 20, 1280),
     "gpt2-xl": (48, 25, 1600),
 }
-# The name in PEAK_FLOPS; memory in GiB as nvidia-smi tells it, its GB/s; GB/s of NVLink, or PCIe x16, in one
-# direction: the vendor's data sheets. Gbit/s to other nodes: of the vendor's own systems (DGX B200, H200,
-# H100, A100, DGX-1); for the rest, what such machines are often rented with.
-GPUS = {
-    "b200": ("B200", 179, 8000, 900, 400),
-    "h200": ("H200", 140, 4800, 450, 400),
-    "h100": ("H100", 79, 3350, 450, 400),
-    "h100-pcie": ("H100 PCIe", 79, 2000, 64, 200),
-    "a100-80gb": ("A100", 79, 2039, 300, 200),
-    "a100-40gb": ("A100", 39, 1555, 300, 200),
-    "l40s": ("L40S", 45, 864, 32, 100),
-    "a40": ("A40", 45, 696, 32, 50),
-    "a10": ("A10", 22, 600, 32, 25),
-    "v100": ("V100", 32, 900, 150, 50),
-    "t4": ("T4", 15, 300, 16, 12.5),
-    "rtx4090": ("RTX 4090", 24, 1008, 32, 12.5),
-    "rtx3090": ("RTX 3090", 24, 936, 32, 12.5),
-}
-UNKNOWN = (None, None, None, 32, 12.5)  # PCIe, and eight that share 100 Gbit/s
+UNKNOWN = GPU("", 0, 0, None, 32, 12.5)  # PCIe, and eight that share 100 Gbit/s
 
 
 class Hardware(NamedTuple):
@@ -125,33 +109,27 @@ class Split(NamedTuple):
 
 def find_hardware(config: BenchConfig, runtime: Runtime, peak: float | None = None) -> Hardware:
     """The GPU of config.gpu, or this machine, whose `peak` may have been measured before."""
-    kind = runtime.device.type
+    kind, gpu, per_node = runtime.device.type, UNKNOWN, 1
     if config.gpu != "here":
-        row = GPUS[config.gpu]
-        name, size, peak, per_node = row[0], row[1] * 2**30, PEAK_FLOPS[row[0]], 8
+        gpu = GPUS[config.gpu]
+        name, size, peak, per_node = gpu.words, gpu.memory * 2**30, gpu.peak_flops, 8
         if config.dtype == "float32":  # TF32 is half as fast as bf16; older chips have none
             peak /= 8 if config.gpu in ("v100", "t4") else 2
     elif kind == "cuda":
         properties = torch.cuda.get_device_properties(runtime.device)
         name, size, per_node = properties.name, properties.total_memory, torch.cuda.device_count()
-        words = f" {name.replace('-', ' ')} "
-        row = next((row for row in GPUS.values() if f" {row[0]} " in words), UNKNOWN)
+        gpu = find_gpu(name) or UNKNOWN
     else:
-        name, row, per_node, size = f"this {kind}", UNKNOWN, 1, math.inf
+        name, size = f"this {kind}", math.inf
         if hasattr(os, "sysconf"):  # Windows has none
             size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if not peak:
-        peak = peak_flops(runtime) if kind == "cuda" else measured_flops(runtime)
-    return Hardware(
-        name=name,
-        peak=peak,
-        memory=size,
-        memory_bandwidth=row[2] and row[2] * 1e9,
-        link=row[3] * 1e9,
-        network=(config.interconnect or row[4]) * 1e9 / 8,
-        per_node=config.gpus_per_node or per_node,
-        is_cpu=config.gpu == "here" and kind == "cpu",
-    )
+        measure = peak_flops if kind == "cuda" else measured_flops
+        peak = measure(runtime.device, runtime.dtype)
+    bandwidth = gpu.memory_bandwidth * 1e9 if gpu.memory_bandwidth else None
+    network, per_node = config.interconnect or gpu.network, config.gpus_per_node or per_node
+    is_cpu = config.gpu == "here" and kind == "cpu"
+    return Hardware(name, peak, size, bandwidth, gpu.link * 1e9, network * 1e9 / 8, per_node, is_cpu)
 
 
 def planned_shape(config: BenchConfig) -> tuple[BenchConfig, GPTConfig, bool]:

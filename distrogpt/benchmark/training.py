@@ -20,12 +20,14 @@ from distrogpt.benchmark.timing import (
 )
 from distrogpt.data.dataset import Dataset
 from distrogpt.errors import writable
-from distrogpt.runtime import Runtime, maybe_compile, measured_flops, peak_flops
+from distrogpt.hardware import measured_flops, peak_flops
+from distrogpt.kernels.compile import maybe_compile
+from distrogpt.runtime import Runtime
 from distrogpt.settings import BenchConfig
+from distrogpt.training.batches import MicroBatch, step_batches
 from distrogpt.training.optim import make_optimizers
 from distrogpt.training.startup import initial_model, resolve_max_iters
 from model import GPT
-from train import MicroBatch, step_batches
 
 TRACE = "bench_trace.json"
 TrainingStep = Callable[..., Any]  # train.py's, which bench.py hands in: the package imports no command
@@ -73,7 +75,7 @@ def new_model(config: BenchConfig, data: Dataset, runtime: Runtime) -> GPT:
     model = new_weights(config, data)
     model.activation_checkpointing = config.activation_checkpointing
     model.to(runtime.device).train()
-    maybe_compile(model, config.compile, runtime.device, resolve_max_iters(config, data).max_iters, print)
+    maybe_compile(model, config.compile, runtime.device, resolve_max_iters(config, data).max_iters)
     return model
 
 
@@ -106,7 +108,7 @@ def bench_step(config: BenchConfig, runtime: Runtime, training_step: TrainingSte
         steps[baseline_name(config.against)] = BaselineTrainer(config, data, model.config.vocab_size, runtime)
     times = alternate(steps, config.warmup_steps, config.bench_steps, runtime)
     memory = memory or peak_memory(runtime)  # before peak_flops, which takes memory of its own
-    peak = peak_flops(runtime)
+    peak = peak_flops(runtime.device, runtime.dtype)
     sequences = config.batch_size * config.gradient_accumulation_steps
     tokens, shape = sequences * config.block_size, model.config
     size = f"{shape.n_layer}/{shape.n_head}/{shape.n_embd}"
@@ -122,7 +124,7 @@ def bench_step(config: BenchConfig, runtime: Runtime, training_step: TrainingSte
         print(f"mfu      {step['mfu']:.1%} of {peak / 1e9:,.0f} GFLOP/s")
     result = {"tokens": tokens, "memory_bytes": memory, "peak_flops": peak, "steps": results}
     if runtime.device.type == "cuda":
-        result["measured_flops"] = product = measured_flops(runtime)
+        result["measured_flops"] = product = measured_flops(runtime.device, runtime.dtype)
         mfu = results["ours"]["flops"] / product
         print(f"         {mfu:.1%} of the {product / 1e9:,.0f} GFLOP/s that a matrix product reaches here")
     if config.against:

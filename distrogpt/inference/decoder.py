@@ -13,8 +13,8 @@ import numpy as np
 import torch
 import torch.nn as nn
 
+from distrogpt.kernels.compile import cuda_graph
 from distrogpt.kernels.cpu import KVCache
-from distrogpt.runtime import cuda_graph
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,8 @@ from conftest import ENVIRONMENT, REPO, assert_user_error, run_here
 import model as model_file
 from bench import bench
 from configurator import read_settings
-from distrogpt import settings
 from distrogpt.benchmark.plan import (
     COMPILER,
-    GPUS,
     LIBRARIES,
     Split,
     as_on_gpus,
@@ -33,8 +31,9 @@ from distrogpt.benchmark.plan import (
     share_out,
 )
 from distrogpt.errors import UserError
+from distrogpt.gpus import GPUS, find_gpu
 from distrogpt.kernels import cpu as attention
-from distrogpt.runtime import PEAK_FLOPS, Runtime
+from distrogpt.runtime import Runtime
 from distrogpt.settings import BenchConfig
 from model import GPT, GPTConfig
 
@@ -157,7 +156,8 @@ from distrogpt.benchmark.timing import RandomStream
 from distrogpt.benchmark.training import Trainer
 from distrogpt.data.dataset import Dataset, Part
 from distrogpt.data.meta import GPT2_META
-from distrogpt.runtime import Runtime, find_dtype, enable_onednn_float32
+from distrogpt.hardware import find_dtype
+from distrogpt.runtime import Runtime, enable_onednn_float32
 from distrogpt.settings import BenchConfig
 from train import training_step
 
@@ -285,6 +285,13 @@ def test_wrong_settings():
     assert_user_error(run_here("bench.py", *GPT2, "--interconnect=0"), "above 0")
 
 
-def test_every_gpu_has_a_data_sheet():
-    assert {"here", *GPUS} == set(settings.GPUS)
-    assert all(row[0] in PEAK_FLOPS for row in GPUS.values())
+def test_a_data_sheet_is_found_by_the_name_of_the_device():
+    names = {
+        "NVIDIA H100 80GB HBM3": "h100",
+        "NVIDIA H100 PCIe": "h100-pcie",
+        "NVIDIA A100-SXM4-80GB": "a100-80gb",
+        "Tesla V100-SXM2-32GB": "v100",
+        "NVIDIA GeForce RTX 4090": "rtx4090",
+    }
+    assert {name: find_gpu(name) for name in names} == {name: GPUS[gpu] for name, gpu in names.items()}
+    assert find_gpu("NVIDIA A10G") is None and find_gpu("cpu") is None
