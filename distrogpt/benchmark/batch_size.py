@@ -12,21 +12,13 @@ import re
 import statistics
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from distrogpt.benchmark.plan import (
-    USABLE,
-    Split,
-    count,
-    find_hardware,
-    memory,
-    planned_shape,
-    share_out,
-)
+from distrogpt.benchmark import plan
 from distrogpt.benchmark.timing import open_data, seconds_of
 from distrogpt.benchmark.training import Trainer, TrainingStep
 from distrogpt.errors import UserError, is_out_of_memory
@@ -50,16 +42,13 @@ class Trial(NamedTuple):
 
 
 def search(
-    attempt: Callable[[int], Trial],
-    computed: Callable[[int], Trial],
-    careful: bool,
-    time_all: bool = False,
+    attempt: Callable[[int], Trial], computed: Callable[[int], Trial], careful: bool, time_all: bool = False
 ) -> dict[int, Trial]:
     """Trials of 1, 2, 4... sequences up to the first that does not fit; then between the last two, until the
     largest that fits is known to an eighth. Sorted by batch.
 
-    `careful`: a batch that does not fit as `computed` is not attempted. Without time_all, nor are batches that
-    are not worth their time.
+    `careful`: a batch that does not fit as `computed` is not attempted. Unless time_all, only batches that
+    are worth their time are.
     """
     trials: dict[int, Trial] = {}
 
@@ -91,25 +80,28 @@ def worth_timing(trials: Iterable[Trial], careful: bool) -> bool:
     return not flat and all(seconds < SLOW for _, seconds in timed)
 
 
+@dataclass
 class BatchTrials:
     """Trials of batch sizes on one model, which is built for the first one."""
 
-    def __init__(
-        self, config: BenchConfig, runtime: Runtime, training_step: TrainingStep, room: float | None
-    ) -> None:
-        """`room`: bytes that a step may take; None is what is free."""
-        self.config, self.runtime, self.training_step = config, runtime, training_step
-        self.on_gpu = runtime.device.type == "cuda"
-        self.data = open_data(config)._replace(separator=None)  # a small batch may have no target after it
-        if room is None:
-            room = (
-                USABLE * torch.cuda.mem_get_info()[0] if self.on_gpu else FRAGMENTATION * available_memory()
-            )
-        self.room = room
-        self.hardware = find_hardware(replace(config, gpu="here"), runtime, peak=1.0)
-        shape, half = new_model_config(config, self.data.meta), runtime.dtype != torch.float32
-        self.counts = count(shape, config, half, not self.hardware.is_cpu)
-        self.trainer: Trainer | None = None
+    config: BenchConfig
+    runtime: Runtime
+    training_step: TrainingStep
+    room: float | None  # bytes that a step may take; None: what is free
+    trainer: Trainer | None = None
+
+    def __post_init__(self) -> None:
+        self.on_gpu = self.runtime.device.type == "cuda"
+        if self.room is None and self.on_gpu:
+            self.room = plan.USABLE * torch.cuda.mem_get_info()[0]
+        elif self.room is None:
+            self.room = FRAGMENTATION * available_memory()
+        self.data = open_data(self.config)._replace(
+            separator=None
+        )  # a small batch may have no target after it
+        self.hardware = plan.find_hardware(replace(self.config, gpu="here"), self.runtime, peak=1.0)
+        shape, half = new_model_config(self.config, self.data.meta), self.runtime.dtype != torch.float32
+        self.counts = plan.count(shape, self.config, half, not self.hardware.is_cpu)
 
     def accumulates(self, batch: int) -> bool:
         """Whether the run would add this micro-batch to earlier gradients."""
@@ -117,8 +109,8 @@ class BatchTrials:
 
     def computed(self, batch: int) -> Trial:
         micro_steps = 2 if self.accumulates(batch) else 1
-        split = Split(1, batch, micro_steps, recompute=self.config.activation_checkpointing)
-        peak = memory(self.counts, self.hardware, split)["peak"]
+        split = plan.Split(1, batch, micro_steps, recompute=self.config.activation_checkpointing)
+        peak = plan.memory(self.counts, self.hardware, split)["peak"]
         return Trial(batch, peak, peak <= self.room)
 
     def timed(self, batch: int) -> float:
@@ -137,6 +129,7 @@ class BatchTrials:
         return statistics.median(seconds[1:])
 
     def attempt(self, batch: int) -> Trial:
+        """Time a batch if it fits."""
         trial = self.computed(batch)
         try:
             trial = trial._replace(seconds=self.timed(batch), fits=True)
@@ -146,20 +139,15 @@ class BatchTrials:
             trial = trial._replace(fits=False)
         if self.on_gpu and trial.fits:
             trial = trial._replace(memory=torch.cuda.max_memory_allocated())
-        self.free_memory()
-        return trial
-
-    def free_memory(self) -> None:
-        """Drop what a step, finished or not, has left, and return it to the system."""
         if self.trainer:
-            self.trainer.batches = []
             self.trainer.model.zero_grad(set_to_none=True)
-        gc.collect()
+        gc.collect()  # what an unfinished step has left
         if self.on_gpu:
             torch.cuda.reset_peak_memory_stats()
             torch.cuda.empty_cache()
-        with suppress(AttributeError, OSError, TypeError):  # another libc, another system
+        with suppress(AttributeError, OSError, TypeError):  # give it back; not with another libc or system
             ctypes.CDLL(None).malloc_trim(0)
+        return trial
 
 
 def bench_batch(
@@ -170,7 +158,7 @@ def bench_batch(
     time_all: bool = False,
 ) -> dict[str, Any]:
     """Find the largest batch that fits and the fastest that was timed; print a table, and flags for both."""
-    config = planned_shape(replace(config, max_epochs=None))[0]  # a few steps need no max_iters
+    config = plan.planned_shape(replace(config, max_epochs=None))[0]  # a few steps need no max_iters
     trials = BatchTrials(config, runtime, training_step, room)
     first = trials.computed(1)
     if first.fits or trials.on_gpu:
@@ -195,7 +183,7 @@ def step_with(config: BenchConfig, largest: int) -> dict[str, Any]:
     that of the settings."""
     sequences = sequences_per_step(config)
     largest = max(1, min(largest, sequences // config.n_gpus))
-    B, micro_steps = share_out(sequences, config.n_gpus, largest, largest // 2 + 1)
+    B, micro_steps = plan.share_out(sequences, config.n_gpus, largest, largest // 2 + 1)
     steps = config.n_gpus * micro_steps
     flags = f"--batch_size={B} --gradient_accumulation_steps={steps}"
     return {"batch_size": B, "gradient_accumulation_steps": steps, "flags": flags, "sequences": B * steps}
@@ -210,10 +198,8 @@ def results_of(trials: list[Trial], config: BenchConfig) -> dict[str, Any]:
     fitting = [row for row in rows if row["fits"]]
     largest = max(fitting, key=lambda row: row["batch"])
     fastest = max(fitting, key=lambda row: row["tokens_per_second"] or 0)
-    result: dict[str, Any] = {"trials": rows}
-    for name, row in {"largest": largest, "fastest": fastest}.items():
-        result[name] = {**row, **step_with(config, row["batch"])}
-    return result
+    best = {"largest": largest, "fastest": fastest}
+    return {"trials": rows} | {name: row | step_with(config, row["batch"]) for name, row in best.items()}
 
 
 def table(result: dict[str, Any], config: BenchConfig) -> list[str]:

@@ -1,17 +1,14 @@
 """What a run would take, before it starts: python bench.py train_gpt2 --plan=True --gpu=h100
 
-Memory is counted on the model itself. Times are computed from data sheets, with these assumptions:
+Memory is counted on the model itself; times are computed from data sheets. Compute runs at a given, measured or
+assumed MFU, whatever the batch; recomputing activations adds a third. The optimizer moves 40 bytes per parameter
+(AdamW 28, clipping 12). A ring's slowest link (NVLink, or all network cards of a node) reaches LINK_SHARE of its
+rate, and each message costs LATENCY per doubling of the ranks. DDP reduces fp32 gradients once per step, hidden
+behind the last backward pass except for the last bucket; FSDP2 gathers weights twice and scatters gradients in
+each micro-step, hidden behind all of it.
 
-- Compute runs at an MFU that is given, measured here, or the constant below, whatever the batch size (optimistic
-  for one or two sequences per GPU). Recomputing activations adds a third.
-- The optimizer reads and writes 40 bytes per parameter (AdamW 28, clipping 12) at the memory's bandwidth.
-- A ring's slowest link reaches LINK_SHARE of its nominal rate: a GPU's link within its node, or all network cards
-  of a node together. Each message costs LATENCY per doubling of the ranks.
-- DDP reduces fp32 gradients once per step, overlapped with the last backward pass except for the last bucket.
-  FSDP2 gathers weights twice and scatters gradients in each micro-step, overlapped with all of its compute.
-
-Published runs give these MFUs: nanoGPT's 600,000 steps of 0.49 M tokens in about 4 days on 8 A100 40GB, 0.29;
-llm.c's 10 B tokens in 45 minutes on 8 H100, 0.40, and in 90 minutes on 8 A100 80GB, 0.63.
+MFUs of published runs: nanoGPT's 600,000 steps of 0.49 M tokens in 4 days on 8 A100 40GB, 0.29; llm.c's 10 B
+tokens in 45 minutes on 8 H100, 0.40, and in 90 minutes on 8 A100 80GB, 0.63.
 """
 
 import math
@@ -46,14 +43,8 @@ USABLE = 0.9  # of a memory: the rest is CUDA's, NCCL's, the system's, and gaps 
 LIBRARIES = 40e6  # bytes that the first step on a CPU loads; measured
 COMPILER = 80e6  # bytes of torch's compiler, which DDP, FSDP2 and activation_checkpointing load; measured
 DISK, PAGE = 1e9, 4096  # bytes/s of a node's SSD; bytes that a system reads at once
-MEMORY_COLUMNS = {
-    "weights": 7,
-    "gradients": 9,
-    "averages": 8,
-    "activations": 11,
-    "more": 5,
-    "peak": 5,
-}  # widths
+# columns of the memory table, and their widths
+MEMORY_COLUMNS = {"weights": 7, "gradients": 9, "averages": 8, "activations": 11, "more": 5, "peak": 5}
 GPT2_SHAPES = {  # layers, heads, width (Radford et al., 2019)
     "gpt2": (12, 12, 768),
     "gpt2-medium": (24, 16, 1024),
@@ -216,7 +207,6 @@ def count(shape: GPTConfig, config: BenchConfig, half: bool, on_gpu: bool) -> Co
         for cache in caches:
             cache.cache_clear()
     block = [saved[2, B] - saved[1, B] for B in (2, 3)]
-    head = [saved[1, 2] - block[0], saved[1, 3] - block[1]]
     with torch.device("meta"):
         model = GPT(shape)
     in_blocks = list(model.transformer.h.parameters())
@@ -227,19 +217,15 @@ def count(shape: GPTConfig, config: BenchConfig, half: bool, on_gpu: bool) -> Co
         averages = 8 * N - 4 * matrices
     elif config.optimizer == "sgd":
         averages = 4 * N if config.momentum else 0
-    return Counts(
-        shape=shape,
-        parameters=N,
-        tables=N - sum(p.numel() for p in in_blocks),
-        matrices=matrices,
-        averages=averages,
-        flops_per_token=model.flops_per_token(),
-        item=2 if half else 4,
-        block_fixed=3 * block[0] - 2 * block[1],
-        block_each=block[1] - block[0],
-        head_fixed=3 * head[0] - 2 * head[1],
-        head_each=head[1] - head[0],
+    head = [saved[1, 2] - block[0], saved[1, 3] - block[1]]
+    saved_parts = (
+        3 * block[0] - 2 * block[1],
+        block[1] - block[0],
+        3 * head[0] - 2 * head[1],
+        head[1] - head[0],
     )
+    tables, item = N - sum(p.numel() for p in in_blocks), 2 if half else 4
+    return Counts(shape, N, tables, matrices, averages, model.flops_per_token(), item, *saved_parts)
 
 
 def memory(counts: Counts, hardware: Hardware, split: Split) -> dict[str, float]:
@@ -329,21 +315,20 @@ def share_out(sequences: int, n: int, largest: int, smallest: int = 1) -> tuple[
     return -B, micro_steps
 
 
-def settle(
-    config: BenchConfig, counts: Counts, hardware: Hardware, n: int, shard: bool, recompute: bool
-) -> Split:
-    """The split among n ranks nearest to the settings that fits; B is 1 if none does."""
+def settle(config: BenchConfig, counts: Counts, hardware: Hardware, split: Split) -> Split:
+    """`split`, with the batch and micro-steps nearest to the settings that fit; B is 1 if none do."""
     sequences = config.gradient_accumulation_steps * config.batch_size
 
-    def split(largest: int) -> Split:
-        return Split(n, *share_out(sequences, n, largest), shard, recompute)
+    def of_at_most(largest: int) -> Split:
+        B, micro_steps = share_out(sequences, split.n, largest)
+        return split._replace(B=B, micro_steps=micro_steps)
 
     def too_large(largest: int) -> bool:
-        return not memory(counts, hardware, split(largest))["fits"]
+        return not memory(counts, hardware, of_at_most(largest))["fits"]
 
     if not too_large(config.batch_size):
-        return split(config.batch_size)
-    return split(max(1, bisect_left(range(1, config.batch_size), True, key=too_large)))
+        return of_at_most(config.batch_size)
+    return of_at_most(max(1, bisect_left(range(1, config.batch_size), True, key=too_large)))
 
 
 def data_rates(counts: Counts, tokens_per_second: float, nodes: int) -> dict[str, float]:
@@ -360,24 +345,19 @@ def run_on(
 ) -> dict[str, Any]:
     """The whole run, for the tokens that its settings ask for, split in this way."""
     step = step_time(counts, hardware, split, mfu)
-    sequences = config.gradient_accumulation_steps * config.batch_size
-    days = config.max_iters * sequences * config.block_size / step["tokens_per_second"] / 86400
-    return {
+    sequences, rate = config.gradient_accumulation_steps * config.batch_size, step["tokens_per_second"]
+    days = config.max_iters * sequences * config.block_size / rate / 86400
+    run = {
         "n": split.n,
         "B": split.B,
         "rounds": split.micro_steps,
         "shard": split.shard,
         "again": split.recompute,
-        "sequences": split.sequences,
-        "max_iters": round(config.max_iters * sequences / split.sequences),
-        **step,
-        "share": step["waits"] / step["seconds"],
-        "efficiency": step["compute"] / step["seconds"],
-        "days": days,
-        "gpu_hours": days * 24 * split.n,
-        "memory": memory(counts, hardware, split),
-        "data": data_rates(counts, step["tokens_per_second"], math.ceil(split.n / hardware.per_node)),
     }
+    run |= {"sequences": split.sequences, "max_iters": round(config.max_iters * sequences / split.sequences)}
+    run |= {**step, "share": step["waits"] / step["seconds"], "efficiency": step["compute"] / step["seconds"]}
+    run |= {"days": days, "gpu_hours": days * 24 * split.n, "memory": memory(counts, hardware, split)}
+    return {**run, "data": data_rates(counts, rate, math.ceil(split.n / hardware.per_node))}
 
 
 def flags_of(config: BenchConfig, split: Split) -> str:
@@ -420,17 +400,16 @@ def plan(config: BenchConfig, runtime: Runtime, mfu: float | None = None, peak: 
         mfu, source = MFU, "assumed; --mfu= gives it, --gpu=here measures"
     shard, recompute = config.shard, config.activation_checkpointing
     for how in ((shard, recompute), (True, recompute), (shard, True), (True, True)):  # cheapest first
-        split = settle(config, counts, hardware, config.n_gpus, *how)
+        split = settle(config, counts, hardware, Split(config.n_gpus, 1, 1, *how))
         if memory(counts, hardware, split)["fits"]:
             break
     run = run_on(config, counts, hardware, split, mfu)
-    names = {"plain": (0, 0), "checkpointing": (0, 1), "shard": (1, 0), "shard, checkpointing": (1, 1)}
     variants = {}
-    for name, (shard, recompute) in names.items():
-        variant = split._replace(shard=bool(shard), recompute=bool(recompute))
+    for name in ("plain", "checkpointing", "shard", "shard, checkpointing"):
+        variant = split._replace(shard="shard" in name, recompute="checkpointing" in name)
         variants[name] = memory(counts, hardware, variant)
     numbers = sorted({2**i for i in range(max(4096, config.n_gpus).bit_length())} | {config.n_gpus})
-    splits = [settle(config, counts, hardware, n, split.shard, split.recompute) for n in numbers]
+    splits = [settle(config, counts, hardware, split._replace(n=n)) for n in numbers]
     result = {
         "place": hardware._asdict(),
         "counts": {**counts._asdict(), "shape": asdict(shape)},

@@ -12,9 +12,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,61 @@ TARGETS = {  # val losses, by config: the report says when a run reaches them
     "train_shakespeare_cpu": (1.8857, "nanoGPT's run of these 2000 steps"),
     "train_shakespeare_10s": (1.8857, "nanoGPT's 2000 steps of the same shape"),
 }
+# Parts: name, estimated seconds and title; below, the arguments of bench.py, a line per command, or else
+# --check=NAME. BATCH stands for 32, 16 and 8, of which the first that fits counts; AGAINST is the flag, if any;
+# SHAKESPEARE is its dataset if that is prepared. All other commands read random ids.
+CHECKS = """
+machine 12 The machine
+network 12 Logits, loss and gradients against fp32 on the CPU
+greedy 15 Greedy text: KV cache, batches, CUDA graphs against plain forward passes"""
+MORE_CHECKS = """
+resume 25 20 steps, killed and resumed
+compile 45 Compiled against not
+fp16 15 fp16 and its loss scaler
+ranks 40 DDP, FSDP2 and torchrun on one rank"""
+CPU_PARTS = f"""{CHECKS}
+step 20 A training step: 4/4/128, 12 x 64
+  train_shakespeare_cpu --bench_steps=100 --compile=False SHAKESPEARE AGAINST
+decode 60 GPT-2 124M: sampling
+  --generate=True --rounds=2 --num_samples=8 --max_new_tokens=32 AGAINST
+  --generate=True --rounds=2 --num_samples=64 --max_new_tokens=16 {MORE_CHECKS}
+step-middle 30 A training step: 6/6/384, 16 x 256
+  train_shakespeare_char --batch_size=16 --bench_steps=5 --warmup_steps=1 --compile=False SHAKESPEARE AGAINST
+step-large 45 A training step: GPT-2 124M, 1 x 1024
+  --batch_size=1 --bench_steps=3 --warmup_steps=1 --compile=False AGAINST
+step-modern 25 The modern network at 124M
+  train_gpt2_modern --gradient_accumulation_steps=1 --batch_size=1 --bench_steps=3 --warmup_steps=1 --compile=False
+train_shakespeare_10s 25 config/train_shakespeare_10s.py in full
+train_shakespeare_cpu 50 config/train_shakespeare_cpu.py in full
+checkpoint 35 A checkpoint of 124M
+  --checkpoint=True --rounds=1 --bench_steps=3 --warmup_steps=1 --compile=False --block_size=256
+memory 25 GPT-2 124M: memory without activation checkpointing
+  --check=memory --batch_size=2
+memory-checkpointing 25 GPT-2 124M: memory with activation checkpointing
+  --check=memory --batch_size=2 --activation_checkpointing=True
+ladder 45 The ladder: one improvement after another
+  train_shakespeare_cpu --ladder=True --bench_steps=30 --compile=False SHAKESPEARE"""
+GPU_PARTS = f"""{CHECKS}
+step 90 GPT-2 124M, block 1024, compiled: a training step
+  --compile=True --bench_steps=20 --warmup_steps=5 BATCH AGAINST
+decode 45 GPT-2 124M: sampling
+  --generate=True --rounds=2 --num_samples=8 --max_new_tokens=256 AGAINST
+  --generate=True --rounds=2 --num_samples=64 --max_new_tokens=256 {MORE_CHECKS}
+tests 30 Tests marked cuda
+step-modern 60 The modern network at that size
+  train_gpt2_modern --gradient_accumulation_steps=1 --compile=True --bench_steps=20 --warmup_steps=5 BATCH
+synchronize 30 The one synchronisation of a step
+  --check=synchronize --batch_size=8 --compile=True --bench_steps=20 --warmup_steps=5
+train_shakespeare_char 100 config/train_shakespeare_char.py in full
+train_shakespeare_char_modern 100 config/train_shakespeare_char_modern.py in full
+checkpoint 35 A checkpoint of 124M
+  --checkpoint=True --rounds=1 --bench_steps=3 --warmup_steps=1 --compile=False --batch_size=8
+memory 25 GPT-2 xl: memory without activation checkpointing
+  --check=memory --n_layer=48 --n_head=25 --n_embd=1600 --batch_size=4
+memory-checkpointing 25 GPT-2 xl: memory with activation checkpointing
+  --check=memory --n_layer=48 --n_head=25 --n_embd=1600 --batch_size=4 --activation_checkpointing=True
+ladder 90 The ladder: one improvement after another
+  --ladder=True --batch_size=8 --bench_steps=10"""
 Result = dict[str, Any]
 
 
@@ -94,8 +150,7 @@ def write_report(parts: list[Part], runtime: Runtime, minutes: float) -> Result:
     result = {"minutes": minutes, "commit": commit(), "parts": rows}
     texts = {"report.md": as_markdown(parts, runtime, minutes), "report.json": json.dumps(result, indent=1)}
     for name, text in texts.items():
-        (FOLDER / f"{name}.tmp").write_text(text + "\n", encoding="utf-8")
-        os.replace(FOLDER / f"{name}.tmp", FOLDER / name)
+        (FOLDER / name).write_text(text + "\n", encoding="utf-8")
     return result
 
 
@@ -160,132 +215,49 @@ def last_line(log: Path) -> str:
     return (errors or lines)[-1][:300]
 
 
-def bench(words: str, other: Iterable[str] = ()) -> list[str]:
-    """A command of bench.py."""
-    return [str(ROOT / "bench.py"), *words.split(), *other, "--json=RESULT"]
-
-
 def prepared(dataset: str) -> bool:
     return (ROOT / "data" / dataset / "train.bin").is_file()
 
 
 def all_parts(config: BenchConfig, runtime: Runtime) -> list[Part]:
     """The parts for this kind of device, most important first."""
-    on_gpu, other = runtime.device.type == "cuda", []
-    device = f"--device={runtime.device} --dtype={dtype_name(runtime.dtype)}"
+    device = [f"--device={runtime.device}", f"--dtype={dtype_name(runtime.dtype)}"]
+    against = []
     if config.against:  # the commands run in another folder
-        against = config.against if config.against == "transformers" else Path(config.against).resolve()
-        other = [f"--against={against}"]
-    checks = check_parts(device, on_gpu)
-    steps = gpu_steps(device, other) if on_gpu else cpu_steps(device, other)
-    runs = {"train_shakespeare_10s": 25, "train_shakespeare_cpu": 50}
-    if on_gpu:
-        runs = {"train_shakespeare_char": 100, "train_shakespeare_char_modern": 100}
-    training = [training_run(name, device, seconds) for name, seconds in runs.items()]
-    decode = decoding(device, other, on_gpu)
-    return [*checks[:3], steps[0], decode, *checks[3:], *steps[1:], *training, *studies(device, on_gpu)]
-
-
-def check_parts(device: str, on_gpu: bool) -> list[Part]:
-    """Are the results computed here right?"""
-    titles = {
-        "machine": ("The machine", 12),
-        "network": ("Logits, loss and gradients against fp32 on the CPU", 12),
-        "greedy": ("Greedy text: KV cache, batches, CUDA graphs against plain forward passes", 15),
-        "resume": ("20 steps, killed and resumed", 25),
-        "compile": ("Compiled against not", 45),
-        "fp16": ("fp16 and its loss scaler", 15),
-        "ranks": ("DDP, FSDP2 and torchrun on one rank", 40),
-    }
-    parts = [
-        Part(name, title, [bench(f"--check={name} {device}")], seconds)
-        for name, (title, seconds) in titles.items()
-    ]
-    if on_gpu and find_spec("pytest"):
-        words = "-m pytest -n 0 -m cuda --continue-on-collection-errors --junitxml=RESULT".split()
-        tests = Part("tests", "Tests marked cuda", [[*words, str(ROOT / "tests")]], 30)
-        parts.append(replace(tests, read=read_tests, statuses=(0, 1)))
-    return parts
-
-
-def gpu_steps(device: str, other: list[str]) -> list[Part]:
-    """GPT-2 124M's training step, compiled, at the largest batch that fits."""
-    step = f"--real_data=False --compile=True --bench_steps=20 --warmup_steps=5 {device}"
-    modern = f"train_gpt2_modern --gradient_accumulation_steps=1 {step}"
-    sizes = [f"--batch_size={B}" for B in (32, 16, 8)]
-    plain, modern = [bench(step, [B, *other]) for B in sizes], [bench(modern, [B]) for B in sizes]
-    wait = bench(f"--check=synchronize --batch_size=8 {step}")
-    return [
-        Part("step", "GPT-2 124M, block 1024, compiled: a training step", plain, 90, True),
-        Part("step-modern", "The modern network at that size", modern, 60, True),
-        Part("synchronize", "The one synchronisation of a step", [wait], 30),
-    ]
-
-
-def shakespeare_ids() -> str:
-    return "" if prepared("shakespeare_char") else "--real_data=False"
-
-
-def cpu_steps(device: str, other: list[str]) -> list[Part]:
-    """Training steps of three sizes."""
-    common = f"--compile=False {device}"
-    small = f"train_shakespeare_cpu --bench_steps=100 {shakespeare_ids()} {common}"
-    middle = f"train_shakespeare_char --batch_size=16 --bench_steps=5 --warmup_steps=1 {shakespeare_ids()} {common}"
-    large = f"--real_data=False --batch_size=1 --bench_steps=3 --warmup_steps=1 {common}"
-    modern = f"train_gpt2_modern --gradient_accumulation_steps=1 {large}"
-    return [
-        Part("step", "A training step: 4/4/128, 12 x 64", [bench(small, other)], 20),
-        Part("step-middle", "A training step: 6/6/384, 16 x 256", [bench(middle, other)], 30),
-        Part("step-large", "A training step: GPT-2 124M, 1 x 1024", [bench(large, other)], 45),
-        Part("step-modern", "The modern network at 124M", [bench(modern)], 25),
-    ]
-
-
-def decoding(device: str, other: list[str], on_gpu: bool) -> Part:
-    """Tokens per second of GPT-2 124M: of one sequence and 8 next to the other's, then of 64."""
-    common = f"--generate=True --real_data=False --rounds=2 {device}"
-    few = bench(f"{common} --num_samples=8 --max_new_tokens={256 if on_gpu else 32}", other)
-    many = bench(f"{common} --num_samples=64 --max_new_tokens={256 if on_gpu else 16}")
-    return Part("decode", "GPT-2 124M: sampling", [few, many], 45 if on_gpu else 60)
-
-
-def training_run(name: str, device: str, seconds: float) -> Part:
-    """A full run of config/NAME.py."""
-    words = [str(ROOT / "train.py"), name, f"--out_dir={name}", "--loss_plot=False", device.split()[0]]
-    part = Part(name, f"config/{name}.py in full", [words], seconds)
-    part.read = lambda _: {"config": name, "curve": read_curve(FOLDER / name / "log.csv")}
-    if not prepared("shakespeare_char"):
-        part.commands, part.status = [], "not run: first python data/shakespeare_char/prepare.py"
-    return part
-
-
-def studies(device: str, on_gpu: bool) -> list[Part]:
-    """What each improvement gains, what a checkpoint costs, and the memory of a large model."""
-    data = f"--real_data=False {device}"
-    save = f"--checkpoint=True --rounds=1 --bench_steps=3 --warmup_steps=1 --compile=False {data}"
-    if on_gpu:
-        name, large, save = (
-            "GPT-2 xl",
-            "--n_layer=48 --n_head=25 --n_embd=1600 --batch_size=4",
-            f"{save} --batch_size=8",
+        path = config.against if config.against == "transformers" else Path(config.against).resolve()
+        against = [f"--against={path}"]
+    parts: list[Part] = []
+    for line in (GPU_PARTS if runtime.device.type == "cuda" else CPU_PARTS).strip().splitlines():
+        if not line.startswith(" "):
+            name, seconds, title = line.split(maxsplit=2)
+            parts.append(Part(name, title, [], float(seconds)))
+            continue
+        random_ids = "SHAKESPEARE" not in line or not prepared("shakespeare_char")
+        words = [str(ROOT / "bench.py"), *device, f"--real_data={not random_ids}", "--json=RESULT"]
+        words += [word for word in line.split() if not word.isupper()] + (
+            against if "AGAINST" in line else []
         )
-        ladder = f"--ladder=True --batch_size=8 --bench_steps=10 {data}"
-    else:
-        name, large, save = "GPT-2 124M", "--batch_size=2", f"{save} --block_size=256"
-        ladder = f"train_shakespeare_cpu --ladder=True --bench_steps=30 --compile=False {shakespeare_ids()} {device}"
-    memory = f"--check=memory {large} {data} --activation_checkpointing"
-    title = f"{name}: memory {{}} activation checkpointing"
-    return [
-        Part("checkpoint", "A checkpoint of 124M", [bench(save)], 35),
-        Part("memory", title.format("without"), [bench(f"{memory}=False")], 25),
-        Part("memory-checkpointing", title.format("with"), [bench(f"{memory}=True")], 25),
-        Part(
-            "ladder",
-            "The ladder: one improvement after another",
-            [bench(ladder)],
-            90 if on_gpu else 45,
-        ),
-    ]
+        parts[-1].until_it_fits = "BATCH" in line
+        sizes = [["--batch_size=32"], ["--batch_size=16"], ["--batch_size=8"]] if "BATCH" in line else [[]]
+        parts[-1].commands += [words + size for size in sizes]
+    for part in parts:
+        if part.name in TARGETS:
+            words = [
+                str(ROOT / "train.py"),
+                part.name,
+                f"--out_dir={part.name}",
+                "--loss_plot=False",
+                device[0],
+            ]
+            part.commands, part.read = [words], partial(read_curve, part.name)
+            if not prepared("shakespeare_char"):
+                part.commands, part.status = [], "not run: first python data/shakespeare_char/prepare.py"
+        elif part.name == "tests":
+            words = "-m pytest -n 0 -m cuda --continue-on-collection-errors --junitxml=RESULT".split()
+            part.commands, part.read, part.statuses = [[*words, str(ROOT / "tests")]], read_tests, (0, 1)
+        elif not part.commands:
+            part.commands = [[str(ROOT / "bench.py"), f"--check={part.name}", *device, "--json=RESULT"]]
+    return [part for part in parts if part.name != "tests" or find_spec("pytest")]
 
 
 def read_tests(path: Path) -> Result:
@@ -302,15 +274,15 @@ def read_tests(path: Path) -> Result:
     return {"rows": rows}
 
 
-def read_curve(path: Path) -> list[tuple[int, float, float]]:
-    """Step, seconds and val loss of each evaluation in a log.csv."""
+def read_curve(name: str, _: Path | None = None) -> Result:
+    """Step, seconds and val loss of each evaluation of the run of config/NAME.py."""
     curve, seconds = [], 0.0
-    with open(path, encoding="utf-8") as file:
+    with open(FOLDER / name / "log.csv", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             seconds = float(row["seconds"] or seconds)  # an evaluation alone has none
             if row["val_loss"]:
                 curve.append((int(row["step"]), seconds, float(row["val_loss"])))
-    return curve
+    return {"config": name, "curve": curve}
 
 
 def draw_curves() -> None:
