@@ -1,4 +1,4 @@
-"""Measure how fast training and sampling are on this machine: python bench.py config/train_shakespeare_cpu.py"""
+"""Measure how fast training and sampling are here: python bench.py config/train_shakespeare_cpu.py"""
 
 from configurator import configure
 from distrogpt.settings import BenchConfig
@@ -35,7 +35,7 @@ OTHERS |= {"report": bench_report}
 
 
 def benchmark_name(config: BenchConfig) -> str:
-    """The setting that says what to measure; "profile" also measures the training step alone. Raises UserError."""
+    """The setting that says what to measure; "profile" if it is the training step. Raises UserError."""
     names = [name for name in TRAINING | OTHERS if getattr(config, name)]
     if config.against and names and names[0] not in ("profile", "generate", "report"):
         names.append("against")

@@ -24,6 +24,7 @@ from distrogpt.benchmark.training import Trainer, TrainingStep
 from distrogpt.errors import UserError, is_out_of_memory
 from distrogpt.runtime import Runtime
 from distrogpt.settings import BenchConfig
+from distrogpt.training.batches import BatchLoader
 from distrogpt.training.startup import new_model_config
 
 LARGEST = 1 << 15  # sequences; GPU kernels cannot index more
@@ -118,8 +119,7 @@ class BatchTrials:
         config = replace(self.config, batch_size=batch, gradient_accumulation_steps=1)
         if self.trainer is None:
             self.trainer = Trainer(self.training_step, config, self.data, self.runtime)
-        self.trainer.config = config
-        self.trainer.load(0)
+        self.trainer.batches = BatchLoader(self.data, config, self.runtime, 0)
         seconds: list[float] = []
         while len(seconds) < 4 and sum(seconds[1:]) <= 1:
             if self.accumulates(batch):

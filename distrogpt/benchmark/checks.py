@@ -1,7 +1,7 @@
 """Checks of this machine for bench.py --report=True, each also by itself: python bench.py --check=network
 
-Every check compares with a reference: another device, another code path, an uninterrupted run. It returns rows;
-a row with a limit passes if its value is not above it.
+Every check compares with a reference: another device, another code path, an uninterrupted run. It returns
+rows; a row with a limit passes if its value is not above it.
 """
 
 import copy
@@ -131,7 +131,7 @@ def check_machine(config: BenchConfig, runtime: Runtime, _: TrainingStep) -> lis
 
 
 def processor_name() -> str:
-    """The processor's name; with its family on Linux, as names of virtual machines do not say the generation."""
+    """Its name; on Linux with its family, as names of virtual machines do not say the generation."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -350,7 +350,7 @@ def check_synchronize(config: BenchConfig, runtime: Runtime, training_step: Trai
     """What a step pays for reading loss and gradient norm from the device before it updates weights."""
     config = replace(config, batch_size=config.batch_size or 8, compile=config.compile is True)
     trainer = Trainer(training_step, config, open_data(config), runtime)
-    batches = trainer.batches[:1]
+    batches = trainer.batches.current[:1]
     x, y, *_ = batches[0]
 
     def reading(number: int) -> None:

@@ -51,7 +51,7 @@ def num_new_tokens(config: BenchConfig) -> int:
 
 @torch.no_grad()
 def bench_generate(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
-    """Tokens per second of prefill and decoding with random weights; next to the baseline's if there is one."""
+    """Tokens per second of prefill and decoding with random weights; and the baseline's if there is one."""
     n_tokens = num_new_tokens(config)
     model = new_weights(config, open_data(config))
     compiled = config.compile is True
@@ -88,9 +88,8 @@ def bench_generate(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
             total["other"].append(n_tokens / seconds_of(baseline, short, runtime=runtime))
         bandwidths.append(measured_bandwidth(runtime.device))
     bandwidth = statistics.median(bandwidths)
-    print(
-        f"model    {model.get_num_params(False):,} parameters, random; prompt {PROMPT}, then {n_tokens} tokens"
-    )
+    size = f"{model.get_num_params(False):,}"
+    print(f"model    {size} parameters, random; prompt {PROMPT}, then {n_tokens} tokens")
     print(f"memory   read at {bandwidth / 1e9:,.0f} GB/s")
     n_weights = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, torch.nn.Linear))
     result: dict[str, Any] = {"bandwidth": bandwidth, "runs": []}

@@ -1,11 +1,11 @@
 """What a run would take, before it starts: python bench.py train_gpt2 --plan=True --gpu=h100
 
-Memory is counted on the model itself; times are computed from data sheets. Compute runs at a given, measured or
-assumed MFU, whatever the batch; recomputing activations adds a third. The optimizer moves 40 bytes per parameter
-(AdamW 28, clipping 12). A ring's slowest link (NVLink, or all network cards of a node) reaches LINK_SHARE of its
-rate, and each message costs LATENCY per doubling of the ranks. DDP reduces fp32 gradients once per step, hidden
-behind the last backward pass except for the last bucket; FSDP2 gathers weights twice and scatters gradients in
-each micro-step, hidden behind all of it.
+Memory is counted on the model itself; times are computed from data sheets. Compute runs at a given, measured
+or assumed MFU, whatever the batch; recomputing activations adds a third. The optimizer moves 40 bytes per
+parameter (AdamW 28, clipping 12). A ring's slowest link (NVLink, or all network cards of a node) reaches
+LINK_SHARE of its rate, and each message costs LATENCY per doubling of the ranks. DDP reduces fp32 gradients
+once per step, hidden behind the last backward pass except for the last bucket; FSDP2 gathers weights twice
+and scatters gradients in each micro-step, hidden behind all of it.
 
 MFUs of published runs: nanoGPT's 600,000 steps of 0.49 M tokens in 4 days on 8 A100 40GB, 0.29; llm.c's 10 B
 tokens in 45 minutes on 8 H100, 0.40, and in 90 minutes on 8 A100 80GB, 0.63.
@@ -151,7 +151,7 @@ def planned_shape(config: BenchConfig) -> tuple[BenchConfig, GPTConfig, bool]:
 
 @contextmanager
 def as_on_gpus() -> Iterator[None]:
-    """Attention and dropout in model.py as on GPUs: no scores are saved, and a byte for each dropped number."""
+    """Attention and dropout in model.py as on GPUs: no scores are saved, and a byte for each number."""
     ours = {name: vars(model_file)[name] for name in ("causal_attention", "dropout")}
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, p: float) -> torch.Tensor:
@@ -218,21 +218,16 @@ def count(shape: GPTConfig, config: BenchConfig, half: bool, on_gpu: bool) -> Co
     elif config.optimizer == "sgd":
         averages = 4 * N if config.momentum else 0
     head = [saved[1, 2] - block[0], saved[1, 3] - block[1]]
-    saved_parts = (
-        3 * block[0] - 2 * block[1],
-        block[1] - block[0],
-        3 * head[0] - 2 * head[1],
-        head[1] - head[0],
-    )
+    fixed_and_each = [size for two, three in (block, head) for size in (3 * two - 2 * three, three - two)]
     tables, item = N - sum(p.numel() for p in in_blocks), 2 if half else 4
-    return Counts(shape, N, tables, matrices, averages, model.flops_per_token(), item, *saved_parts)
+    return Counts(shape, N, tables, matrices, averages, model.flops_per_token(), item, *fixed_and_each)
 
 
 def memory(counts: Counts, hardware: Hardware, split: Split) -> dict[str, float]:
     """Bytes of a rank, without torch.compile, which needs less for activations and loss.
 
-    "more" is what `shard` gathers from other ranks: two blocks in the compute dtype, tables in fp32. "peak" is
-    below the sum if not all of it is there at once.
+    "more" is what `shard` gathers from other ranks: two blocks in the compute dtype, tables in fp32. "peak"
+    is below the sum if not all of it is there at once.
     """
     shape, N, B, shard = counts.shape, counts.parameters, split.B, split.shard and split.n > 1
     layers, fraction = shape.n_layer, 1 / split.n if shard else 1
@@ -305,8 +300,8 @@ def step_time(counts: Counts, hardware: Hardware, split: Split, mfu: float) -> d
 
 
 def share_out(sequences: int, n: int, largest: int, smallest: int = 1) -> tuple[int, int]:
-    """B, between smallest and largest, and the micro-steps of each of n ranks, for a step nearest to `sequences`;
-    the larger B of two."""
+    """B, between smallest and largest, and the micro-steps of each of n ranks, for a step of nearly
+    `sequences`; the larger B of two."""
     splits = []
     for B in range(max(smallest, largest - 4095), largest + 1):  # one of these comes near enough
         for micro_steps in (max(1, sequences // (n * B)), math.ceil(sequences / (n * B))):
@@ -392,12 +387,13 @@ def plan(config: BenchConfig, runtime: Runtime, mfu: float | None = None, peak: 
     config, shape, found = planned_shape(config)
     half = (runtime.dtype != torch.float32) if config.gpu == "here" else config.dtype != "float32"
     counts = count(shape, config, half, not hardware.is_cpu)
+    source = "measured here"
     if config.mfu:
         mfu, source = config.mfu, "given"
-    elif mfu:  # of the measured compute, a part was recomputation
-        mfu, source = mfu * 4 / 3 if config.activation_checkpointing else mfu, "measured here"
-    else:
+    elif not mfu:
         mfu, source = MFU, "assumed; --mfu= gives it, --gpu=here measures"
+    elif config.activation_checkpointing:
+        mfu *= 4 / 3  # of compute, a part of which was done twice
     shard, recompute = config.shard, config.activation_checkpointing
     for how in ((shard, recompute), (True, recompute), (shard, True), (True, True)):  # cheapest first
         split = settle(config, counts, hardware, Split(config.n_gpus, 1, 1, *how))
@@ -410,16 +406,10 @@ def plan(config: BenchConfig, runtime: Runtime, mfu: float | None = None, peak: 
         variants[name] = memory(counts, hardware, variant)
     numbers = sorted({2**i for i in range(max(4096, config.n_gpus).bit_length())} | {config.n_gpus})
     splits = [settle(config, counts, hardware, split._replace(n=n)) for n in numbers]
-    result = {
-        "place": hardware._asdict(),
-        "counts": {**counts._asdict(), "shape": asdict(shape)},
-        "mfu": mfu,
-        "run": run,
-        "flags": flags_of(config, split),
-        "variants": variants,
-        "checkpoint_bytes": 4 * counts.parameters + counts.averages,
-        "scaling": [run_on(config, counts, hardware, one, mfu) for one in splits],
-    }
+    result = {"place": hardware._asdict(), "counts": counts._asdict() | {"shape": asdict(shape)}, "mfu": mfu}
+    result |= {"run": run, "flags": flags_of(config, split), "variants": variants}
+    result["checkpoint_bytes"] = 4 * counts.parameters + counts.averages
+    result["scaling"] = [run_on(config, counts, hardware, one, mfu) for one in splits]
     if config.real_data and not found:
         print(f"data     no dataset {config.dataset} here: planned with GPT-2's vocabulary")
     print_memory(config, hardware, counts, result)
@@ -491,9 +481,8 @@ def print_run(config: BenchConfig, result: dict[str, Any]) -> None:
 
 def print_scaling(config: BenchConfig, rows: list[dict[str, Any]]) -> None:
     """The run on more and more GPUs, and what limits it."""
-    print(
-        "scale      GPUs  batch_size x steps  sequences    GiB     ms/step   waits  efficiency          time"
-    )
+    heads = "sequences    GiB     ms/step   waits  efficiency          time"
+    print(f"scale      GPUs  batch_size x steps  {heads}")
     for row in rows:
         line = f"         {row['n']:6,}  {row['B']:10} x {row['rounds']:5}  {row['sequences']:9,}"
         line += f"  {row['memory']['peak'] / 2**30:5.1f}  "
@@ -515,12 +504,9 @@ def print_scaling(config: BenchConfig, rows: list[dict[str, Any]]) -> None:
     print(f"limits   exchange: {waiting}, a tenth of a step or more waits for it")
     if sequences < most:
         few = next(row["n"] for row in rows if row["n"] > sequences)
-        print(
-            f"         batch: {sequences:,} sequences are too few for {few:,} GPUs; "
-            "a larger step learns less from a token"
-        )
+        why = "a larger step learns less from a token"
+        print(f"         batch: {sequences:,} sequences are too few for {few:,} GPUs; {why}")
     reading = since([row for row in fitting if row["data"]["disk"] >= DISK])
     rate = max(row["data"]["disk"] for row in fitting) / 1e6
-    print(
-        f"         data: {reading}, a node reads more than an SSD's {DISK / 1e6:,.0f} MB/s ({rate:,.1f} at most)"
-    )
+    more = f"a node reads more than an SSD's {DISK / 1e6:,.0f} MB/s ({rate:,.1f} at most)"
+    print(f"         data: {reading}, {more}")

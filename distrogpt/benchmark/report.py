@@ -37,8 +37,8 @@ TARGETS = {  # val losses, by config: the report says when a run reaches them
     "train_shakespeare_10s": (1.8857, "nanoGPT's 2000 steps of the same shape"),
 }
 # Parts: name, estimated seconds and title; below, the arguments of bench.py, a line per command, or else
-# --check=NAME. BATCH stands for 32, 16 and 8, of which the first that fits counts; AGAINST is the flag, if any;
-# SHAKESPEARE is its dataset if that is prepared. All other commands read random ids.
+# --check=NAME. BATCH: sizes 32, 16 and 8, of which the first that fits counts. AGAINST: that flag, if given.
+# SHAKESPEARE: that dataset if it is prepared; all others read random ids.
 CHECKS = """
 machine 12 The machine
 network 12 Logits, loss and gradients against fp32 on the CPU
@@ -59,7 +59,7 @@ step-middle 30 A training step: 6/6/384, 16 x 256
 step-large 45 A training step: GPT-2 124M, 1 x 1024
   --batch_size=1 --bench_steps=3 --warmup_steps=1 --compile=False AGAINST
 step-modern 25 The modern network at 124M
-  train_gpt2_modern --gradient_accumulation_steps=1 --batch_size=1 --bench_steps=3 --warmup_steps=1 --compile=False
+  train_gpt2_modern --gradient_accumulation_steps=1 --batch_size=1 --bench_steps=3 --warmup_steps=1
 train_shakespeare_10s 25 config/train_shakespeare_10s.py in full
 train_shakespeare_cpu 50 config/train_shakespeare_cpu.py in full
 checkpoint 35 A checkpoint of 124M
@@ -303,8 +303,9 @@ def headline(result: Result) -> str:
     """The most important figures of a result; "" if it has none."""
     if "steps" in result:
         (_, ours), *others = result["steps"].items()
-        text = f"{ours['median'] * 1000:,.1f} ms, {ours['tokens_per_second']:,.0f} tokens/s, MFU {ours['mfu']:.0%}"
-        return text + "".join(f", {result['ratio']['median']:.2f} times {name}'s speed" for name, _ in others)
+        text = f"{ours['median'] * 1000:,.1f} ms, {ours['tokens_per_second']:,.0f} tokens/s"
+        ratios = [f", {result['ratio']['median']:.2f} times {name}'s speed" for name, _ in others]
+        return f"{text}, MFU {ours['mfu']:.0%}{''.join(ratios)}"
     if "runs" in result:
         rates = [f"{run['decode']['median']:,.0f} at {run['batch']}" for run in result["runs"]]
         return f"tokens/s by sequences: {rates[0]}, {rates[1]}"  # the others have 8-bit weights

@@ -111,7 +111,7 @@ def time_page(page: Any, max_tokens: int, seed: int) -> tuple[float, float]:
 
 
 def bench_serve(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
-    """One text by sample.py's way, by the API and on the page, in turns; then 32 clients. Raises UserError."""
+    """A text by sample.py's way, by the API and on the page, in turns; then 32 clients. Raises UserError."""
     sampler = Sampler(config.out_dir, device=config.device, dtype=config.dtype)
     tokens = config.max_new_tokens or 256
     result: dict[str, Any] = {}
@@ -131,8 +131,8 @@ def bench_serve(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
             rate, factor = spread([1 / s for s in seconds]), ratio(seconds, per_token["sample.py"])
             result[name] = {"first_ms": firsts[name], "tokens_per_second": rate, "times_the_seconds": factor}
             print(
-                f"{name:10} first token after {firsts[name]:7.1f} ms, then {rate['median']:8.1f} tokens/s: in "
-                f"{factor['median']:.3f} times sample.py's seconds {quartiles(factor, 3)}"
+                f"{name:10} first token after {firsts[name]:7.1f} ms, then {rate['median']:8.1f} tokens/s: "
+                f"in {factor['median']:.3f} times sample.py's seconds {quartiles(factor, 3)}"
             )
         result["clients"] = clients(port, pid)
     return result
@@ -167,9 +167,9 @@ def clients(port: int, pid: int) -> dict[str, Any]:
     first, last = (quantiles(times, n=100, method="inclusive") for times in zip(*served, strict=True))
     rate = len(served) * TOKENS / seconds
     print(
-        f"{CLIENTS} clients, {EACH} requests each for {TOKENS} tokens: {len(served)} served, {len(lost)} lost; "
-        f"seconds p50 {last[49]:.2f}, p99 {last[98]:.2f}; to the first token p50 {first[49]:.2f}, p99 "
-        f"{first[98]:.2f}; {rate:,.0f} tokens/s in all"
+        f"{CLIENTS} clients, {EACH} requests each for {TOKENS} tokens: {len(served)} served, "
+        f"{len(lost)} lost; seconds p50 {last[49]:.2f}, p99 {last[98]:.2f}; to the first token "
+        f"p50 {first[49]:.2f}, p99 {first[98]:.2f}; {rate:,.0f} tokens/s in all"
     )
     if memory[0] is not None:
         print("memory after each of three such rounds: " + ", ".join(f"{size:,.1f} MiB" for size in memory))

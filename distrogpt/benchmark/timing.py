@@ -78,7 +78,7 @@ def seconds_of(function: Callable[..., Any], *args: Any, runtime: Runtime) -> fl
 
 
 def alternate(steps: dict[str, Step], warmup: int, count: int, runtime: Runtime) -> dict[str, list[float]]:
-    """Seconds of `count` steps of each, in turns of a tenth of them: a busy machine slows all of them alike."""
+    """Seconds of `count` steps of each, in turns of a tenth of them: a busy machine slows all alike."""
     for step in steps.values():
         for number in range(warmup):
             step(number)

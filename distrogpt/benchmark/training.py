@@ -1,5 +1,6 @@
 """Time train.py's training step: speed, MFU and memory, alone or next to another implementation's."""
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 import torch
 
-from distrogpt.benchmark.baselines import BaselineTrainer, baseline_name
+from distrogpt.benchmark.baselines import baseline_model, baseline_name, baseline_step
 from distrogpt.benchmark.timing import (
     Step,
     alternate,
@@ -24,7 +25,7 @@ from distrogpt.hardware import measured_flops, peak_flops
 from distrogpt.kernels.compile import maybe_compile
 from distrogpt.runtime import Runtime
 from distrogpt.settings import BenchConfig
-from distrogpt.training.batches import MicroBatch, step_batches
+from distrogpt.training.batches import BatchLoader, MicroBatch
 from distrogpt.training.optim import make_optimizers
 from distrogpt.training.startup import initial_model, resolve_max_iters
 from model import GPT
@@ -35,34 +36,46 @@ TrainingStep = Callable[..., Any]  # train.py's, which bench.py hands in: the pa
 
 @dataclass
 class Trainer:
-    """A model, its optimizers and train.py's step; each call is a training step on the next batch of `data`."""
+    """A model and its optimizers; each call is a training step on the next batch of `data`."""
 
     training_step: TrainingStep
     config: BenchConfig
     data: Dataset | None
     runtime: Runtime
     model: torch.nn.Module | None = None  # None: a new one as train.py makes it
+    optimizers: list[torch.optim.Optimizer] | None = None  # None: those of train.py
 
     def __post_init__(self) -> None:
+        config, runtime = self.config, self.runtime
         if self.model is None:
-            self.model = new_model(self.config, self.data, self.runtime)
-        plain = getattr(self.model, "module", self.model)  # without DDP
-        self.optimizers = make_optimizers(plain, self.config, self.runtime.device.type, self.runtime.dtype)
-        self.scaler = self.runtime.loss_scaler()
+            self.model = new_model(config, self.data, runtime)
+        if self.optimizers is None:
+            plain = getattr(self.model, "module", self.model)  # without DDP
+            self.optimizers = make_optimizers(plain, config, runtime.device.type, runtime.dtype)
+        self.scaler = runtime.loss_scaler()
         if self.data is not None:
-            self.load(0)
+            self.batches = BatchLoader(self.data, config, runtime, 0)
 
-    def load(self, number: int) -> None:
-        """Read the micro-batches of a step."""
-        self.batches = step_batches(self.data, self.config, self.runtime, number)
-
-    def train(self, batches: list[MicroBatch], prefetch: Callable[[], None] = lambda: None) -> Any:
-        """One training step on these micro-batches."""
-        settings = (self.config.grad_clip, self.runtime, prefetch)
+    def train(self, batches: BatchLoader | list[MicroBatch]) -> Any:
+        """One step on these micro-batches."""
+        settings = (self.config.grad_clip, self.runtime)
         return self.training_step(self.model, self.optimizers, self.scaler, batches, *settings)
 
     def __call__(self, number: int) -> Any:
-        return self.train(self.batches, lambda: self.load(number + 1))
+        return self.train(self.batches)
+
+
+def baseline_trainer(config: BenchConfig, data: Dataset, vocab_size: int, runtime: Runtime) -> Trainer:
+    """The model of config.against: fp32 on CPUs, autocast and compiled on GPUs."""
+    model, device = baseline_model(config, vocab_size).to(runtime.device).train(), runtime.device
+    settings = (config.weight_decay, config.learning_rate, (config.beta1, config.beta2), device.type)
+    with contextlib.redirect_stdout(None):
+        optimizer = model.configure_optimizers(*settings)
+    if device.type == "cuda":
+        maybe_compile(model, config.compile, device, config.max_iters)
+    else:
+        runtime = replace(runtime, dtype=torch.float32)
+    return Trainer(baseline_step, config, data, runtime, model, [optimizer])
 
 
 def new_weights(config: BenchConfig, data: Dataset) -> GPT:
@@ -105,7 +118,8 @@ def bench_step(config: BenchConfig, runtime: Runtime, training_step: TrainingSte
         for number in range(2):  # the peak of our model alone, before the baseline is built
             trainer(number)
         memory = peak_memory(runtime)
-        steps[baseline_name(config.against)] = BaselineTrainer(config, data, model.config.vocab_size, runtime)
+        name = baseline_name(config.against)
+        steps[name] = baseline_trainer(config, data, model.config.vocab_size, runtime)
     times = alternate(steps, config.warmup_steps, config.bench_steps, runtime)
     memory = memory or peak_memory(runtime)  # before peak_flops, which takes memory of its own
     peak = peak_flops(runtime.device, runtime.dtype)

@@ -282,7 +282,7 @@ def test_on_a_cpu_nothing_is_tried_that_memory_has_no_room_for(capsys, dataset):
 
     def step(model, optimizers, scaler, batches, *args):
         has_gradients = all(p.grad is not None for p in model.parameters())
-        tried.append((len(batches), batches[0].x.size(0), has_gradients))
+        tried.append((len(batches), batches.current[0].x.size(0), has_gradients))
         return train.training_step(model, optimizers, scaler, batches, *args)
 
     result = bench_batch(config, CPU, step, room, time_all=True)
@@ -314,7 +314,7 @@ def test_what_runs_out_of_memory_is_too_large(dataset):
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     def step(model, optimizers, scaler, batches, *args):
-        if batches[0].x.size(0) > 11:
+        if batches.current[0].x.size(0) > 11:
             raise error
         return train.training_step(model, optimizers, scaler, batches, *args)
 

@@ -245,7 +245,7 @@ def test_sequences_are_shared_out():
 def test_the_batch_shrinks_until_it_fits_and_then_other_ways_are_taken(capsys):
     config, place, counts = counted()
     tight = place._replace(memory=6 * 2**30)
-    split = settle(config, counts, tight, 8, False, False)
+    split = settle(config, counts, tight, Split(8, 1, 1))
     assert split.B < 12 and split.sequences == 480
     assert memory(counts, tight, split)["fits"] and not memory(counts, tight, split._replace(B=12))["fits"]
     xl = ("--init_from=gpt2-xl", "--gpu=a100-40gb", "--gradient_accumulation_steps=8", "--batch_size=4")

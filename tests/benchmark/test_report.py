@@ -120,7 +120,7 @@ def test_a_row_fails_above_its_limit_and_where_nothing_is_a_number():
     assert Row("informs", 5.0).passes
 
 
-def test_results_that_other_commands_write(tmp_path):
+def test_results_that_other_commands_write(tmp_path, monkeypatch):
     (tmp_path / "test_them.py").write_text(
         "import pytest\ndef test_a(): pass\ndef test_b(): assert 0\ndef test_c(): pytest.skip('no')\n"
         "@pytest.fixture\ndef broken(): raise ValueError\ndef test_d(broken): pass\n"
@@ -141,10 +141,12 @@ def test_results_that_other_commands_write(tmp_path):
     assert [row["value"] for row in rows[:3]] == ["1", "2", "1"] and all(row["passes"] for row in rows[:3])
     assert [row["what"] for row in rows[3:]] == ["test_them::test_b", "test_them::test_d"]
     assert not any(row["passes"] for row in rows[3:])
-    (tmp_path / "log.csv").write_text("step,seconds,val_loss\n0,,4.5\n10,1.5,\n20,3.0,1.4\n20,,1.3\n")
-    curve = read_curve(tmp_path / "log.csv")
-    assert curve == [(0, 0.0, 4.5), (20, 3.0, 1.4), (20, 3.0, 1.3)]
-    line = headline({"config": "train_shakespeare_char", "curve": curve})
-    assert line.startswith("best val loss 1.3000 at step 20, after 3 s; 1.4697 (") and line.endswith(
-        "after 3.0 s"
-    )
+    (tmp_path / "report/train_shakespeare_char").mkdir(parents=True)
+    log = tmp_path / "report/train_shakespeare_char/log.csv"
+    log.write_text("step,seconds,val_loss\n0,,4.5\n10,1.5,\n20,3.0,1.4\n20,,1.3\n")
+    monkeypatch.chdir(tmp_path)
+    result = read_curve("train_shakespeare_char")
+    assert result["curve"] == [(0, 0.0, 4.5), (20, 3.0, 1.4), (20, 3.0, 1.3)]
+    line = headline(result)
+    assert line.startswith("best val loss 1.3000 at step 20, after 3 s; 1.4697 (")
+    assert line.endswith("after 3.0 s")
