@@ -106,7 +106,8 @@ class BatchTrials:
 
     def accumulates(self, batch: int) -> bool:
         """Whether the run would add this micro-batch to earlier gradients."""
-        return self.config.n_gpus > 1 or batch < sequences_per_step(self.config)
+        sequences = self.config.gradient_accumulation_steps * self.config.batch_size
+        return self.config.n_gpus > 1 or batch < sequences
 
     def computed(self, batch: int) -> Trial:
         micro_steps = 2 if self.accumulates(batch) else 1
@@ -174,14 +175,10 @@ def bench_batch(
     return result
 
 
-def sequences_per_step(config: BenchConfig) -> int:
-    return config.gradient_accumulation_steps * config.batch_size
-
-
 def step_with(config: BenchConfig, largest: int) -> dict[str, Any]:
     """Micro-batches of at most `largest` sequences, and at least half as many, that make a step nearest to
     that of the settings."""
-    sequences = sequences_per_step(config)
+    sequences = config.gradient_accumulation_steps * config.batch_size
     largest = max(1, min(largest, sequences // config.n_gpus))
     B, micro_steps = plan.share_out(sequences, config.n_gpus, largest, largest // 2 + 1)
     steps = config.n_gpus * micro_steps
@@ -210,7 +207,7 @@ def table(result: dict[str, Any], config: BenchConfig) -> list[str]:
         if row["seconds"]:
             speed, note = f"{row['seconds'] * 1000:12,.2f}  {row['tokens_per_second']:12,.0f}", ""
         lines.append(f"{row['batch']:8,}{speed}  {row['memory'] / 2**30:7,.2f} GiB  {note}".rstrip())
-    sequences = sequences_per_step(config)
+    sequences = config.gradient_accumulation_steps * config.batch_size
     for name in ("largest", "fastest"):
         row = result[name]
         or_more = " or more" if name == "largest" and row["batch"] == LARGEST else ""

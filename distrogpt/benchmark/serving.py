@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
@@ -53,30 +53,27 @@ def resident_memory(pid: int) -> float | None:
     return None
 
 
-def time_request(port: int, max_tokens: int, seed: int) -> tuple[float, float]:
-    """A streamed completion: seconds to its first and to its last token. Raises OSError if it is lost."""
-    begin = time.perf_counter()
+def time_items(items: Iterable[Any]) -> tuple[float, float]:
+    """Seconds to the first item and to the end."""
+    begin, first = time.perf_counter(), 0.0
+    for _ in items:
+        first = first or time.perf_counter() - begin
+    return first, time.perf_counter() - begin
+
+
+def completion_chunks(port: int, max_tokens: int, seed: int) -> Iterator[dict[str, Any]]:
+    """The chunks of a streamed completion. Raises OSError if it is lost."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
     body = json.dumps({**BODY, "max_tokens": max_tokens, "seed": seed})
     connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
-    response = connection.getresponse()
-    first, finished = 0.0, False
+    response, finished = connection.getresponse(), False
     for line in response:
         if line.startswith(b"data: {"):
-            first = first or time.perf_counter() - begin
-            finished = finished or json.loads(line[6:])["choices"][0]["finish_reason"] == "length"
+            yield (chunk := json.loads(line[6:]))
+            finished = finished or chunk["choices"][0]["finish_reason"] == "length"
     connection.close()
     if response.status != 200 or not finished:
         raise ConnectionError(f"status {response.status}, without an end")
-    return first, time.perf_counter() - begin
-
-
-def time_sampler(sampler: Sampler, max_tokens: int, seed: int) -> tuple[float, float]:
-    """Seconds to the first and to the last token as in sample.py."""
-    begin, first = time.perf_counter(), 0.0
-    for _ in sampler.stream("\n", max_tokens, seed=seed, stop_at_end=False):
-        first = first or time.perf_counter() - begin
-    return first, time.perf_counter() - begin
 
 
 @contextmanager
@@ -116,13 +113,13 @@ def bench_serve(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
     tokens = config.max_new_tokens or 256
     result: dict[str, Any] = {}
     with running_server(config) as (port, pid), open_page(port) as page:
-        ways = {"sample.py": (time_sampler, sampler), "API": (time_request, port)}
-        if page:
-            ways["page"] = (time_page, page)
-        times: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+        times: dict[str, list[tuple[float, float]]] = {"sample.py": [], "API": []}
         for seed in range(config.rounds + 1):
-            for name, (time_text, of) in ways.items():
-                times[name].append(time_text(of, tokens, seed))
+            text = sampler.stream("\n", tokens, seed=seed, stop_at_end=False)
+            times["sample.py"].append(time_items(text))
+            times["API"].append(time_items(completion_chunks(port, tokens, seed)))
+            if page:
+                times.setdefault("page", []).append(time_page(page, tokens, seed))
         firsts, per_token = {}, {}
         for name, (_, *seconds) in times.items():  # the first is a warm-up
             firsts[name] = 1000 * median(first for first, _ in seconds)
@@ -143,7 +140,7 @@ def client(port: int, number: int) -> list[tuple[float, float] | str]:
     answers: list[tuple[float, float] | str] = []
     for request in range(EACH):
         try:
-            answers.append(time_request(port, TOKENS, number * EACH + request))
+            answers.append(time_items(completion_chunks(port, TOKENS, number * EACH + request)))
         except (OSError, ValueError) as error:
             answers.append(f"{type(error).__name__}: {error}")
     return answers
