@@ -30,6 +30,7 @@ from distrogpt.evaluation.evaluator import Evaluator
 from distrogpt.evaluation.loss import evaluation_line
 from distrogpt.hardware import peak_flops
 from distrogpt.kernels.compile import maybe_compile
+from distrogpt.kernels.cpu import to_device, use_cpu_kernels
 from distrogpt.openmp import WAITS
 from distrogpt.runtime import (
     Runtime,
@@ -98,7 +99,7 @@ def training_step(
         if isinstance(model, DistributedDataParallel):
             model.require_backward_grad_sync = number == len(batches)  # exchange the sum, once
         with runtime.autocast():
-            _, loss = model(x, y, only_loss=True)
+            _, loss = model(x, y, return_logits=False)
         scaler.scale(loss / (len(batches) / weight)).backward()
         total.add_(loss.detach(), alpha=weight)
     for optimizer in optimizers:
@@ -182,7 +183,9 @@ def train_model(
     steps = 1 if config.eval_only else config.max_iters  # of the whole run: resumed, it computes as before
     in_parts = config.shard and runtime.world_size > 1
     if not in_parts:
-        model.to(runtime.device)
+        to_device(model, runtime.device)
+    elif runtime.device.type == "cpu":
+        use_cpu_kernels(model)
     maybe_compile(model, config.compile, runtime.device, steps, model.transformer.h if in_parts else ())
     if config.shard and not in_parts:
         say("note     shard: one rank has nothing to share with")

@@ -34,8 +34,10 @@ from distrogpt.benchmark.training import Trainer, TrainingStep
 from distrogpt.checkpoint import NEWEST, load_checkpoint
 from distrogpt.errors import UserError
 from distrogpt.hardware import measured_bandwidth, measured_flops, peak_flops
-from distrogpt.inference.decoder import SamplingParams, optimize_for_inference, stream
+from distrogpt.inference.decoder import optimize_for_inference, stream
+from distrogpt.inference.sampling import SamplingParams
 from distrogpt.kernels.compile import compile_error
+from distrogpt.kernels.cpu import to_device
 from distrogpt.runtime import Runtime
 from distrogpt.settings import BenchConfig
 from distrogpt.training.batches import MicroBatch
@@ -84,9 +86,9 @@ def not_finite(model: torch.nn.Module) -> float:
     return 0.0 if finite else 1.0
 
 
-def small_model(network: dict[str, Any]) -> GPT:
+def small_model(network: dict[str, Any], device: torch.device) -> GPT:
     torch.manual_seed(0)
-    return GPT(GPTConfig(**SMALL, **network))
+    return to_device(GPT(GPTConfig(**SMALL, **network)), device)
 
 
 def make_batch(seed: int, device: torch.device, length: int = SMALL["block_size"]) -> MicroBatch:
@@ -152,9 +154,9 @@ def check_network(config: BenchConfig, runtime: Runtime, _: TrainingStep) -> lis
 
     rows = []
     for name, network in NETWORKS.items():
-        logits, loss, gradients = run(small_model(network), torch.float32)
+        logits, loss, gradients = run(small_model(network, torch.device("cpu")), torch.float32)
         for dtype, limit in ((torch.float32, 1e-4), (torch.bfloat16, 3e-2)):
-            result = run(small_model(network).to(runtime.device), dtype)
+            result = run(small_model(network, runtime.device), dtype)
             kind = f"{name}, {dtype_name(dtype)}"
             rows += [
                 Row(f"{kind}: logits", distance(result[0], logits), limit),
@@ -173,13 +175,13 @@ def check_greedy(config: BenchConfig, runtime: Runtime, _: TrainingStep) -> list
     """
     rows, on_gpu = [], runtime.device.type == "cuda"
     for name, network in NETWORKS.items():
-        model = small_model(network)
+        model = small_model(network, runtime.device)
         for p in model.transformer.h.parameters():
             p.mul_(3.0)  # with random weights of usual size, one token repeats forever
         prompts = [make_batch(seed, runtime.device).x[0, : 8 + 5 * seed] for seed in range(8)]
         for dtype in (torch.float32, torch.bfloat16):
             kind, exact = f"{name}, {dtype_name(dtype)}", dtype == torch.float32
-            ready = optimize_for_inference(copy.deepcopy(model).to(runtime.device), dtype)
+            ready = optimize_for_inference(copy.deepcopy(model), dtype)
             with float32_precision("highest"):
                 alone = torch.cat([greedy(ready, [prompt]) for prompt in prompts])
                 together = greedy(ready, prompts)
@@ -197,9 +199,8 @@ def check_greedy(config: BenchConfig, runtime: Runtime, _: TrainingStep) -> list
 
 def greedy(model: GPT, prompts: list[torch.Tensor], graph: bool = True) -> torch.Tensor:
     """64 greedy ids after each prompt (T,), by the decoder of sample.py: (N, 64)."""
-    padded = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True)
-    lengths = [len(prompt) for prompt in prompts]
-    tokens = stream(model, padded, 64, SamplingParams(temperature=0.0), lengths=lengths, graph=graph)
+    uniforms = torch.zeros(len(prompts), 64)
+    tokens = stream(model, prompts, SamplingParams(temperature=0.0), uniforms, graph=graph)
     return torch.cat([token.ids for token in tokens], dim=1)
 
 
@@ -222,7 +223,7 @@ def check_compile(config: BenchConfig, runtime: Runtime, training_step: Training
         return [Row("torch.compile", error)]
     rows = []
     for name, network in NETWORKS.items():
-        model = small_model(network).to(runtime.device)
+        model = small_model(network, runtime.device)
         eager = losses_of(Trainer(training_step, config, None, runtime, copy.deepcopy(model)))
         model.compile()
         other = losses_of(Trainer(training_step, config, None, runtime, model))
@@ -237,7 +238,7 @@ def check_fp16(config: BenchConfig, runtime: Runtime, training_step: TrainingSte
     learned, rows = {}, []
     length = SMALL["block_size"] if runtime.device.type == "cuda" else 16  # CPUs are slow in fp16
     for dtype in (torch.float32, torch.float16):
-        model = small_model({}).to(runtime.device)
+        model = small_model({}, runtime.device)
         trainer = Trainer(training_step, config, None, replace(runtime, dtype=dtype), model)
         losses = losses_of(trainer, length)
         learned[dtype] = losses[0] - losses[-1]
@@ -310,7 +311,7 @@ def check_ranks(config: BenchConfig, runtime: Runtime, training_step: TrainingSt
         address = f"tcp://127.0.0.1:{server.getsockname()[1]}"
     dist.init_process_group(backend, init_method=address, rank=0, world_size=1)
     rows = []
-    model = small_model({}).to(runtime.device)
+    model = small_model({}, runtime.device)
     expected = losses_of(Trainer(training_step, config, None, runtime, copy.deepcopy(model)))
     for name, shard in (("DDP", False), ("FSDP2, --shard=True", True)):
         replica = wrap_distributed(copy.deepcopy(model), shard, runtime)
@@ -343,7 +344,7 @@ def check_synchronize(config: BenchConfig, runtime: Runtime, training_step: Trai
     def without_reading(number: int) -> None:
         for _ in range(5):
             with runtime.autocast():
-                _, loss = trainer.model(x, y, only_loss=True)
+                _, loss = trainer.model(x, y, return_logits=False)
             loss.backward()
             clip_gradients(trainer.model, config.grad_clip)
             for optimizer in trainer.optimizers:

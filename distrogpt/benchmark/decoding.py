@@ -12,7 +12,8 @@ from distrogpt.benchmark.timing import open_data, quartiles, ratio, seconds_of, 
 from distrogpt.benchmark.training import new_weights
 from distrogpt.errors import UserError
 from distrogpt.hardware import measured_bandwidth
-from distrogpt.inference.decoder import SamplingParams, optimize_for_inference, stream
+from distrogpt.inference.decoder import optimize_for_inference, stream
+from distrogpt.inference.sampling import SamplingParams
 from distrogpt.kernels.compile import compile_error
 from distrogpt.runtime import Runtime
 from distrogpt.settings import BenchConfig
@@ -29,7 +30,7 @@ def time_stream(
     the second one."""
     synchronize(runtime)
     times = [time.perf_counter()]
-    tokens = stream(model, idx, max_new_tokens, SamplingParams(0.8, 200), copies=n)
+    tokens = stream(model, idx, SamplingParams(0.8, 200), torch.rand(n, max_new_tokens))
     for number, _ in enumerate(tokens, 1):
         if number in (1, 2, max_new_tokens):
             synchronize(runtime)

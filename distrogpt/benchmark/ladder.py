@@ -2,14 +2,14 @@
 
 import math
 import statistics
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
-import model as model_file
 from distrogpt.benchmark.timing import (
     Step,
     alternate,
@@ -22,10 +22,11 @@ from distrogpt.benchmark.timing import (
 from distrogpt.benchmark.training import Trainer, TrainingStep, new_model
 from distrogpt.data.dataset import Dataset
 from distrogpt.errors import writable
-from distrogpt.kernels import cpu as attention_file
+from distrogpt.kernels import replace_layers
+from distrogpt.kernels.cpu import CPUAttention, CPUDropout
 from distrogpt.runtime import Runtime, find_pyplot, start_runtime
 from distrogpt.settings import BenchConfig
-from model import GPT
+from model import Attention
 
 PLOT = "bench_ladder.png"
 
@@ -47,50 +48,36 @@ def ladder_rungs(config: BenchConfig, meta: dict, runtime: Runtime) -> dict[str,
     return {**rungs, "fused AdamW": {"fused": True}, "compile": {"compile": True}}
 
 
-def plain_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, p: float = 0.0
-) -> torch.Tensor:
-    """Attention as in the formula: all scores, masked afterwards. Shapes (B, H, T, D)."""
-    later = torch.ones(q.size(2), q.size(2), dtype=torch.bool, device=q.device).triu(1)
-    scores = (q @ k.transpose(-2, -1)) * scale  # (B, H, T, T)
-    return F.dropout(scores.masked_fill(later, -math.inf).softmax(dim=-1), p) @ v
+class PlainAttention(Attention):
+    """Attention as in the formula: all scores, masked afterwards."""
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        later = torch.ones(q.size(2), q.size(2), dtype=torch.bool, device=q.device).triu(1)
+        weights = (q @ k.transpose(-2, -1) * self.scale).masked_fill(later, -math.inf).softmax(dim=-1)
+        return F.dropout(weights, self.dropout, self.training) @ v  # (B, H, T, D)
 
 
-@dataclass
-class Rung:
-    """train.py's step with the improvements `on` alone; the others are taken out of the model."""
-
-    training_step: TrainingStep
-    config: BenchConfig
-    data: Dataset
-    runtime: Runtime
-    on: dict[str, Any]
-
-    def __post_init__(self) -> None:
-        on, data = self.on, self.data
-        gpt2 = {"activation": on.get("activation", "gelu_tanh"), "optimizer": "adamw", "n_kv_head": None}
-        config = replace(self.config, compile=on.get("compile", False), **gpt2)
-        runtime = replace(self.runtime, dtype=on.get("dtype", torch.float32))
-        self.precision = torch.get_float32_matmul_precision() if on.get("products") else "highest"
-        self.ours = {"dropout": model_file.dropout, "causal_attention": model_file.causal_attention}
-        self.plain = {} if on.get("dropout") else {"dropout": F.dropout}
-        self.plain |= {} if on.get("attention") else {"causal_attention": plain_attention}
-        model = new_model(config, data, runtime)
-        if not on.get("padded") and model.config.vocab_size != data.meta["vocab_size"]:
-            model = GPT(replace(model.config, vocab_size=data.meta["vocab_size"])).to(runtime.device)
-        self.trainer = Trainer(self.training_step, config, data, runtime, model)
-        if not on.get("fused"):  # one kernel for each parameter and operation
-            keys, betas = ("params", "weight_decay"), (config.beta1, config.beta2)
-            groups = [{key: group[key] for key in keys} for group in self.trainer.optimizers[0].param_groups]
-            self.trainer.optimizers = [torch.optim.AdamW(groups, config.learning_rate, betas, fused=False)]
-
-    def __call__(self, number: int) -> None:
-        with float32_precision(self.precision):
-            for file in (model_file, attention_file):
-                vars(file).update(self.ours | self.plain)
-            self.trainer(number)
-            for file in (model_file, attention_file):
-                vars(file).update(self.ours)
+def rung_step(
+    training_step: TrainingStep, config: BenchConfig, data: Dataset, runtime: Runtime, on: dict[str, Any]
+) -> Step:
+    """GPT-2's training step with the improvements `on` alone."""
+    gpt2 = {"activation": on.get("activation", "gelu_tanh"), "optimizer": "adamw", "n_kv_head": None}
+    config = replace(config, compile=on.get("compile", False), **gpt2)
+    runtime = replace(runtime, dtype=on.get("dtype", torch.float32))
+    model, plain = new_model(config, data, runtime, padded=on.get("padded", False)), {}
+    if not on.get("dropout"):
+        plain[CPUDropout] = lambda layer: nn.Dropout(layer.p)
+    if not on.get("attention"):
+        plain[Attention] = plain[CPUAttention] = lambda layer: PlainAttention(layer.scale, layer.dropout)
+    trainer = Trainer(training_step, config, data, runtime, replace_layers(model, plain))
+    if not on.get("fused"):  # one kernel for each parameter and operation
+        keys, betas = ("params", "weight_decay"), (config.beta1, config.beta2)
+        groups = [{key: group[key] for key in keys} for group in trainer.optimizers[0].param_groups]
+        trainer.optimizers = [torch.optim.AdamW(groups, config.learning_rate, betas, fused=False)]
+    precision = torch.get_float32_matmul_precision() if on.get("products") else "highest"
+    return float32_precision(precision)(trainer)
 
 
 def bench_ladder(config: BenchConfig, runtime: Runtime, training_step: TrainingStep) -> dict[str, Any]:
@@ -103,7 +90,7 @@ def bench_ladder(config: BenchConfig, runtime: Runtime, training_step: TrainingS
     rungs, below, total = [], None, 1.0
     for name, improvement in ladder_rungs(config, data.meta, runtime).items():
         on |= improvement
-        step = Rung(training_step, config, data, runtime, on)
+        step = rung_step(training_step, config, data, runtime, on)
         pair: dict[str, Step] = {name: step} if below is None else {"below": below, name: step}
         times = alternate(pair, config.warmup_steps, config.bench_steps, runtime)
         gain = ratio(times["below"], times[name])["median"] if below else 1.0

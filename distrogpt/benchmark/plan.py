@@ -14,27 +14,25 @@ tokens in 45 minutes on 8 H100, 0.40, and in 90 minutes on 8 A100 80GB, 0.63.
 import math
 import os
 from bisect import bisect_left
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
+import torch.nn as nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import model as model_file
 from distrogpt.benchmark.training import TrainingStep, bench_step
-from distrogpt.data.dataset import folders_of, open_dataset
+from distrogpt.data.dataset import find_parts, open_dataset
 from distrogpt.data.meta import GPT2_META
 from distrogpt.errors import UserError
 from distrogpt.gpus import GPU, GPUS, find_gpu
 from distrogpt.hardware import measured_flops, peak_flops
-from distrogpt.kernels import cpu as attention_file
+from distrogpt.kernels import replace_layers
+from distrogpt.kernels.cpu import causal_mask, use_cpu_kernels
 from distrogpt.runtime import Runtime
 from distrogpt.settings import BenchConfig
 from distrogpt.training.startup import new_model_config, resolve_max_iters
-from model import GPT, GPTConfig
+from model import GPT, Attention, GPTConfig
 
 MFU = 0.4  # if none is known: llm.c's on H100
 LINK_SHARE, LATENCY = 0.8, 10e-6  # of the nominal bandwidth; seconds
@@ -137,7 +135,7 @@ def planned_shape(config: BenchConfig) -> tuple[BenchConfig, GPTConfig, bool]:
     meta, found = GPT2_META, False
     if config.real_data:
         try:
-            parts = folders_of(config.dataset)
+            parts = find_parts(config.dataset)
             found = all(any(folder.glob("train*.bin")) for _, _, folder, _ in parts)
             meta = parts[0][-1] if found else meta
         except UserError:
@@ -149,23 +147,19 @@ def planned_shape(config: BenchConfig) -> tuple[BenchConfig, GPTConfig, bool]:
     return config, new_model_config(config, meta), found
 
 
-@contextmanager
-def as_on_gpus() -> Iterator[None]:
-    """Attention and dropout in model.py as on GPUs: no scores are saved, and a byte for each number."""
-    ours = {name: vars(model_file)[name] for name in ("causal_attention", "dropout")}
+class MaskedDropout(nn.Dropout):
+    """Dropout as on GPUs: a byte is saved for each number."""
 
-    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, p: float) -> torch.Tensor:
-        shared = q.size(1) != k.size(1)  # without dropout: GPUs recompute its noise in the backward pass
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=shared)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.native_dropout(x, self.p, True)[0] if self.training and self.p else x
 
-    def drop(x: torch.Tensor, p: float, training: bool) -> torch.Tensor:
-        return torch.native_dropout(x, p, True)[0] if training and p else x
 
-    try:
-        vars(model_file).update(causal_attention=attend, dropout=drop)
-        yield
-    finally:
-        vars(model_file).update(ours)
+def as_trained(model: GPT, on_gpu: bool) -> GPT:
+    """The model with its device's layers. On GPUs, attention recomputes its dropout in the backward pass."""
+    if not on_gpu:
+        return use_cpu_kernels(model)
+    layers = {nn.Dropout: lambda layer: MaskedDropout(layer.p)}
+    return replace_layers(model, {**layers, Attention: lambda layer: Attention(layer.scale, 0.0)})
 
 
 def saved_bytes(model: GPT, B: int, half: bool) -> int:
@@ -185,7 +179,7 @@ def saved_bytes(model: GPT, B: int, half: bool) -> int:
     idx = torch.zeros(B, model.config.block_size, dtype=torch.long)
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=half)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast:
-        model(idx, idx, only_loss=True)
+        model(idx, idx, return_logits=False)
     return sum(storage.nbytes() for storage in saved.values())
 
 
@@ -195,17 +189,14 @@ def count(shape: GPTConfig, config: BenchConfig, half: bool, on_gpu: bool) -> Co
     What one block and one sequence add is the difference between one and two layers, two and three sequences
     (a single sequence is not copied in some places).
     """
-    caches = (attention_file.rotation, attention_file.causal_bias)  # true tensors and fake ones do not mix
     saved = {}
-    with FakeTensorMode(), as_on_gpus() if on_gpu else nullcontext():
-        for cache in caches:
-            cache.cache_clear()
+    causal_mask.cache_clear()  # true tensors and fake ones do not mix
+    with FakeTensorMode():
         for layers in (1, 2):
-            model = GPT(replace(shape, n_layer=layers)).train()
+            model = as_trained(GPT(replace(shape, n_layer=layers)).train(), on_gpu)
             for B in (2, 3):
                 saved[layers, B] = saved_bytes(model, B, half)
-        for cache in caches:
-            cache.cache_clear()
+    causal_mask.cache_clear()
     block = [saved[2, B] - saved[1, B] for B in (2, 3)]
     with torch.device("meta"):
         model = GPT(shape)

@@ -23,6 +23,7 @@ from distrogpt.data.dataset import Dataset
 from distrogpt.errors import writable
 from distrogpt.hardware import measured_flops, peak_flops
 from distrogpt.kernels.compile import maybe_compile
+from distrogpt.kernels.cpu import to_device
 from distrogpt.runtime import Runtime
 from distrogpt.settings import BenchConfig
 from distrogpt.training.batches import BatchLoader, MicroBatch
@@ -83,13 +84,14 @@ def new_weights(config: BenchConfig, data: Dataset) -> GPT:
     return initial_model(replace(config, init_from="scratch"), data.meta)[0]
 
 
-def new_model(config: BenchConfig, data: Dataset, runtime: Runtime) -> GPT:
+def new_model(config: BenchConfig, data: Dataset, runtime: Runtime, padded: bool = True) -> GPT:
     """A model with random weights on its device, compiled if train.py would."""
     model = new_weights(config, data)
+    if not padded:  # GPT-2's vocabulary
+        model = GPT(replace(model.config, vocab_size=data.meta["vocab_size"]))
     model.activation_checkpointing = config.activation_checkpointing
-    model.to(runtime.device).train()
     maybe_compile(model, config.compile, runtime.device, resolve_max_iters(config, data).max_iters)
-    return model
+    return to_device(model, runtime.device).train()
 
 
 def profile(step: Step, runtime: Runtime) -> None:

@@ -6,13 +6,15 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 from distrogpt.data.dataset import Dataset, evaluation_windows, measured_splits
-from distrogpt.data.tokenizer import from_description, ids_of_prompt
+from distrogpt.data.tokenizer import encode_prompt, from_description
 from distrogpt.errors import UserError
 from distrogpt.evaluation.loss import EvalWindows, Losses, mean_losses, never, summed_loss
 from distrogpt.evaluation.tasks import answers, check_lengths, choices, held_out_lines, open_questions
-from distrogpt.inference.decoder import SamplingParams, stream, uniform_noise
+from distrogpt.inference.decoder import stream
+from distrogpt.inference.sampling import SamplingParams, uniform_noise
 from distrogpt.runtime import Runtime
 from distrogpt.settings import TrainConfig
 from model import GPT
@@ -51,7 +53,7 @@ class Evaluator:
             self.problems = held_out_lines(data)
             check_lengths(self.problems, config.block_size, config.loss_after)
         if config.eval_samples:
-            self.prompt = ids_of_prompt(self.tokenizer, config.sample_start)
+            self.prompt = encode_prompt(self.tokenizer, config.sample_start)
             check_lengths([(self.prompt, [])], config.block_size, "")
 
     def evaluate(self, model: GPT, stop_requested: Callable[[], bool] = never) -> Losses | None:
@@ -63,8 +65,12 @@ class Evaluator:
         model.eval()
         results = self.losses(model, stop_requested)
         if results is not None:
+            if isinstance(model, FSDPModule):  # the tasks call hidden_states and logits, not forward
+                model.unshard()
             scores = self.scores(model, lambda: self.runtime.all_reduce_sum(stop_requested())[0] > 0)
             results = None if scores is None else results | scores
+            if isinstance(model, FSDPModule):
+                model.reshard()
         model.train()
         return results
 
@@ -115,12 +121,9 @@ class Evaluator:
         """Log eval_samples texts that begin with sample_start, drawn alike at each evaluation."""
         config, n = self.config, self.config.eval_samples
         uniforms = uniform_noise(config.seed, n, config.sample_tokens)
-        settings = {"vocab_size": self.data.meta["vocab_size"], "copies": n, "graph": False}
-        idx = torch.tensor([self.prompt], device=self.runtime.device)
+        prompts, vocab_size = [torch.tensor(self.prompt)], self.data.meta["vocab_size"]
         with self.runtime.autocast():
-            steps = stream(
-                model, idx, config.sample_tokens, SamplingParams(0.8, 200), draws=uniforms, **settings
-            )
-            ids = torch.cat([drawn.ids for drawn in steps], dim=1)  # (n, sample_tokens)
+            steps = stream(model, prompts, SamplingParams(0.8, 200), uniforms, vocab_size, graph=False)
+            ids = torch.cat([step.ids for step in steps], dim=1)  # (n, sample_tokens)
         for number, row in enumerate(ids.tolist(), 1):
             log.info(f"sample {number}: {config.sample_start}{self.tokenizer.decode(row)}")

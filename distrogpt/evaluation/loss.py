@@ -62,7 +62,7 @@ def summed_loss(
         loss_mask = data.loss_mask(tokens)
         x, y = to_xy(tokens, mask if loss_mask is None else mask & loss_mask, runtime)
         with runtime.autocast():
-            _, loss = model(x, y, only_loss=True)
+            _, loss = model(x, y, return_logits=False)
         count = (y >= 0).sum()
         sums[i, 0] = torch.where(count > 0, loss.float() * count, 0.0)  # the mean of no losses is nan
         sums[i, 1] = count
@@ -73,7 +73,7 @@ def summed_loss(
 def mean_losses(data: Dataset, losses: dict[str, list[float]], split: str = "val") -> Losses:
     """The weighted means of the losses of all parts in each split; and of one split, if they are known,
     bits_per_byte and, for a mixture, SPLIT/NAME of each part."""
-    weights = [part.share for part in data.parts]
+    weights = [part.weight for part in data.parts]
     means = {name: weighted_mean(values, weights) for name, values in losses.items()}
     if split not in losses:
         return means

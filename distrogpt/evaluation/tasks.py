@@ -10,13 +10,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from distrogpt.data.dataset import Dataset
 from distrogpt.data.tokenizer import Tokenizer
 from distrogpt.errors import UserError
 from distrogpt.evaluation.questions import Question, hellaswag_file, read_questions
-from distrogpt.inference.decoder import SamplingParams, stream
-from distrogpt.kernels.cpu import Branches
+from distrogpt.inference.decoder import stream
+from distrogpt.inference.sampling import SamplingParams
 from distrogpt.runtime import Runtime
 from model import GPT
 
@@ -58,11 +59,22 @@ def ending_scores(model: GPT, questions: list[Question], runtime: Runtime) -> li
     reads &= np.tri(T, dtype=bool)
     places = np.concatenate([np.array(row.places) + number * T for number, row in enumerate(rows)])
     targets = np.concatenate([row.targets for row in rows])
-    branches = Branches(runtime.to_device(reads))
+    bias = torch.zeros(reads.shape, dtype=runtime.dtype).masked_fill_(torch.from_numpy(~reads), -math.inf)
+    mask = bias[:, None].to(runtime.device)  # (B, 1, T, T)
     idx, places, targets, positions = map(runtime.to_device, (idx, places, targets, positions))
     with torch.no_grad(), runtime.autocast():
-        scores = iter(model.log_likelihood(idx, places, targets, branches, positions).tolist())
+        scores = iter(
+            log_likelihood(model, model.hidden_states(idx, positions, mask), places, targets).tolist()
+        )
     return [[[next(scores) for _ in ending] for ending in question.endings] for question in questions]
+
+
+def log_likelihood(model: GPT, x: torch.Tensor, places: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities (N,) of the ids `targets` (N,) to follow the positions `places` (N,) of the hidden states
+    x (B, T, C), all rows of which are taken as one."""
+    rows = x.flatten(0, 1)[places]  # (N, C)
+    parts = zip(rows.split(256), targets.split(256), strict=True)  # all logits at once would take gigabytes
+    return torch.cat([-F.cross_entropy(model.logits(x).float(), y, reduction="none") for x, y in parts])
 
 
 def choices(
@@ -165,16 +177,11 @@ def answers(
     for batch, ours in batches_of_rank([len(prompt) for prompt, _ in problems], batch_size, runtime):
         if stop_asked():
             return None
-        lengths = [len(problems[i][0]) for i in batch]
-        prompts = np.zeros((len(batch), max(lengths)), np.int64)
-        for row, i in enumerate(batch):
-            prompts[row, : lengths[row]] = problems[i][0]
-        idx, columns = runtime.to_device(prompts), []
-        ended = torch.zeros(len(batch), 1, dtype=torch.bool, device=idx.device)
+        prompts, columns = [torch.tensor(problems[i][0]) for i in batch], []
+        ended = torch.zeros(len(batch), 1, dtype=torch.bool, device=runtime.device)
+        uniforms = torch.zeros(len(batch), most)
         with torch.no_grad(), runtime.autocast():
-            for ids, _ in stream(
-                model, idx, most, SamplingParams(0.0), vocab_size, lengths=lengths, graph=False
-            ):
+            for ids, _ in stream(model, prompts, SamplingParams(0.0), uniforms, vocab_size, graph=False):
                 columns.append(ids)  # (B, 1)
                 ended |= ids == newline
                 if ended.all():

@@ -12,7 +12,6 @@ import torch
 from conftest import REPO, TINY, assert_user_error, run_here
 
 import bench
-import model
 import train
 from configurator import read_settings
 from distrogpt.benchmark.batch_size import (
@@ -23,11 +22,10 @@ from distrogpt.benchmark.batch_size import (
     search,
     step_with,
 )
-from distrogpt.benchmark.ladder import Rung
-from distrogpt.benchmark.timing import alternate, open_data, ratio
+from distrogpt.benchmark.ladder import rung_step
+from distrogpt.benchmark.timing import alternate, float32_precision, open_data, ratio
 from distrogpt.benchmark.training import Trainer, bench_step
 from distrogpt.errors import UserError, is_out_of_memory
-from distrogpt.kernels import cpu as attention
 from distrogpt.runtime import Runtime
 from distrogpt.settings import BenchConfig
 
@@ -73,15 +71,17 @@ def test_a_rungs_vocabulary_and_optimizer_are_plain_ones(monkeypatch):
     monkeypatch.setattr(torch, "_fused_adamw_", lambda *a, **k: calls.append(1) or fused_adamw(*a, **k))
     config = read_settings(BenchConfig, [*TINY, "--real_data=False", "--batch_size=2"])
     data = open_data(config)
-    for on, size in ({"padded": True, "fused": True}, 50304), ({}, 50257):
-        on["dtype"] = torch.float16  # either optimizer works with loss scaling
-        rung = Rung(train.training_step, config, data, CPU, on)
-        model = rung.trainer.model
+
+    def training_step(model, *args):
         before = model.lm_head.weight.clone()
         calls.clear()
-        rung(0)
+        train.training_step(model, *args)
+        return model.config.vocab_size, not torch.equal(before, model.lm_head.weight)
+
+    for on, size in ({"padded": True, "fused": True}, 50304), ({}, 50257):
+        on["dtype"] = torch.float16  # either optimizer works with loss scaling
+        assert rung_step(training_step, config, data, CPU, on)(0) == (size, True)
         assert bool(calls) == ("fused" in on)
-        assert model.config.vocab_size == size and not torch.equal(before, model.lm_head.weight)
 
 
 def test_profile_shows_operations_and_writes_a_trace(dataset, tmp_path):
@@ -173,16 +173,34 @@ def test_ladder_has_a_table_and_a_plot(dataset, tmp_path):
     assert (tmp_path / "bench_ladder.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_ladder_leaves_the_model_as_it_was(dataset):
-    def state():
-        parts = [vars(file)[name] for file in (model, attention) for name in ("dropout", "causal_attention")]
-        return [*parts, torch.get_float32_matmul_precision()]
-
+def test_the_ladder_leaves_the_precision_of_products_as_it_was(dataset):
     modern = ("--optimizer=muon", "--n_kv_head=1", "--activation=relu2")  # the ladder is GPT-2's
     config = read_settings(BenchConfig, [*TINY, f"--dataset={dataset}", *modern])
-    before = state()
-    Rung(train.training_step, config, open_data(config), CPU, {})(0)
-    assert before == state()
+    precisions, before = [], torch.get_float32_matmul_precision()
+
+    def training_step(*args):
+        precisions.append(torch.get_float32_matmul_precision())
+
+    data = open_data(config)
+    with float32_precision("medium"):
+        for on in {}, {"products": True}:
+            rung_step(training_step, config, data, CPU, on)(0)
+        assert precisions == ["highest", "medium"] and torch.get_float32_matmul_precision() == "medium"
+    assert before == torch.get_float32_matmul_precision()
+
+
+def test_a_rung_has_plain_layers_for_what_is_not_on(dataset):
+    config = read_settings(BenchConfig, [*TINY, f"--dataset={dataset}", "--dropout=0.1"])
+    layers = []
+
+    def training_step(model, *args):
+        layers.append({type(layer).__name__ for layer in model.modules()})
+
+    for on in {}, {"attention": True}, {"attention": True, "dropout": True}:
+        rung_step(training_step, config, open_data(config), CPU, on)(0)
+    plain, attention, both = layers
+    assert {"PlainAttention", "Dropout"} <= plain and {"CPUAttention", "Dropout"} <= attention
+    assert {"CPUAttention", "CPUDropout"} <= both and not both & (plain - attention)
 
 
 @pytest.mark.parametrize("against", [None, str(REPO), "transformers"])

@@ -34,7 +34,7 @@ from configurator import read_settings
 from distrogpt.checkpoint import load_checkpoint
 from distrogpt.data.dataset import open_dataset
 from distrogpt.data.meta import read_meta
-from distrogpt.evaluation.loss import evaluate
+from distrogpt.evaluation.evaluator import Evaluator
 from distrogpt.hardware import find_dtype
 from distrogpt.kernels.compile import maybe_compile
 from distrogpt.runtime import Runtime, enable_onednn_float32, start_logging
@@ -182,9 +182,9 @@ def test_whole_evaluation_counts_each_token_once(dataset):
         scores = torch.log_softmax(logits[0].double(), -1)
         for place in range(begin - start, 16):
             total -= float(scores[place, ids[start + place + 1]])
-    found = evaluate(model, data, config, CPU)
+    found = Evaluator(config, data, CPU).evaluate(model)
     assert found["val"] == pytest.approx(total / (len(ids) - 1), abs=1e-5)
-    assert model.training and found == evaluate(model, data, config, CPU)
+    assert model.training and found == Evaluator(config, data, CPU).evaluate(model)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM to catch")
