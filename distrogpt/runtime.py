@@ -176,19 +176,6 @@ def enable_onednn_float32(runtime: Runtime) -> None:
         torch.set_float32_matmul_precision("highest")
 
 
-def find_pyplot(path: str) -> Any:
-    """matplotlib.pyplot, to draw into the file `path`; None, and a line about it, where it is missing."""
-    try:
-        import matplotlib
-    except ImportError:
-        print(f"note     no {path}: pip install matplotlib")
-        return None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
 class StopSignals:
     """Collects SIGINT, SIGTERM and SIGUSR1 (a cluster's warning) in `received`, so that a step is finished
     first; a second Ctrl-C ends at once."""
