@@ -178,6 +178,8 @@ class RunDirectory:
 
     def append_log(self, row: dict[str, Any]) -> None:
         """Add a row to log.csv. A full disk is reported once, and the run continues without the row."""
+        if not self.writes:
+            return
         self.claim()
         if str(row["step"]) == self.resumed_row.get("step"):  # the run was stopped before it was evaluated
             self.resumed_row |= {name: str(value) for name, value in row.items()}
