@@ -90,10 +90,8 @@ class TrainState:
         elif scaler.get_scale() <= 1:  # above, fp16 still lowers its scale
             self.skipped_steps += 1
             self.consecutive_skips += 1
-            log.info(
-                f"note     step {self.step} is skipped: loss or gradient is not finite "
-                f"({self.skipped_steps} so far)"
-            )
+            reason = f"loss or gradient is not finite ({self.skipped_steps} so far)"
+            log.info(f"note     step {self.step} is skipped: {reason}")
 
     def sync(self, runtime: Runtime, stop_requested: bool) -> None:
         """A request on any rank stops all ranks, and rank 0's clock counts."""
