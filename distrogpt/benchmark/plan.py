@@ -28,9 +28,10 @@ from distrogpt.data.dataset import find_parts, open_dataset
 from distrogpt.data.meta import GPT2_META
 from distrogpt.errors import UserError
 from distrogpt.gpus import GPU, GPUS, find_gpu
+from distrogpt.hardware import measured_flops, peak_flops
 from distrogpt.kernels import replace_layers
 from distrogpt.kernels.cpu import causal_mask, use_cpu_kernels
-from distrogpt.runtime import Runtime, measured_flops, peak_flops
+from distrogpt.runtime import Runtime
 from distrogpt.settings import BenchConfig
 from distrogpt.training.startup import new_model_config, resolve_max_iters
 from model import GPT, Attention, GPTConfig
@@ -111,7 +112,11 @@ def find_place(config: BenchConfig, runtime: Runtime, peak: float | None = None)
         name, gpu, own = f"this {kind}", UNKNOWN, 1
         pages = os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf  # Windows does not tell
         size = PAGE * pages if pages == math.inf else os.sysconf("SC_PAGE_SIZE") * pages
-    peak = peak or (peak_flops(runtime) if kind == "cuda" else measured_flops(runtime))
+    peak = peak or (
+        peak_flops(runtime.device, runtime.dtype)
+        if kind == "cuda"
+        else measured_flops(runtime.device, runtime.dtype)
+    )
     return Hardware(
         name,
         peak,

@@ -150,7 +150,8 @@ import sys
 import bench
 from distrogpt.benchmark import timing
 from configurator import read_settings
-from distrogpt.runtime import Runtime, find_dtype, enable_onednn_float32
+from distrogpt.hardware import find_dtype
+from distrogpt.runtime import Runtime, enable_onednn_float32
 from distrogpt.settings import BenchConfig
 
 def resident(key):
