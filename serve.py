@@ -6,31 +6,52 @@ from distrogpt.settings import ServeConfig
 if __name__ == "__main__":
     CONFIG = configure(ServeConfig)  # before torch is loaded, so that --help and mistakes answer at once
 
+import signal
+import threading
+
 from distrogpt.audio.speech import load_voice
-from distrogpt.errors import UserError, cli_errors, exit_process, warn
+from distrogpt.errors import MachineError, UserError, cli_errors, exit_process, warn
 from distrogpt.inference.sampler import Sampler
 
 with cli_errors():
     try:
-        from distrogpt.serving.app import App
+        import uvicorn
+
+        from distrogpt.serving.app import UVICORN, App, find_key, listen
         from distrogpt.serving.engine import Engine
-        from distrogpt.serving.server import Server, find_key, listen
     except ModuleNotFoundError as error:
         raise UserError(f"serve.py needs {error.name}; run: pip install -r requirements-serve.txt") from None
 
 
 def main(config: ServeConfig) -> None:
-    """Serve until Ctrl-C. Raises UserError and MachineError."""
-    key = find_key(config)
+    """Serve until SIGINT or SIGTERM. Raises UserError and MachineError."""
+    key, signals = find_key(config), []
     voice = load_voice(config.voice) if config.voice else None
     with listen(config.host, config.port) as address:
         sampler = Sampler(config.out_dir, config.init_from, config.device, config.dtype, int8=config.int8)
         engine = Engine(sampler, config.batch_size, config.queue)
-        server = Server(App(config, sampler, engine, key, voice))
+        server = uvicorn.Server(uvicorn.Config(App(config, sampler, engine, key, voice), **UVICORN))
         host, port = address.getsockname()[:2]
         warn(f"{sampler.source} ({sampler.runtime.describe()})")
+
+        def stop(number: int, frame: object) -> None:
+            server.force_exit = bool(signals)
+            signals.append(number)
+            engine.close()
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, stop)
         print(f"http://{f'[{host}]' if ':' in host else host}:{port}  (Ctrl-C ends)", flush=True)
-        exit_process(server.serve_until_signal(address))
+        # The engine runs in this thread: OpenMP has workers for each thread that computes, and beside those
+        # of the thread that loaded the model, decoding takes three times as long.
+        http = threading.Thread(target=server.run, args=([address],))
+        http.start()
+        engine.run()  # which answers all clients before it ends
+        server.should_exit = True
+        http.join()
+    if not signals:
+        raise MachineError("out of memory; lower --batch_size")
+    exit_process(128 + signals[0])
 
 
 if __name__ == "__main__":

@@ -3,11 +3,11 @@
 import asyncio
 import hmac
 import json
+import re
 import secrets
-from collections import defaultdict
+import socket
 from collections.abc import AsyncIterator
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,29 +21,25 @@ from starlette.routing import Route
 
 from distrogpt.audio.speech import Voice, wav_bytes
 from distrogpt.errors import UserError
-from distrogpt.inference.sampler import Sampler
-from distrogpt.serving.completions import (
-    Completion,
-    choice_json,
-    completion_json,
-    error_json,
-    merge_outputs,
-    parse_completion,
-    usage_json,
-)
+from distrogpt.inference.sampler import Sampler, read_prompt
+from distrogpt.serving import completions
+from distrogpt.serving.completions import Completion, choice_json, completion_json, error_json
 from distrogpt.serving.engine import Engine, EngineClosed, EngineRequest, QueueFull, RequestOutput
 from distrogpt.settings import ServeConfig
 
+UVICORN = {"ws": "none", "lifespan": "off", "timeout_graceful_shutdown": 1, "log_level": "warning"}
+UVICORN |= {"access_log": False, "server_header": False}
 PAGE = Path(__file__).with_name("page.html")
 MAX_BODY_BYTES, MAX_BODY_SECONDS = 1 << 20, 30
 MAX_SPEECH_CHARS, MAX_SPEECH_QUEUE = 10_000, 4  # some ten minutes of speech; texts that wait
 MAX_UNREAD = 2_000  # outputs that wait for a client: some ten seconds of four samples
-LOCAL_HOSTS = ["127.0.0.1", "localhost", "[::1]"]
-CONTENT_SECURITY_POLICY = (  # the page loads nothing from elsewhere, and no other page may frame it
-    "default-src 'none'; connect-src 'self'; media-src blob:; img-src data:; style-src 'unsafe-inline'; "
-    "script-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
-PAGE_HEADERS = {"Content-Security-Policy": CONTENT_SECURITY_POLICY, "Cache-Control": "no-store"}
+LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
+PAGE_HEADERS = {  # the page loads nothing from elsewhere, and no other page may frame it
+    "Content-Security-Policy": "default-src 'none'; connect-src 'self'; media-src blob:; img-src data:; "
+    "style-src 'unsafe-inline'; script-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'",
+    "Cache-Control": "no-store",
+}
 Outputs = AsyncIterator[RequestOutput]
 
 
@@ -54,10 +50,8 @@ class App(Starlette):
         self, config: ServeConfig, sampler: Sampler, engine: Engine, key: str | None, voice: Voice | None
     ) -> None:
         self.config, self.sampler, self.engine, self.key, self.voice = config, sampler, engine, key, voice
-        self.speech_lock, self.speech_queue = asyncio.Semaphore(1), 0
-        self.max_unread = MAX_UNREAD
-        name = config.out_dir if config.init_from == "resume" else config.init_from
-        self.name = Path(name).resolve().name
+        self.speech_lock, self.speech_queue, self.max_unread = asyncio.Lock(), 0, MAX_UNREAD
+        self.name = Path(config.out_dir if config.init_from == "resume" else config.init_from).resolve().name
         routes = [
             Route("/", self.page),
             Route("/health", self.health),
@@ -67,9 +61,9 @@ class App(Starlette):
             Route("/v1/audio/speech", self.speech, methods=["POST"]),
         ]
         # without a key, only by these names: other websites could point a name of theirs at this address
-        hosts = ["*"] if key else [*LOCAL_HOSTS, config.host]
+        hosts = ["*"] if key else [*LOCAL_HOSTS, "[::1]", config.host]
         guard = Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)
-        handlers = {HTTPException: http_error, UserError: user_error, Exception: server_error}
+        handlers = dict.fromkeys((HTTPException, UserError, Exception), handle_error)
         super().__init__(routes=routes, middleware=[guard], exception_handlers=handlers)
         self.router.redirect_slashes = False
 
@@ -96,16 +90,17 @@ class App(Starlette):
 
     async def completions(self, request: Request) -> Response:
         self.check_key(request)
-        completion = parse_completion(await read_json(request), self.sampler, self.config)
+        completion = completions.parse_completion(await read_json(request), self.sampler, self.config)
         outputs = read_outputs(request, *self.submit(completion))
         if completion.config.stream:
             return StreamingResponse(self.events(completion, outputs), media_type="text/event-stream")
-        return await self.whole_answer(completion, outputs)
+        return await self.answer(completion, outputs)
 
     def submit(self, completion: Completion) -> tuple[list[EngineRequest], asyncio.Queue]:
-        """Submit the prompts to the engine; its requests, and the queue of their outputs, in which None says
-        that there are too many. Raises HTTPException."""
+        """Submit the prompts to the engine; its requests, and the queue of their outputs, which None ends.
+        Raises HTTPException."""
         loop, queue = asyncio.get_running_loop(), asyncio.Queue()
+        config, requests = completion.config, []
 
         def emit(output: RequestOutput) -> None:
             with suppress(RuntimeError):  # the loop has ended, and all connections with it
@@ -114,40 +109,35 @@ class App(Starlette):
                     loop.call_soon_threadsafe(queue.put_nowait, None)
                 loop.call_soon_threadsafe(queue.put_nowait, output)
 
-        config, settings, requests = completion.config, completion.settings, []
-        for number, prompt in enumerate(completion.prompts):
-            if config.seed is None and number:  # equal prompts get different texts
-                settings = replace(settings, seed=settings.seed + 1)
-            first_index = number * settings.num_samples
-            requests.append(EngineRequest(prompt.ids, settings, emit, config.logprobs or 0, first_index))
+        for number, (_, ids, settings) in enumerate(completion.prompts):
+            requests.append(EngineRequest(ids, settings, emit, config.stream, config.logprobs or 0))
+            requests[-1].first_index = number * config.num_samples
         try:
             self.engine.submit(requests)
         except QueueFull:
-            message = f"{self.config.queue} requests wait already; try again"
+            message = f"{self.config.queue} requests may wait, and do; try again"
             raise HTTPException(429, message, {"Retry-After": "1"}) from None
         except EngineClosed:
             raise HTTPException(503, "the server ends, or is out of memory; start it again") from None
         return requests, queue
 
-    async def whole_answer(self, completion: Completion, outputs: Outputs) -> Response:
+    async def answer(self, completion: Completion, outputs: Outputs) -> Response:
         """One answer when all samples have finished."""
-        parts: dict[int, list[RequestOutput]] = defaultdict(list)
+        samples: dict[int, RequestOutput] = {}
         async for output in outputs:
             if output.finish_reason == "error":
                 return error_response(503 if self.engine.closed else 500, output.text)
-            parts[output.index].append(output)
-        samples = [merge_outputs(parts[index]) for index in sorted(parts)]
-        n, num_samples = completion.config.n, completion.config.num_samples
-        if len(samples) < len(completion.prompts) * num_samples or not all(s.finish_reason for s in samples):
+            samples[output.index] = output
+        n, num_samples, best = completion.config.n, completion.config.num_samples, []
+        if len(samples) < len(completion.prompts) * num_samples:
             return Response(status_code=499)  # the client has disconnected
-        choices = []
-        for begin in range(0, len(samples), num_samples):
-            best = samples[begin : begin + num_samples]
+        for first in range(0, len(samples), num_samples):
+            group = [samples[index] for index in range(first, first + num_samples)]
             if num_samples > n:
-                best = sorted(best, key=lambda sample: sample.score, reverse=True)[:n]
-            for sample in best:
-                choices.append(self.choice(len(choices), sample, completion))
-        usage = usage_json(completion, sum(sample.num_tokens for sample in samples))
+                group.sort(key=lambda sample: sample.score, reverse=True)
+            best += group[:n]
+        choices = [choice_json(i, one, completion, self.sampler.tokenizer) for i, one in enumerate(best)]
+        usage = completions.usage_json(completion, sum(sample.num_tokens for sample in samples.values()))
         return JSONResponse(completion_json(new_id(), self.name, choices, usage))
 
     async def events(self, completion: Completion, outputs: Outputs) -> AsyncIterator[str]:
@@ -157,11 +147,11 @@ class App(Starlette):
             if output.finish_reason == "error":
                 yield event(error_json(500, output.text))
                 return
-            choice = self.choice(output.index, output, completion, first=output.index not in num_tokens)
             num_tokens[output.index] = output.num_tokens
+            choice = choice_json(output.index, output, completion, self.sampler.tokenizer)
             yield event(completion_json(id, self.name, [choice]))
         if completion.include_usage:
-            usage = usage_json(completion, sum(num_tokens.values()))
+            usage = completions.usage_json(completion, sum(num_tokens.values()))
             yield event(completion_json(id, self.name, [], usage))
         yield "data: [DONE]\n\n"
 
@@ -193,12 +183,6 @@ class App(Starlette):
             self.speech_queue -= 1
         return Response(wav, media_type="audio/wav")
 
-    def choice(self, index: int, output: RequestOutput, completion: Completion, first: bool = True) -> dict:
-        """`first`: nothing of this choice was sent yet."""
-        prefix = completion.prefix(index) if first else ""
-        with_logprobs = completion.config.logprobs is not None
-        return choice_json(index, output, prefix, with_logprobs, self.sampler.tokenizer)
-
     def check_key(self, request: Request) -> None:
         """Raises HTTPException if the client did not send the API key."""
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
@@ -207,12 +191,34 @@ class App(Starlette):
             raise HTTPException(401, message, {"WWW-Authenticate": "Bearer"})
 
 
+def find_key(config: ServeConfig) -> str | None:
+    """The API key. Raises UserError if other machines could connect without one."""
+    try:
+        key = None if config.api_key is None else read_prompt(config.api_key).strip()
+    except UserError:
+        raise UserError(f"api_key={config.api_key} is not a text file; write the key into one") from None
+    if key is not None and not re.fullmatch("[!-~]+", key):
+        raise UserError("api_key is not one word of ASCII characters; choose a long one")
+    if key is None and config.host not in LOCAL_HOSTS:
+        raise UserError(f"host={config.host} lets other machines connect; set --api_key=SECRET or FILE:path")
+    return key
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens at this address. Raises UserError."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=512)
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"host={host} with port={port} cannot be used ({reason}); choose another") from None
+
+
 def new_id() -> str:
     return f"cmpl-{secrets.token_hex(12)}"
 
 
 def event(data: dict[str, Any]) -> str:
-    """A server-sent event."""
     return f"data: {json.dumps(data)}\n\n"
 
 
@@ -220,20 +226,16 @@ def error_response(status: int, message: str, headers: Any = None) -> Response:
     return JSONResponse(error_json(status, " ".join(message.split())), status, headers)
 
 
-async def http_error(request: Request, error: HTTPException) -> Response:
+async def handle_error(request: Request, error: Exception) -> Response:
+    if isinstance(error, UserError):
+        return error_response(400, str(error))
+    if not isinstance(error, HTTPException):
+        return error_response(500, "internal error")
     message = error.detail
     if message in ("Not Found", "Method Not Allowed"):
-        asked = f"{request.method} {request.url.path[:100]}"
-        message = f"{asked} is not served; POST /v1/completions is, with a prompt"
+        route = f"{request.method} {request.url.path[:100]}"
+        message = f"{route} is not served; POST /v1/completions is, with a prompt"
     return error_response(error.status_code, message, error.headers)
-
-
-async def user_error(request: Request, error: UserError) -> Response:
-    return error_response(400, str(error))
-
-
-async def server_error(request: Request, error: Exception) -> Response:
-    return error_response(500, "internal error")
 
 
 async def read_json(request: Request) -> Any:
@@ -261,7 +263,7 @@ async def read_body(request: Request) -> bytes:
 
 
 async def read_outputs(request: Request, requests: list[EngineRequest], queue: asyncio.Queue) -> Outputs:
-    """All outputs of some of the engine's requests until their samples have finished. A client that
+    """The outputs of some of the engine's requests until their samples have finished. A client that
     disconnects cancels them."""
 
     async def watch_connection() -> None:

@@ -1,6 +1,6 @@
 """Continuous batching: requests join and leave a running batch.
 
-`Engine.run` decodes in one thread and emits each sample's text in pieces; other threads submit requests.
+`Engine.run` decodes in one thread and emits each sample's text; other threads submit requests.
 """
 
 import threading
@@ -8,6 +8,7 @@ import time
 import traceback
 from collections import defaultdict, deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import accumulate, groupby
 from typing import Any, NamedTuple
 
@@ -19,12 +20,11 @@ from distrogpt.inference.detokenizer import Detokenizer, Token
 from distrogpt.settings import SampleConfig
 
 EMIT_INTERVAL = 0.05  # seconds: readers hardly want more, and each output wakes a thread on the same cores
-
 TopLogprobs = list[tuple[int, float]]  # the likeliest ids of a position with their log-probabilities
 
 
 class QueueFull(Exception):
-    """The queue has no room for these requests."""
+    """Too many requests wait."""
 
 
 class EngineClosed(Exception):
@@ -41,31 +41,26 @@ class RequestOutput(NamedTuple):
     text_offset: int = 0  # characters of all tokens before these
     num_tokens: int = 0  # so far, with the one that ended the sample
     finish_reason: str | None = None  # stop, length, or error with its message in `text`
-    score: float = 0.0  # mean log-likelihood of the tokens of a finished sample
+    score: float = 0.0  # mean log-likelihood of its tokens so far
+    first: bool = False  # nothing of the sample was emitted before
 
 
+@dataclass(eq=False)
 class EngineRequest:
     """A prompt to be continued in settings.num_samples samples."""
 
-    def __init__(
-        self,
-        prompt: list[int],
-        settings: SampleConfig,
-        emit: Callable[[RequestOutput], None],
-        top_logprobs: int = 0,
-        first_index: int = 0,
-    ) -> None:
-        """`emit` is called in the engine's thread. With settings.show_probs, outputs have log-probabilities,
-        also those of the `top_logprobs` likeliest ids. `first_index` is the index of the first sample."""
-        self.prompt, self.settings, self.emit = prompt, settings, emit
-        self.top_logprobs, self.first_index = top_logprobs, first_index
-        self.params = SamplingParams.of(settings)
-        self.uniforms = uniform_noise(settings.seed, settings.num_samples, settings.max_new_tokens).numpy()
-        self.cancelled = False
+    prompt: list[int]
+    settings: SampleConfig  # outputs have log-probabilities if show_probs is set
+    emit: Callable[[RequestOutput], None]  # called in the engine's thread
+    stream: bool = False  # emit text while it is written
+    top_logprobs: int = 0  # N: also those of the N likeliest tokens
+    first_index: int = 0  # of its samples among those of its completion
+    cancelled: bool = False
 
-    @property
-    def n(self) -> int:
-        return self.settings.num_samples
+    def __post_init__(self) -> None:
+        self.n = self.settings.num_samples
+        self.params = SamplingParams.of(self.settings)
+        self.uniforms = uniform_noise(self.settings.seed, self.n, self.settings.max_new_tokens).numpy()
 
 
 class Sample:
@@ -101,21 +96,13 @@ class Sample:
 
     def emit(self) -> None:
         """Emit what became certain since the last call."""
-        tokens = self.detokenizer.take_tokens()
-        n = len(tokens)
-        output = RequestOutput(
-            index=self.index,
-            text=self.detokenizer.take_text(),
-            tokens=tokens,
-            top_logprobs=self.top_logprobs[:n],
-            text_offset=self.text_offset,
-            num_tokens=self.num_tokens,
-            finish_reason=self.finish_reason,
-            score=self.detokenizer.score if self.finish_reason else 0.0,
-        )
-        self.top_logprobs = self.top_logprobs[n:]
+        tokens, text = self.detokenizer.take_tokens(), self.detokenizer.take_text()
+        top, self.top_logprobs = self.top_logprobs[: len(tokens)], self.top_logprobs[len(tokens) :]
+        progress = (self.text_offset, self.num_tokens, self.finish_reason, self.detokenizer.score)
+        first = not self.emitted_at
         self.text_offset += sum(len(token.text) for token in tokens)
-        self.request.emit(output)
+        self.emitted_at = time.monotonic()
+        self.request.emit(RequestOutput(self.index, text, tokens, top, *progress, first))
 
     def fail(self, message: str) -> None:
         """Finish with an error."""
@@ -143,7 +130,7 @@ class Engine:
         self.waiting: deque[EngineRequest] = deque()
         self.samples: list[Sample] = []  # as the rows of the batch
         self.batch: DecodingBatch | None = make_batch(self.model, rows)
-        self.changed, self.closed, self.stopped = threading.Condition(), False, threading.Event()
+        self.changed, self.closed = threading.Condition(), False
 
     def submit(self, requests: list[EngineRequest]) -> None:
         """Queue all requests, or none and raise QueueFull or EngineClosed. Each one has to fit the batch."""
@@ -160,14 +147,13 @@ class Engine:
             self.changed.notify()
 
     def close(self) -> None:
-        """Let `run` end, and wait until it has failed all requests that are not finished."""
+        """Let `run` end; a signal handler may call this, too."""
         with self.changed:
             self.closed = True
             self.changed.notify()
-        self.stopped.wait()
 
     def run(self) -> None:
-        """Decode a token of each sample at a time until the engine is closed."""
+        """Decode until the engine is closed; then fail all unfinished requests."""
         while not self.closed:
             with self.changed:
                 # with a timeout, as Windows lets no Ctrl-C through otherwise
@@ -186,7 +172,6 @@ class Engine:
         for request in self.waiting:
             self.samples += [Sample(request, number, self.tokenizer) for number in range(request.n)]
         self.fail_all("the server ends")
-        self.stopped.set()
 
     def restart(self, message: str) -> None:
         """Fail all running samples and make a new batch; without memory for one, close."""
@@ -196,8 +181,7 @@ class Engine:
             self.batch = self.make_batch(self.model, self.rows)
         except Exception as error:
             error_message(error)
-            with self.changed:
-                self.closed = True
+            self.close()
 
     def fail_all(self, message: str) -> None:
         for sample in self.samples:
@@ -208,9 +192,8 @@ class Engine:
         for row in reversed(range(len(self.samples))):
             if self.samples[row].finish_reason or self.samples[row].request.cancelled:
                 self.batch.leave(row)
-                last = self.samples.pop()  # which takes the row's place
-                if row < len(self.samples):
-                    self.samples[row] = last
+                self.samples[row] = self.samples[-1]  # the last one takes its place
+                self.samples.pop()
 
     def admit(self) -> None:
         """Start the requests that are next, as far as there is room."""
@@ -233,16 +216,12 @@ class Engine:
         logits = self.batch.read()[:, : self.tokenizer.vocab_size]  # (B, V)
         ids = self.sample_tokens(logits)  # (B, 1)
         self.batch.add(ids)
-        logprobs, top_logprobs = self.logprobs(logits, ids)
-        now = time.monotonic()
-        for sample, id, logprob, top in zip(
-            self.samples, ids[:, 0].tolist(), logprobs, top_logprobs, strict=True
-        ):
+        steps = zip(ids[:, 0].tolist(), *self.logprobs(logits, ids), strict=True)
+        for sample, step in zip(self.samples, steps, strict=True):
             try:
-                sample.append(id, logprob, top)
-                due = sample.num_tokens == 1 or now - sample.emitted_at >= self.emit_interval
-                if due or sample.finish_reason:
-                    sample.emitted_at = now
+                sample.append(*step)
+                due = sample.num_tokens == 1 or time.monotonic() - sample.emitted_at >= self.emit_interval
+                if sample.finish_reason or (sample.request.stream and due):
                     sample.emit()
             except Exception as error:  # the other samples are not affected
                 sample.fail(error_message(error))
