@@ -1,8 +1,4 @@
-"""Text to speech: into a wav file, by a Piper voice (piper-tts) or by the system's own (pyttsx3).
-
-`voice = load_voice("voice.onnx")` once, then `speak(texts, voice, "out.wav")` and `wav_bytes(text, voice)` as
-often as needed, from any thread.
-"""
+"""Text to speech in wav files, by a Piper voice (piper-tts) or by the system's own (pyttsx3)."""
 
 import io
 import os
@@ -35,7 +31,7 @@ engine.runAndWait()
 
 
 class Voice(NamedTuple):
-    """A loaded voice."""
+    """A loaded voice, for any thread."""
 
     name: str
     sample_rate: int
@@ -49,12 +45,9 @@ def load_voice(path: str | None = None) -> Voice:
 
 def piper_voice(path: str) -> Voice:
     """The voice of NAME.onnx and NAME.onnx.json. Raises UserError."""
-    if os.path.isdir(path):
-        files = ", ".join(sorted(map(str, Path(path).rglob("*.onnx")))[:5]) or "has none"
-        raise UserError(f"the voice {path} is a folder; give an .onnx file of it ({files})")
     for file in (path, f"{path}.json"):
         if not os.path.isfile(file):
-            raise UserError(f"the voice {file} does not exist; give NAME.onnx, with NAME.onnx.json beside it")
+            raise UserError(f"the voice {file} is not a file; give NAME.onnx, with NAME.onnx.json beside it")
     try:
         from piper import AudioChunk, PiperVoice  # noqa: F401  before 1.3, there was no AudioChunk
     except ImportError as error:

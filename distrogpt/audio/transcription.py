@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -52,32 +52,27 @@ class BrokenRecording(Exception):
     """A recording cannot be decoded."""
 
 
-class Recording(NamedTuple):
-    """An audio file, and the path of its transcript."""
-
-    path: Path
-    text: Path
-
-
 def natural_key(name: str) -> list[tuple[int, str]]:
     """Sorts chapter2 before chapter10."""
     parts = re.split(r"([0-9]+)", name)
     return [(int(part), "") if number % 2 else (-1, part.casefold()) for number, part in enumerate(parts)]
 
 
-def find_recordings(inputs: Iterable[str], folder: Path, model: str, language: str | None) -> list[Recording]:
-    """The audio files of the inputs in natural order, with their transcripts in the folder. Raises UserError.
+def find_recordings(
+    inputs: Iterable[str], folder: Path, model: str, language: str | None
+) -> dict[Path, Path]:
+    """The audio files of the inputs in natural order, with the paths of their transcripts. Raises UserError.
 
     A transcript's name ends with a checksum of the recording, the model and the language, so that it is found
     again after either file was renamed.
     """
     names = ((re.search(r"\.[0-9a-f]{12}(?=\.txt$)", path.name), path) for path in folder.glob("[!.]*.txt"))
     known = {match[0]: path for match, path in names if match}
-    settings, recordings = f"{model_id(model)} {language}", []
+    settings, recordings = f"{model_id(model)} {language}", {}
     for path in find_files(inputs, KINDS, natural_key):
         key = f".{file_checksum(path, settings)}"
         stem = os.fsencode(path.stem)[:100].decode("utf-8", "replace")
-        recordings.append(Recording(path, known.get(key, folder / f"{stem}{key}.txt")))
+        recordings[path] = known.get(key, folder / f"{stem}{key}.txt")
     return recordings
 
 
@@ -138,13 +133,10 @@ def read_samples(path: Path) -> Iterator[np.ndarray]:
     resampler = av.AudioResampler("s16", "mono", SAMPLE_RATE)
     with open_audio(path) as container:
         for packet in container.demux(container.streams.audio[0]):
-            try:
-                frames = packet.decode()
-            except av.InvalidDataError:
-                continue
-            for frame in frames:
-                frame.pts = None  # or the resampler would stop at gaps between frames
-                yield from (piece.to_ndarray()[0] for piece in resampler.resample(frame))
+            with suppress(av.InvalidDataError):
+                for frame in packet.decode():
+                    frame.pts = None  # or the resampler would stop at gaps between frames
+                    yield from (piece.to_ndarray()[0] for piece in resampler.resample(frame))
         yield from (piece.to_ndarray()[0] for piece in resampler.resample(None))
 
 
@@ -285,22 +277,22 @@ def progress_bar(seconds: float) -> Any:
     return tqdm(total=seconds / 3600, bar_format=form, disable=hidden, dynamic_ncols=True)
 
 
-def transcribe_all(recordings: list[Recording], args: argparse.Namespace) -> None:
+def transcribe_all(recordings: dict[Path, Path], args: argparse.Namespace) -> None:
     """Write the transcripts that are missing. Raises UserError, at the end if recordings are broken."""
-    missing = [recording for recording in recordings if not recording.text.exists()]
+    missing = [path for path, transcript in recordings.items() if not transcript.exists()]
     if not missing:
         return
     model, broken, done = load_model(args), [], 0.0
     if finished := len(recordings) - len(missing):
         print(f"{finished} of {len(recordings)} recordings have their transcripts", flush=True)
-    lengths = [audio_seconds(recording.path) for recording in missing]
+    lengths = [audio_seconds(path) for path in missing]
     with progress_bar(sum(lengths)) as bar:
-        for recording, length in zip(missing, lengths, strict=True):
-            name = os.fsencode(recording.path.name).decode("utf-8", "replace")
+        for path, length in zip(missing, lengths, strict=True):
+            name, transcript = os.fsencode(path.name).decode("utf-8", "replace"), recordings[path]
             try:
-                for seconds in transcribe(read_parts(recording.path), recording.text, model, args.language):
+                for seconds in transcribe(read_parts(path), transcript, model, args.language):
                     show_progress(bar, done + min(seconds, length))
-                count = len(recording.text.read_text(encoding="utf-8").split())
+                count = len(transcript.read_text(encoding="utf-8").split())
                 line = f"{name}: {count:,} words" if count else f"note: {name}: no speech was found"
             except BrokenRecording as error:
                 broken.append(name)
@@ -327,14 +319,14 @@ def show_progress(bar: Any, seconds: float) -> None:
         bar.update(seconds / 3600 - bar.n)
 
 
-def gather(recordings: list[Recording], path: Path) -> None:
+def gather(transcripts: Iterable[Path], path: Path) -> None:
     """Write all transcripts into one file, in their order. Raises UserError if there are none."""
-    paths = [recording.text for recording in recordings if recording.text.exists()]
-    texts = [text for path in paths if (text := path.read_text(encoding="utf-8")).strip()]
+    existing = [transcript for transcript in transcripts if transcript.exists()]
+    texts = [text for transcript in existing if (text := transcript.read_text(encoding="utf-8")).strip()]
     if not texts:
         raise UserError("no speech was found in any recording; listen to them, or try a larger --model")
     write_text(path, END_OF_TEXT.join(texts))
-    for part in paths[0].parent.glob("*.part"):  # of calls that were killed
+    for part in existing[0].parent.glob("*.part"):  # of calls that were killed
         part.unlink()
     print(f"{path}: {sum(len(text.split()) for text in texts):,} words of {len(texts):,} recordings")
 
@@ -366,5 +358,5 @@ def main(description: str) -> None:
             interruptible()
         ):  # a large Whisper computes for minutes in one call; files are written atomically
             transcribe_all(recordings, args)
-        gather(recordings, args.output / "transcripts.txt")
+        gather(recordings.values(), args.output / "transcripts.txt")
         make_dataset(args, Corpus([args.output / "transcripts.txt"], strip=patterns_of(args)))

@@ -121,12 +121,11 @@ class Engine:
         sampler: Any,
         rows: int,
         queue: int,
-        emit_interval: float = EMIT_INTERVAL,
         make_batch: Callable[[Any, int], DecodingBatch] = DecodingBatch,
     ) -> None:
         """`sampler` is a Sampler; at most `queue` requests wait."""
         self.model, self.tokenizer, self.rows, self.queue = sampler.model, sampler.tokenizer, rows, queue
-        self.emit_interval, self.make_batch = emit_interval, make_batch
+        self.make_batch, self.emit_interval = make_batch, EMIT_INTERVAL
         self.waiting: deque[EngineRequest] = deque()
         self.samples: list[Sample] = []  # as the rows of the batch
         self.batch: DecodingBatch | None = make_batch(self.model, rows)

@@ -38,12 +38,12 @@ from sample import Sampler
 class LocalServer:
     """A server in threads of this process, on a port of its own."""
 
-    def __init__(self, out_dir, key=None, voice=None, tokenizer=None, engine=None, **settings):
+    def __init__(self, out_dir, key=None, voice=None, tokenizer=None, make_batch=DecodingBatch, **settings):
         self.config = ServeConfig(out_dir=str(out_dir), **settings)
         self.sampler = Sampler(str(out_dir), device="cpu", dtype="float32")
         if tokenizer:
             self.sampler.tokenizer = tokenizer
-        self.engine = Engine(self.sampler, self.config.batch_size, self.config.queue, **engine or {})
+        self.engine = Engine(self.sampler, self.config.batch_size, self.config.queue, make_batch)
         self.socket = listen("127.0.0.1", 0)
         self.port = self.socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
@@ -326,8 +326,8 @@ def scripted_events(trained):
         script[:] = ids
         return server.stream([1], max_tokens=len(ids), temperature=0, logprobs=3, **body)
 
-    engine = {"emit_interval": 0, "make_batch": ScriptedBatch}
-    with LocalServer(trained, tokenizer=tokenizer, engine=engine) as server:
+    with LocalServer(trained, tokenizer=tokenizer, make_batch=ScriptedBatch) as server:
+        server.engine.emit_interval = 0
         yield events
 
 
@@ -451,7 +451,7 @@ def test_an_error_ends_the_running_requests_alone(trained, capfd):
                 raise errors.pop()
             return super().read()
 
-    with LocalServer(trained, engine={"make_batch": FailingBatch}) as server:
+    with LocalServer(trained, make_batch=FailingBatch) as server:
         for error, words in (
             (RuntimeError("out of memory"), "out of memory; "),
             (ValueError("a bug"), "internal error"),
@@ -498,7 +498,7 @@ def test_without_memory_for_a_new_batch_the_server_closes(trained):
         released.append(released[0]() is None)  # before the next one is made, its memory is free
         raise RuntimeError("out of memory")
 
-    with LocalServer(trained, engine={"make_batch": make_batch}) as server:
+    with LocalServer(trained, make_batch=make_batch) as server:
         assert server.request("POST", "/v1/completions", {"prompt": "a"})[0] in (500, 503)
         assert server.request("POST", "/v1/completions", {"prompt": "a"})[0] in (500, 503)
         status, _, text = server.request("POST", "/v1/completions", {"prompt": "a"})
