@@ -31,7 +31,7 @@ from unicodedata import category
 import torch
 
 from distrogpt.checkpoint import first_line
-from distrogpt.data.tokenizer import END_OF_TEXT, Tokenizer, library_file, start_of_text
+from distrogpt.data.tokenizer import END_OF_TEXT, Tokenizer, start_token, tokenizer_json
 from distrogpt.errors import MachineError, UserError, cli_errors
 from distrogpt.huggingface.formats import ARCHITECTURES, CODE, model_type_of, to_settings, to_weights
 from distrogpt.huggingface.model_card import how_to_load, limits_of, model_card, shared_meta
@@ -67,7 +67,7 @@ def export(config: ExportConfig) -> Path:
     meta = shared_meta(contents.get("meta"), tokenizer)
     texts = settings_files(shape, tokenizer, dtype)
     texts |= {
-        "tokenizer.json": library_file(tokenizer),
+        "tokenizer.json": tokenizer_json(tokenizer),
         "meta.json": as_json(meta),
         "README.md": model_card(to.name, shape, tokenizer, contents, meta, count, config.dtype),
     }
@@ -93,7 +93,7 @@ def export(config: ExportConfig) -> Path:
 
 def settings_files(shape: GPTConfig, tokenizer: Tokenizer, dtype: torch.dtype) -> dict[str, str]:
     """Of each settings file its text."""
-    begin, end = start_of_text(tokenizer), tokenizer.end_of_text
+    begin, end = start_token(tokenizer), tokenizer.end_of_text
     # not a character in their place: transformers drops each of it from what it writes
     marks = ("bos_token", "eos_token", "pad_token") if end is not None else ()
     ends = {"eos_token_id": end, "pad_token_id": end} if end is not None else {}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from distrogpt.data.meta import GPT2_META
-from distrogpt.data.tokenizer import CharTokenizer, GPT2Tokenizer, Tokenizer, start_of_text
+from distrogpt.data.tokenizer import CharTokenizer, GPT2Tokenizer, Tokenizer, start_token
 from distrogpt.huggingface.formats import ARCHITECTURES, model_type_of
 from distrogpt.settings import TrainConfig
 from model import GPTConfig
@@ -53,7 +53,7 @@ def how_to_load(folder: str, shape: GPTConfig, tokenizer: Tokenizer) -> list[str
     trust = ", trust_remote_code=True" if own else ""
     args: dict[str, Any] = {"pretrained": folder} | ({"trust_remote_code": True} if own else {})
     if tokenizer.end_of_text is None:  # what stands before a text without context
-        args["prefix_token_id"] = start_of_text(tokenizer)
+        args["prefix_token_id"] = start_token(tokenizer)
     told = ",".join(f"{key}={value}" for key, value in args.items())
     if name != folder or "," in folder:  # lm_eval has quotes of its own there
         told = shlex.quote(json.dumps(args, ensure_ascii=False))

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import torch
 
 from distrogpt.errors import is_out_of_memory
-from distrogpt.inference.decoder import DecodingBatch, SamplingParams, sample_token, uniform_noise
+from distrogpt.inference.decoder import DecodingBatch
 from distrogpt.inference.detokenizer import Detokenizer, Token
+from distrogpt.inference.sampling import SamplingParams, sample_token, uniform_noise
 from distrogpt.settings import SampleConfig
 
 EMIT_INTERVAL = 0.05  # seconds: readers hardly want more, and each output wakes a thread on the same cores
@@ -59,7 +60,7 @@ class EngineRequest:
 
     def __post_init__(self) -> None:
         self.n = self.settings.num_samples
-        self.params = SamplingParams.of(self.settings)
+        self.params = SamplingParams.from_settings(self.settings)
         self.uniforms = uniform_noise(self.settings.seed, self.n, self.settings.max_new_tokens).numpy()
 
 
@@ -190,7 +191,7 @@ class Engine:
     def remove_finished(self) -> None:
         for row in reversed(range(len(self.samples))):
             if self.samples[row].finish_reason or self.samples[row].request.cancelled:
-                self.batch.leave(row)
+                self.batch.remove_sequence(row)
                 self.samples[row] = self.samples[-1]  # the last one takes its place
                 self.samples.pop()
 
@@ -208,13 +209,13 @@ class Engine:
             for request in admitted:
                 self.samples += [Sample(request, number, self.tokenizer) for number in range(request.n)]
         for n, requests in groupby(admitted, key=lambda request: request.n):
-            self.batch.join([torch.tensor(request.prompt) for request in requests], n)
+            self.batch.add_sequences([torch.tensor(request.prompt) for request in requests], n)
 
     def step(self) -> None:
         """Decode a token of each of B samples, and emit what is due."""
-        logits = self.batch.read()[:, : self.tokenizer.vocab_size]  # (B, V)
+        logits = self.batch.next_logits()[:, : self.tokenizer.vocab_size]  # (B, V)
         ids = self.sample_tokens(logits)  # (B, 1)
-        self.batch.add(ids)
+        self.batch.append(ids)
         steps = zip(ids[:, 0].tolist(), *self.logprobs(logits, ids), strict=True)
         for sample, step in zip(self.samples, steps, strict=True):
             try:

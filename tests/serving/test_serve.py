@@ -138,18 +138,18 @@ def test_sequences_that_join_and_leave_continue_as_they_would_alone(exact, graph
         for _ in range(150):
             for row in reversed(range(len(running))):
                 if rng.random() < 0.04:
-                    batch.leave(row)
+                    batch.remove_sequence(row)
                     finished.append(running[row])
                     running[row] = running[-1]
                     running.pop()
             n = rng.choice([0, 0, 0, 1, 2])
             if n and len(running) + n <= 6:
                 prompt = [rng.randrange(50) for _ in range(rng.randint(1, 40))]
-                batch.join([torch.tensor(prompt)], n)
+                batch.add_sequences([torch.tensor(prompt)], n)
                 running += [(prompt, []) for _ in range(n)]
             if running:
-                logits = batch.read().clone()
-                batch.add(logits.argmax(dim=-1, keepdim=True))
+                logits = batch.next_logits().clone()
+                batch.append(logits.argmax(dim=-1, keepdim=True))
                 for (_, history), row_logits in zip(running, logits, strict=True):
                     history.append(row_logits)
         recorded = batch.graphs
@@ -157,10 +157,10 @@ def test_sequences_that_join_and_leave_continue_as_they_would_alone(exact, graph
         lengths = []
         for prompt, history in finished + running:
             alone = DecodingBatch(model, 1)
-            alone.join([torch.tensor(prompt)])
+            alone.add_sequences([torch.tensor(prompt)])
             for row_logits in history:
-                assert torch.equal(alone.read()[0], row_logits)  # to the last bit
-                alone.add(row_logits.argmax()[None, None])
+                assert torch.equal(alone.next_logits()[0], row_logits)  # to the last bit
+                alone.append(row_logits.argmax()[None, None])
             lengths.append(len(history))
     assert len(lengths) > 10 and max(lengths) > 40 and graph == bool(recorded)
 
@@ -317,7 +317,7 @@ def scripted_events(trained):
     tokenizer, script = ByteTokenizer(), []
 
     class ScriptedBatch(DecodingBatch):
-        def read(self):
+        def next_logits(self):
             logits = torch.full((1, tokenizer.vocab_size), -5.0)
             logits[0, script.pop(0)] = 5.0
             return logits
@@ -446,10 +446,10 @@ def test_an_error_ends_the_running_requests_alone(trained, capfd):
     errors = []
 
     class FailingBatch(DecodingBatch):
-        def read(self):
+        def next_logits(self):
             if errors:
                 raise errors.pop()
-            return super().read()
+            return super().next_logits()
 
     with LocalServer(trained, make_batch=FailingBatch) as server:
         for error, words in (
@@ -486,7 +486,7 @@ def test_without_memory_for_a_new_batch_the_server_closes(trained):
     released = []
 
     class FailingBatch(DecodingBatch):
-        def read(self):
+        def next_logits(self):
             raise RuntimeError("out of memory")
 
     def make_batch(model, rows):
