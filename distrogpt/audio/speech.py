@@ -40,7 +40,12 @@ class Voice(NamedTuple):
 
 def load_voice(path: str | None = None) -> Voice:
     """The Piper voice of an .onnx file, or for None and `system` the system's voice. Raises UserError."""
-    return system_voice() if path in (None, "system") else piper_voice(path)
+    if path not in (None, "system"):
+        return piper_voice(path)
+    if find_spec("pyttsx3") is None:
+        raise UserError(f"without --voice=NAME.onnx for piper-tts, speaking needs pyttsx3; {INSTALL}")
+    sample_rate, _ = system_speech("a")
+    return Voice("the system's voice", sample_rate, lambda text: [system_speech(text)[1]])
 
 
 def piper_voice(path: str) -> Voice:
@@ -69,14 +74,6 @@ def piper_voice(path: str) -> Voice:
     return Voice(Path(path).name, voice.config.sample_rate, synthesize)
 
 
-def system_voice() -> Voice:
-    """The system's voice. Raises UserError if it has none."""
-    if find_spec("pyttsx3") is None:
-        raise UserError(f"without --voice=NAME.onnx for piper-tts, speaking needs pyttsx3; {INSTALL}")
-    sample_rate, _ = system_speech("a")
-    return Voice("the system's voice", sample_rate, lambda text: [system_speech(text)[1]])
-
-
 def system_speech(text: str) -> tuple[int, bytes]:
     """The sample rate and the 16-bit samples. Raises UserError."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
@@ -101,8 +98,6 @@ def check_wav(path: str) -> None:
     if not path.lower().endswith(".wav"):
         raise UserError(f"speak={path} does not end with .wav; write --speak=out.wav")
     exists = os.path.lexists(path)
-    if exists and not os.path.isfile(path):
-        raise UserError(f"{path} is not a file; give --speak another name")
     with writable(path):
         pass
     if not exists:

@@ -365,7 +365,7 @@ def test_speaking_is_checked_before_the_model_is_loaded(piper, run, tmp_path, mo
     )
     assert_user_error(sample_here(nowhere, "--speak=notes.txt", voice), "does not end with .wav")
     (tmp_path / "folder.wav").mkdir()
-    assert_user_error(sample_here(nowhere, f"--speak={tmp_path / 'folder.wav'}", voice), "is not a file")
+    assert_user_error(sample_here(nowhere, f"--speak={tmp_path / 'folder.wav'}", voice), "cannot be written")
     assert_user_error(sample_here(nowhere, wav, "--voice=nosuch.onnx"), "nosuch.onnx is not a file")
     monkeypatch.setitem(sys.modules, "piper", None)
     assert_user_error(sample_here(nowhere, wav, voice), "piper-tts", "pip install -r requirements-audio.txt")

@@ -640,7 +640,7 @@ def test_hovering_shows_how_likely_a_token_was(page, server):
     page.locator("#go", has_text="Write").wait_for()
     tokens = list(server.sampler.tokens("class ", 12, temperature=0.8, top_k=200, seed=2))
     page.locator("article pre b").nth(4).hover()
-    row = page.locator("#hint tr.taken td").all_text_contents()
+    row = page.locator("#hint tr.chosen td").all_text_contents()
     shown = json.dumps(tokens[4].text)[1:-1].replace('\\"', '"').replace(" ", "\N{OPEN BOX}")
     assert row[0] == shown and float(row[1].split()[0]) == pytest.approx(
         100 * 2.718281828 ** tokens[4].logprob, abs=0.06
@@ -672,7 +672,7 @@ def test_text_appears_while_it_is_written_and_stops(page, server):
     assert len(samples_of(page)[0]) < 4096
     page.fill("[name=prompt]", "\N{SNOWMAN}")
     page.click("#go")
-    page.locator("#wrong", has_text="not in the vocabulary").wait_for()
+    page.locator("#error", has_text="not in the vocabulary").wait_for()
     assert page.locator("article").count() == 0
 
 
