@@ -159,9 +159,7 @@ class App(Starlette):
         """OpenAI's /v1/audio/speech for wav files, one text at a time."""
         self.check_key(request)
         if self.voice is None:
-            raise HTTPException(
-                404, "this server has no voice; start serve.py with --voice=NAME.onnx or system"
-            )
+            raise HTTPException(404, "this server has no voice; start it with --voice=NAME.onnx or system")
         body = await read_json(request)
         text = body.get("input") if isinstance(body, dict) else None
         if not isinstance(text, str):
