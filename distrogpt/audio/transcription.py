@@ -211,15 +211,14 @@ def download(name: str) -> str:
         if os.path.isfile(os.path.join(folder, "model.bin")):
             return folder
     try:
-        if not constants.HF_HUB_OFFLINE:
-            with suppress(urllib.error.HTTPError):  # the hub answers
-                urllib.request.urlopen(constants.ENDPOINT, timeout=10).close()  # its client tries for long
-            print(f"downloads the Whisper model {name}", flush=True)
+        if constants.HF_HUB_OFFLINE:
+            raise OSError("HF_HUB_OFFLINE is set")
+        with suppress(urllib.error.HTTPError):  # the hub answers
+            urllib.request.urlopen(constants.ENDPOINT, timeout=10).close()  # its client tries for long
+        print(f"downloads the Whisper model {name}", flush=True)
         return download_model(name)
     except Exception as error:
         reason = str(getattr(error, "reason", error))[:100]
-        if constants.HF_HUB_OFFLINE:
-            reason = "HF_HUB_OFFLINE is set"
         raise UserError(
             f"the Whisper model {name} is not in the cache and cannot be downloaded ({reason}); "
             "fetch it elsewhere and give its folder: --model FOLDER"
