@@ -12,9 +12,9 @@ from safetensors.torch import save
 from test_fuzz_checkpoint import SHAPE
 
 from distrogpt.data.tokenizer import from_description
+from distrogpt.huggingface.export import settings_files
 from distrogpt.huggingface.formats import to_weights
 from distrogpt.loading import find_tokenizer, load_pretrained
-from export import settings_files
 from model import GPT, GPTConfig
 
 NEW = {"norm": "rmsnorm", "rotary": True, "bias": False}
@@ -30,7 +30,7 @@ def a_folder(more: dict[str, Any]) -> dict[str, bytes]:
     """The files that are read, by their names."""
     config = GPTConfig(**SHAPE, **more)
     weights = to_weights(config, GPT(config).state_dict())
-    settings = settings_files(config, from_description(META["tokenizer"]), torch.float32)["config.json"]
+    settings = settings_files(config, from_description(META["tokenizer"]), "float32")["config.json"]
     return {
         "config.json": settings.encode(),
         "meta.json": json.dumps(META).encode(),
