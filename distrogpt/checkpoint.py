@@ -37,7 +37,11 @@ def atomic_write(write: Callable[[IO[bytes]], object], *paths: Path) -> None:
             file.flush()
             os.fsync(file.fileno())
         for temporary in temporaries[1:]:
-            link_or_copy(temporaries[0], temporary)
+            temporary.unlink(missing_ok=True)
+            try:
+                os.link(temporaries[0], temporary)
+            except OSError:  # a file system without hard links
+                shutil.copyfile(temporaries[0], temporary)
         for temporary, path in zip(temporaries, paths, strict=True):
             os.replace(temporary, path)
     except BaseException as error:
@@ -50,21 +54,8 @@ def atomic_write(write: Callable[[IO[bytes]], object], *paths: Path) -> None:
         raise MachineError(f"{paths[-1]} cannot be written ({reason}), and is what it was before") from None
     with suppress(OSError):  # some systems cannot flush folders
         folder = os.open(paths[0].parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the renames reach the disk, too
-        finally:
-            os.close(folder)
-
-
-def link_or_copy(path: Path, other: Path) -> None:
-    """Make `other` a hard link to the file, or a copy if the file system has no hard links."""
-    other.unlink(missing_ok=True)
-    try:
-        os.link(path, other)
-    except OSError:
-        shutil.copyfile(path, other)
-        with open(other, "rb+") as file:
-            os.fsync(file.fileno())
+        os.fsync(folder)  # the renames reach the disk, too
+        os.close(folder)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -115,7 +106,7 @@ def is_fingerprint(value: Any) -> bool:
 
 def is_number(value: Any) -> bool:
     """A float, or a tensor with one element, as nanoGPT's best_val_loss is."""
-    return (isinstance(value, (int, float)) or is_plain(value)) and isinstance(float(value), float)
+    return (isinstance(value, (int, float)) or is_dense(value)) and isinstance(float(value), float)
 
 
 def is_scaler_state(value: Any) -> bool:
@@ -126,15 +117,11 @@ def is_scaler_state(value: Any) -> bool:
     return numbers_fit and set(value) == set(torch.amp.GradScaler("cpu").state_dict())
 
 
-def is_plain(value: Any) -> bool:
-    """A dense floating-point tensor on the CPU, each of its elements in memory."""
-    return (
-        torch.is_tensor(value)
-        and value.is_floating_point()
-        and value.layout == torch.strided
-        and value.device.type == "cpu"
-        and value.is_contiguous()
-    )
+def is_dense(value: Any) -> bool:
+    """A floating-point tensor on the CPU, each of its elements in memory."""
+    if not torch.is_tensor(value) or value.layout != torch.strided or value.device.type != "cpu":
+        return False
+    return value.is_floating_point() and value.is_contiguous()
 
 
 # The keys of a checkpoint: the default of a missing one, and whether a value is valid.
@@ -212,7 +199,7 @@ def check_weights(weights: Mapping[str, Any], expected: Mapping[str, torch.Tenso
     if unknown:
         raise ValueError(f"{min(unknown)[:60]} has no place in it")
     for name, tensor in expected.items():
-        if not is_plain(weights[name]) or weights[name].shape != tensor.shape:
+        if not is_dense(weights[name]) or weights[name].shape != tensor.shape:
             raise ValueError(f"{name} is not a dense floating-point tensor of shape {tuple(tensor.shape)}")
 
 
@@ -261,7 +248,7 @@ def check_optimizer_state(state: dict[str, Any], optimizer: torch.optim.Optimize
         if averages != {} and (set(averages) != names or not is_number(averages.get("step", 0))):
             raise ValueError(f"{kind} keeps {', '.join(sorted(names))} of each parameter")
         for name in set(averages) - {"step"}:
-            if not is_plain(averages[name]) or averages[name].shape != p.shape:
+            if not is_dense(averages[name]) or averages[name].shape != p.shape:
                 raise ValueError(f"{name} is not a dense tensor of shape {tuple(p.shape)}")
 
 

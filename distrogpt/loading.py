@@ -3,8 +3,6 @@
 import difflib
 import math
 import os
-import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +46,6 @@ def load_pretrained(name: str, dropout: float = 0.0) -> tuple[GPT, dict[str, Any
     if not is_folder:
         check_name(name)
     try:
-        if not is_folder:
-            check_hub(name)
         from distrogpt.huggingface.formats import find_folder, model_type_of, read_pretrained
 
         folder = find_folder(name)
@@ -78,18 +74,6 @@ def check_name(name: str) -> None:
         near = difflib.get_close_matches(name, ("scratch", "resume", "auto", *GPT2_NAMES), n=1)
         hint = f"did you mean {near[0]}?" if near else f"use a folder, or one of {', '.join(GPT2_NAMES)}"
         raise UserError(f"init_from={name[:200]} is neither a way to start nor a folder; {hint}")
-
-
-def check_hub(name: str) -> None:
-    """Raises OSError if `name` is not cached and the hub is unreachable; its own client retries for 30 s."""
-    import huggingface_hub
-
-    if isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json"), str):
-        return
-    try:
-        urllib.request.urlopen(huggingface_hub.constants.ENDPOINT, timeout=10).close()
-    except urllib.error.HTTPError:
-        pass  # it answers
 
 
 def find_tokenizer(contents: dict[str, Any], vocab_size: int, source: str) -> Tokenizer:

@@ -121,9 +121,9 @@ def write_folder(to: Path, shown: str, texts: dict[str, str], weights: Weights) 
         before = f"what was there is {old}" if old.is_dir() else "and is what it was before"
         raise MachineError(f"{shown} cannot be written ({reason}), {before}") from None
     try:
-        if old.is_dir():
-            delete_export(old)
-        workspace.rmdir()
+        if old.is_dir() and (foreign := foreign_file(old)):  # added to the old export in the meantime
+            raise OSError(f"{foreign[:60]} is of no export")
+        rmtree(workspace)
     except OSError as error:
         reason = error.strerror or error
         warn(f"note: {old} is what was in {shown}; delete it yourself ({reason})")
@@ -140,12 +140,3 @@ def write_files(folder: Path, texts: dict[str, str], weights: Weights) -> None:
     for path in folder.iterdir():
         with open(path, "rb+") as file:
             os.fsync(file.fileno())
-
-
-def delete_export(folder: Path) -> None:
-    """Raises OSError, and deletes nothing, if other files have been added to the export."""
-    if foreign := foreign_file(folder):
-        raise OSError(f"{foreign[:60]} is of no export")
-    for path in folder.iterdir():
-        path.unlink()
-    folder.rmdir()

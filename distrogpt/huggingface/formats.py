@@ -13,9 +13,12 @@ import json
 import os
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
+from urllib.request import urlopen
 
 import torch
 
@@ -220,8 +223,11 @@ def find_folder(name: str) -> Path:
     """The folder of that name, or of the hub's files, downloaded once. Raises OSError or ImportError."""
     if os.path.isdir(name):
         return Path(name)
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
 
+    if not isinstance(try_to_load_from_cache(name, "config.json"), str):
+        with suppress(HTTPError):  # the hub answers; if it is unreachable, its own client retries for 30 s
+            urlopen(constants.ENDPOINT, timeout=10).close()
     folder = Path(snapshot_download(name, allow_patterns=["config.json", "meta.json", "model*.safetensors*"]))
     if not list(folder.glob("model*.safetensors*")):  # an old model
         snapshot_download(name, allow_patterns=["pytorch_model*.bin*"])

@@ -13,8 +13,8 @@ from distrogpt.huggingface.formats import ARCHITECTURES, model_type_of
 from distrogpt.settings import TrainConfig
 from model import GPTConfig
 
-# settings that are reported even if they have their defaults, and settings that do not matter to a reader
-ALWAYS_REPORTED = (
+# settings that are reported even if they are the defaults, and those that do not matter to a reader
+MAIN = (
     *("gradient_accumulation_steps", "batch_size", "block_size", "max_iters", "optimizer", "learning_rate"),
     *("weight_decay", "dropout"),
 )
@@ -24,6 +24,7 @@ NEVER_REPORTED = (
     *("eval_interval", "eval_iters", "save_interval", "keep_checkpoints", "always_save_checkpoint"),
     *("device", "compile", "backend", "shard", "activation_checkpointing", "eval_only"),
 )
+SIZES = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
 TOKENIZERS = {"char": "characters", "byte": "bytes", "bpe": "own byte-pair encoding", "gpt2": "GPT-2's"}
 TRUST = (
     "`trust_remote_code=True` lets transformers, 5.0 and newer, run `modeling_distrogpt.py` of "
@@ -144,13 +145,9 @@ def cell(value: Any) -> str:
 
 def shape_rows(shape: GPTConfig) -> dict[str, Any]:
     """The sizes of the network, and where it differs from GPT-2."""
-    shown = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
-    hidden, default = ("dropout", "zero_init"), asdict(GPTConfig())
-    return {
-        name: value
-        for name, value in asdict(shape).items()
-        if name in shown or (value != default[name] and name not in hidden)
-    }
+    default, values = asdict(GPTConfig()), asdict(shape)
+    values |= {"dropout": default["dropout"], "zero_init": default["zero_init"]}  # of the training alone
+    return {name: value for name, value in values.items() if name in SIZES or value != default[name]}
 
 
 def data_rows(config: dict[str, Any], meta: dict[str, Any]) -> dict[str, Any]:
@@ -188,11 +185,9 @@ def loss_rows(contents: dict[str, Any], meta: dict[str, Any]) -> dict[str, Any]:
 
 def settings_rows(config: dict[str, Any]) -> dict[str, Any]:
     """The main settings of the training, and others that are not the defaults; not the network's."""
-    default, shape = asdict(TrainConfig()), asdict(GPTConfig())
+    others = {name: value for name, value in asdict(TrainConfig()).items() if name not in asdict(GPTConfig())}
     return {
-        name: value if isinstance(value, (int, float, str)) else json.dumps(value, default=str)
+        name: value
         for name, value in config.items()
-        if name in default
-        and name not in NEVER_REPORTED
-        and (name in ALWAYS_REPORTED or (value != default[name] and name not in shape))
+        if name in MAIN or (name in others and name not in NEVER_REPORTED and value != others[name])
     }
