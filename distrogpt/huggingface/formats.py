@@ -79,15 +79,11 @@ def to_settings(config: GPTConfig, dtype: str, bos: int, eos: int | None) -> dic
         return common | {
             "n_positions": config.block_size,
             "n_ctx": config.block_size,  # for llama.cpp
-            "n_embd": config.n_embd,
-            "n_layer": config.n_layer,
-            "n_head": config.n_head,
+            **{name: getattr(config, name) for name in ("n_embd", "n_layer", "n_head")},
             "n_inner": 4 * config.n_embd,
             "activation_function": ACTIVATIONS[config.activation],
             "layer_norm_epsilon": 1e-5,
-            "resid_pdrop": config.dropout,
-            "embd_pdrop": config.dropout,
-            "attn_pdrop": config.dropout,
+            **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout),
             "bias": config.bias,  # theirs always has biases; False: they are zero
         }
     if kind == "distrogpt":
@@ -202,9 +198,8 @@ def qk_norm_weight(D: int) -> float:
 
 
 def is_qk_norm_weight(weight: torch.Tensor, D: int) -> bool:
-    """Whether all of weight (D,) are qk_norm_weight(D), in whatever type they were stored."""
-    exact = torch.tensor(qk_norm_weight(D))
-    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    """Whether each of weight (D,) is qk_norm_weight(D), in whatever type it was stored."""
+    exact, dtypes = torch.tensor(qk_norm_weight(D)), (torch.float32, torch.bfloat16, torch.float16)
     return any(torch.allclose(weight, exact.to(dtype).float(), rtol=1e-6, atol=0) for dtype in dtypes)
 
 
@@ -271,35 +266,33 @@ def read_json_object(path: Path) -> dict[str, Any]:
 def read_weights(folder: Path) -> Weights:
     """All tensors of model.safetensors, or else pytorch_model.bin, in one file or several, in fp32."""
     for name in WEIGHT_FILES:
-        files, index = [name], folder / f"{name}.index.json"
-        if not (folder / name).is_file():
-            if not index.is_file():
-                continue
-            files = sorted({str(file) for file in read_json_object(index).get("weight_map", {}).values()})
-        tensors: Weights = {}
-        for file in files:
-            if Path(file).name != file:
-                raise ValueError(f"{index.name} names a file that is not beside it: {file[:40]}")
-            tensors |= read_tensors(folder / file)
-        for key, tensor in tensors.items():
-            if not torch.is_tensor(tensor) or not tensor.is_floating_point():
-                raise ValueError(f"{str(key)[:60]} is not a floating-point tensor")
-        return {key: tensor.float().contiguous() for key, tensor in tensors.items()}
+        index = folder / f"{name}.index.json"
+        if (folder / name).is_file():
+            return read_tensors([folder / name])
+        if index.is_file():
+            files = {str(file) for file in read_json_object(index).get("weight_map", {}).values()}
+            if elsewhere := [file for file in files if Path(file).name != file]:
+                raise ValueError(f"{index.name} names a file that is not beside it: {elsewhere[0][:40]}")
+            return read_tensors([folder / file for file in sorted(files)])
     raise ValueError(f"there is neither {' nor '.join(WEIGHT_FILES)}")
 
 
-def read_tensors(path: Path) -> Weights:
-    """The tensors of one file."""
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
+def read_tensors(paths: list[Path]) -> Weights:
+    """The tensors of these files, in fp32."""
+    tensors: Weights = {}
+    for path in paths:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
 
-        return load_file(path)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch guesses what is wrong
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(tensors, dict):
-        raise ValueError(f"{path.name} holds no weights")
-    return tensors
+            tensors |= load_file(path)
+        else:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch guesses what is wrong
+                tensors |= torch.load(path, map_location="cpu", weights_only=True)
+    for name, tensor in tensors.items():
+        if not torch.is_tensor(tensor) or not tensor.is_floating_point():
+            raise ValueError(f"{str(name)[:60]} is not a floating-point tensor")
+    return {name: tensor.float().contiguous() for name, tensor in tensors.items()}
 
 
 def require(settings: dict[str, Any], **expected: Any) -> None:
