@@ -26,9 +26,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
-import model as model_file
 from distrogpt.benchmark.baselines import Step, others_generate, others_step
 from distrogpt.benchmark.batch_size import (
     FRAGMENTATION,
@@ -48,8 +48,10 @@ from distrogpt.benchmark.timing import alternate, open_data, peak_memory, ratio,
 from distrogpt.checkpoint import BEST, NEWEST, atomic_write, training_state
 from distrogpt.data.dataset import Dataset
 from distrogpt.errors import UserError, cli_errors, is_out_of_memory, writable
-from distrogpt.inference.decoder import SamplingParams, optimize_for_inference, stream
-from distrogpt.kernels import cpu as attention_file
+from distrogpt.inference.decoder import optimize_for_inference, stream
+from distrogpt.inference.sampling import SamplingParams
+from distrogpt.kernels import replace_layers
+from distrogpt.kernels.cpu import CPUAttention, CPUDropout, to_device
 from distrogpt.runtime import (
     Runtime,
     compile_works,
@@ -65,7 +67,7 @@ from distrogpt.training.logger import TrainLogger
 from distrogpt.training.optim import get_lr, make_optimizers
 from distrogpt.training.run_directory import RunDirectory
 from distrogpt.training.startup import new_model_config, resolve_max_iters
-from model import GPT
+from model import GPT, Attention
 from plot import SHARE
 from train import initial_model, step_batches, training_step
 
@@ -82,7 +84,9 @@ def our_step(
     if not padded:
         model = GPT(replace(model.config, vocab_size=data.meta["vocab_size"]))
     model.activation_checkpointing = config.activation_checkpointing
-    optimizers = make_optimizers(model.to(runtime.device).train(), config, runtime.device.type, runtime.dtype)
+    optimizers = make_optimizers(
+        to_device(model, runtime.device).train(), config, runtime.device.type, runtime.dtype
+    )
     if not fused:
         groups = [
             {key: group[key] for key in ("params", "weight_decay")} for group in optimizers[0].param_groups
@@ -297,38 +301,43 @@ def ladder_rungs(config: BenchConfig, meta: dict, runtime: Runtime) -> list[tupl
     return rungs
 
 
-def plain_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, p: float = 0.0
-) -> torch.Tensor:
-    """Attention as the formula has it: all scores, masked afterwards. Shapes (B, H, T, D)."""
-    later = torch.ones(q.size(2), q.size(2), dtype=torch.bool, device=q.device).triu(1)
-    scores = (q @ k.transpose(-2, -1)) * scale  # (B, H, T, T)
-    return F.dropout(scores.masked_fill(later, -math.inf).softmax(dim=-1), p) @ v
+class PlainAttention(Attention):
+    """Attention as the formula has it: all scores, masked afterwards."""
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        later = torch.ones(q.size(2), q.size(2), dtype=torch.bool, device=q.device).triu(1)
+        scores = (q @ k.transpose(-2, -1)) * self.scale  # (B, H, T, T)
+        return (
+            F.dropout(scores.masked_fill(later, -math.inf).softmax(dim=-1), self.dropout, self.training) @ v
+        )
 
 
 def rung_step(config: BenchConfig, data: Dataset, runtime: Runtime, on: dict[str, Any]) -> Step:
-    """train.py's step with only the improvements in `on`; the others leave model.py for its time."""
+    """train.py's step with only the improvements in `on`; the others are replaced in the model."""
     gpt2 = {"activation": on.get("activation", "gelu_tanh"), "optimizer": "adamw", "n_kv_head": None}
     config = replace(config, compile=on.get("compile", False), **gpt2)
     place = replace(runtime, dtype=on.get("dtype", torch.float32))
     padded = on.get("padded", False) or runtime.device.type != "cuda"
     precision = torch.get_float32_matmul_precision() if on.get("products") else "highest"
-    ours = {"dropout": model_file.dropout, "causal_attention": model_file.causal_attention}
-    plain = {} if on.get("dropout") or runtime.device.type == "cuda" else {"dropout": F.dropout}
-    plain |= {} if on.get("attention") else {"causal_attention": plain_attention}
-    _, _, step = our_step(config, data, place, on.get("fused", False), padded)
+    plain = {}
+    if not on.get("dropout"):
+        plain[CPUDropout] = lambda layer: nn.Dropout(layer.p)
+    if not on.get("attention"):
+        plain |= dict.fromkeys(
+            (Attention, CPUAttention), lambda layer: PlainAttention(layer.scale, layer.dropout)
+        )
+    model, _, step = our_step(config, data, place, on.get("fused", False), padded)
+    replace_layers(model, plain)
 
-    def with_less(number: int) -> None:
+    def with_precision(number: int) -> None:
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision(precision)
-        for file in (model_file, attention_file):
-            vars(file).update(ours | plain)
         step(number)
-        for file in (model_file, attention_file):
-            vars(file).update(ours)
         torch.set_float32_matmul_precision(before)
 
-    return with_less
+    return with_precision
 
 
 def bench_ladder(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
@@ -406,7 +415,7 @@ def bench_generate(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
         """To the first token; from the second to the last; in all. At the second, a GPU records its graph."""
         synchronize(runtime)
         begin = time.perf_counter()
-        tokens = stream(m, idx, count, SamplingParams(0.8, 200), copies=copies)
+        tokens = stream(m, idx, SamplingParams(0.8, 200), torch.rand(copies, count))
         next(tokens)
         synchronize(runtime)
         first = time.perf_counter()

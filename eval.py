@@ -18,15 +18,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from distrogpt.data.dataset import Dataset, evaluation_windows, open_dataset, padded, strided_windows
-from distrogpt.data.meta import GPT2_META, other_tokenizer
-from distrogpt.data.tokenizer import Tokenizer, ids_of_prompt
+from distrogpt.data.dataset import Dataset, evaluation_windows, open_dataset, pad_windows, strided_windows
+from distrogpt.data.meta import GPT2_META, tokenizers_differ
+from distrogpt.data.tokenizer import Tokenizer, encode_prompt
 from distrogpt.errors import UserError, cli_errors, exit_process, warn, writable
 from distrogpt.evaluation.introspection import next_tokens
 from distrogpt.evaluation.loss import mean_losses, summed_loss
 from distrogpt.evaluation.questions import GPT2_HELLASWAG
 from distrogpt.evaluation.tasks import answers, check_lengths, choices, held_out_lines, open_questions
 from distrogpt.inference.sampler import read_prompt
+from distrogpt.kernels.cpu import to_device
 from distrogpt.loading import find_tokenizer, load_trained
 from distrogpt.runtime import Runtime, start_runtime, stop_runtime
 from distrogpt.settings import EVAL_TASKS, TrainConfig
@@ -58,7 +59,7 @@ def measure(config: EvalConfig) -> dict[str, Result]:
     tokenizer = None
     if names != ["loss"]:  # which needs none
         tokenizer = find_tokenizer(contents, model.config.vocab_size, source)
-    trained = Trained(model.to(runtime.device).eval(), tokenizer, contents, source, runtime)
+    trained = Trained(to_device(model, runtime.device).eval(), tokenizer, contents, source, runtime)
     prepare = {
         "loss": loss,
         "hellaswag": questions,
@@ -105,7 +106,7 @@ def data_of(config: EvalConfig, trained: Trained, **settings: Any) -> tuple[Data
     asked = TrainConfig(dataset=dataset, eval_iters=0, eval_splits=config.split, **settings)
     data = open_dataset(asked, (config.split,))
     theirs = trained.contents.get("meta", GPT2_META if trained.contents == {} else data.meta)["tokenizer"]
-    if other_tokenizer(theirs, data.meta["tokenizer"]):
+    if tokenizers_differ(theirs, data.meta["tokenizer"]):
         raise UserError(f"{trained.source} has another tokenizer than {dataset}; use a dataset of its own")
     if data.meta["vocab_size"] > trained.model.config.vocab_size:
         raise UserError(f"{dataset} has more tokens than {trained.source} knows; use a dataset of its own")
@@ -135,7 +136,7 @@ def loss(config: EvalConfig, trained: Trained, name: str) -> Callable[[], Result
                 windows = evaluation_windows(part, number, config.split, asked, runtime.world_size)
             else:
                 windows = strided_windows(len(stream), T, stride)
-                windows = padded(*windows, T, B * runtime.world_size)
+                windows = pad_windows(*windows, T, B * runtime.world_size)
             found.append(summed_loss(trained.model, data, stream, *windows, B, T, runtime))
         if not all(count for _, count in found):
             raise UserError(f"no target of {config.split} stands after the separator; choose another dataset")
@@ -192,7 +193,7 @@ def accuracy(config: EvalConfig, trained: Trained, name: str) -> Callable[[], Re
 def following(config: EvalConfig, trained: Trained, name: str) -> Callable[[], Result]:
     """The likeliest next tokens after a prompt."""
     prompt = read_prompt(config.start)
-    ids = ids_of_prompt(trained.tokenizer, prompt)
+    ids = encode_prompt(trained.tokenizer, prompt)
     check_lengths([(ids, [])], trained.model.config.block_size, "")
 
     def task() -> Result:

@@ -29,6 +29,7 @@ from distrogpt.data.dataset import Dataset, measured_splits, open_dataset, step_
 from distrogpt.errors import UserError, cli_errors, exit_process
 from distrogpt.evaluation.loss import attempt, evaluate, evaluation_line
 from distrogpt.evaluation.tasks import Ask, make_ask
+from distrogpt.kernels.cpu import to_device, use_cpu_kernels
 from distrogpt.openmp import WAITS
 from distrogpt.runtime import (
     Runtime,
@@ -139,7 +140,7 @@ def training_step(
         if isinstance(model, DistributedDataParallel):
             model.require_backward_grad_sync = number == len(batches)  # exchange the sum, once
         with runtime.autocast():
-            _, loss = model(x, y, only_loss=True)
+            _, loss = model(x, y, return_logits=False)
         scaler.scale(loss / (len(batches) / share)).backward()
         total.add_(loss.detach(), alpha=share)
     for optimizer in optimizers:
@@ -234,7 +235,9 @@ def train_model(
     steps = 1 if config.eval_only else config.max_iters  # of the whole run: resumed, it computes as before
     in_parts = config.shard and runtime.world_size > 1
     if not in_parts:
-        model.to(runtime.device)
+        to_device(model, runtime.device)
+    elif runtime.device.type == "cpu":
+        use_cpu_kernels(model)
     maybe_compile(model, config.compile, runtime.device, steps, say, model.transformer.h if in_parts else ())
     if config.shard and not in_parts:
         say("note     shard: one rank has nothing to share with")

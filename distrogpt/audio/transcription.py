@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from distrogpt.data.preparation.documents import Corpus, checksum, find_files
-from distrogpt.data.preparation.own_text import known_tokenizer, make_dataset, options_of, room_for
-from distrogpt.data.preparation.sources import argument_parser, common_options, patterns_of
+from distrogpt.data.preparation.own_text import known_tokenizer, make_dataset, new_folder, parse_options
+from distrogpt.data.preparation.sources import add_text_options, argument_parser, strip_patterns
 from distrogpt.data.preparation.writer import write_text
 from distrogpt.data.tokenizer import END_OF_TEXT, interruptible
 from distrogpt.errors import UserError, is_out_of_memory
@@ -388,9 +388,9 @@ def options(description: str) -> argparse.Namespace:
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="default: auto")
     add("--compute_type", default="auto", choices=COMPUTE_TYPES, help="default: auto, the fastest")
     add("--skip_broken", action="store_true", help="go without recordings that cannot be decoded")
-    common_options(parser)
-    args = options_of(parser)
-    patterns_of(args)
+    add_text_options(parser)
+    args = parse_options(parser)
+    strip_patterns(args)
     known_tokenizer(args.tokenizer)
     return args
 
@@ -398,10 +398,10 @@ def options(description: str) -> argparse.Namespace:
 def main(description: str) -> None:
     """What data/audio/prepare.py does."""
     args = options(description)
-    with room_for(args):
+    with new_folder(args):
         folder = args.output / "transcripts"
         recordings = find_recordings(args.input, folder, args.model, args.language)
         with interruptible():  # Whisper is minutes in one call where it is large; what is written is whole
             transcribe_all(recordings, args)
         gather(recordings, args.output / "transcripts.txt")
-        make_dataset(args, Corpus([args.output / "transcripts.txt"], strip=patterns_of(args)))
+        make_dataset(args, Corpus([args.output / "transcripts.txt"], strip=strip_patterns(args)))

@@ -17,24 +17,22 @@ on 8 A100 80GB.
 
 import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
+import torch.nn as nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import model as model_file
-from distrogpt.data.dataset import folders_of, open_dataset
+from distrogpt.data.dataset import find_parts, open_dataset
 from distrogpt.data.meta import GPT2_META
 from distrogpt.errors import UserError
-from distrogpt.kernels import cpu as attention_file
+from distrogpt.kernels import replace_layers
+from distrogpt.kernels.cpu import causal_mask, use_cpu_kernels
 from distrogpt.runtime import PEAK_FLOPS, Runtime, measured_flops, peak_flops
 from distrogpt.settings import BenchConfig
 from distrogpt.training.startup import new_model_config, resolve_max_iters
-from model import GPT, GPTConfig
+from model import GPT, Attention, GPTConfig
 
 MFU = 0.4  # where none is known: llm.c's on H100, see above
 LINK_SHARE, LATENCY = 0.8, 10e-6  # of the nominal bandwidth; seconds
@@ -158,7 +156,7 @@ def planned_shape(config: BenchConfig) -> tuple[BenchConfig, GPTConfig, bool]:
     meta, found = GPT2_META, False
     if config.real_data:
         try:
-            parts = folders_of(config.dataset)
+            parts = find_parts(config.dataset)
             found = all(any(folder.glob("train*.bin")) for _, _, folder, _ in parts)
             meta = parts[0][-1] if found else meta
         except UserError:
@@ -170,23 +168,25 @@ def planned_shape(config: BenchConfig) -> tuple[BenchConfig, GPTConfig, bool]:
     return config, new_model_config(config, meta), found
 
 
-@contextmanager
-def as_on_gpus() -> Iterator[None]:
-    """Attention and dropout in model.py as GPUs do them: no scores are kept, and a byte for each number."""
-    ours = {name: vars(model_file)[name] for name in ("causal_attention", "dropout")}
+class MaskedDropout(nn.Dropout):
+    """Dropout as GPUs do it: a byte is kept for each number."""
 
-    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, p: float) -> torch.Tensor:
-        shared = q.size(1) != k.size(1)  # without dropout: on GPUs its noise is made anew for the gradient
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=shared)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.native_dropout(x, self.p, True)[0] if self.training and self.p else x
 
-    def drop(x: torch.Tensor, p: float, training: bool) -> torch.Tensor:
-        return torch.native_dropout(x, p, True)[0] if training and p else x
 
-    try:
-        vars(model_file).update(causal_attention=attend, dropout=drop)
-        yield
-    finally:
-        vars(model_file).update(ours)
+def as_trained(model: GPT, on_gpu: bool) -> GPT:
+    """The model with the layers of its device. On GPUs, attention keeps no scores, and makes the noise of its
+    dropout again in the backward pass."""
+    if not on_gpu:
+        return use_cpu_kernels(model)
+    return replace_layers(
+        model,
+        {
+            nn.Dropout: lambda layer: MaskedDropout(layer.p),
+            Attention: lambda layer: Attention(layer.scale, 0.0),
+        },
+    )
 
 
 def saved_bytes(model: GPT, B: int, half: bool) -> int:
@@ -206,7 +206,7 @@ def saved_bytes(model: GPT, B: int, half: bool) -> int:
     idx = torch.zeros(B, model.config.block_size, dtype=torch.long)
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=half)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast:
-        model(idx, idx, only_loss=True)
+        model(idx, idx, return_logits=False)
     return sum(storage.nbytes() for storage in kept.values())
 
 
@@ -216,17 +216,14 @@ def count(shape: GPTConfig, config: BenchConfig, half: bool, on_gpu: bool) -> Co
 
     On torch's fake tensors, which have all but numbers: the same code runs, without memory and time.
     """
-    caches = (attention_file.rotation, attention_file.causal_bias)  # true tensors and fake ones do not mix
     saved = {}
-    with FakeTensorMode(), as_on_gpus() if on_gpu else nullcontext():
-        for cache in caches:
-            cache.cache_clear()
+    causal_mask.cache_clear()  # true tensors and fake ones do not mix
+    with FakeTensorMode():
         for layers in (1, 2):
-            model = GPT(replace(shape, n_layer=layers)).train()
+            model = as_trained(GPT(replace(shape, n_layer=layers)).train(), on_gpu)
             for B in (2, 3):
                 saved[layers, B] = saved_bytes(model, B, half)
-        for cache in caches:
-            cache.cache_clear()
+    causal_mask.cache_clear()
     block = [saved[2, B] - saved[1, B] for B in (2, 3)]
     head = [saved[1, 2] - block[0], saved[1, 3] - block[1]]
     with torch.device("meta"):

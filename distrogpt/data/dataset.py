@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from distrogpt.data.meta import dataset_folder, find_dataset, read_meta
-from distrogpt.data.sampling import epoch_order, epoch_starts, epoch_windows, interleave, random_starts
+from distrogpt.data.sampling import epoch_order, epoch_starts, interleave, random_starts, windows_per_epoch
 from distrogpt.data.token_stream import TokenStream
 from distrogpt.data.tokenizer import from_description
 from distrogpt.errors import UserError
@@ -19,14 +19,16 @@ from distrogpt.settings import TrainConfig
 
 @dataclass
 class Part:
-    """One dataset of a mixture, or the only one: the streams of its splits, and its share of all samples."""
+    """One dataset of a mixture, or the only one: the streams of its splits, and its weight of all samples."""
 
     name: str
-    share: float
+    weight: float
     folder: Path
     meta: dict[str, Any]
     streams: dict[str, TokenStream]
-    lines: dict[str, np.ndarray] = field(default_factory=dict)  # with sampling=lines, where each line starts
+    line_starts: dict[str, np.ndarray] = field(
+        default_factory=dict
+    )  # with sampling=lines, where each line starts
 
     def tokens_per_byte(self, split: str = "val") -> float | None:
         """Of a split; None where meta.json does not say how many bytes its text has."""
@@ -61,18 +63,18 @@ class Dataset(NamedTuple):
 
     def loss_mask(self, windows: np.ndarray) -> np.ndarray | None:
         """Which targets of windows (N, T + 1) count, (N, T); None where all do."""
-        return None if self.separator is None else after(self.separator, self.newline, windows)
+        return None if self.separator is None else mask_after_separator(self.separator, self.newline, windows)
 
 
-def mixture_of(text: str) -> list[tuple[str, float]]:
-    """The names in dataset=NAME, or =NAME:WEIGHT,NAME:WEIGHT, and their shares, 1 in all. Raises UserError.
+def parse_mixture(text: str) -> list[tuple[str, float]]:
+    """The names in dataset=NAME, or =NAME:WEIGHT,NAME:WEIGHT, and their weights, 1 in all. Raises UserError.
 
     Without weights, all have the same. What is no number after a colon belongs to the name.
     """
     pieces = [text] if "," not in text or dataset_folder(text) else text.split(",")
     names, weights = [], []
     for piece in pieces:
-        name, weight = with_weight(piece.strip())
+        name, weight = split_weight(piece.strip())
         names.append(name)
         weights.append(weight)
     if len(pieces) > 1 and (not all(names) or len(set(names)) < len(names)):
@@ -83,11 +85,11 @@ def mixture_of(text: str) -> list[tuple[str, float]]:
             f"dataset={text[:200]}: not each name has a positive weight; write NAME:0.9,OTHER:0.1"
         )
     total = sum(given)
-    shares = [weight / total for weight in given] or [1 / len(names)] * len(names)
-    return list(zip(names, shares, strict=True))
+    weights = [weight / total for weight in given] or [1 / len(names)] * len(names)
+    return list(zip(names, weights, strict=True))
 
 
-def with_weight(piece: str) -> tuple[str, float | None]:
+def split_weight(piece: str) -> tuple[str, float | None]:
     """NAME:WEIGHT in two; what is a folder's name as it is has no weight."""
     name, _, weight = piece.rpartition(":")
     try:
@@ -96,10 +98,10 @@ def with_weight(piece: str) -> tuple[str, float | None]:
         return piece, None
 
 
-def folders_of(text: str) -> list[tuple[str, float, Path, dict[str, Any]]]:
-    """Of each part of a mixture, or of the only one: name, share, folder and meta. Raises UserError where
+def find_parts(text: str) -> list[tuple[str, float, Path, dict[str, Any]]]:
+    """Of each part of a mixture, or of the only one: name, weight, folder and meta. Raises UserError where
     they have not all the same vocabulary."""
-    parts = [(name, share, find_dataset(name)) for name, share in mixture_of(text)]
+    parts = [(name, weight, find_dataset(name)) for name, weight in parse_mixture(text)]
     found = [(*part, read_meta(part[2])) for part in parts]
     for key in ("tokenizer", "vocab_size", "dtype"):
         for name, _, _, meta in found[1:]:
@@ -112,7 +114,7 @@ def folders_of(text: str) -> list[tuple[str, float, Path, dict[str, Any]]]:
 
 def read_dataset_meta(text: str) -> dict[str, Any]:
     """What is known of the dataset or mixture: tokenizer, vocab_size, dtype. Raises UserError."""
-    return folders_of(text)[0][3]
+    return find_parts(text)[0][3]
 
 
 def measured_splits(config: TrainConfig) -> tuple[str, ...]:
@@ -129,27 +131,29 @@ def open_dataset(config: TrainConfig, splits: tuple[str, ...] | None = None) -> 
     parts = [
         Part(
             name,
-            share,
+            weight,
             folder,
             meta,
             {split: TokenStream(folder, split, meta, config.block_size) for split in splits},
         )
-        for name, share, folder, meta in folders_of(config.dataset)
+        for name, weight, folder, meta in find_parts(config.dataset)
     ]
     newline = separator = None
     if config.sampling == "lines" or config.loss_after is not None:
-        newline = one_token("\n", parts[0].meta, "the newline, which ends lines,")
+        newline = single_token_id("\n", parts[0].meta, "the newline, which ends lines,")
     if config.loss_after is not None:
-        separator = one_token(config.loss_after, parts[0].meta, f"the separator {config.loss_after!r}")
+        separator = single_token_id(config.loss_after, parts[0].meta, f"the separator {config.loss_after!r}")
         if separator == newline:
             raise UserError("the separator is the newline, which ends a line; choose a token within lines")
     if config.sampling == "lines":
         for part in parts:
-            part.lines = {split: line_starts(stream, newline) for split, stream in part.streams.items()}
+            part.line_starts = {
+                split: find_line_starts(stream, newline) for split, stream in part.streams.items()
+            }
     return Dataset(parts, newline, separator)
 
 
-def one_token(text: str, meta: dict[str, Any], what: str) -> int:
+def single_token_id(text: str, meta: dict[str, Any], what: str) -> int:
     """The id of a text that is one token. Raises UserError where it is not."""
     if not meta["tokenizer"]:
         raise UserError(f"{what} is to be found, but the vocabulary names no characters; write a meta.json")
@@ -164,13 +168,13 @@ def one_token(text: str, meta: dict[str, Any], what: str) -> int:
     return int(ids[0])
 
 
-def line_starts(stream: TokenStream, newline: int) -> np.ndarray:
+def find_line_starts(stream: TokenStream, newline: int) -> np.ndarray:
     """Where the lines of a split start, (lines,): at its begin, and after each newline but the last id."""
-    after_newlines = stream.places(newline) + 1
+    after_newlines = stream.positions_of(newline) + 1
     return np.concatenate([[0], after_newlines[after_newlines < len(stream)]])
 
 
-def after(separator: int, newline: int, windows: np.ndarray) -> np.ndarray:
+def mask_after_separator(separator: int, newline: int, windows: np.ndarray) -> np.ndarray:
     """Which targets of windows (N, T + 1) stand after the first separator on their line, the newline that
     ends it included: (N, T)."""
 
@@ -198,7 +202,7 @@ def step_windows(data: Dataset, config: TrainConfig, step: int) -> tuple[np.ndar
     count = config.gradient_accumulation_steps * config.batch_size
     if len(data.parts) == 1:
         return np.zeros(count, np.int64), part_starts(data.parts[0], 0, config, step, step * count, count)
-    which, within = interleave(step * count, count, [part.share for part in data.parts])
+    which, within = interleave(step * count, count, [part.weight for part in data.parts])
     starts = np.empty(count, np.int64)
     for number, part in enumerate(data.parts):
         here = np.flatnonzero(which == number)
@@ -213,18 +217,18 @@ def part_starts(
     """Where `count` samples of part `number` start, of its own from `first` on, all of one step: (count,)."""
     length, T = len(part.streams["train"]), config.block_size
     if config.sampling == "lines":
-        lines = part.lines["train"]
+        lines = part.line_starts["train"]
         return lines[epoch_order(config.seed, first, count, len(lines), number)[0]]
     if config.sampling == "epochs":
         return epoch_starts(config.seed, first, count, length, T, number)
     return random_starts(config.seed, step, count, length - T, purpose=3 * number)
 
 
-def epoch_samples(data: Dataset, config: TrainConfig) -> int:
+def samples_per_epoch(data: Dataset, config: TrainConfig) -> int:
     """How many samples a pass over the training data has, over that of all parts of a mixture."""
     if config.sampling == "lines":
-        return sum(len(part.lines["train"]) for part in data.parts)
-    return sum(epoch_windows(len(part.streams["train"]), config.block_size) for part in data.parts)
+        return sum(len(part.line_starts["train"]) for part in data.parts)
+    return sum(windows_per_epoch(len(part.streams["train"]), config.block_size) for part in data.parts)
 
 
 def strided_windows(length: int, T: int, stride: int) -> tuple[np.ndarray, np.ndarray]:
@@ -250,20 +254,20 @@ def evaluation_windows(
     B, T, purpose = config.batch_size, config.block_size, 3 * number + ("train", "val").index(split) + 1
     whole = "train" if config.eval_splits == "train" else "val"  # what eval_iters=0 reads all of
     at_lines = config.sampling == "lines"
-    count = len(part.lines[whole]) if at_lines else math.ceil((len(part.streams[whole]) - 1) / T)
+    count = len(part.line_starts[whole]) if at_lines else math.ceil((len(part.streams[whole]) - 1) / T)
     if config.eval_iters or split != whole:
         count = config.eval_iters * B or math.ceil(count / 4)
-        end = len(part.lines[split]) if at_lines else len(part.streams[split]) - T
+        end = len(part.line_starts[split]) if at_lines else len(part.streams[split]) - T
         starts = random_starts(config.seed, 0, count, end, purpose)
-        starts, skip = part.lines[split][starts] if at_lines else starts, np.zeros_like(starts)
+        starts, skip = part.line_starts[split][starts] if at_lines else starts, np.zeros_like(starts)
     elif at_lines:
-        starts, skip = part.lines[split], np.zeros_like(part.lines[split])
+        starts, skip = part.line_starts[split], np.zeros_like(part.line_starts[split])
     else:
         starts, skip = strided_windows(len(part.streams[split]), T, T)
-    return padded(starts, skip, T, ranks * B)
+    return pad_windows(starts, skip, T, ranks * B)
 
 
-def padded(starts: np.ndarray, skip: np.ndarray, T: int, multiple: int) -> tuple[np.ndarray, np.ndarray]:
+def pad_windows(starts: np.ndarray, skip: np.ndarray, T: int, multiple: int) -> tuple[np.ndarray, np.ndarray]:
     """The windows and so many more, whose targets do not count, that batches are equal."""
     padding = -len(starts) % multiple  # torch.compile likes equal batches; what is added does not count
     return np.pad(starts, (0, padding)), np.pad(skip, (0, padding), constant_values=T)

@@ -80,13 +80,13 @@ def checked_meta(meta: Any) -> dict[str, Any]:
         raise ValueError(
             "vocab_size, tokens and bytes are not positive numbers, or vocab_size has over 31 bits"
         )
-    named = ids_described(tokenizer or {})
+    named = described_vocab_size(tokenizer or {})
     if named > vocab_size:
         raise ValueError(f"the tokenizer has {named} ids, which are more than vocab_size={vocab_size}")
     return meta
 
 
-def ids_described(tokenizer: dict[str, Any]) -> int:
+def described_vocab_size(tokenizer: dict[str, Any]) -> int:
     """How many ids the description of a tokenizer is of; 0 where that is not known."""
     chars, merges = tokenizer.get("chars"), tokenizer.get("merges")
     if isinstance(chars, str):
@@ -96,7 +96,7 @@ def ids_described(tokenizer: dict[str, Any]) -> int:
     return {"gpt2": GPT2_META["vocab_size"], "byte": 257}.get(str(tokenizer.get("kind")), 0)
 
 
-def other_tokenizer(trained_on: dict[str, Any] | None, given: dict[str, Any] | None) -> bool:
+def tokenizers_differ(trained_on: dict[str, Any] | None, given: dict[str, Any] | None) -> bool:
     """Whether ids of the one mean something else to the other, as far as both are known."""
     return None not in (trained_on, given) and trained_on != given
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-PARTS_PER = 1 << 20  # in such parts of one are shares of a mixture counted, so that sums are exact
+WEIGHT_UNITS = 1 << 20  # in such parts of one are weights of a mixture counted, so that sums are exact
 
 
 def random_starts(seed: int, step: int, count: int, end: int, purpose: int = 0) -> np.ndarray:
@@ -23,12 +23,12 @@ def epoch_starts(seed: int, first: int, count: int, length: int, T: int, part: i
     Each epoch cuts the text into windows, at places of its own, and takes each window once, in an order of
     its own: sample n is window n % windows of epoch n // windows, so that nothing is stored.
     """
-    windows = epoch_windows(length, T)
+    windows = windows_per_epoch(length, T)
     order, more = epoch_order(seed, first, count, windows, part)
     return order * T + (more % np.uint64(length - windows * T)).astype(np.int64)
 
 
-def epoch_windows(length: int, T: int) -> int:
+def windows_per_epoch(length: int, T: int) -> int:
     """How many windows of T tokens and a target an epoch of `length` ids has."""
     return max(1, (length - 1) // T - 1)  # one less than fit: it leaves T + 1 or more places for the first
 
@@ -45,34 +45,34 @@ def epoch_order(seed: int, first: int, count: int, size: int, part: int = 0) -> 
         here = numbers // size == epoch
         entropy = (seed, int(epoch), part) if part else (seed, int(epoch))
         keys = np.random.SeedSequence(entropy).generate_state(7, np.uint64)
-        order[here] = shuffled(numbers[here] % size, size, keys[:6])
+        order[here] = feistel_permutation(numbers[here] % size, size, keys[:6])
         more[here] = keys[6]
     return order, more
 
 
-def interleave(first: int, count: int, shares: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+def interleave(first: int, count: int, weights: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
     """Which part of a mixture samples first, first + 1, ... belong to, and which of the part's own samples
-    each of them is: (count,) twice. Nothing is random: of any samples in a row, a part has its share, which
+    each of them is: (count,) twice. Nothing is random: of any samples in a row, a part has its weight, which
     is counted in 2^-20, to within as many samples as there are parts.
 
-    Of the first n samples, the first part has n·W/D, rounded down, where W/D is its share; so sample n is its
+    Of the first n samples, the first part has n·W/D, rounded down, if W/D is its weight; so sample n is its
     where that number rises after it. What is left goes to the other parts in the same way (Bresenham,
     "Algorithm for computer control of a digital plotter", 1965).
     """
     numbers = first + np.arange(count)  # as the parts from `part` on count them
     which, within = np.empty(count, np.int64), np.empty(count, np.int64)
     left = np.arange(count)
-    for part, share in enumerate(shares[:-1]):
-        W = min(max(round(share / sum(shares[part:]) * PARTS_PER), 1), PARTS_PER - 1)
-        before = numbers * W // PARTS_PER
-        taken = (numbers + 1) * W // PARTS_PER > before
+    for part, weight in enumerate(weights[:-1]):
+        W = min(max(round(weight / sum(weights[part:]) * WEIGHT_UNITS), 1), WEIGHT_UNITS - 1)
+        before = numbers * W // WEIGHT_UNITS
+        taken = (numbers + 1) * W // WEIGHT_UNITS > before
         which[left[taken]], within[left[taken]] = part, before[taken]
         left, numbers = left[~taken], (numbers - before)[~taken]
-    which[left], within[left] = len(shares) - 1, numbers
+    which[left], within[left] = len(weights) - 1, numbers
     return which, within
 
 
-def shuffled(places: np.ndarray, end: int, keys: np.ndarray) -> np.ndarray:
+def feistel_permutation(places: np.ndarray, end: int, keys: np.ndarray) -> np.ndarray:
     """Where these of the numbers 0..end-1 go when all of them are shuffled by the keys, (N,): each by itself.
 
     A Feistel network of six rounds permutes the numbers below the next 4^bits; what is not below `end` goes

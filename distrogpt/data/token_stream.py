@@ -37,7 +37,7 @@ class TokenStream:
         if not paths:
             raise UserError(f"{folder / split}.bin is missing; {how_to_prepare(folder)}")
         self.paths = paths
-        self.states = [state_of(path) for path in paths]
+        self.states = [file_signature(path) for path in paths]
         self.begins = [0]  # of each file, in the stream; then the end
         for path, state in zip(paths, self.states, strict=True):
             self.begins.append(self.begins[-1] + ids_in(path, state, self.dtype))
@@ -92,7 +92,7 @@ class TokenStream:
         for begin in range(first, end, CHUNK):
             yield begin, self.windows(np.array([begin]), min(CHUNK, end - begin))[0]
 
-    def places(self, token: int) -> np.ndarray:
+    def positions_of(self, token: int) -> np.ndarray:
         """Where that id stands, in order: (N,)."""
         return np.concatenate([begin + np.flatnonzero(ids == token) for begin, ids in self.chunks()])
 
@@ -124,7 +124,7 @@ class TokenStream:
             )
 
 
-def state_of(path: Path) -> tuple[int, int]:
+def file_signature(path: Path) -> tuple[int, int]:
     """What tells whether a file is still the same: its size in bytes, and when it was changed. UserError."""
     try:
         found = os.stat(path)

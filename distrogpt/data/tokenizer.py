@@ -240,7 +240,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
     return BPETokenizer(merges)
 
 
-def library_file(tokenizer: Tokenizer) -> str:
+def tokenizer_json(tokenizer: Tokenizer) -> str:
     """The text of a tokenizer.json, which Hugging Face's libraries read as the same tokenizer.
 
     A character that a list of characters lacks is an error there, too. Raises UserError where JSON cannot
@@ -258,7 +258,7 @@ def library_file(tokenizer: Tokenizer) -> str:
         made.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
         made.decoder = decoders.Fuse()
     else:
-        made = HuggingFaceTokenizer(models.BPE(*vocabulary_of(tokenizer)))
+        made = HuggingFaceTokenizer(models.BPE(*bpe_vocabulary(tokenizer)))
         made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         made.decoder = decoders.ByteLevel()
     if tokenizer.end_of_text is not None:
@@ -266,26 +266,26 @@ def library_file(tokenizer: Tokenizer) -> str:
     return made.to_str()
 
 
-def vocabulary_of(tokenizer: Tokenizer) -> tuple[dict[str, int], list[tuple[str, str]]]:
+def bpe_vocabulary(tokenizer: Tokenizer) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """The id of each token in the letters of GPT-2's files, without <|endoftext|>, and the merges in their
     order: none where ids are bytes."""
     if isinstance(tokenizer, GPT2Tokenizer):
         ranks = tokenizer.bpe._mergeable_ranks
-        merges = [parts_of(token, ranks) for token in sorted(ranks, key=ranks.get) if len(token) > 1]
-        return {in_letters(token): rank for token, rank in ranks.items()}, [
-            (in_letters(left), in_letters(right)) for left, right in merges
+        merges = [merged_pair(token, ranks) for token in sorted(ranks, key=ranks.get) if len(token) > 1]
+        return {bytes_to_unicode(token): rank for token, rank in ranks.items()}, [
+            (bytes_to_unicode(left), bytes_to_unicode(right)) for left, right in merges
         ]
     merges = tokenizer.merges if isinstance(tokenizer, BPETokenizer) else []
     tokens = [*(BYTE_CHARS[b] for b in range(256)), *map("".join, merges)]
     return {token: number for number, token in enumerate(tokens)}, merges
 
 
-def in_letters(token: bytes) -> str:
+def bytes_to_unicode(token: bytes) -> str:
     """A visible character for each byte."""
     return "".join(BYTE_CHARS[byte] for byte in token)
 
 
-def parts_of(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
+def merged_pair(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
     """The two tokens that are joined to this one: what the merges before it make of its bytes."""
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
@@ -295,16 +295,16 @@ def parts_of(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
     return parts
 
 
-def start_of_text(tokenizer: Tokenizer) -> int:
+def start_token(tokenizer: Tokenizer) -> int:
     """The id that an empty prompt stands for: a new line, or the end of the text before."""
     if tokenizer.end_of_text is None:
         return max(tokenizer.chars.find("\n"), 0)
     return tokenizer.end_of_text
 
 
-def ids_of_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
+def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
     """The prompt's ids, one at least: an empty one begins a document. Raises UserError."""
-    return tokenizer.encode(prompt).tolist() or [start_of_text(tokenizer)]
+    return tokenizer.encode(prompt).tolist() or [start_token(tokenizer)]
 
 
 def from_description(description: dict[str, Any]) -> Tokenizer:

@@ -46,7 +46,7 @@ def evaluate(
 def mean_losses(data: Dataset, losses: dict[str, list[float]], split: str = "val") -> Losses:
     """Of the losses of each part in each split, the means by the parts' shares. Where they are known, also
     bits_per_byte and, of a mixture, SPLIT/NAME of each part: of one split."""
-    shares = [part.share for part in data.parts]
+    shares = [part.weight for part in data.parts]
     means = {name: weighted(found, shares) for name, found in losses.items()}
     if split not in losses:
         return means
@@ -109,7 +109,7 @@ def summed_loss(
         answers = data.loss_mask(windows)
         x, y = to_xy(windows, counted if answers is None else counted & answers, runtime)
         with runtime.autocast():
-            _, loss = model(x, y, only_loss=True)
+            _, loss = model(x, y, return_logits=False)
         counted = (y >= 0).sum()
         of_batch = torch.where(counted > 0, loss.float() * counted, 0.0)  # the mean of no losses is nan
         sums.append(torch.stack((of_batch, counted.float())))

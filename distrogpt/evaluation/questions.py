@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from distrogpt.data.meta import DATA
 from distrogpt.data.preparation.sources import download
-from distrogpt.data.tokenizer import Tokenizer, ids_of_prompt
+from distrogpt.data.tokenizer import Tokenizer, encode_prompt
 from distrogpt.errors import UserError
 
 HELLASWAG = (  # arXiv 1905.07830
@@ -52,7 +52,7 @@ def read_questions(
             continue
         try:
             context, endings, label = fields(json.loads(line))
-            ids = [ids_of_prompt(tokenizer, context)]
+            ids = [encode_prompt(tokenizer, context)]
             ids += [tokenizer.encode(f" {ending}").tolist() for ending in endings]
         except (ValueError, RecursionError) as error:  # deeply nested brackets
             raise UserError(

@@ -10,7 +10,7 @@ from typing import Any
 from unicodedata import category
 
 from distrogpt.checkpoint import first_line
-from distrogpt.data.tokenizer import END_OF_TEXT, Tokenizer, library_file, start_of_text
+from distrogpt.data.tokenizer import END_OF_TEXT, Tokenizer, start_token, tokenizer_json
 from distrogpt.errors import MachineError, UserError, warn
 from distrogpt.huggingface.formats import CODE, Weights, model_type_of, to_settings
 from distrogpt.huggingface.model_card import model_card, public_meta
@@ -28,7 +28,7 @@ def text_files(
 ) -> dict[str, str]:
     """The text of each file but the weights; the arguments are model_card's."""
     texts = settings_files(shape, tokenizer, dtype) | {
-        "tokenizer.json": library_file(tokenizer),
+        "tokenizer.json": tokenizer_json(tokenizer),
         "meta.json": to_json(public_meta(contents.get("meta"), tokenizer)),
         "README.md": model_card(name, shape, tokenizer, contents, count, dtype),
     }
@@ -39,7 +39,7 @@ def text_files(
 
 def settings_files(shape: GPTConfig, tokenizer: Tokenizer, dtype: str) -> dict[str, str]:
     """config.json, generation_config.json with the defaults of sample.py, and tokenizer_config.json."""
-    bos, eos = start_of_text(tokenizer), tokenizer.end_of_text
+    bos, eos = start_token(tokenizer), tokenizer.end_of_text
     generation: dict[str, Any] = {"bos_token_id": bos}
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",

@@ -23,7 +23,7 @@ from urllib.request import urlopen
 import torch
 
 from distrogpt.checkpoint import build_model, check_weights, make_config, meta_model
-from model import GPT, GPTConfig
+from model import EPS, GPT, GPTConfig
 
 ARCHITECTURES = {
     "gpt2": "GPT2LMHeadModel",
@@ -36,7 +36,6 @@ CODE = "modeling_distrogpt"  # the module that computes the last of them
 ACTIVATIONS = {"gelu_tanh": "gelu_new", "gelu": "gelu", "relu2": "relu2", "swiglu": "silu"}
 OUR_ACTIVATIONS = {theirs: ours for ours, theirs in ACTIVATIONS.items()}
 OUR_ACTIVATIONS |= {"gelu_pytorch_tanh": "gelu_tanh", "swish": "swiglu"}
-EPS = 1e-6  # of model.RMSNorm
 CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # (in, out) in gpt2's files, not (out, in)
 NORMS = {"attn.c_attn": "input_layernorm", "mlp.c_fc": "post_attention_layernorm"}  # what they read
 ROTATED = ("self_attn.q_proj", "self_attn.k_proj")
@@ -100,7 +99,7 @@ def to_settings(config: GPTConfig, dtype: str, bos: int, eos: int | None) -> dic
         "num_hidden_layers": config.n_layer,
         "num_attention_heads": config.n_head,
         "num_key_value_heads": config.kv_heads,
-        "head_dim": config.n_embd // config.n_head,
+        "head_dim": config.head_dim,
         "hidden_act": ACTIVATIONS[config.activation],
         "max_position_embeddings": config.block_size,
         "rms_norm_eps": EPS,
@@ -132,7 +131,7 @@ def to_weights(config: GPTConfig, weights: Mapping[str, torch.Tensor]) -> Weight
 
 def llama_parts(config: GPTConfig) -> dict[str, dict[str, int]]:
     """For each of our layers in a block, llama's that compute it together, and their output channels."""
-    C, K, D, width = config.n_embd, config.kv_heads, config.n_embd // config.n_head, config.mlp_width
+    C, K, D, width = config.n_embd, config.kv_heads, config.head_dim, config.mlp_width
     gate = {"mlp.gate_proj": width} if config.activation == "swiglu" else {}
     return {
         "attn.c_attn": {"self_attn.q_proj": C, "self_attn.k_proj": K * D, "self_attn.v_proj": K * D},
@@ -144,7 +143,7 @@ def llama_parts(config: GPTConfig) -> dict[str, dict[str, int]]:
 
 def to_llama(config: GPTConfig, ours: Weights) -> Weights:
     """Our weights as llama, qwen3 and arcee have them; the weights of their norms are 1."""
-    C, D = config.n_embd, config.n_embd // config.n_head
+    C, D = config.n_embd, config.head_dim
     theirs = {"model.embed_tokens.weight": ours["transformer.wte.weight"], "model.norm.weight": torch.ones(C)}
     if not config.tied:
         theirs["lm_head.weight"] = ours["lm_head.weight"]
@@ -172,7 +171,7 @@ def from_llama(config: GPTConfig, theirs: Weights) -> tuple[GPTConfig, Weights]:
         theirs = {name: w for name, w in theirs.items() if name != "lm_head.weight"}
     with torch.device("meta"):
         check_weights(theirs, to_weights(config, meta_model(config, len(theirs)).state_dict()))
-    D, last_norm = config.n_embd // config.n_head, theirs["model.norm.weight"]
+    D, last_norm = config.head_dim, theirs["model.norm.weight"]
     embeddings = theirs["model.embed_tokens.weight"]
     head = theirs.get("lm_head.weight", embeddings)
     ours = {"transformer.wte.weight": embeddings, "lm_head.weight": head * last_norm}

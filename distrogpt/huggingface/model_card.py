@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from distrogpt.data.meta import GPT2_META
-from distrogpt.data.tokenizer import CharTokenizer, GPT2Tokenizer, Tokenizer, start_of_text
+from distrogpt.data.tokenizer import CharTokenizer, GPT2Tokenizer, Tokenizer, start_token
 from distrogpt.huggingface.formats import ARCHITECTURES, model_type_of
 from distrogpt.settings import TrainConfig
 from model import GPTConfig
@@ -65,7 +65,7 @@ def how_to_load(folder: str, shape: GPTConfig, tokenizer: Tokenizer) -> list[str
     if own_code:
         args["trust_remote_code"] = True
     if tokenizer.end_of_text is None:  # stands before a text without context
-        args["prefix_token_id"] = start_of_text(tokenizer)
+        args["prefix_token_id"] = start_token(tokenizer)
     model_args = ",".join(f"{key}={value}" for key, value in args.items())
     if name != folder or "," in folder:  # lm_eval does not understand shell quotes within its list
         model_args = shlex.quote(json.dumps(args, ensure_ascii=False))

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from configurator import checked
-from distrogpt.data.tokenizer import ids_of_prompt
+from distrogpt.data.tokenizer import encode_prompt
 from distrogpt.errors import UserError, warn
-from distrogpt.inference.decoder import SamplingParams, optimize_for_inference, stream, uniform_noise
+from distrogpt.inference.decoder import optimize_for_inference, stream
 from distrogpt.inference.detokenizer import Detokenizer, Token
+from distrogpt.inference.sampling import SamplingParams, uniform_noise
 from distrogpt.loading import find_tokenizer, load_trained
 from distrogpt.runtime import compile_works, start_runtime
 from distrogpt.settings import OF_A_SAMPLE, SampleConfig
@@ -41,7 +42,7 @@ class Sampler:
         """The prompt's ids, one at least; with `whole` no more than the network reads. Raises UserError."""
         checked(SampleConfig, "start", prompt)
         try:
-            ids = ids_of_prompt(self.tokenizer, prompt)
+            ids = encode_prompt(self.tokenizer, prompt)
         except UserError as error:
             raise UserError(f"{name}: {error}") from None
         block_size = self.model.config.block_size
@@ -57,17 +58,12 @@ class Sampler:
         copies, scored = len(draws), asked.best_of > 1 or asked.show_probs
         end = self.tokenizer.end_of_text if asked.stop_at_end else None
         writers = [Detokenizer(self.tokenizer, asked.stop, end) for _ in range(len(prompts) * copies)]
-        lengths = [len(ids) for ids in prompts]
-        rows = [[*ids, *[0] * (max(lengths) - len(ids))] for ids in prompts]
         drawn = stream(
             self.model,
-            torch.tensor(rows, device=self.runtime.device),  # (N, T)
-            asked.max_new_tokens,
-            SamplingParams.of(asked),
-            self.tokenizer.vocab_size,
+            [torch.tensor(ids) for ids in prompts],
+            SamplingParams.from_settings(asked),
             draws.repeat(len(prompts), 1),
-            lengths,
-            copies,
+            self.tokenizer.vocab_size,
         )
         columns, chances, none = [], [], torch.zeros(len(writers), 1)
         for number, (ids, logits) in enumerate(drawn, 1):

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from distrogpt.checkpoint import BEST, NEWEST, load_checkpoint, newest_checkpoint, restore_model
-from distrogpt.data.dataset import Dataset, epoch_samples
-from distrogpt.data.meta import other_tokenizer
+from distrogpt.data.dataset import Dataset, samples_per_epoch
+from distrogpt.data.meta import tokenizers_differ
 from distrogpt.errors import UserError
 from distrogpt.loading import load_pretrained
 from distrogpt.runtime import Runtime
@@ -29,7 +29,7 @@ def resolve_max_iters(config: TrainConfig, data: Dataset) -> TrainConfig:
     """The settings with the max_iters that max_epochs asks for on this data. Raises UserError."""
     if config.max_epochs is None or "train" not in data.parts[0].streams:
         return config
-    samples = Fraction(str(config.max_epochs)) * epoch_samples(data, config)  # of floats, 0.1 is too much
+    samples = Fraction(str(config.max_epochs)) * samples_per_epoch(data, config)  # of floats, 0.1 is too much
     try:
         return replace(config, max_iters=math.ceil(samples / samples_of(config)))
     except ValueError as error:
@@ -86,7 +86,7 @@ def initial_model(
         model = GPT(new_model_config(config, meta))
     else:
         model, origin = load_pretrained(source, config.dropout)
-    if other_tokenizer(origin.get("meta", meta)["tokenizer"], meta["tokenizer"]):
+    if tokenizers_differ(origin.get("meta", meta)["tokenizer"], meta["tokenizer"]):
         raise UserError(
             f"{source} was trained with another tokenizer than {config.dataset} has; choose the dataset that "
             "it was trained on, or --init_from=scratch"
@@ -123,7 +123,7 @@ def fingerprint(data: Dataset) -> dict[str, list[int]]:
     a mixture, that of each part by its number, and its share in millionths."""
     sums = {}
     for number, part in enumerate(data.parts):
-        of_mixture = [] if len(data.parts) == 1 else [round(part.share * 1e6)]
+        of_mixture = [] if len(data.parts) == 1 else [round(part.weight * 1e6)]
         for split, stream in part.streams.items():
             ids = stream.windows(np.linspace(0, len(stream) - 1, 256).astype(np.int64), 1)
             name = f"{split} {number}" if of_mixture else split
@@ -147,7 +147,7 @@ def describe_run(config: TrainConfig, runtime: Runtime, data: Dataset, model: GP
     megabytes = 4 * (1 + averages) * model.get_num_params(non_embedding=False) / 1e6
     for part in data.parts:
         sizes = ", ".join(f"{len(stream):,} {split}" for split, stream in part.streams.items())
-        share = "" if len(data.parts) == 1 else f"{part.share:.1%} "
+        share = "" if len(data.parts) == 1 else f"{part.weight:.1%} "
         say(f"data     {share}{part.folder}: {sizes} tokens, vocabulary {data.meta['vocab_size']:,}")
     say(
         f"model    {shape.n_layer} layers, {shape.n_head} heads, {shape.n_embd} wide, "
@@ -156,7 +156,7 @@ def describe_run(config: TrainConfig, runtime: Runtime, data: Dataset, model: GP
     say(f"machine  {runtime.describe()}")
     say(f"step     {tokens:,} tokens: {micro_steps} x {config.batch_size} sequences of {config.block_size}")
     if config.max_epochs is not None and not config.eval_only:
-        steps = f"{epoch_samples(data, config) / samples_of(config):,.1f}".removesuffix(".0")
+        steps = f"{samples_per_epoch(data, config) / samples_of(config):,.1f}".removesuffix(".0")
         epochs = f"{config.max_epochs:g} epoch{'s' * (config.max_epochs != 1)}"
         say(f"length   {epochs} of {steps} steps, {config.max_iters:,} in all")
     if not config.eval_only:

@@ -11,7 +11,6 @@ import pytest
 import torch
 from conftest import ENVIRONMENT, REPO, assert_user_error, run_here
 
-import model as model_file
 from bench import bench
 from configurator import read_settings
 from distrogpt import settings
@@ -20,7 +19,7 @@ from distrogpt.benchmark.plan import (
     GPUS,
     LIBRARIES,
     Split,
-    as_on_gpus,
+    as_trained,
     count,
     data_rates,
     exchange,
@@ -33,7 +32,7 @@ from distrogpt.benchmark.plan import (
     share_out,
 )
 from distrogpt.errors import UserError
-from distrogpt.kernels import cpu as attention
+from distrogpt.kernels.cpu import causal_mask
 from distrogpt.runtime import PEAK_FLOPS, Runtime
 from distrogpt.settings import BenchConfig
 from model import GPT, GPTConfig
@@ -109,19 +108,18 @@ def test_published_runs(capsys):
 def test_counts_are_those_of_the_whole_model_with_true_numbers(flags, half, on_gpu):
     """The counts come from one and two layers of fake tensors; here are three layers of true ones."""
     _, _, counts = counted(*flags, half=half, on_gpu=on_gpu)
-    ours = model_file.causal_attention
-    with as_on_gpus() if on_gpu else torch.enable_grad():
-        true = saved_bytes(GPT(counts.shape).train(), 4, half)
+    true = saved_bytes(as_trained(GPT(counts.shape).train(), on_gpu), 4, half)
     fixed = 3 * counts.block_fixed + counts.head_fixed
     assert fixed + 4 * (3 * counts.block_each + counts.head_each) == true
-    assert model_file.causal_attention is ours
-    assert type(attention.causal_bias(0, 4, torch.float32)) is torch.Tensor  # no fake one stayed behind
-    assert type(attention.rotation(8, 4)) is torch.Tensor
+    assert type(causal_mask(0, 4, torch.float32)) is torch.Tensor  # no fake one stayed behind
 
 
 def test_two_and_four_layers_differ_by_two_blocks():
     _, _, counts = counted(*SMALL, on_gpu=False)
-    sizes = {L: saved_bytes(GPT(GPTConfig(64, 128, L, 2, 32, bias=False)).train(), 2, False) for L in (2, 4)}
+    sizes = {
+        L: saved_bytes(as_trained(GPT(GPTConfig(64, 128, L, 2, 32, bias=False)).train(), False), 2, False)
+        for L in (2, 4)
+    }
     assert sizes[4] - sizes[2] == 2 * (counts.block_fixed + 2 * counts.block_each)
     # a block's: its input and the sum, fp32, and what LayerNorm makes of each; its MLP, two of four times the
     # width; query, key, value, all weights above the diagonal's square, and what they read

@@ -51,7 +51,7 @@ def test_after_the_last_id_comes_the_first(tmp_path):
     stream = TokenStream(tmp_path, "train", META, block_size=8)
     assert stream.windows(np.array([55, 3]), 70).tolist() == [[(55 + i) % 60 for i in range(70)],
                                                               [(3 + i) % 60 for i in range(70)]]  # fmt: skip
-    assert stream.places(17).tolist() == [17]
+    assert stream.positions_of(17).tolist() == [17]
 
 
 def test_many_files_are_read_without_memory_or_maps(tmp_path, monkeypatch):

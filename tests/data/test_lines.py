@@ -11,7 +11,7 @@ import torch
 from conftest import TINY, assert_user_error, run, train_here
 
 from configurator import read_settings
-from distrogpt.data.dataset import after, evaluation_windows, open_dataset, step_windows
+from distrogpt.data.dataset import evaluation_windows, mask_after_separator, open_dataset, step_windows
 from distrogpt.data.preparation.writer import write_dataset
 from distrogpt.data.tokenizer import CharTokenizer
 from distrogpt.errors import UserError
@@ -139,13 +139,15 @@ def test_the_mask_is_what_a_loop_over_characters_finds(lines):
     windows = data.parts[0].streams["train"].windows(np.arange(300), 40)
     expected = [naive_mask("".join(chars[i] for i in window)) for window in windows]
     assert data.loss_mask(windows).tolist() == expected
-    assert after(1, 0, np.array([[5, 1, 6, 0, 7, 1, 1, 0]])).astype(int).tolist() == [[0, 1, 1, 0, 0, 1, 1]]
+    assert mask_after_separator(1, 0, np.array([[5, 1, 6, 0, 7, 1, 1, 0]])).astype(int).tolist() == [
+        [0, 1, 1, 0, 0, 1, 1]
+    ]
 
 
 def test_each_line_once_per_epoch_from_its_begin_however_it_is_shared(lines):
     flags = ("--batch_size=5", "--gradient_accumulation_steps=4", "--block_size=24")
     data, config = open_dataset(config_of(lines)), config_of(lines, *flags)
-    stream, begins = data.parts[0].streams["train"], data.parts[0].lines["train"]
+    stream, begins = data.parts[0].streams["train"], data.parts[0].line_starts["train"]
     text = "".join(data.meta["tokenizer"]["chars"][i] for i in stream.windows(np.array([0]), len(stream))[0])
     assert begins.tolist() == [0, *(i + 1 for i, char in enumerate(text[:-1]) if char == "\n")]
     epochs = [
@@ -192,9 +194,13 @@ def test_evaluation_has_a_window_for_each_line_and_counts_answers_only(lines):
     data = open_dataset(config)
     part = data.parts[0]
     starts, skip = evaluation_windows(part, 0, "val", config)
-    assert starts[:8].tolist() == part.lines["val"].tolist() and (skip[8:] == 16).all() and len(starts) == 9
+    assert (
+        starts[:8].tolist() == part.line_starts["val"].tolist()
+        and (skip[8:] == 16).all()
+        and len(starts) == 9
+    )
     drawn, _ = evaluation_windows(part, 0, "val", config_of(lines, "--eval_iters=5"))
-    assert len(drawn) == 20 and set(drawn) <= set(part.lines["val"])
+    assert len(drawn) == 20 and set(drawn) <= set(part.line_starts["val"])
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=16, vocab_size=data.meta["vocab_size"], n_layer=1, n_head=2, n_embd=8))
     with torch.no_grad():

@@ -12,7 +12,7 @@ from conftest import TINY, assert_same_weights, train_here
 from configurator import read_settings
 from distrogpt.benchmark.plan import planned_shape
 from distrogpt.checkpoint import load_checkpoint
-from distrogpt.data.dataset import evaluation_windows, mixture_of, open_dataset, step_windows
+from distrogpt.data.dataset import evaluation_windows, open_dataset, parse_mixture, step_windows
 from distrogpt.data.sampling import epoch_starts, interleave, random_starts
 from distrogpt.errors import UserError
 from distrogpt.evaluation.loss import evaluate
@@ -97,8 +97,8 @@ def test_a_mixture_trains_on_its_shares_and_on_each_window_once_per_epoch(sampli
     for number, part in enumerate(data.parts):
         own, length = starts[which == number], len(part.streams["train"])
         if sampling == "lines":
-            size = min(len(own), len(part.lines["train"]))
-            assert len(set(own[:size])) == size and set(own) <= set(part.lines["train"])
+            size = min(len(own), len(part.line_starts["train"]))
+            assert len(set(own[:size])) == size and set(own) <= set(part.line_starts["train"])
         elif sampling == "epochs":
             size = min(len(own), (length - 1) // 16 - 1)
             assert len(set(own[:size])) == size and len(set(own[:size] % 16)) == 1
@@ -164,7 +164,7 @@ def test_a_mixture_goes_on_bit_for_bit_and_its_checkpoint_is_read(dataset, other
     ],
 )
 def test_names_and_weights(text, expected):
-    assert mixture_of(text) == expected
+    assert parse_mixture(text) == expected
 
 
 @pytest.mark.parametrize(
@@ -172,13 +172,13 @@ def test_names_and_weights(text, expected):
 )
 def test_weights_that_cannot_be(text):
     with pytest.raises(UserError, match=";"):
-        mixture_of(text)
+        parse_mixture(text)
 
 
 def test_a_folder_whose_name_looks_like_a_mixture(dataset, tmp_path):
     for name in ("a:1,b:2", "c:0.5"):
         (tmp_path / name).symlink_to(dataset)
-        assert mixture_of(str(tmp_path / name)) == [(str(tmp_path / name), 1.0)]
+        assert parse_mixture(str(tmp_path / name)) == [(str(tmp_path / name), 1.0)]
 
 
 def test_parts_of_different_vocabularies_are_refused(dataset, copy):
@@ -222,7 +222,7 @@ def test_a_log_of_before_bits_per_byte_goes_on(dataset, tmp_path):
     old = rows[0].index("val_bits_per_byte")
     path.write_text("".join(",".join(row[:old]) + "\n" for row in rows))
     train_here(*flags, "--init_from=resume")
-    after = [row.split(",") for row in path.read_text().splitlines()]
-    assert after[0] == list(COLUMNS) and all(len(row) == len(COLUMNS) for row in after)
-    steps = [int(row[0]) for row in after[1:]]
-    assert steps == [0, 5, 10, 15, 20] and after[1] == [*rows[1][:old], "", "", ""]
+    rows_after = [row.split(",") for row in path.read_text().splitlines()]
+    assert rows_after[0] == list(COLUMNS) and all(len(row) == len(COLUMNS) for row in rows_after)
+    steps = [int(row[0]) for row in rows_after[1:]]
+    assert steps == [0, 5, 10, 15, 20] and rows_after[1] == [*rows[1][:old], "", "", ""]

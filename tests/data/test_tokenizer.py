@@ -8,13 +8,13 @@ from conftest import TINY, prepare_here, train_here
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distrogpt.data.preparation.writer import dtype_of
+from distrogpt.data.preparation.writer import id_dtype
 from distrogpt.data.tokenizer import (
     BPETokenizer,
     ByteTokenizer,
     CharTokenizer,
     from_description,
-    library_file,
+    tokenizer_json,
     train_bpe,
 )
 from distrogpt.errors import UserError
@@ -32,7 +32,7 @@ def bpe(text: str) -> BPETokenizer:
 def library(bpe: BPETokenizer):
     from tokenizers import Tokenizer
 
-    return Tokenizer.from_str(library_file(bpe))
+    return Tokenizer.from_str(tokenizer_json(bpe))
 
 
 @settings(max_examples=200, deadline=None)
@@ -87,7 +87,7 @@ def test_two_bytes_an_id_up_to_65536():
         def __init__(self, size):
             self.vocab_size = size
 
-    assert (dtype_of(Sized(65_536)), dtype_of(Sized(65_537))) == (np.dtype("<u2"), np.dtype("<u4"))
+    assert (id_dtype(Sized(65_536)), id_dtype(Sized(65_537))) == (np.dtype("<u2"), np.dtype("<u4"))
 
 
 @pytest.mark.parametrize("merges", ["a", "a b c", "a b\na b", "ab c", "a \u2028", "a b\n\n", " ", 5])

@@ -1,4 +1,4 @@
-"""export.py: transformers computes what we do, from the folder alone; --init_from=folder is the way back."""
+"""export.py: transformers computes the same from the folder alone; --init_from=FOLDER loads it back."""
 
 import ast
 import json
@@ -18,7 +18,8 @@ from conftest import REPO, TINY, assert_user_error, run_here, sample_here, train
 from distrogpt.checkpoint import atomic_write, load_checkpoint, training_state
 from distrogpt.data.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer, train_bpe
 from distrogpt.huggingface.formats import in_halves, in_pairs
-from distrogpt.inference.decoder import SamplingParams, stream
+from distrogpt.inference.decoder import stream
+from distrogpt.inference.sampling import SamplingParams
 from distrogpt.loading import load_pretrained
 from eval import EvalConfig, measure
 from model import GPT, GPTConfig
@@ -29,7 +30,7 @@ SHAPE = {
     "n_layer": 2,
     "n_head": 4,
     "n_embd": 64,
-}  # seven ids are padding
+}  # seven tokens are padding
 LETTERS = CharTokenizer("".join(map(chr, range(32, 127))) + "\n", ends=True)  # 97 of them
 NEW = {"norm": "rmsnorm", "rotary": True}
 GATED = {**NEW, "activation": "swiglu", "n_kv_head": 2}
@@ -52,7 +53,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.fixture(scope="module", autouse=True)
 def modules_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Where transformers copies a model's code to, before it runs it; and no bars."""
+    """A folder for the copies of a model's code that transformers runs; and no progress bars."""
     from transformers import dynamic_module_utils
     from transformers.utils import logging
 
@@ -65,7 +66,7 @@ def modules_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def random_model(**shape: Any) -> GPT:
-    """A network whose logits differ by about 1, as a trained one's do; no bias is 0."""
+    """A network whose logits have a deviation of about 1, like a trained one's, and whose biases are not 0."""
     torch.manual_seed(1)
     model = GPT(GPTConfig(**{**SHAPE, **shape})).eval()
     with torch.no_grad():
@@ -78,19 +79,19 @@ def random_model(**shape: Any) -> GPT:
     return model
 
 
-def make_run(folder: Path, model: GPT, tokenizer: Tokenizer, **more: Any) -> Path:
-    """An out_dir with a checkpoint of it."""
+def make_run(folder: Path, model: GPT, tokenizer: Tokenizer, **extra: Any) -> Path:
+    """An out_dir with a checkpoint of the model."""
     meta = {"tokenizer": tokenizer.describe(), "vocab_size": tokenizer.vocab_size, "dtype": "uint16"}
-    about = {"iter_num": 7, "best_val_loss": 1.5, "val_loss": 1.6, "config": {}, "meta": meta}
-    state = training_state(model, [], **{**about, **more})
+    defaults = {"iter_num": 7, "best_val_loss": 1.5, "val_loss": 1.6, "config": {}, "meta": meta}
+    state = training_state(model, [], **{**defaults, **extra})
     folder.mkdir()
     atomic_write(lambda file: torch.save(state, file), folder / "ckpt.pt")
     return folder
 
 
-def export_model(folder: Path, model: GPT, tokenizer: Tokenizer = LETTERS, *flags: str, **more: Any) -> Path:
-    """What export.py makes of it."""
-    out_dir, to = make_run(folder / "out", model, tokenizer, **more), folder / "exported"
+def export_model(folder: Path, model: GPT, tokenizer: Tokenizer = LETTERS, *flags: str, **extra: Any) -> Path:
+    """The folder that export.py writes."""
+    out_dir, to = make_run(folder / "out", model, tokenizer, **extra), folder / "exported"
     done = run_here("export.py", f"--out_dir={out_dir}", f"--to={to}", *flags)
     assert done.returncode == 0, done.stderr
     return to
@@ -101,11 +102,13 @@ def has_own_code(folder: Path) -> bool:
 
 
 def load_in_transformers(folder: Path) -> Any:
-    """It, by transformers, which finds each weight and needs no code of ours unless it is there."""
+    """The export in transformers, which must find each weight, and may run only code that is in the folder."""
     from transformers import AutoModelForCausalLM
 
-    how = {"trust_remote_code": has_own_code(folder), "output_loading_info": True}
-    theirs, info = AutoModelForCausalLM.from_pretrained(folder, **how)
+    trust = has_own_code(folder)
+    theirs, info = AutoModelForCausalLM.from_pretrained(
+        folder, trust_remote_code=trust, output_loading_info=True
+    )
     assert not any(info.values()), info
     return theirs.eval()
 
@@ -120,26 +123,33 @@ def random_ids(*shape: int) -> torch.Tensor:
     return torch.randint(96, shape, generator=torch.Generator().manual_seed(2))
 
 
-def greedy(theirs: Any, ids: torch.Tensor, count: int, **more: Any) -> torch.Tensor:
-    """The likeliest next tokens by transformers."""
-    how = {"do_sample": False, "temperature": None, "top_k": None, "eos_token_id": None, "pad_token_id": None}
+def greedy(theirs: Any, ids: torch.Tensor, count: int, **options: Any) -> torch.Tensor:
+    """Greedy generation by transformers."""
+    greedy = {
+        "do_sample": False,
+        "temperature": None,
+        "top_k": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }
     mask = {"attention_mask": torch.ones_like(ids)}
-    return theirs.generate(ids, max_new_tokens=count, **{**mask, **how, **more})
+    return theirs.generate(ids, max_new_tokens=count, **{**mask, **greedy, **options})
 
 
 def our_greedy(model: GPT, ids: torch.Tensor, count: int, tokenizer: Tokenizer = LETTERS) -> torch.Tensor:
-    drawn = stream(model, ids, count, SamplingParams(temperature=0), tokenizer.vocab_size)
+    noise = torch.zeros(len(ids), count)
+    drawn = stream(model, ids, SamplingParams(temperature=0), noise, tokenizer.vocab_size)
     return torch.cat([ids, *(column for column, _ in drawn)], dim=1)
 
 
-def assert_same_network(one: GPT, other: GPT) -> None:
-    """Bit for bit, but for the ids that no tokenizer has."""
-    expected = {**asdict(one.config), "vocab_size": 97, "dropout": 0.0}
+def assert_same_network(model: GPT, other: GPT) -> None:
+    """Bit for bit, except for tokens of the padding."""
+    expected = {**asdict(model.config), "vocab_size": 97, "dropout": 0.0}
     assert asdict(other.config) == expected
     weights = other.state_dict()
-    for name, tensor in one.state_dict().items():
-        kept = tensor[:97] if name in ("transformer.wte.weight", "lm_head.weight") else tensor
-        assert torch.equal(weights[name], kept), name
+    for name, tensor in model.state_dict().items():
+        expected = tensor[:97] if name in ("transformer.wte.weight", "lm_head.weight") else tensor
+        assert torch.equal(weights[name], expected), name
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -151,14 +161,13 @@ def test_transformers_computes_the_same_and_loading_back_is_exact(kind, tmp_path
     assert type(theirs).__name__ == architecture
     with torch.no_grad():
         logits, _ = model(ids[:, :-1], ids[:, 1:])
-        found = theirs(ids[:, :-1]).logits
-        loss = (
-            theirs(ids, labels=ids).loss if settings.get("rotary") else None
-        )  # no table for a position more
+        their_logits = theirs(ids[:, :-1]).logits
+        # without rotary positions, there are no embeddings for one more position
+        loss = theirs(ids, labels=ids).loss if settings.get("rotary") else None
     logits = logits[..., : LETTERS.vocab_size]
-    largest = (found - logits).abs().max().item()
+    largest = (their_logits - logits).abs().max().item()
     print(f"{kind}: logits differ by {largest:.1e} at most, with a deviation of {logits.std():.2f}")
-    assert found.shape == logits.shape and logits.std() > 1 and largest <= 1e-5
+    assert their_logits.shape == logits.shape and logits.std() > 1 and largest <= 1e-5
     if loss is not None:
         assert loss.item() == pytest.approx(
             F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).item()
@@ -167,8 +176,8 @@ def test_transformers_computes_the_same_and_loading_back_is_exact(kind, tmp_path
     back, contents = load_pretrained(str(folder))
     assert_same_network(model, back)
     assert contents["meta"]["tokenizer"] == LETTERS.describe()
-    theirs.save_pretrained(tmp_path / "again")  # as after finetuning elsewhere
-    assert_same_network(model, load_pretrained(str(tmp_path / "again"))[0])
+    theirs.save_pretrained(tmp_path / "saved")  # as after finetuning elsewhere
+    assert_same_network(model, load_pretrained(str(tmp_path / "saved"))[0])
 
 
 def test_rotary_pairs_and_halves():
@@ -213,7 +222,9 @@ def test_tokenizers_give_the_same_ids_and_text(kind, tmp_path, text, request):
     cut = tokenizer.encode("é日").tolist()[:-1]  # within a character
     assert theirs.decode(cut) == tokenizer.decode(cut)
     if kind.startswith("char"):
-        with pytest.raises(Exception, match="Missing"):  # an error, as ours: nothing is dropped in silence
+        with pytest.raises(
+            Exception, match="Missing"
+        ):  # an error, as with ours: no character is dropped silently
             theirs("a§")
     saved = tmp_path / "saved"
     theirs.save_pretrained(saved)
@@ -256,11 +267,11 @@ def test_our_code_in_transformers_supports_batches_caches_beams_and_pipelines(ki
     together = greedy(theirs, batch, 20, attention_mask=mask)[:, 9:]
     assert together.tolist() == torch.stack(alone).tolist()
     with torch.no_grad():
-        whole = theirs(ids).logits
+        logits = theirs(ids).logits
         past = theirs(ids[:, :5], use_cache=True).to_tuple()[-1]
         rest = theirs(ids[:, 5:], past_key_values=past).logits
-        assert theirs(ids, logits_to_keep=2).logits.equal(whole[:, -2:])
-    torch.testing.assert_close(rest, whole[:, 5:], atol=1e-5, rtol=0)
+        assert theirs(ids, logits_to_keep=2).logits.equal(logits[:, -2:])
+    torch.testing.assert_close(rest, logits[:, 5:], atol=1e-5, rtol=0)
     beams = [greedy(theirs, ids, 12, num_beams=3, use_cache=cache).tolist() for cache in (True, False)]
     assert beams[0] == beams[1] != greedy(theirs, ids, 12).tolist()
     static = greedy(theirs, ids, 12, cache_implementation="static", disable_compile=True)
@@ -346,8 +357,8 @@ def test_a_foreign_llama_is_loaded_exactly(tmp_path):
 
 
 def change_settings(folder: Path, file: str = "config.json", **settings: Any) -> None:
-    found = json.loads((folder / file).read_text())
-    (folder / file).write_text(json.dumps({**found, **settings}))
+    old = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps({**old, **settings}))
 
 
 def change_weights(folder: Path, **changed: torch.Tensor | None) -> None:
@@ -389,12 +400,12 @@ def qwen(tmp_path_factory) -> Path:
     return export_model(tmp_path_factory.mktemp("qwen"), random_model(**KINDS["Qwen3"][1]))
 
 
-@pytest.mark.parametrize("what", BROKEN)
-def test_a_folder_that_does_not_fit_is_reported_in_one_line(what, qwen, tmp_path):
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_folder_that_does_not_fit_is_reported_in_one_line(case, qwen, tmp_path):
     for path in qwen.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    spoil, words = BROKEN[what]
-    spoil(tmp_path)
+    damage, words = BROKEN[case]
+    damage(tmp_path)
     assert_user_error(sample_here(f"--init_from={tmp_path}", "--num_samples=1", "--max_new_tokens=1"), words)
 
 
@@ -469,18 +480,18 @@ def test_a_missing_package_is_reported(package, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory) -> Path:
-    """A run that is export_model at once, and has no token that ends a text."""
+    """A run with a small network, whose tokenizer has no token that ends a text."""
     tokenizer = CharTokenizer("\n ,:abc?")
     folder = tmp_path_factory.mktemp("small") / "out"
     return make_run(folder, random_model(vocab_size=8, n_layer=1, **NEW), tokenizer)
 
 
-def export_here(out_dir: Path, to: object, *flags: str, cwd: Path | None = None) -> Any:
+def export_run(out_dir: Path, to: object, *flags: str, cwd: Path | None = None) -> Any:
     return run_here("export.py", f"--out_dir={out_dir}", f"--to={to}", *flags, cwd=cwd)
 
 
 def read_tree(folder: Path) -> dict[str, bytes]:
-    """What is below a folder."""
+    """The files below a folder."""
     files = [path for path in folder.rglob("*") if path.is_file()]
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
@@ -492,7 +503,7 @@ def test_neighbouring_folders_are_left_alone(small, tmp_path):
         (tmp_path / name).write_text(words)
     before = read_tree(tmp_path)
     for flags in ((), ("--overwrite=True",), ("--overwrite=True",)):
-        done = export_here(small, tmp_path / "to", *flags)
+        done = export_run(small, tmp_path / "to", *flags)
         assert done.returncode == 0 and not done.stderr
         assert sorted(path.name for path in tmp_path.iterdir()) == ["to", "to.old", "to.tmp"]
     assert before.items() < read_tree(tmp_path).items()
@@ -515,7 +526,7 @@ def test_only_an_export_is_replaced(what, small, tmp_path):
     else:
         (to / "mine").mkdir()
     before = read_tree(tmp_path)
-    wrong = export_here(small, "to", "--overwrite=True", cwd=tmp_path)
+    wrong = export_run(small, "to", "--overwrite=True", cwd=tmp_path)
     assert_user_error(wrong, "to has ", "which is of no export")
     assert str(tmp_path) not in wrong.stderr and read_tree(tmp_path) == before  # called as the user did
 
@@ -523,15 +534,15 @@ def test_only_an_export_is_replaced(what, small, tmp_path):
 def test_a_link_to_a_folder_stays_a_link(small, tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")
-    assert export_here(small, tmp_path / "link").returncode == 0
-    assert export_here(small, tmp_path / "link", "--overwrite=True", "--dtype=bfloat16").returncode == 0
+    assert export_run(small, tmp_path / "link").returncode == 0
+    assert export_run(small, tmp_path / "link", "--overwrite=True", "--dtype=bfloat16").returncode == 0
     assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "config.json").is_file()
     assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_file_added_to_the_old_export_while_writing_is_kept(small, tmp_path, monkeypatch):
     to = tmp_path / "to"
-    assert export_here(small, to).returncode == 0
+    assert export_run(small, to).returncode == 0
     save = sys.modules["safetensors.torch"].save_file
 
     def save_slowly(*args: Any, **more: Any) -> None:
@@ -539,7 +550,7 @@ def test_a_file_added_to_the_old_export_while_writing_is_kept(small, tmp_path, m
         (to / "notes.txt").write_text("mine")
 
     monkeypatch.setattr("safetensors.torch.save_file", save_slowly)
-    done = export_here(small, to, "--overwrite=True")
+    done = export_run(small, to, "--overwrite=True")
     assert done.returncode == 0 and "notes.txt" in done.stderr and len(done.stderr.splitlines()) == 1
     assert not (to / "notes.txt").exists() and (to / "model.safetensors").is_file()
     kept = Path(done.stderr.split("note: ")[1].split(" is what was")[0])
@@ -548,14 +559,14 @@ def test_a_file_added_to_the_old_export_while_writing_is_kept(small, tmp_path, m
 
 @pytest.mark.parametrize("to", ["/", "two\nlines", "two\u2028lines", "bell\a"])
 def test_an_unprintable_name_is_refused(to, small, tmp_path):
-    assert_user_error(export_here(small, to, cwd=tmp_path), "no name of a folder")
+    assert_user_error(export_run(small, to, cwd=tmp_path), "no name of a folder")
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such names")
 def test_any_printable_name_is_quoted_correctly(small, tmp_path):
     name = 'it\'s *my* "model" 😀 `x` #1'
-    done = export_here(small, name, cwd=tmp_path)
+    done = export_run(small, name, cwd=tmp_path)
     assert done.returncode == 0 and [path.name for path in tmp_path.iterdir()] == [name]
     card = (tmp_path / name / "README.md").read_text(encoding="utf-8")
     assert '\n# it\'s \\*my\\* "model" 😀 \\`x\\` #1\n' in card
@@ -571,10 +582,10 @@ def test_weights_too_large_for_a_type_are_reported(tmp_path):
     model = random_model(n_layer=1)
     model.transformer.wte.weight.data[3, 4] = 70_000
     out_dir = make_run(tmp_path / "out", model, LETTERS)
-    wrong = export_here(out_dir, tmp_path / "to", "--dtype=float16")
+    wrong = export_run(out_dir, tmp_path / "to", "--dtype=float16")
     assert_user_error(wrong, "wte.weight has weights that are not finite in float16", "--dtype=bfloat16")
     assert not (tmp_path / "to").exists()
-    assert export_here(out_dir, tmp_path / "to", "--dtype=bfloat16").returncode == 0
+    assert export_run(out_dir, tmp_path / "to", "--dtype=bfloat16").returncode == 0
 
 
 def test_batches_are_padded_if_a_token_can_do_it(tmp_path):
@@ -587,7 +598,7 @@ def test_batches_are_padded_if_a_token_can_do_it(tmp_path):
 
 
 def test_a_model_of_characters_reports_its_limits_and_drops_none(small, tmp_path):
-    done = export_here(small, tmp_path / "to")
+    done = export_run(small, tmp_path / "to")
     card = (tmp_path / "to" / "README.md").read_text()
     for words in ("Characters outside of its 8 are an error.", "No token ends a text", "prefix_token_id=0",
                   " --tasks choice --include_path distrogpt/huggingface "):  # fmt: skip
@@ -625,9 +636,9 @@ def test_the_model_card_reports_where_the_model_comes_from(tmp_path):
     config = {"dataset": f"{tmp_path}/mybook", "learning_rate": 1e-3, "optimizer": "muon", "device": "cpu"}
     folder = export_model(tmp_path, random_model(**KINDS["modern"][1]), meta=meta, config=config)
     card = ModelCard.load(folder / "README.md", ignore_metadata_errors=False)
-    told = card.data.to_dict()
-    assert told["library_name"] == "transformers" and told["pipeline_tag"] == "text-generation"
-    assert "license" not in told and "whoever owns" in card.text
+    metadata = card.data.to_dict()
+    assert metadata["library_name"] == "transformers" and metadata["pipeline_tag"] == "text-generation"
+    assert "license" not in metadata and "whoever owns" in card.text
     bits = 1.6 / math.log(2) * 100 / 200
     for row in (
         "| name | mybook |", "| train tokens | 900 |", f"| sha256 | {'ab' * 32} |", "| step | 7 |",
@@ -659,20 +670,19 @@ def test_lm_evaluation_harness_measures_the_same_accuracy(tmp_path, text, questi
     import datasets
     from lm_eval.tasks import TaskManager
 
-    tokenizer = CharTokenizer("".join(sorted({*text, *ODD})))  # which no token ends
-    folder = export_model(
-        tmp_path, random_model(**KINDS["modern"][1], vocab_size=tokenizer.vocab_size), tokenizer
-    )
-    asked = [json.loads(line) for line in questions_file.read_text().splitlines()]
-    asked = [one for one in asked if one["ctx"].strip() and len(set(one["endings"])) == 4]  # without ties
-    write_lines(tmp_path / "questions.jsonl", asked)
+    tokenizer = CharTokenizer("".join(sorted({*text, *ODD})))  # without an end of text
+    model = random_model(**KINDS["modern"][1], vocab_size=tokenizer.vocab_size)
+    folder = export_model(tmp_path, model, tokenizer)
+    questions = [json.loads(line) for line in questions_file.read_text().splitlines()]
+    questions = [q for q in questions if q["ctx"].strip() and len(set(q["endings"])) == 4]  # no ties
+    write_lines(tmp_path / "questions.jsonl", questions)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     command = next(line for line in (folder / "README.md").read_text().splitlines() if "lm_eval" in line)
     args = command.split("--model_args ")[1].split()[0].replace("pretrained=", f"pretrained={tmp_path}/")
     tasks = TaskManager(include_path=str(REPO / "distrogpt" / "huggingface"), include_defaults=False)
-    how = {"task_manager": tasks, "device": "cpu", "batch_size": 8, "bootstrap_iters": 0}
-    theirs = lm_eval.simple_evaluate("hf", model_args=f"{args},dtype=float32", tasks=["choice"], **how)
-    place = {"out_dir": str(tmp_path / "out"), "input": "questions.jsonl"}
-    ours = measure(EvalConfig(**place, tasks="choice", device="cpu", dtype="float32"))["choice"]
-    assert theirs["results"]["choice"]["acc,none"] == ours["acc"] and ours["questions"] == len(asked) > 30
+    options = {"task_manager": tasks, "device": "cpu", "batch_size": 8, "bootstrap_iters": 0}
+    theirs = lm_eval.simple_evaluate("hf", model_args=f"{args},dtype=float32", tasks=["choice"], **options)
+    run = {"out_dir": str(tmp_path / "out"), "input": "questions.jsonl"}
+    ours = measure(EvalConfig(**run, tasks="choice", device="cpu", dtype="float32"))["choice"]
+    assert theirs["results"]["choice"]["acc,none"] == ours["acc"] and ours["questions"] == len(questions) > 30

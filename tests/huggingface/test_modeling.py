@@ -1,5 +1,5 @@
-"""modeling_distrogpt.py in transformers, the oldest supported and the newest: what forward is given, it
-reads or refuses; text comes out the same in all ways to generate it."""
+"""modeling_distrogpt.py in transformers: forward uses each of its arguments or refuses it, and every way to
+generate writes the same text."""
 
 import sys
 from typing import Any
@@ -36,12 +36,12 @@ def theirs(pair: tuple[GPT, Any]) -> Any:
     return pair[1]
 
 
-def close(found: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
 
 
 def returned_cache(output: Any) -> Any:
-    """Of what forward returns; the names of this field differ."""
+    """The cache in what forward returns; the name of its field depends on the version."""
     return output.to_tuple()[-1]
 
 
@@ -58,7 +58,7 @@ def test_a_cache_is_read_under_either_name(name, kind, pair):
     model, theirs = pair
     ids, cache = random_ids(2, 9), new_cache(theirs, kind)
     parts = [theirs(part, **{name: cache}) for part in ids.split([4, 1, 1, 3], dim=1)]
-    close(torch.cat([part.logits for part in parts], dim=1), model(ids, ids)[0][..., :97])
+    assert_close(torch.cat([part.logits for part in parts], dim=1), model(ids, ids)[0][..., :97])
     assert int(cache.get_seq_length()) == 9
     assert all(returned_cache(part) is cache for part in parts)
 
@@ -117,14 +117,14 @@ def test_arguments_that_contradict_each_other_are_refused(theirs):
 @torch.no_grad()
 def test_hidden_states_and_tuples_are_returned_if_requested(theirs):
     ids = random_ids(2, 4)
-    plain, found = theirs(ids), theirs(ids, output_hidden_states=True)
-    assert plain.hidden_states is None and len(found.hidden_states) == theirs.config.n_layer + 1
+    plain, output = theirs(ids), theirs(ids, output_hidden_states=True)
+    assert plain.hidden_states is None and len(output.hidden_states) == theirs.config.n_layer + 1
     embedded = theirs.get_input_embeddings()(ids)
     if not theirs.config.rotary:
         embedded = embedded + theirs.transformer["wpe"].weight[:4]
-    assert found.hidden_states[0].equal(embedded)
-    logits, cap = theirs.lm_head(found.hidden_states[-1]), theirs.config.logit_softcap
-    close(cap * torch.tanh(logits / cap) if cap else logits, plain.logits)
+    assert output.hidden_states[0].equal(embedded)
+    logits, cap = theirs.lm_head(output.hidden_states[-1]), theirs.config.logit_softcap
+    assert_close(cap * torch.tanh(logits / cap) if cap else logits, plain.logits)
     loss, logits, _ = theirs(ids, labels=ids, return_dict=False)
     assert loss.equal(theirs(ids, labels=ids).loss) and logits.equal(plain.logits)
     with pytest.raises(TypeError, match="output_attentions"):
@@ -172,16 +172,16 @@ def test_transformers_trainer(theirs, tmp_path):
     labels = ids.clone()
     labels[:, 0] = -100  # which no position predicts; transformers 5.0 counts it otherwise
     rows = [{"input_ids": row, "labels": label} for row, label in zip(ids, labels, strict=True)]
-    place = {"output_dir": str(tmp_path), "report_to": [], "use_cpu": True, "disable_tqdm": True}
+    paths = {"output_dir": str(tmp_path), "report_to": [], "use_cpu": True, "disable_tqdm": True}
     sizes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 2}
     rate = {"learning_rate": 0.0, "logging_steps": 1, "save_strategy": "no"}
-    trainer = Trainer(theirs, TrainingArguments(**place, **sizes, **rate), train_dataset=rows)
+    trainer = Trainer(theirs, TrainingArguments(**paths, **sizes, **rate), train_dataset=rows)
     with torch.no_grad():
         expected = theirs.eval()(ids, labels=labels)
-    theirs.config.use_cache = True  # as the trainer may have unset it
-    told = trainer.predict(rows)
-    close(torch.from_numpy(told.predictions), expected.logits)  # and no cache beside them
-    assert told.metrics["test_loss"] == pytest.approx(expected.loss.item(), abs=1e-4)
+    theirs.config.use_cache = True  # the trainer may have changed it
+    prediction = trainer.predict(rows)
+    assert_close(torch.from_numpy(prediction.predictions), expected.logits)  # and no cache beside them
+    assert prediction.metrics["test_loss"] == pytest.approx(expected.loss.item(), abs=1e-4)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert sum(losses) / 2 == pytest.approx(expected.loss.item(), abs=1e-3)

@@ -218,7 +218,7 @@ def test_an_epoch_is_each_window_once(dataset):
 
 
 def test_a_decimal_number_of_epochs_is_exact(dataset, monkeypatch):
-    monkeypatch.setattr(start_file, "epoch_samples", lambda *_: 10)  # 1.1 * 10 is above 11
+    monkeypatch.setattr(start_file, "samples_per_epoch", lambda *_: 10)  # 1.1 * 10 is above 11
     assert steps_of(f"--dataset={dataset}", "--batch_size=1", "--max_epochs=1.1")[0].max_iters == 11
 
 
@@ -311,7 +311,9 @@ def test_a_whole_evaluation_of_train_alone_counts_each_of_its_tokens_once(datase
         part = open_dataset(config).parts[0]
         starts, skip = evaluation_windows(part, 0, "train", config, 2)
         if sampling == "lines":
-            assert np.array_equal(starts[skip == 0][: len(part.lines["train"])], part.lines["train"])
+            assert np.array_equal(
+                starts[skip == 0][: len(part.line_starts["train"])], part.line_starts["train"]
+            )
             continue
         counted = [s + i + 1 for s, first in zip(starts, skip, strict=True) for i in range(first, 16)]
         assert sorted(counted) == list(range(1, len(part.streams["train"])))

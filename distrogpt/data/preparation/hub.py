@@ -14,7 +14,7 @@ from typing import Any
 from distrogpt.data.meta import DATA
 from distrogpt.data.preparation.documents import Corpus, Piece, not_blank, row_pieces
 from distrogpt.data.preparation.shards import Part, write_shards
-from distrogpt.data.preparation.sources import corpus_of, named_tokenizer, text_parser
+from distrogpt.data.preparation.sources import named_tokenizer, open_corpus, text_parser
 from distrogpt.errors import MachineError, UserError
 
 
@@ -80,7 +80,7 @@ def prepare_shards(about: str, dataset: str | None = None, config: str | None = 
     args = parser.parse_args()
     tokenizer = named_tokenizer(args.tokenizer)
     if args.input:
-        text: Corpus | HubText = corpus_of(args, args.input)
+        text: Corpus | HubText = open_corpus(args, args.input)
         about = ", ".join(args.input)
     elif args.dataset:
         text = HubText(args.dataset, args.config, args.split, args.field)

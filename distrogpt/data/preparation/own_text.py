@@ -19,13 +19,13 @@ import numpy as np
 
 from distrogpt.data.meta import DATA, read_meta
 from distrogpt.data.preparation.documents import Corpus, Piece
-from distrogpt.data.preparation.sources import corpus_of, named_tokenizer, text_parser
+from distrogpt.data.preparation.sources import named_tokenizer, open_corpus, text_parser
 from distrogpt.data.preparation.writer import (
+    claim_folder,
     encode_in_order,
-    full_disk_told,
-    make_room,
+    report_full_disk,
     text_bytes,
-    token_bar,
+    token_progress,
     write_dataset,
 )
 from distrogpt.data.tokenizer import (
@@ -34,7 +34,7 @@ from distrogpt.data.tokenizer import (
     GPT2Tokenizer,
     Tokenizer,
     code_points,
-    library_file,
+    tokenizer_json,
     train_bpe,
 )
 from distrogpt.errors import UserError
@@ -49,14 +49,14 @@ SIZES = (
 )  # and more is for train_gpt2_modern
 
 
-class Survey(NamedTuple):
+class Scan(NamedTuple):
     """What a first reading finds: enough to choose what is val, and the vocabulary of characters."""
 
     sizes: list[int]  # characters of each document; of the first ones, where there are many
     chars: str  # all characters, sorted; "" where nobody asked
 
 
-def survey(corpus: Corpus, enough: int, want_chars: bool) -> Survey:
+def scan(corpus: Corpus, enough: int, want_chars: bool) -> Scan:
     """Read the corpus, or so many documents where only their number matters. Raises UserError."""
     seen, known = np.zeros(0x110000, bool), b""
     sizes, size = [], 0
@@ -77,10 +77,10 @@ def survey(corpus: Corpus, enough: int, want_chars: bool) -> Survey:
     if not sizes:
         others = " and the others" if len(corpus) > 1 else ""
         raise UserError(f"there is no text in {corpus.files[0]}{others}; give --input with some")
-    return Survey(sizes, "".join(map(chr, np.flatnonzero(seen))))
+    return Scan(sizes, "".join(map(chr, np.flatnonzero(seen))))
 
 
-def lot(number: int) -> float:
+def hash_to_unit(number: int) -> float:
     """A number from 0 to 1 that looks random: splitmix64 (Steele et al., 2014)."""
     mask = (1 << 64) - 1
     x = (number + 1) * 0x9E3779B97F4A7C15 & mask
@@ -89,7 +89,9 @@ def lot(number: int) -> float:
     return (x ^ x >> 31) / 2**64
 
 
-def choose_val(sizes: list[int], val_fraction: float, enough: int) -> tuple[Callable[[int], bool], int]:
+def choose_validation(
+    sizes: list[int], val_fraction: float, enough: int
+) -> tuple[Callable[[int], bool], int]:
     """Whether a document is val, by its number; and how many characters into the text a document is cut in
     two, or 0.
 
@@ -98,11 +100,11 @@ def choose_val(sizes: list[int], val_fraction: float, enough: int) -> tuple[Call
     third of the text, as where there is one document: the end of the text.
     """
     if len(sizes) == enough:
-        return lambda number: lot(number) < val_fraction, 0
+        return lambda number: hash_to_unit(number) < val_fraction, 0
     wanted, total = sum(sizes) * val_fraction, sum(sizes)
     chosen: set[int] = set()
     so_far = 0
-    for number in sorted(range(len(sizes)), key=lot):
+    for number in sorted(range(len(sizes)), key=hash_to_unit):
         if so_far < wanted and so_far + sizes[number] <= min(1.5 * wanted, total - 1):
             chosen.add(number)
             so_far += sizes[number]
@@ -118,7 +120,7 @@ def choose_val(sizes: list[int], val_fraction: float, enough: int) -> tuple[Call
     return lambda number: number > cut, place
 
 
-def in_two(pieces: Iterable[Piece], place: int) -> Iterator[Piece]:
+def split_at(pieces: Iterable[Piece], place: int) -> Iterator[Piece]:
     """The pieces with the document in two that has the character `place` in it, which begins the second."""
     for piece in pieces:
         if 0 < place <= len(piece.text):
@@ -128,7 +130,7 @@ def in_two(pieces: Iterable[Piece], place: int) -> Iterator[Piece]:
         place -= len(piece.text)
 
 
-def make_tokenizer(name: str, found: Survey, train: Iterable[str]) -> Tokenizer:
+def make_tokenizer(name: str, found: Scan, train: Iterable[str]) -> Tokenizer:
     """char, bpe:SIZE, or what named_tokenizer knows; `train` is what a byte-pair encoding learns from."""
     if (known := known_tokenizer(name)) is not None:
         return known
@@ -153,13 +155,13 @@ def prepare(corpus: Corpus, folder: Path, tokenizer: str, val_fraction: float, w
     """Write the dataset of a corpus; returns its tokenizer. Raises UserError, and MachineError where the disk
     takes no more."""
     enough = math.ceil(10 / val_fraction)
-    found = survey(corpus, enough, want_chars=tokenizer == "char")
-    is_val, place = choose_val(found.sizes, val_fraction, enough)
+    found = scan(corpus, enough, want_chars=tokenizer == "char")
+    is_val, place = choose_validation(found.sizes, val_fraction, enough)
 
     def sample() -> Iterator[str]:
         """Text of train, all or the first BPE_SAMPLE characters."""
         document, left = 0, BPE_SAMPLE
-        for piece in in_two(corpus.pieces(), place):
+        for piece in split_at(corpus.pieces(), place):
             if not is_val(document) and left > 0:
                 yield piece.text[:left]
                 left -= len(piece.text)
@@ -174,20 +176,20 @@ def prepare(corpus: Corpus, folder: Path, tokenizer: str, val_fraction: float, w
     document, val = 0, is_val(0)
     with (
         write_dataset(folder, made, overwrite=True, source=about) as add,
-        token_bar(corpus.done, 2) as advance,
+        token_progress(corpus.done, 2) as advance,
     ):
-        for piece, ids in encode_in_order(in_two(corpus.pieces(), place), made, workers):
+        for piece, ids in encode_in_order(split_at(corpus.pieces(), place), made, workers):
             add("val" if val else "train", ids, text_bytes(piece.text))
             advance(len(ids))
             if piece.ends:
                 document += 1
                 val = is_val(document)
     if isinstance(made, BPETokenizer):  # for other programs; ours read meta.json
-        (folder / "tokenizer.json").write_text(library_file(made), encoding="utf-8")
+        (folder / "tokenizer.json").write_text(tokenizer_json(made), encoding="utf-8")
     return made
 
 
-def note_of_val(texts: dict[str, int], val_fraction: float) -> str:
+def validation_note(texts: dict[str, int], val_fraction: float) -> str:
     """What to tell where val is much more of the text than was asked for; "" elsewhere."""
     share = texts["val"] / max(1, sum(texts.values()))
     if share <= max(0.2, 1.5 * val_fraction):
@@ -231,7 +233,7 @@ def next_commands(folder: Path, name: str, tokenizer: Tokenizer) -> tuple[str, s
     return " ".join([f"python train.py config/{config}.py", *words]), sample
 
 
-def options_of(parser: argparse.ArgumentParser) -> argparse.Namespace:
+def parse_options(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """The command line of the parser's script, with the options of a dataset's name, tokenizer and val, which
     are added here; checked. Raises UserError."""
     add = parser.add_argument
@@ -258,9 +260,9 @@ def options_of(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 
 @contextmanager
-def room_for(args: argparse.Namespace) -> Iterator[None]:
+def new_folder(args: argparse.Namespace) -> Iterator[None]:
     """The folder of the new dataset is there in the block. Raises UserError where one is not to be lost."""
-    make_room(args.output, args.overwrite)
+    claim_folder(args.output, args.overwrite)
     try:
         yield
     finally:
@@ -269,13 +271,13 @@ def room_for(args: argparse.Namespace) -> Iterator[None]:
 
 
 @contextmanager
-def pipes_kept(inputs: list[str], folder: Path) -> Iterator[list[str]]:
+def copy_pipes(inputs: list[str], folder: Path) -> Iterator[list[str]]:
     """The inputs with files in place of stdin (-) and other pipes, which cannot be read twice."""
     if "-" in inputs and sys.stdin is None:
         raise UserError("--input - reads standard input, which is closed; give it some text")
     kept = {word: folder / f"pipe{n}" for n, word in enumerate(inputs) if word == "-" or Path(word).is_fifo()}
     try:
-        with full_disk_told(folder, "nothing there was changed"):
+        with report_full_disk(folder, "nothing there was changed"):
             for word, path in kept.items():
                 with sys.stdin.buffer if word == "-" else open(word, "rb") as pipe, open(path, "wb") as copy:
                     shutil.copyfileobj(pipe, copy, 1 << 20)
@@ -286,9 +288,9 @@ def pipes_kept(inputs: list[str], folder: Path) -> Iterator[list[str]]:
 
 
 def make_dataset(args: argparse.Namespace, corpus: Corpus) -> None:
-    """Write the dataset that options_of tells, and say which commands come next. Raises UserError."""
+    """Write the dataset that parse_options describes, and say which commands come next. Raises UserError."""
     tokenizer = prepare(corpus, args.output, args.tokenizer, args.val_fraction, max(1, args.workers))
-    if note := note_of_val(read_meta(args.output)["bytes"], args.val_fraction):
+    if note := validation_note(read_meta(args.output)["bytes"], args.val_fraction):
         print(note)
     name = args.name if args.output == DATA / str(args.name) else os.path.relpath(args.output)
     print("next:", *next_commands(args.output, name, tokenizer), sep="\n  ")
@@ -296,6 +298,6 @@ def make_dataset(args: argparse.Namespace, corpus: Corpus) -> None:
 
 def main(description: str) -> None:
     """What data/text/prepare.py does."""
-    args = options_of(text_parser(sys.argv[0], description, "files, folders, globs; - is stdin"))
-    with room_for(args), pipes_kept(args.input, args.output) as inputs:
-        make_dataset(args, corpus_of(args, inputs))
+    args = parse_options(text_parser(sys.argv[0], description, "files, folders, globs; - is stdin"))
+    with new_folder(args), copy_pipes(args.input, args.output) as inputs:
+        make_dataset(args, open_corpus(args, inputs))

@@ -9,7 +9,7 @@ import numpy as np
 
 from distrogpt.data.preparation.sources import argument_parser
 from distrogpt.data.preparation.writer import write_dataset
-from distrogpt.data.sampling import shuffled
+from distrogpt.data.sampling import feistel_permutation
 from distrogpt.data.tokenizer import CharTokenizer
 from distrogpt.errors import UserError
 
@@ -51,7 +51,7 @@ def write_problems(args: argparse.Namespace, total: int, lines_of: Callable[[int
             f"--val_fraction {args.val_fraction} of {count:,} leaves nothing for train or val; give 0.1"
         )
     keys = np.random.SeedSequence(args.seed).generate_state(18, np.uint64)
-    drawn = shuffled(np.arange(count), total, keys[:6]).tolist()
+    drawn = feistel_permutation(np.arange(count), total, keys[:6]).tolist()
     splits = {"val": drawn[:held_out], "train": drawn[held_out:]}
     lines = {
         split: [line for number in numbers for line in lines_of(number)] for split, numbers in splits.items()
@@ -62,6 +62,6 @@ def write_problems(args: argparse.Namespace, total: int, lines_of: Callable[[int
     with write_dataset(args.output, tokenizer, args.overwrite, source=f"generated: {command}") as add:
         for split, order in (("train", keys[6:12]), ("val", keys[12:])):
             of_split = lines[split]
-            places = shuffled(np.arange(len(of_split)), len(of_split), order)
+            places = feistel_permutation(np.arange(len(of_split)), len(of_split), order)
             text = "".join(of_split[place] + "\n" for place in places.tolist())
             add(split, tokenizer.encode(text), len(text))

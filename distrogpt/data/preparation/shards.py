@@ -20,13 +20,13 @@ from distrogpt.data.meta import read_meta
 from distrogpt.data.preparation.documents import Piece
 from distrogpt.data.preparation.writer import (
     dataset_files,
-    dtype_of,
     encode_in_order,
-    full_disk_told,
+    id_dtype,
     make_folder,
     read_json,
+    report_full_disk,
     text_bytes,
-    token_bar,
+    token_progress,
     write_json,
     write_meta,
 )
@@ -103,9 +103,9 @@ def write_shards(
     if complete(folder):
         print(f"{folder} is complete; --overwrite writes it anew")
         return
-    with full_disk_told(folder, KEPT):
+    with report_full_disk(folder, KEPT):
         (folder / "meta.json").unlink(missing_ok=True)  # a shard is missing
-        check_shards(folder, part, progress, dtype_of(tokenizer).itemsize)
+        check_shards(folder, part, progress, id_dtype(tokenizer).itemsize)
         write_json(folder / part.progress(), progress)  # the shards to come are this text's
         if len(progress["starts"]) > len(progress["shards"]):
             write_part(folder, source, tokenizer, part, progress, workers)
@@ -235,7 +235,7 @@ def write_part(
     out = ShardWriter(folder, part, progress)
     try:
         encoding = closing(encode_in_order(pieces, tokenizer, workers))
-        with token_bar(share_done) as advance, encoding as encoded:
+        with token_progress(share_done) as advance, encoding as encoded:
             for piece, ids in encoded:
                 if piece.file != file:
                     file, document, token = piece.file, 0, 0

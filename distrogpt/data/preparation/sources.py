@@ -45,28 +45,28 @@ def text_parser(script: str, about: str, input_help: str) -> argparse.ArgumentPa
     add("--format", choices=sorted(kind[1:] for kind in READERS), help="of all files, whatever their names")
     add("--encoding", default="utf-8", help="of the files (default: utf-8)")
     add("--errors", default="strict", choices=("strict", "replace"), help="replace: U+FFFD for what is not")
-    common_options(parser)
+    add_text_options(parser)
     return parser
 
 
-def common_options(parser: argparse.ArgumentParser) -> None:
+def add_text_options(parser: argparse.ArgumentParser) -> None:
     """Those of one that reads text or makes some."""
     add = parser.add_argument
     add("--strip_lines", action="append", metavar="REGEX", help="leave out lines that have it; repeatable")
     add("--workers", type=int, default=cores(), metavar="N", help="threads (default: the cores)")
 
 
-def corpus_of(args: argparse.Namespace, inputs: list[str]) -> Corpus:
+def open_corpus(args: argparse.Namespace, inputs: list[str]) -> Corpus:
     """The files that are named, to be read as the options of text_parser say. Raises UserError."""
     try:
         "".encode(args.encoding)
     except (LookupError, UnicodeError):
         raise UserError(f"--encoding {args.encoding} is not known; try utf-8, latin-1 or utf-16") from None
-    strip = patterns_of(args)
+    strip = strip_patterns(args)
     return Corpus(find_files(inputs), args.field, args.encoding, args.errors, strip, args.format)
 
 
-def patterns_of(args: argparse.Namespace) -> tuple[re.Pattern[str], ...]:
+def strip_patterns(args: argparse.Namespace) -> tuple[re.Pattern[str], ...]:
     """What --strip_lines says. Raises UserError."""
     try:
         return tuple(map(re.compile, args.strip_lines or ()))

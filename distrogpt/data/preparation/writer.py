@@ -30,7 +30,7 @@ def encode_in_order(pieces: Iterable[Piece], tokenizer: Tokenizer, workers: int)
 
     In threads: tiktoken and numpy work outside of Python's lock, and nothing has to be sent.
     """
-    dtype, own = dtype_of(tokenizer), threading.local()
+    dtype, own = id_dtype(tokenizer), threading.local()
 
     def begin() -> None:
         own.tokenizer = tokenizer.for_thread()
@@ -72,7 +72,7 @@ def batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
     yield batch
 
 
-def dtype_of(tokenizer: Tokenizer) -> np.dtype:
+def id_dtype(tokenizer: Tokenizer) -> np.dtype:
     """The type of the ids on disk."""
     return np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
 
@@ -88,7 +88,7 @@ def dataset_files(folder: Path) -> list[Path]:
     return sorted(path for pattern in patterns for path in folder.glob(pattern))
 
 
-def make_room(folder: Path, overwrite: bool) -> None:
+def claim_folder(folder: Path, overwrite: bool) -> None:
     """Make the folder of a new dataset. Raises UserError where one is there that is not to be overwritten."""
     if not overwrite and any(not path.name.startswith("progress") for path in dataset_files(folder)):
         raise UserError(
@@ -120,7 +120,7 @@ def write_meta(
         "version": 1,
         "tokenizer": tokenizer.describe(),
         "vocab_size": tokenizer.vocab_size,
-        "dtype": "uint16" if dtype_of(tokenizer).itemsize == 2 else "uint32",
+        "dtype": "uint16" if id_dtype(tokenizer).itemsize == 2 else "uint32",
         "tokens": tokens,
         "bytes": text,
         **about,
@@ -154,7 +154,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextmanager
-def token_bar(share_done: Callable[[], float], delay: float = 0) -> Iterator[Callable[[int], None]]:
+def token_progress(share_done: Callable[[], float], delay: float = 0) -> Iterator[Callable[[int], None]]:
     """Yields advance(tokens) of a progress bar with tokens/s, and the time left by the share that is done.
 
     What takes less than `delay` seconds has no bar.
@@ -175,7 +175,7 @@ def token_bar(share_done: Callable[[], float], delay: float = 0) -> Iterator[Cal
 
 
 @contextmanager
-def full_disk_told(folder: Path, kept: str) -> Iterator[None]:
+def report_full_disk(folder: Path, kept: str) -> Iterator[None]:
     """Raises MachineError where the block meets what a disk says; `kept` is what is still there."""
     try:
         yield
@@ -193,10 +193,10 @@ def write_dataset(
     `about` goes into meta.json: where the text came from, its sha256. Raises UserError where the folder has a
     dataset about something else, unless `overwrite`.
     """
-    dtype = dtype_of(tokenizer)
+    dtype = id_dtype(tokenizer)
     names = {"train": "train.bin", "val": "val.bin"}
     there = read_json(folder / "meta.json")
-    make_room(folder, overwrite or (about and about.items() <= there.items()))  # the same anew is no loss
+    claim_folder(folder, overwrite or (about and about.items() <= there.items()))  # the same anew is no loss
     try:
         files = {split: open(folder / f"{name}.tmp", "wb") for split, name in names.items()}
     except OSError as error:
@@ -204,7 +204,7 @@ def write_dataset(
     counts, text = dict.fromkeys(names, 0), dict.fromkeys(names, 0)
 
     def add(split: str, ids: np.ndarray | list[int], text_bytes: int) -> None:
-        with full_disk_told(folder, "nothing there was changed"):
+        with report_full_disk(folder, "nothing there was changed"):
             files[split].write(np.ascontiguousarray(ids, dtype).data)
         counts[split] += len(ids)
         text[split] += text_bytes
@@ -214,7 +214,7 @@ def write_dataset(
         for split, count in counts.items():
             if count < 2:
                 raise UserError(f"the text is too short: {split} has {count} tokens; give a longer one")
-        with full_disk_told(folder, "nothing there was changed"):
+        with report_full_disk(folder, "nothing there was changed"):
             for file in files.values():
                 file.flush()
                 os.fsync(file.fileno())
