@@ -17,6 +17,7 @@ from conftest import REPO, TINY, assert_user_error, run_here, sample_here, train
 
 from distrogpt.checkpoint import atomic_write, load_checkpoint, training_state
 from distrogpt.data.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer, train_bpe
+from distrogpt.errors import UserError
 from distrogpt.huggingface.formats import in_halves, in_pairs
 from distrogpt.inference.decoder import stream
 from distrogpt.inference.sampling import SamplingParams
@@ -66,7 +67,7 @@ def modules_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def random_model(**shape: Any) -> GPT:
-    """A network whose logits have a deviation of about 1, like a trained one's, and whose biases are not 0."""
+    """A network whose logits have a deviation of about 1, like a trained one's; no bias is 0."""
     torch.manual_seed(1)
     model = GPT(GPTConfig(**{**SHAPE, **shape})).eval()
     with torch.no_grad():
@@ -102,7 +103,7 @@ def has_own_code(folder: Path) -> bool:
 
 
 def load_in_transformers(folder: Path) -> Any:
-    """The export in transformers, which must find each weight, and may run only code that is in the folder."""
+    """The export in transformers, which must find each weight and runs only the folder's code."""
     from transformers import AutoModelForCausalLM
 
     trust = has_own_code(folder)
@@ -125,21 +126,15 @@ def random_ids(*shape: int) -> torch.Tensor:
 
 def greedy(theirs: Any, ids: torch.Tensor, count: int, **options: Any) -> torch.Tensor:
     """Greedy generation by transformers."""
-    greedy = {
-        "do_sample": False,
-        "temperature": None,
-        "top_k": None,
-        "eos_token_id": None,
-        "pad_token_id": None,
-    }
-    mask = {"attention_mask": torch.ones_like(ids)}
-    return theirs.generate(ids, max_new_tokens=count, **{**mask, **greedy, **options})
+    unset = dict.fromkeys(("temperature", "top_k", "eos_token_id", "pad_token_id"))
+    settings = {"attention_mask": torch.ones_like(ids), "do_sample": False, **unset}
+    return theirs.generate(ids, max_new_tokens=count, **{**settings, **options})
 
 
 def our_greedy(model: GPT, ids: torch.Tensor, count: int, tokenizer: Tokenizer = LETTERS) -> torch.Tensor:
     noise = torch.zeros(len(ids), count)
-    drawn = stream(model, ids, SamplingParams(temperature=0), noise, tokenizer.vocab_size)
-    return torch.cat([ids, *(column for column, _ in drawn)], dim=1)
+    steps = stream(model, ids, SamplingParams(temperature=0), noise, tokenizer.vocab_size)
+    return torch.cat([ids, *(new_ids for new_ids, _ in steps)], dim=1)
 
 
 def assert_same_network(model: GPT, other: GPT) -> None:
@@ -222,9 +217,7 @@ def test_tokenizers_give_the_same_ids_and_text(kind, tmp_path, text, request):
     cut = tokenizer.encode("é日").tolist()[:-1]  # within a character
     assert theirs.decode(cut) == tokenizer.decode(cut)
     if kind.startswith("char"):
-        with pytest.raises(
-            Exception, match="Missing"
-        ):  # an error, as with ours: no character is dropped silently
+        with pytest.raises(Exception, match="Missing"):  # no character is dropped silently
             theirs("a§")
     saved = tmp_path / "saved"
     theirs.save_pretrained(saved)
@@ -246,9 +239,9 @@ def test_sample_py_and_transformers_write_the_same_text(tmp_path):
     tokenizer = load_tokenizer(folder)
     ids = tokenizer("The ", return_tensors="pt")["input_ids"]
     assert tokenizer.decode(greedy(load_in_transformers(folder), ids, 50)[0]) + "\n" == ours
-    drawn = ("--temperature=1", "--seed=3", "--dtype=float32", *flags[:3])
+    sampling = ("--temperature=1", "--seed=3", "--dtype=float32", *flags[:3])
     pair = [
-        sample_here(name, *drawn).stdout
+        sample_here(name, *sampling).stdout
         for name in (f"--out_dir={tmp_path / 'out'}", f"--init_from={folder}")
     ]
     assert pair[0] == pair[1] != ours
@@ -309,9 +302,9 @@ def test_half_precision(kind, tmp_path):
 def test_an_export_can_be_trained_further(dataset, tmp_path):
     trained = tmp_path / "trained"
     train_here(*TINY, f"--dataset={dataset}", f"--out_dir={trained}")
-    done = run_here("export.py", f"--out_dir={trained}", f"--to={tmp_path / 'there'}")
+    done = run_here("export.py", f"--out_dir={trained}", f"--to={tmp_path / 'first'}")
     assert done.returncode == 0 and "GPT2LMHeadModel" in done.stdout
-    where = (f"--dataset={dataset}", f"--out_dir={tmp_path / 'out'}", f"--init_from={tmp_path / 'there'}")
+    where = (f"--dataset={dataset}", f"--out_dir={tmp_path / 'out'}", f"--init_from={tmp_path / 'first'}")
     printed = train_here(*TINY, *where)
     before, after = (load_checkpoint(path / "ckpt.pt") for path in (trained, tmp_path / "out"))
     first = float(printed.split("step 0: train")[1].split("val loss")[1].split()[0].rstrip(","))
@@ -319,13 +312,13 @@ def test_an_export_can_be_trained_further(dataset, tmp_path):
     assert after["model_args"]["bias"] is before["model_args"]["bias"] is False
     of_run, of_folder = (
         measure(EvalConfig(**name, dataset=str(dataset), device="cpu", dtype="float32"))["loss"]["loss"]
-        for name in ({"out_dir": str(trained)}, {"init_from": str(tmp_path / "there")})
+        for name in ({"out_dir": str(trained)}, {"init_from": str(tmp_path / "first")})
     )
     assert of_run == of_folder
-    again = run_here("export.py", f"--init_from={tmp_path / 'there'}", f"--to={tmp_path / 'again'}")
-    assert again.returncode == 0
+    second = run_here("export.py", f"--init_from={tmp_path / 'first'}", f"--to={tmp_path / 'second'}")
+    assert second.returncode == 0
     for name in ("model.safetensors", "config.json", "tokenizer.json", "meta.json"):
-        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "there" / name).read_bytes()
+        assert (tmp_path / "second" / name).read_bytes() == (tmp_path / "first" / name).read_bytes()
 
 
 def test_an_export_with_another_tokenizer_than_the_dataset_is_refused(tmp_path, dataset):
@@ -338,9 +331,9 @@ def test_a_foreign_llama_is_loaded_exactly(tmp_path):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     shape = {"hidden_size": 48, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    more = {"num_key_value_heads": 2, "vocab_size": 96, "max_position_embeddings": 32}
+    shape |= {"num_key_value_heads": 2, "vocab_size": 96, "max_position_embeddings": 32}
     torch.manual_seed(3)
-    theirs = LlamaForCausalLM(LlamaConfig(**shape, **more, tie_word_embeddings=True)).eval()
+    theirs = LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=True)).eval()
     with torch.no_grad():
         for p in theirs.parameters():
             p.normal_(mean=1.0, std=0.3) if p.dim() < 2 else p.normal_(std=0.15)  # norms learn weights
@@ -382,7 +375,7 @@ BROKEN = {
     "an unknown kind": (lambda f: change_settings(f, model_type="mamba"), "model_type=mamba"),
     "norms of their own": (lambda f: change_weights(f, **{NORM: torch.rand(16)}), "q_norm"),
     "a weight too few": (lambda f: change_weights(f, **{NORM: None}), f"such as {NORM}"),
-    "a weight too many": (lambda f: change_weights(f, more=torch.ones(2)), "more has no place"),
+    "a weight too many": (lambda f: change_weights(f, extra=torch.ones(2)), "extra has no place"),
     "another shape": (lambda f: change_weights(f, **{NORM: torch.ones(8)}), f"{NORM} is not a dense"),
     "whole numbers": (lambda f: change_weights(f, **{NORM: torch.ones(16).long()}), "not a floating-point"),
     "half a file": (lambda f: (f / "model.safetensors").write_bytes(b"\x10\0\0\0"), "cannot be loaded"),
@@ -407,6 +400,16 @@ def test_a_folder_that_does_not_fit_is_reported_in_one_line(case, qwen, tmp_path
     damage, words = BROKEN[case]
     damage(tmp_path)
     assert_user_error(sample_here(f"--init_from={tmp_path}", "--num_samples=1", "--max_new_tokens=1"), words)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"activation_function": "relu"}, {"n_inner": 100}, {"scale_attn_by_inverse_layer_idx": True}]
+)
+def test_a_gpt2_that_is_another_network_is_refused(settings, tmp_path):
+    folder = export_model(tmp_path, random_model())
+    change_settings(folder, **settings)
+    with pytest.raises(UserError, match=f"{next(iter(settings))}=.* is not"):
+        load_pretrained(str(folder))
 
 
 def test_files_of_sharded_weights_must_lie_beside_their_index(qwen, tmp_path):
@@ -545,16 +548,16 @@ def test_a_file_added_to_the_old_export_while_writing_is_kept(small, tmp_path, m
     assert export_run(small, to).returncode == 0
     save = sys.modules["safetensors.torch"].save_file
 
-    def save_slowly(*args: Any, **more: Any) -> None:
-        save(*args, **more)
+    def save_slowly(*args: Any, **kwargs: Any) -> None:
+        save(*args, **kwargs)
         (to / "notes.txt").write_text("mine")
 
     monkeypatch.setattr("safetensors.torch.save_file", save_slowly)
     done = export_run(small, to, "--overwrite=True")
     assert done.returncode == 0 and "notes.txt" in done.stderr and len(done.stderr.splitlines()) == 1
     assert not (to / "notes.txt").exists() and (to / "model.safetensors").is_file()
-    kept = Path(done.stderr.split("note: ")[1].split(" is what was")[0])
-    assert (kept / "notes.txt").read_text() == "mine" and (kept / "model.safetensors").is_file()
+    old = Path(done.stderr.split("note: ")[1].split(" is what was")[0])
+    assert (old / "notes.txt").read_text() == "mine" and (old / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("to", ["/", "two\nlines", "two\u2028lines", "bell\a"])
