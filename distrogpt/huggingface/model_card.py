@@ -26,6 +26,7 @@ NEVER_REPORTED = (
 )
 SIZES = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
 TOKENIZERS = {"char": "characters", "byte": "bytes", "bpe": "own byte-pair encoding", "gpt2": "GPT-2's"}
+NO_END = "No token ends a text or fills up a batch: texts of several lengths are read one by one."
 TRUST = (
     "`trust_remote_code=True` lets transformers, 5.0 and newer, run `modeling_distrogpt.py` of "
     "this folder, as none of its own architectures computes this network; read it first."
@@ -91,9 +92,7 @@ def limits_of(tokenizer: Tokenizer) -> list[str]:
     if isinstance(tokenizer, CharTokenizer):
         limits.append(f"Characters outside of its {len(tokenizer.chars)} are an error.")
     if tokenizer.end_of_text is None:
-        limits.append(
-            "No token ends a text or fills up a batch: texts of several lengths are read one by one."
-        )
+        limits.append(NO_END)
     return limits
 
 

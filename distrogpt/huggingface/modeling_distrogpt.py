@@ -227,7 +227,13 @@ class DistroGPTForCausalLM(PreTrainedModel, GenerationMixin):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         x = self.transformer["wte"](input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, C)
-        cache = self.resolve_cache(cache, past_key_values, use_cache)
+        if past_key_values is not None and cache is not None and past_key_values is not cache:
+            raise ValueError("past_key_values and cache are two names of one argument; give one")
+        cache = past_key_values if cache is None else cache
+        if use_cache is None:
+            use_cache = config.use_cache and not self.training
+        if cache is None and use_cache:
+            cache = DynamicCache(config=config)
         past, T = 0 if cache is None else int(cache.get_seq_length()), x.size(1)
         check_positions(attention_mask, position_ids, past, T)
         new = torch.arange(past, past + T, device=x.device)  # (T,)
@@ -254,18 +260,6 @@ class DistroGPTForCausalLM(PreTrainedModel, GenerationMixin):
         if return_dict is None:
             return_dict = config.return_dict
         return output if return_dict else output.to_tuple()
-
-    def resolve_cache(
-        self, cache: Cache | None, past_key_values: Cache | None, use_cache: bool | None
-    ) -> Cache | None:
-        """The given cache, or a new one if one is to be used. Raises ValueError if two are given."""
-        if past_key_values is not None and cache is not None and past_key_values is not cache:
-            raise ValueError("past_key_values and cache are two names of one argument; give one")
-        if use_cache is None:
-            use_cache = self.config.use_cache and not self.training
-        if cache is None and past_key_values is None and use_cache:
-            return DynamicCache(config=self.config)
-        return past_key_values if cache is None else cache
 
     def loss_arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Those of forward's further arguments that the loss reads. Raises TypeError for any other that would
