@@ -6,26 +6,20 @@ stop equally often, and stop_asked tells all of them the same.
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.distributed.fsdp import FSDPModule
 
 from distrogpt.data.dataset import Dataset
-from distrogpt.data.tokenizer import Tokenizer, encode_prompt, from_description
+from distrogpt.data.tokenizer import Tokenizer
 from distrogpt.errors import UserError
 from distrogpt.evaluation.questions import Question, hellaswag_file, read_questions
 from distrogpt.inference.decoder import stream
-from distrogpt.inference.sampling import SamplingParams, uniform_noise
+from distrogpt.inference.sampling import SamplingParams
 from distrogpt.runtime import Runtime
-from distrogpt.settings import TrainConfig
 from model import GPT
-
-Say = Callable[[str], None]
-Ask = Callable[[GPT, Say, Callable[[], bool]], dict[str, float] | None]
 
 
 class Row(NamedTuple):
@@ -201,67 +195,3 @@ def answers(
         Answer(prompt, (row[row > 0] - 1).tolist(), right)
         for (prompt, right), row in zip(problems, given, strict=True)
     ]
-
-
-def make_ask(config: TrainConfig, data: Dataset, runtime: Runtime) -> Ask:
-    """What an evaluation asks the network beside its losses: a function that returns hellaswag (acc_norm) and
-    accuracy, as the settings want them, or None where stop_asked, and tells samples.
-
-    Raises UserError where something is missing, before the first step.
-    """
-    tokenizer = None
-    if config.eval_hellaswag or config.eval_samples:
-        if not data.meta["tokenizer"]:
-            raise UserError("the dataset names no tokenizer, so nothing can be asked; prepare it here")
-        tokenizer = from_description(data.meta["tokenizer"])
-    if config.eval_hellaswag:
-        sizes = (config.block_size, config.hellaswag_items)
-        questions = open_questions(config.hellaswag_input, tokenizer, *sizes, runtime)
-    if config.eval_accuracy:
-        if data.separator is None:
-            raise UserError("eval_accuracy asks val's lines up to loss_after; give --loss_after='=', say")
-        if "val" not in data.parts[0].streams:
-            raise UserError(
-                "eval_accuracy asks val's lines, eval_splits=train reads none; leave one of them out"
-            )
-        problems = held_out_lines(data)
-        check_lengths(problems, config.block_size, config.loss_after)
-    if config.eval_samples:
-        prompt = encode_prompt(tokenizer, config.sample_start)
-        check_lengths([(prompt, [])], config.block_size, "")
-    if config.shard:  # all ranks have to call the network equally often: each does all of it
-        runtime = replace(runtime, rank=0, world_size=1)
-    vocab_size, B = data.meta["vocab_size"], config.batch_size
-
-    def ask(model: GPT, say: Say, stop_asked: Callable[[], bool]) -> dict[str, float] | None:
-        found = {}
-        if config.eval_hellaswag:
-            chosen = choices(model, questions, runtime, B, stop_asked)
-            if chosen is None:
-                return None
-            found["hellaswag"] = float(np.mean(chosen[:, 1] == [question.label for question in questions]))
-        if config.eval_accuracy:
-            given = answers(model, problems, data.newline, vocab_size, runtime, 4 * B, stop_asked)
-            if given is None:
-                return None
-            found["accuracy"] = float(np.mean([answer.given == answer.right for answer in given]))
-        if config.eval_samples:
-            draws = uniform_noise(config.seed, config.eval_samples, config.sample_tokens)
-            prompts = [torch.tensor(prompt)]
-            with runtime.autocast():
-                drawn = list(stream(model, prompts, SamplingParams(0.8, 200), draws, vocab_size, graph=False))
-            for number, row in enumerate(torch.cat([ids for ids, _ in drawn], dim=1).tolist(), 1):
-                say(f"sample {number}: {config.sample_start}{tokenizer.decode(row)}")
-        return found
-
-    def ask_at_rest(model: GPT, *more: Any) -> dict[str, float] | None:
-        model.eval()
-        if isinstance(model, FSDPModule):  # hidden_states and logits are called beside its forward
-            model.unshard()
-        found = ask(model, *more)
-        if isinstance(model, FSDPModule):
-            model.reshard()
-        model.train()
-        return found
-
-    return ask_at_rest
