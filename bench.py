@@ -48,28 +48,26 @@ from distrogpt.benchmark.timing import alternate, open_data, peak_memory, ratio,
 from distrogpt.checkpoint import BEST, NEWEST, atomic_write, training_state
 from distrogpt.data.dataset import Dataset
 from distrogpt.errors import UserError, cli_errors, is_out_of_memory, writable
+from distrogpt.hardware import measured_bandwidth, measured_flops, peak_flops
 from distrogpt.inference.decoder import optimize_for_inference, stream
 from distrogpt.inference.sampling import SamplingParams
 from distrogpt.kernels import replace_layers
+from distrogpt.kernels.compile import compile_error, maybe_compile
 from distrogpt.kernels.cpu import CPUAttention, CPUDropout, to_device
 from distrogpt.runtime import (
     Runtime,
-    compile_works,
     enable_onednn_float32,
     find_pyplot,
-    maybe_compile,
-    measured_bandwidth,
-    measured_flops,
-    peak_flops,
     start_runtime,
 )
+from distrogpt.training.batches import step_batches
 from distrogpt.training.logger import TrainLogger
 from distrogpt.training.optim import get_lr, make_optimizers
 from distrogpt.training.run_directory import RunDirectory
-from distrogpt.training.startup import new_model_config, resolve_max_iters
+from distrogpt.training.startup import initial_model, new_model_config, resolve_max_iters
 from model import GPT, Attention
 from plot import SHARE
-from train import initial_model, step_batches, training_step
+from train import training_step
 
 TRACE, PLOT = "bench_trace.json", "bench_ladder.png"
 PROMPT = 16  # tokens before those that are timed
@@ -93,7 +91,7 @@ def our_step(
         ]
         betas = (config.beta1, config.beta2)
         optimizers = [torch.optim.AdamW(groups, config.learning_rate, betas, fused=False)]
-    maybe_compile(model, config.compile, runtime.device, resolve_max_iters(config, data).max_iters, print)
+    maybe_compile(model, config.compile, runtime.device, resolve_max_iters(config, data).max_iters)
     return model, optimizers, step_of(model, optimizers, config, data, runtime)
 
 
@@ -156,7 +154,7 @@ def bench_step(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
 
     sequences = config.batch_size * config.gradient_accumulation_steps
     tokens = sequences * config.block_size
-    peak = peak_flops(runtime)
+    peak = peak_flops(runtime.device, runtime.dtype)
     shape = model.config
     print(
         f"model    {shape.n_layer}/{shape.n_head}/{shape.n_embd}, {model.get_num_params(False):,} parameters"
@@ -184,7 +182,7 @@ def bench_step(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
         found |= {"tokens_per_second": tokens / median, "flops": flops, "mfu": mfu}
         result["steps"][name] = found
     if runtime.device.type == "cuda":
-        product = measured_flops(runtime)
+        product = measured_flops(runtime.device, runtime.dtype)
         share = model.estimate_mfu(sequences, result["steps"]["ours"]["median"], product)
         result["measured_flops"] = product
         print(f"         {share:.1%} of the {product / 1e9:,.0f} GFLOP/s that a matrix product reaches here")
@@ -243,7 +241,9 @@ def bench_logs(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
     data = open_data(config)
     model, _, step = our_step(config, data, runtime)
     sequences = config.gradient_accumulation_steps * config.batch_size
-    at_peak = model.estimate_mfu(sequences, 1.0, peak_flops(runtime))  # a step's seconds
+    at_peak = model.estimate_mfu(
+        sequences, 1.0, peak_flops(runtime.device, runtime.dtype)
+    )  # a step's seconds
     times: dict[str, list[float]] = {"step": [], "lines": []}
     with (
         tempfile.TemporaryDirectory(dir=".", prefix="out-bench-") as out_dir,
@@ -402,7 +402,10 @@ def bench_generate(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
     vocab_size = model.config.vocab_size
     weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
     kinds = {"ours": (False, runtime.dtype.itemsize), "ours, int8": (True, 1)}  # bytes of a weight
-    compiled = config.compile is True and compile_works(runtime.device, print)
+    error = compile_error(runtime.device) if config.compile is True else ""
+    if error:
+        print(f"note     {error}")
+    compiled = config.compile is True and not error
     ready = {
         name: optimize_for_inference(copy.deepcopy(model).to(runtime.device), runtime.dtype, int8, compiled)
         for name, (int8, _) in kinds.items()

@@ -30,9 +30,10 @@ from distrogpt.inference.sampling import SamplingParams
 from distrogpt.loading import find_tokenizer
 from distrogpt.runtime import Runtime
 from distrogpt.settings import TrainConfig
+from distrogpt.training.batches import MicroBatch
 from distrogpt.training.optim import make_optimizers
 from model import GPT, GPTConfig
-from train import MicroBatch, training_step
+from train import training_step
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
 SHAPE = {"block_size": 8, "vocab_size": len(CHARS), "n_layer": 1, "n_head": 2, "n_embd": 8}

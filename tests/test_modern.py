@@ -23,9 +23,10 @@ from distrogpt.inference.sampling import SamplingParams
 from distrogpt.kernels.cpu import use_cpu_kernels
 from distrogpt.runtime import Runtime
 from distrogpt.settings import TrainConfig
+from distrogpt.training.batches import MicroBatch
 from distrogpt.training.optim import make_optimizers
 from model import ACTIVATIONS, GPT, NORMS, GPTConfig, KVCache
-from train import MicroBatch, training_step
+from train import training_step
 
 SMALL = {"block_size": 16, "vocab_size": 24, "n_layer": 2, "n_head": 4, "n_embd": 24}
 VALUES = {

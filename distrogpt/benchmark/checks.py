@@ -27,16 +27,19 @@ from distrogpt.benchmark.plan import Split, count, find_place, memory
 from distrogpt.benchmark.timing import alternate, open_data, peak_memory, spread
 from distrogpt.checkpoint import NEWEST, load_checkpoint
 from distrogpt.errors import UserError
+from distrogpt.hardware import measured_bandwidth, measured_flops, peak_flops
 from distrogpt.inference.decoder import optimize_for_inference, stream
 from distrogpt.inference.sampling import SamplingParams
+from distrogpt.kernels.compile import compile_error
 from distrogpt.kernels.cpu import to_device
-from distrogpt.runtime import Runtime, compile_works, measured_bandwidth, measured_flops, peak_flops
+from distrogpt.runtime import Runtime
 from distrogpt.settings import BenchConfig
+from distrogpt.training.batches import MicroBatch
 from distrogpt.training.distributed import full_tensor, wrap_distributed
-from distrogpt.training.optim import make_optimizers
+from distrogpt.training.optim import clip_gradients, make_optimizers
 from distrogpt.training.startup import new_model_config
 from model import GPT, GPTConfig
-from train import MicroBatch, clip_gradients, training_step
+from train import training_step
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = {"block_size": 256, "vocab_size": 1024, "n_layer": 4, "n_head": 4, "n_embd": 256}
@@ -128,12 +131,17 @@ def check_machine(config: BenchConfig, runtime: Runtime) -> list[Row]:
         )
     dtypes = {runtime.dtype, torch.float32}
     for dtype in sorted(dtypes, key=str):
-        product = measured_flops(replace(runtime, dtype=dtype), seconds=1.0)
+        product = measured_flops(runtime.device, dtype, seconds=1.0)
         rows.append(
             Row(f"matrix product, {str(dtype).removeprefix('torch.')}", f"{product / 1e12:,.2f} TFLOP/s")
         )
     if runtime.device.type == "cuda":
-        rows.append(Row("peak from which MFU is computed", f"{peak_flops(runtime) / 1e12:,.0f} TFLOP/s"))
+        rows.append(
+            Row(
+                "peak from which MFU is computed",
+                f"{peak_flops(runtime.device, runtime.dtype) / 1e12:,.0f} TFLOP/s",
+            )
+        )
     rows.append(Row("memory, read", f"{measured_bandwidth(runtime.device) / 1e9:,.0f} GB/s"))
     return rows
 
@@ -236,9 +244,8 @@ def greedy_without_cache(model: GPT, prompt: torch.Tensor) -> torch.Tensor:
 
 def check_compile(config: BenchConfig, runtime: Runtime) -> list[Row]:
     """20 training steps compiled, against the same steps uncompiled."""
-    reasons: list[str] = []
-    if not compile_works(runtime.device, reasons.append):
-        return [Row("torch.compile", " ".join(reasons))]
+    if error := compile_error(runtime.device):
+        return [Row("torch.compile", error)]
     rows = []
     for name, network in NETWORKS.items():
         model = to_device(small_model(network), runtime.device)

@@ -151,13 +151,9 @@ class Evaluator:
         """Log eval_samples texts that begin with sample_start, drawn alike at each evaluation."""
         config, n = self.config, self.config.eval_samples
         uniforms = uniform_noise(config.seed, n, config.sample_tokens)
-        prompts, params, vocab_size = (
-            [torch.tensor(self.prompt)],
-            SamplingParams(0.8, 200),
-            self.data.meta["vocab_size"],
-        )
+        prompts, vocab_size = [torch.tensor(self.prompt)], self.data.meta["vocab_size"]
         with self.runtime.autocast():
-            steps = stream(model, prompts, params, uniforms, vocab_size, graph=False)
+            steps = stream(model, prompts, SamplingParams(0.8, 200), uniforms, vocab_size, graph=False)
             ids = torch.cat([step.ids for step in steps], dim=1)  # (n, sample_tokens)
         for number, row in enumerate(ids.tolist(), 1):
             log.info(f"sample {number}: {config.sample_start}{self.tokenizer.decode(row)}")

@@ -12,9 +12,9 @@ import torch
 import torch.nn as nn
 
 from distrogpt.inference.sampling import SamplingParams, sample_token
+from distrogpt.kernels.compile import cuda_graph
 from distrogpt.kernels.cpu import to_device
 from distrogpt.kernels.quantized import pack_linear
-from distrogpt.runtime import cuda_graph
 from model import GPT, KVCache
 
 

@@ -14,8 +14,9 @@ from distrogpt.errors import UserError, warn
 from distrogpt.inference.decoder import optimize_for_inference, stream
 from distrogpt.inference.detokenizer import Detokenizer, Token
 from distrogpt.inference.sampling import SamplingParams, uniform_noise
+from distrogpt.kernels.compile import compile_error
 from distrogpt.loading import find_tokenizer, load_trained
-from distrogpt.runtime import compile_works, start_runtime
+from distrogpt.runtime import start_runtime
 from distrogpt.settings import OF_A_SAMPLE, SampleConfig
 
 
@@ -35,7 +36,10 @@ class Sampler:
         model, contents, self.source = load_trained(out_dir, init_from)
         self.config = contents.get("config", {})  # the settings that it was trained with
         self.tokenizer = find_tokenizer(contents, model.config.vocab_size, self.source)
-        compile = compile and compile_works(self.runtime.device, warn)
+        error = compile_error(self.runtime.device) if compile else ""
+        if error:
+            warn(f"note     {error}")
+        compile = compile and not error
         self.model = optimize_for_inference(model.to(self.runtime.device), self.runtime.dtype, int8, compile)
 
     def ids_of(self, prompt: str, name: str = "the prompt", whole: bool = True) -> list[int]:

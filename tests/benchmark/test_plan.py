@@ -13,10 +13,8 @@ from conftest import ENVIRONMENT, REPO, assert_user_error, run_here
 
 from bench import bench
 from configurator import read_settings
-from distrogpt import settings
 from distrogpt.benchmark.plan import (
     COMPILER,
-    GPUS,
     LIBRARIES,
     Split,
     as_trained,
@@ -32,8 +30,9 @@ from distrogpt.benchmark.plan import (
     share_out,
 )
 from distrogpt.errors import UserError
+from distrogpt.gpus import GPUS, find_gpu
 from distrogpt.kernels.cpu import causal_mask
-from distrogpt.runtime import PEAK_FLOPS, Runtime
+from distrogpt.runtime import Runtime
 from distrogpt.settings import BenchConfig
 from model import GPT, GPTConfig
 
@@ -151,7 +150,8 @@ import sys
 import bench
 from distrogpt.benchmark import timing
 from configurator import read_settings
-from distrogpt.runtime import Runtime, find_dtype, enable_onednn_float32
+from distrogpt.hardware import find_dtype
+from distrogpt.runtime import Runtime, enable_onednn_float32
 from distrogpt.settings import BenchConfig
 
 def resident(key):
@@ -279,6 +279,13 @@ def test_wrong_settings():
     assert_user_error(run_here("bench.py", *GPT2, "--interconnect=0"), "above 0")
 
 
-def test_every_gpu_has_a_data_sheet():
-    assert {"here", *GPUS} == set(settings.GPUS)
-    assert all(row[0] in PEAK_FLOPS for row in GPUS.values())
+def test_a_data_sheet_is_found_by_the_name_of_the_device():
+    names = {
+        "NVIDIA H100 80GB HBM3": "h100",
+        "NVIDIA H100 PCIe": "h100-pcie",
+        "NVIDIA A100-SXM4-80GB": "a100-80gb",
+        "Tesla V100-SXM2-32GB": "v100",
+        "NVIDIA GeForce RTX 4090": "rtx4090",
+    }
+    assert {name: find_gpu(name) for name in names} == {name: GPUS[gpu] for name, gpu in names.items()}
+    assert find_gpu("NVIDIA A10G") is None and find_gpu("cpu") is None

@@ -18,9 +18,10 @@ from distrogpt.errors import UserError
 from distrogpt.evaluation.evaluator import Evaluator
 from distrogpt.runtime import Runtime
 from distrogpt.settings import TrainConfig
+from distrogpt.training.batches import step_batches
 from eval import EvalConfig, measure
 from model import GPT, GPTConfig
-from train import step_batches, training_step
+from train import training_step
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
 
@@ -162,10 +163,10 @@ def test_each_line_once_per_epoch_from_its_begin_however_it_is_shared(lines):
         config = config_of(lines, *flags)
         places = [Runtime(torch.device("cpu"), torch.float32, rank, ranks) for rank in range(ranks)]
         batches = [batch for place in places for batch in step_batches(data, config, place, 2)]
-        assert sum(batch.share for batch in batches) == pytest.approx(micro_steps)
+        assert sum(batch.weight for batch in batches) == pytest.approx(micro_steps)
         counts = [int((batch.y >= 0).sum()) for batch in batches]
         for batch, count in zip(batches, counts, strict=True):
-            assert batch.share == pytest.approx(count / sum(counts) * micro_steps)
+            assert batch.weight == pytest.approx(count / sum(counts) * micro_steps)
         return sorted(torch.cat([torch.cat([batch.x, batch.y], 1) for batch in batches]).tolist())
 
     assert rows(20, 1, 1) == rows(10, 2, 1) == rows(5, 4, 2) == rows(5, 4, 4)

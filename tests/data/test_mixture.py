@@ -18,11 +18,12 @@ from distrogpt.errors import UserError
 from distrogpt.evaluation.evaluator import Evaluator
 from distrogpt.runtime import Runtime
 from distrogpt.settings import BenchConfig, TrainConfig
+from distrogpt.training.batches import step_batches
 from distrogpt.training.run_directory import COLUMNS
 from distrogpt.training.startup import fingerprint
 from model import GPT, GPTConfig
 from plot import read_log
-from train import step_batches, train
+from train import train
 
 RANDOM, EPOCH = [461, 347, 838, 901], [468, 804, 132, 836]
 CPU = Runtime(torch.device("cpu"), torch.float32)
