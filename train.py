@@ -142,6 +142,7 @@ def train(
                 state.sync(runtime, stop_requested=signals.requested() or batches.error is not None)
                 logger.log_step(step.loss, step.grad_norm, lr, step.applied)
                 run.report_save()
+            run.finish()  # while signals are still collected: none may end the last save
     del replica  # if DDP is the last to hold the ranks' group, it may end it with Python locked, and hang
     stop_runtime()
     if batches.error or evaluator.error:

@@ -258,26 +258,33 @@ class RunDirectory:
         else:
             log.info(self.save_result)
 
+    def finish(self) -> None:
+        """Wait for the last save. Raises MachineError if the newest checkpoint could not be written."""
+        self.join_save()
+        if self.save_error:
+            raise MachineError(f"{self.save_error}; make room, and resume from it")
+
+    def join_save(self) -> None:
+        if self.save_thread:
+            self.save_thread.join()
+            if not self.save_error:
+                self.report_save()
+
     def diverged_error(self, step: int) -> Diverged:
         return diverged_error(step, self.path if self.owned else None)
 
     def __exit__(self, kind: type | None, *_: object) -> None:
-        """Raises MachineError if the newest checkpoint could not be written."""
-        if self.save_thread and kind is not KeyboardInterrupt:
-            self.save_thread.join()
-            if not self.save_error:
-                self.report_save()
+        if kind is not KeyboardInterrupt:
+            self.join_save()
         if not self.writes:
             return
         if self.log_file:
             self.log_file.close()
-        if kind and self.created and {path.name for path in self.path.iterdir()} <= {LOCK, OWNER}:
-            for path in self.path.iterdir():  # a start that failed leaves nothing
+        if kind and self.created and {path.name for path in self.path.glob("*")} == {LOCK, OWNER}:
+            for path in self.path.glob("*"):  # a start that failed leaves nothing
                 path.unlink()
             self.path.rmdir()
         self.file_lock.release()
-        if kind is None and self.save_error:
-            raise MachineError(f"{self.save_error}; make room, and resume from it")
 
 
 def csv_line(row: dict[str, Any]) -> str:
