@@ -40,11 +40,8 @@ from model import GPT
 
 
 class TrainResult(NamedTuple):
-    """What `train` returns; `losses` has a dict with step, train and val for each evaluation, or with what
-    eval_splits says; best_val_loss is train's if that alone is measured.
-
-    If they are known: bits_per_byte, and val/NAME of each part of a mixture.
-    """
+    """The losses have a dict for each evaluation: its step, the losses of the eval_splits, bits_per_byte if it
+    is known, and val/NAME of each part of a mixture. best_val_loss is train's if that alone is evaluated."""
 
     model: GPT
     iter_num: int

@@ -1,4 +1,4 @@
-"""What a run writes into out_dir.
+"""The files of a run in out_dir.
 
 ckpt.pt              the best checkpoint so far, or each evaluation's with always_save_checkpoint
 last.pt              the newest one, from which training resumes

@@ -71,7 +71,7 @@ class TrainState:
         return not finite or self.consecutive_skips >= config.skip_limit
 
     def record_evaluation(self, losses: Losses | None, monitor: str) -> None:
-        """Count the evaluation of this step; None if a rank was asked to stop meanwhile."""
+        """Count the evaluation of this step; its losses are None if a stop was requested during it."""
         if losses is None:
             self.stop_requested = True
             return
