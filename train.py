@@ -40,8 +40,8 @@ from model import GPT
 
 
 class TrainResult(NamedTuple):
-    """The losses have a dict for each evaluation: its step, the losses of the eval_splits, bits_per_byte if it
-    is known, and val/NAME of each part of a mixture. best_val_loss is train's if that alone is evaluated."""
+    """`losses` has a dict for each evaluation: step, the losses of the eval_splits, bits_per_byte if known, and
+    val/NAME of each part of a mixture. best_val_loss is train's if that alone is evaluated."""
 
     model: GPT
     iter_num: int
@@ -125,7 +125,6 @@ def train(
 
                 # save after an evaluation, at intervals, and before the run stops
                 if state.save_due(config):
-                    logger.flush()  # all that is logged up to this step is on disk before its checkpoint
                     run.save(model, optimizers, scaler, state)
                 if config.eval_only or state.stop_requested or state.finished(config):
                     break

@@ -7,8 +7,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -116,15 +116,10 @@ class TrainLogger:
                 self.on_evaluation(self.history)
             self.reset_clock()
 
-    def flush(self) -> None:
-        """Before a checkpoint, from which a run resumes with all rows before it."""
-        if self.tensorboard:
-            self.tensorboard.flush()
-
     def __exit__(self, kind: type | None, *error: Any) -> None:
         self.progress_bar.__exit__(kind, *error)
         if self.tensorboard:
-            self.tensorboard.flush()
+            self.tensorboard.close()
         if self.plot and kind is None:
             self.plot.finish()
         if self.wandb and kind is None:
@@ -157,12 +152,12 @@ class TensorBoard:
             ) from None
         self.run, self.writer_class, self.failed = run, SummaryWriter, False
         self.first_step = state.step + state.evaluated  # the first whose evaluation is not written yet
-        self.writer: Any = None  # made after an older run's folder has been renamed
+        self.writer: Any = None  # opened after an older run's folder has been renamed
 
     def add(self, step: int, scalars: dict[str, float]) -> None:
         if self.failed:
             return
-        with self.report_failure():
+        try:
             if self.writer is None:
                 self.writer = self.writer_class(self.run.path / TENSORBOARD, purge_step=self.first_step)
                 row = self.run.resumed_row
@@ -170,19 +165,14 @@ class TensorBoard:
                     scalars = {name: float(row[name]) for name in STEP_SCALARS if row.get(name)} | scalars
             for name, value in scalars.items():
                 self.writer.add_scalar(name, value, step)
-
-    def flush(self) -> None:
-        if self.writer and not self.failed:
-            with self.report_failure():
-                self.writer.flush()
-
-    @contextmanager
-    def report_failure(self) -> Iterator[None]:
-        try:
-            yield
+            self.writer.flush()
         except Exception as error:
             log.info(f"note     {TENSORBOARD} takes no more ({error}); the run goes on without")
             self.failed = True
+
+    def close(self) -> None:
+        if self.writer and not self.failed:
+            self.writer.close()
 
 
 def has_matplotlib(config: TrainConfig) -> bool:
