@@ -23,11 +23,8 @@ from distrogpt.training.logger import TrainLogger
 from distrogpt.training.run_directory import RunDirectory
 from distrogpt.training.state import TrainState
 
+OUT_DIR = {"dir": ".", "prefix": "out-bench-"}
 ALL_LOGS = {"log_interval": 1, "tensorboard_log": True, "loss_plot": True}
-
-
-def temporary_out_dir() -> tempfile.TemporaryDirectory:
-    return tempfile.TemporaryDirectory(dir=".", prefix="out-bench-")
 
 
 def bench_checkpoint(config: BenchConfig, runtime: Runtime, training_step: TrainingStep) -> dict[str, Any]:
@@ -48,7 +45,7 @@ def bench_checkpoint(config: BenchConfig, runtime: Runtime, training_step: Train
     state.val_loss = 3.0  # as after an evaluation
     with (
         contextlib.redirect_stdout(io.StringIO()),
-        temporary_out_dir() as out_dir,
+        tempfile.TemporaryDirectory(**OUT_DIR) as out_dir,
         RunDirectory(replace(config, out_dir=out_dir), runtime) as run,
     ):
         for _ in range(config.rounds):
@@ -65,9 +62,8 @@ def bench_checkpoint(config: BenchConfig, runtime: Runtime, training_step: Train
     result: dict[str, Any] = {name: spread(values) for name, values in costs.items()}
     wait, lost, write = (result[name]["median"] for name in costs)
     print(f"writes   {size / 1e6:,.0f} MB; the step waits {wait:.2f} s for the copy")
-    print(
-        f"lost     {lost:.2f} s a checkpoint, slower steps included: {lost / (250 * step):.2%} of 250 steps"
-    )
+    share = f"{lost / (250 * step):.2%} of 250 steps"
+    print(f"lost     {lost:.2f} s a checkpoint, slower steps included: {share}")
     print(f"         {write:.2f} s, or {write / (250 * step):.2%}, if steps waited for the disk")
     return {**result, "bytes": size, "step": step}
 
@@ -85,7 +81,7 @@ def bench_logs(config: BenchConfig, runtime: Runtime, training_step: TrainingSte
 
     with (
         contextlib.redirect_stdout(io.StringIO()),
-        temporary_out_dir() as out_dir,
+        tempfile.TemporaryDirectory(**OUT_DIR) as out_dir,
         RunDirectory(replace(config, out_dir=out_dir), runtime) as run,
         TrainLogger(run.config, runtime, run, state, trainer.model) as logger,
     ):

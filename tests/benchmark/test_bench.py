@@ -123,8 +123,8 @@ def test_others_are_timed_in_turns_and_the_results_written(against, dataset, tmp
     found = json.loads((tmp_path / "found.json").read_text())
     assert set(found["steps"]) == {"ours", name} and found["torch"] == torch.__version__
     assert found["settings"]["n_embd"] == 16 and "cpu" in found["device"]
-    told = float(re.search(r"^ratio +(\d+\.\d+) times", done.stdout, re.M)[1])
-    assert told == pytest.approx(found["ratio"]["median"], abs=0.01)
+    printed = float(re.search(r"^ratio +(\d+\.\d+) times", done.stdout, re.M)[1])
+    assert printed == pytest.approx(found["ratio"]["median"], abs=0.01)
     times = found["steps"]
     assert times["ours"]["low"] <= times["ours"]["median"] <= times["ours"]["high"]
     assert times["ours"]["tokens_per_second"] == pytest.approx(64 / times["ours"]["median"])
