@@ -125,7 +125,7 @@ class BatchTrials:
             if self.accumulates(batch):
                 for p in self.trainer.model.parameters():
                     p.grad = torch.zeros_like(p)
-            seconds.append(seconds_of(self.trainer, len(seconds), runtime=self.runtime))
+            seconds.append(seconds_of(self.trainer, runtime=self.runtime))
         return statistics.median(seconds[1:])
 
     def attempt(self, batch: int) -> Trial:

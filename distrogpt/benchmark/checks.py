@@ -79,9 +79,11 @@ def not_finite(model: torch.nn.Module) -> float:
     return 0.0 if finite else 1.0
 
 
-def small_model(network: dict[str, Any], device: torch.device) -> GPT:
+def small_model(network: dict[str, Any], device: torch.device | None = None) -> GPT:
+    """On its device with its device's layers; None: as model.py has it."""
     torch.manual_seed(0)
-    return to_device(GPT(GPTConfig(**SMALL, **network)), device)
+    model = GPT(GPTConfig(**SMALL, **network))
+    return model if device is None else to_device(model, device)
 
 
 def make_batch(seed: int, device: torch.device, length: int = SMALL["block_size"]) -> MicroBatch:
@@ -134,7 +136,7 @@ def processor_name() -> str:
 
 
 def check_network(config: BenchConfig, runtime: Runtime, _: TrainingStep) -> list[Row]:
-    """Logits, loss and gradients against fp32 on the CPU."""
+    """Logits, loss and gradients against model.py's plain layers in fp32 on the CPU."""
 
     def run(model: GPT, dtype: torch.dtype) -> tuple[torch.Tensor, float, torch.Tensor]:
         on = replace(runtime, device=next(model.parameters()).device, dtype=dtype)
@@ -147,7 +149,7 @@ def check_network(config: BenchConfig, runtime: Runtime, _: TrainingStep) -> lis
 
     rows = []
     for name, network in NETWORKS.items():
-        logits, loss, gradients = run(small_model(network, torch.device("cpu")), torch.float32)
+        logits, loss, gradients = run(small_model(network), torch.float32)
         for dtype, limit in ((torch.float32, 1e-4), (torch.bfloat16, 3e-2)):
             result = run(small_model(network, runtime.device), dtype)
             kind = f"{name}, {timing.dtype_name(dtype)}"
@@ -330,11 +332,11 @@ def check_synchronize(config: BenchConfig, runtime: Runtime, training_step: Trai
     batches = trainer.batches.current[:1]
     x, y, *_ = batches[0]
 
-    def reading(number: int) -> None:
+    def reading() -> None:
         for _ in range(5):
             trainer.train(batches)
 
-    def without_reading(number: int) -> None:
+    def without_reading() -> None:
         for _ in range(5):
             with runtime.autocast():
                 _, loss = trainer.model(x, y, return_logits=False)
@@ -358,8 +360,8 @@ def check_memory(config: BenchConfig, runtime: Runtime, training_step: TrainingS
     """The peak memory of three training steps, next to the planner's figure."""
     config = replace(config, batch_size=config.batch_size or 1, gradient_accumulation_steps=1, compile=False)
     trainer = Trainer(training_step, config, timing.open_data(config), runtime)
-    for number in range(3):
-        trainer(number)
+    for _ in range(3):
+        trainer()
     measured = timing.peak_memory(runtime)  # before the planner counts, which needs memory of its own
     on_gpu, half = runtime.device.type != "cpu", runtime.dtype != torch.float32
     counts = count(trainer.model.config, config, half, on_gpu)

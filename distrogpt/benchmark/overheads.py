@@ -31,7 +31,7 @@ def bench_checkpoint(config: BenchConfig, runtime: Runtime, training_step: Train
     """What a checkpoint costs: the step that waits for the copy, and slower steps while it is written."""
     trainer = Trainer(training_step, config, open_data(config), runtime)
     times = alternate({"ours": trainer}, config.warmup_steps, config.bench_steps, runtime)["ours"]
-    step, number = statistics.median(times), config.bench_steps
+    step = statistics.median(times)
     costs: dict[str, list[float]] = {"wait": [], "lost": [], "write": []}
     print(f"step     {step * 1000:,.1f} ms median, {trainer.model.get_num_params(False):,} parameters")
 
@@ -49,14 +49,14 @@ def bench_checkpoint(config: BenchConfig, runtime: Runtime, training_step: Train
         RunDirectory(replace(config, out_dir=out_dir), runtime) as run,
     ):
         for _ in range(config.rounds):
-            begin, first = time.perf_counter(), number
+            begin, n_steps = time.perf_counter(), 0
             run.save(trainer.model, trainer.optimizers, trainer.scaler, state)
             costs["wait"].append(time.perf_counter() - begin)
             while run.saving():
-                trainer(number)
+                trainer()
                 synchronize(runtime)
-                number += 1
-            costs["lost"].append(time.perf_counter() - begin - (number - first) * step)
+                n_steps += 1
+            costs["lost"].append(time.perf_counter() - begin - n_steps * step)
             costs["write"].append(seconds_of(write_alone, Path(out_dir) / "alone.pt", runtime=runtime))
         size = (Path(out_dir) / NEWEST).stat().st_size
     result: dict[str, Any] = {name: spread(values) for name, values in costs.items()}
@@ -85,10 +85,10 @@ def bench_logs(config: BenchConfig, runtime: Runtime, training_step: TrainingSte
         RunDirectory(replace(config, out_dir=out_dir), runtime) as run,
         TrainLogger(run.config, runtime, run, state, trainer.model) as logger,
     ):
-        for number in range(config.warmup_steps):
-            trainer(number)
-        for number in range(config.bench_steps):
-            steps.append(seconds_of(trainer, number, runtime=runtime))
+        for _ in range(config.warmup_steps):
+            trainer()
+        for _ in range(config.bench_steps):
+            steps.append(seconds_of(trainer, runtime=runtime))
             lines.append(seconds_of(log, None, runtime=runtime))
         lines.append(seconds_of(logger.flush, runtime=runtime))
         begin = os.times()

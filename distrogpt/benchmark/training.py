@@ -53,7 +53,7 @@ class Trainer:
         settings = (self.config.grad_clip, self.runtime)
         return self.training_step(self.model, self.optimizers, self.scaler, batches, *settings)
 
-    def __call__(self, number: int) -> Any:
+    def __call__(self) -> Any:
         return self.train(self.batches)
 
 
@@ -93,8 +93,8 @@ def profile(step: timing.Step, runtime: Runtime) -> None:
     if runtime.device.type == "cuda":
         activities, order = [*activities, ProfilerActivity.CUDA], "self_cuda_time_total"
     with torch.profiler.profile(activities=activities) as profiler:
-        for number in range(3):
-            step(number)
+        for _ in range(3):
+            step()
         timing.synchronize(runtime)
     print(profiler.key_averages().table(sort_by=order, row_limit=15, max_name_column_width=40))
     with writable(TRACE) as file:
@@ -108,8 +108,8 @@ def bench_step(config: BenchConfig, runtime: Runtime, training_step: TrainingSte
     trainer = Trainer(training_step, config, data, runtime)
     model, steps, memory = trainer.model, {"ours": trainer}, None
     if config.against:
-        for number in range(2):  # the peak of our model alone, before the baseline is built
-            trainer(number)
+        for _ in range(2):  # the peak of our model alone, before the baseline is built
+            trainer()
         memory = timing.peak_memory(runtime)
         name = baseline_name(config.against)
         steps[name] = baseline_trainer(config, data, model.config.vocab_size, runtime)

@@ -169,8 +169,8 @@ enable_onednn_float32(runtime)
 data = Dataset([Part("random ids", 1.0, Path(), GPT2_META, {"train": RandomStream(50257, 10_000)})])
 before = resident("VmRSS")
 trainer = Trainer(training_step, config, data, runtime)
-for number in range(3):
-    trainer(number)
+for _ in range(3):
+    trainer()
 print(resident("VmHWM") - before)
 """
 
