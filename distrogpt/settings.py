@@ -233,7 +233,6 @@ class PlotConfig(Settings):
     output: str = setting("compare.png", "file of the picture: .png, .svg, .pdf", path=True)
     baseline_loss: float | None = BASELINE_LOSS
     baseline_hellaswag: float | None = BASELINE_HELLASWAG
-    follow: bool = setting(False, "redraw OUT_DIR/loss.png at each line on stdin, as train.py asks for it")
 
 
 # those of SampleConfig on which a sample's text depends, beside its model and prompt, and how it is shown

@@ -21,7 +21,7 @@ from distrogpt.benchmark.plan import (
     count,
     data_rates,
     exchange,
-    find_place,
+    find_hardware,
     memory,
     plan,
     planned_shape,
@@ -49,7 +49,7 @@ def counted(*flags: str, half: bool = False, on_gpu: bool = True):
     """The settings, the place and the counts of a plan."""
     config = read_settings(BenchConfig, [*GPT2, "--gpu=h100", *flags])
     config, shape, _ = planned_shape(config)
-    return config, find_place(config, CPU), count(shape, config, half, on_gpu)
+    return config, find_hardware(config, CPU), count(shape, config, half, on_gpu)
 
 
 def planned(capsys, *flags: str):
@@ -147,26 +147,30 @@ def test_memory_of_variants():
 # start_runtime, by which glibc keeps what is freed, and holes whose sizes differ from run to run by a fifth
 STEPS = """
 import sys
-import bench
-from distrogpt.benchmark import timing
+from pathlib import Path
+import torch
 from configurator import read_settings
+from distrogpt.benchmark.timing import RandomStream
+from distrogpt.benchmark.training import Trainer
+from distrogpt.data.dataset import Dataset, Part
+from distrogpt.data.meta import GPT2_META
 from distrogpt.hardware import find_dtype
 from distrogpt.runtime import Runtime, enable_onednn_float32
 from distrogpt.settings import BenchConfig
+from train import training_step
 
 def resident(key):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
 
 config = read_settings(BenchConfig, sys.argv[1:])
-place = bench.torch.device("cpu")
-runtime = Runtime(place, find_dtype(config.dtype, place))
+device = torch.device("cpu")
+runtime = Runtime(device, find_dtype(config.dtype, device))
 enable_onednn_float32(runtime)
-stream = {"train": timing.RandomStream(50257, 10_000)}
-data = bench.Dataset([timing.Part("random ids", 1.0, timing.Path(), timing.GPT2_META, stream)])
+data = Dataset([Part("random ids", 1.0, Path(), GPT2_META, {"train": RandomStream(50257, 10_000)})])
 before = resident("VmRSS")
-_, _, step = bench.our_step(config, data, runtime)
+trainer = Trainer(training_step, config, data, runtime)
 for number in range(3):
-    step(number)
+    trainer(number)
 print(resident("VmHWM") - before)
 """
 
@@ -188,11 +192,11 @@ def test_planned_memory_is_what_training_takes_here(flags):
     assert made.returncode == 0, made.stderr
     config = read_settings(BenchConfig, ["--plan=True", "--real_data=False", *words])
     config, shape, _ = planned_shape(config)
-    place = find_place(config, CPU, peak=1e12)._replace(is_cpu=False)  # without room for such holes
+    place = find_hardware(config, CPU, peak=1e12)._replace(is_cpu=False)  # without room for such holes
     split = Split(1, config.batch_size, config.gradient_accumulation_steps)
-    split = split._replace(again=config.activation_checkpointing)
+    split = split._replace(recompute=config.activation_checkpointing)
     told = memory(count(shape, config, False, False), place, split)["peak"] + LIBRARIES
-    told += COMPILER * split.again
+    told += COMPILER * split.recompute
     assert told == pytest.approx(int(made.stdout.split()[-1]), rel=0.25)
 
 
@@ -239,7 +243,7 @@ def test_sequences_are_shared_out():
 def test_the_batch_shrinks_until_it_fits_and_then_other_ways_are_taken(capsys):
     config, place, counts = counted()
     tight = place._replace(memory=6 * 2**30)
-    split = settle(config, counts, tight, 8, False, False)
+    split = settle(config, counts, tight, Split(8, 1, 1))
     assert split.B < 12 and split.sequences == 480
     assert memory(counts, tight, split)["fits"] and not memory(counts, tight, split._replace(B=12))["fits"]
     xl = ("--init_from=gpt2-xl", "--gpu=a100-40gb", "--gradient_accumulation_steps=8", "--batch_size=4")

@@ -148,7 +148,7 @@ def test_a_mixture_goes_on_bit_for_bit_and_its_checkpoint_is_read(dataset, other
     assert find_tokenizer(contents, 100, "it").describe()["chars"]
     planned = read_settings(BenchConfig, [flags[0], "--plan=True"])
     assert planned_shape(planned)[1].vocab_size == open_dataset(config_of(*flags)).meta["vocab_size"]
-    from bench import open_data
+    from distrogpt.benchmark.timing import open_data
 
     assert len(open_data(read_settings(BenchConfig, [*TINY, flags[0]])).parts) == 2
 
