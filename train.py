@@ -40,11 +40,8 @@ from model import GPT
 
 
 class TrainResult(NamedTuple):
-    """What `train` returns; `losses` has a dict with step, train and val for each evaluation, or with what
-    eval_splits says; best_val_loss is train's if that alone is measured.
-
-    If they are known: bits_per_byte, and val/NAME of each part of a mixture.
-    """
+    """`losses` has a dict for each evaluation: step, the losses of the eval_splits, bits_per_byte if known, and
+    val/NAME of each part of a mixture. best_val_loss is train's if that alone is evaluated."""
 
     model: GPT
     iter_num: int
@@ -128,7 +125,6 @@ def train(
 
                 # save after an evaluation, at intervals, and before the run stops
                 if state.save_due(config):
-                    logger.flush()  # all that is logged up to this step is on disk before its checkpoint
                     run.save(model, optimizers, scaler, state)
                 if config.eval_only or state.stop_requested or state.finished(config):
                     break
@@ -142,6 +138,7 @@ def train(
                 state.sync(runtime, stop_requested=signals.requested() or batches.error is not None)
                 logger.log_step(step.loss, step.grad_norm, lr, step.applied)
                 run.report_save()
+            run.finish()  # while signals are still collected: none may end the last save
     del replica  # if DDP is the last to hold the ranks' group, it may end it with Python locked, and hang
     stop_runtime()
     if batches.error or evaluator.error:

@@ -340,7 +340,7 @@ class EvalConfig(Settings):
     init_from: str = INIT_FROM
     out_dir: str = OUT_DIR
     tasks: str = setting(
-        "auto", "some of loss, hellaswag, choice, accuracy, next; auto: accuracy if loss_after, else loss"
+        "auto", f"some of {', '.join(EVAL_TASKS)}; auto: accuracy if trained with loss_after, else loss"
     )
     batch_size: int | None = setting(None, "per batch; None is 16 sequences or questions, 256 lines", min=1)
     max_items: int | None = setting(None, "evaluate only the first N lines or questions; None is all", min=1)

@@ -153,11 +153,13 @@ def test_mistakes_in_one_line(flag, message):
     [
         ("--n_embd=100", "n_embd=100 is not divisible by n_head=12; change one"),
         ("--n_kv_head=5", "n_kv_head=5 does not divide n_head=12; change one"),
+        ("--n_embd=36 --rotary=True", "n_embd/n_head=3 must be even; change one"),
     ],
 )
 def test_a_network_that_cannot_be_built_is_refused_in_one_line(flag, message, dataset, tmp_path):
     out_dir = tmp_path / "out"
-    assert_user_error(run_here("train.py", flag, f"--dataset={dataset}", f"--out_dir={out_dir}"), message)
+    flags = [*flag.split(), f"--dataset={dataset}", f"--out_dir={out_dir}"]
+    assert_user_error(run_here("train.py", *flags), message)
     assert not out_dir.exists()
 
 

@@ -77,7 +77,7 @@ class Evaluator:
             results = mean_losses(self.data, {split: [loss for loss, _ in parts[split]] for split in splits})
             if isinstance(model, FSDPModule):  # tasks call its methods, not its forward alone
                 model.unshard()
-            results |= self.scores(model, lambda: self.runtime.all_reduce_sum(stop_requested())[0] > 0)
+            results |= self.accuracies(model, lambda: self.runtime.all_reduce_sum(stop_requested())[0] > 0)
         except EvaluationStopped:
             results = None
         if isinstance(model, FSDPModule):
@@ -132,32 +132,28 @@ class Evaluator:
             sums[i, 1] = count
         return tuple(runtime.all_reduce_sum(*sums.cpu().double().sum(dim=0).tolist()))
 
-    def scores(self, model: GPT, stop_requested: StopCheck) -> dict[str, float]:
+    def accuracies(self, model: GPT, stop_requested: StopCheck) -> dict[str, float]:
         """hellaswag and accuracy; `stop_requested` has to return the same on all ranks."""
-        runtime, B, scores = self.task_runtime, self.config.batch_size, {}
+        runtime, B, results = self.task_runtime, self.config.batch_size, {}
         if self.config.eval_hellaswag:
             chosen = answer_multiple_choice(model, self.questions, runtime, B, stop_requested)
             labels = [question.label for question in self.questions]
-            scores["hellaswag"] = float(np.mean(chosen[:, 1] == labels))
+            results["hellaswag"] = float(np.mean(chosen[:, 1] == labels))
         if self.config.eval_accuracy:
             answers = answer_problems(model, self.data, self.problems, runtime, 4 * B, stop_requested)
             right = [answer == problem.answer for answer, problem in zip(answers, self.problems, strict=True)]
-            scores["accuracy"] = float(np.mean(right))
+            results["accuracy"] = float(np.mean(right))
         if self.config.eval_samples:
             self.log_samples(model)
-        return scores
+        return results
 
     def log_samples(self, model: GPT) -> None:
         """Log eval_samples texts that begin with sample_start, drawn alike at each evaluation."""
         config, n = self.config, self.config.eval_samples
         uniforms = uniform_noise(config.seed, n, config.sample_tokens)
-        prompts, params, vocab_size = (
-            [torch.tensor(self.prompt)],
-            SamplingParams(0.8, 200),
-            self.data.meta["vocab_size"],
-        )
+        prompts, vocab_size = [torch.tensor(self.prompt)], self.data.meta["vocab_size"]
         with self.runtime.autocast():
-            steps = stream(model, prompts, params, uniforms, vocab_size, graph=False)
+            steps = stream(model, prompts, SamplingParams(0.8, 200), uniforms, vocab_size, graph=False)
             ids = torch.cat([step.ids for step in steps], dim=1)  # (n, sample_tokens)
         for number, row in enumerate(ids.tolist(), 1):
             log.info(f"sample {number}: {config.sample_start}{self.tokenizer.decode(row)}")

@@ -21,21 +21,15 @@ from distrogpt.plotting import PICTURE
 from distrogpt.runtime import Runtime, progress_bar
 from distrogpt.settings import TrainConfig
 from distrogpt.training.guards import LossSpikeDetector
-from distrogpt.training.run_directory import TENSORBOARD, RunDirectory
+from distrogpt.training.run_directory import COLUMNS, TENSORBOARD, RunDirectory
 from distrogpt.training.state import TrainState
 from model import GPT
 
 log = logging.getLogger("distrogpt")
 
-COLUMN_OF = {  # in log.csv, by the name in an evaluation
-    "train": "train_loss",
-    "val": "val_loss",
-    "bits_per_byte": "val_bits_per_byte",
-    "hellaswag": "hellaswag",
-    "accuracy": "accuracy",
-}
-BUSY = "note     other programs use the cores: steps take longer, and threads sleep while they wait"
+COLUMN_OF = {"train": "train_loss", "val": "val_loss", "bits_per_byte": "val_bits_per_byte"}  # of log.csv
 STEP_SCALARS = ("loss", "lr", "grad_norm", "mfu", "tokens_per_second")
+BUSY = "note     other programs use the cores: steps take longer, and threads sleep while they wait"
 
 
 class TrainLogger:
@@ -104,13 +98,12 @@ class TrainLogger:
         step = self.state.step
         if losses:
             self.history.append({"step": step, **losses})
-            self.row |= {column: losses[name] for name, column in COLUMN_OF.items() if name in losses}
+            columns = {COLUMN_OF.get(name, name): value for name, value in losses.items()}
+            self.row |= {name: value for name, value in columns.items() if name in COLUMNS}
             self.scalars |= scalar_names(losses)
-            for line in compare_with_published(self.config, losses):
-                log.info(f"step {step}: {line}")
+            log_comparison(self.config, step, losses)
         if self.row:
-            if self.run.writes:
-                self.run.append_log({"step": step, **self.row})
+            self.run.append_log({"step": step, **self.row})
             if self.wandb:
                 self.wandb.log(self.scalars, step=step)
             if self.tensorboard:
@@ -123,15 +116,10 @@ class TrainLogger:
                 self.on_evaluation(self.history)
             self.reset_clock()
 
-    def flush(self) -> None:
-        """Before a checkpoint, from which a run resumes with all rows before it."""
-        if self.tensorboard:
-            self.tensorboard.flush()
-
     def __exit__(self, kind: type | None, *error: Any) -> None:
         self.progress_bar.__exit__(kind, *error)
         if self.tensorboard:
-            self.tensorboard.flush()
+            self.tensorboard.close()
         if self.plot and kind is None:
             self.plot.finish()
         if self.wandb and kind is None:
@@ -164,32 +152,27 @@ class TensorBoard:
             ) from None
         self.run, self.writer_class, self.failed = run, SummaryWriter, False
         self.first_step = state.step + state.evaluated  # the first whose evaluation is not written yet
-        self.writer: Any = None  # made when an older run's folder has been renamed
+        self.writer: Any = None  # opened after an older run's folder has been renamed
 
     def add(self, step: int, scalars: dict[str, float]) -> None:
-        self.attempt(self.add_scalars, step, scalars)
-
-    def add_scalars(self, step: int, scalars: dict[str, float]) -> None:
-        if self.writer is None:
-            self.writer = self.writer_class(str(self.run.path / TENSORBOARD), purge_step=self.first_step)
-            row = self.run.resumed_row
-            if row.get("step") == str(self.first_step):  # it stays in log.csv, but is purged here
-                scalars = {name: float(row[name]) for name in STEP_SCALARS if row.get(name)} | scalars
-        for name, value in scalars.items():
-            self.writer.add_scalar(name, value, step)
-
-    def flush(self) -> None:
-        if self.writer:
-            self.attempt(self.writer.flush)
-
-    def attempt(self, function: Callable[..., object], *args: Any) -> None:
         if self.failed:
             return
         try:
-            function(*args)
+            if self.writer is None:
+                self.writer = self.writer_class(self.run.path / TENSORBOARD, purge_step=self.first_step)
+                row = self.run.resumed_row
+                if row.get("step") == str(self.first_step):  # it stays in log.csv, but is purged here
+                    scalars = {name: float(row[name]) for name in STEP_SCALARS if row.get(name)} | scalars
+            for name, value in scalars.items():
+                self.writer.add_scalar(name, value, step)
+            self.writer.flush()
         except Exception as error:
             log.info(f"note     {TENSORBOARD} takes no more ({error}); the run goes on without")
             self.failed = True
+
+    def close(self) -> None:
+        if self.writer and not self.failed:
+            self.writer.close()
 
 
 def has_matplotlib(config: TrainConfig) -> bool:
@@ -205,8 +188,8 @@ class LossPlot:
     def __init__(self, config: TrainConfig) -> None:
         plot = Path(__file__).resolve().parents[2] / "plot.py"
         self.command = [sys.executable, str(plot), config.out_dir, f"--output={config.out_dir}/{PICTURE}"]
-        self.command.append(f"--baseline_loss={config.baseline_loss}")
-        self.command.append(f"--baseline_hellaswag={config.baseline_hellaswag}")
+        for name in ("baseline_loss", "baseline_hellaswag"):
+            self.command.append(f"--{name}={getattr(config, name)}")
         self.process: subprocess.Popen | None = None
         self.outdated = False
 
@@ -221,10 +204,9 @@ class LossPlot:
         options: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         options["env"] = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         if os.name == "nt":
-            options["creationflags"] = (
-                subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.BELOW_NORMAL_PRIORITY_CLASS
-            )
-        elif sys.version_info >= (3, 11):  # Ctrl-C in the terminal is not for it
+            new_group, low = subprocess.CREATE_NEW_PROCESS_GROUP, subprocess.BELOW_NORMAL_PRIORITY_CLASS
+            options["creationflags"] = new_group | low
+        elif sys.version_info >= (3, 11):  # in another group, it gets no Ctrl-C from the terminal
             options["process_group"] = 0
         with suppress(OSError):
             self.process = subprocess.Popen(self.command, **options)
@@ -232,7 +214,7 @@ class LossPlot:
                 os.setpriority(os.PRIO_PROCESS, self.process.pid, 19)
 
     def finish(self, seconds: float = 5.0) -> None:
-        """Wait for the last drawing, of the whole log."""
+        """Wait for the drawing of the whole log."""
         end = time.monotonic() + seconds
         with suppress(subprocess.TimeoutExpired):
             while self.process:
@@ -248,15 +230,12 @@ def scalar_names(losses: Losses) -> dict[str, float]:
     return {scores.get(name, f"{name}/loss"): value for name, value in losses.items()}
 
 
-def compare_with_published(config: TrainConfig, losses: Losses) -> list[str]:
-    """How an evaluation compares with the published levels, in words."""
-    levels = {
-        "train": ("train loss", config.baseline_train_loss),
-        "val": ("val loss", config.baseline_loss),
-        "hellaswag": ("HellaSwag", config.baseline_hellaswag),
-    }
-    return [
-        f"{words} {losses[name]:.4f}, published {level:g} ({losses[name] - level:+.4f})"
-        for name, (words, level) in levels.items()
-        if level is not None and name in losses
-    ]
+def log_comparison(config: TrainConfig, step: int, losses: Losses) -> None:
+    """Log how an evaluation compares with published results."""
+    published = {"train": config.baseline_train_loss, "val": config.baseline_loss}
+    published["hellaswag"] = config.baseline_hellaswag
+    words = {"train": "train loss", "val": "val loss", "hellaswag": "HellaSwag"}
+    for name, level in published.items():
+        if level is not None and name in losses:
+            value = losses[name]
+            log.info(f"step {step}: {words[name]} {value:.4f}, published {level:g} ({value - level:+.4f})")

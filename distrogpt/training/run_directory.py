@@ -1,4 +1,4 @@
-"""What a run writes into out_dir.
+"""The files of a run in out_dir.
 
 ckpt.pt              the best checkpoint so far, or each evaluation's with always_save_checkpoint
 last.pt              the newest one, from which training resumes
@@ -91,8 +91,8 @@ class RunDirectory:
             )
             raise UserError(message) from None
         except OSError as error:
-            reason = error.strerror
-            raise UserError(f"out_dir={self.path} cannot be written ({reason}); choose another") from None
+            message = f"out_dir={self.path} cannot be written ({error.strerror}); choose another"
+            raise UserError(message) from None
 
     def read_owner(self) -> tuple[str, str]:
         """The process that writes here or was the last to do so, and its run, "" if that has no files yet."""
@@ -126,14 +126,12 @@ class RunDirectory:
         self.best_val_loss = float(checkpoint.get("best_val_loss", math.inf))
         self.header = header | {"run_id": self.run_id}
         if self.writes and (checkpoint or self.restarted_id):
-            self.resume_at(step)
+            self.take_ownership()
+            self.move_aside([path for path in self.path.glob(HISTORY) if int(path.stem[5:]) > step])
+            self.cut_log(step)
 
-    def resume_at(self, step: int) -> None:
-        """What is here is this run's, up to `step`: the rest of log.csv is cut, as those steps are repeated,
-        and later files of the history are renamed."""
-        self.owned = True
-        self.write_owner(self.owner_line())
-        self.move_aside([path for path in self.path.glob(HISTORY) if int(path.stem[5:]) > step])
+    def cut_log(self, step: int) -> None:
+        """Remove the rows after `step`, as those steps are repeated."""
         path = self.path / LOG
         text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
         lines = [line.split(",") for line in text.split("\n")[:-1]]  # without a line that was cut off
@@ -142,7 +140,7 @@ class RunDirectory:
         names = lines[0] if lines[0][0] == "step" else COLUMNS  # those of older versions are fewer
         rows = [dict(zip(names, line, strict=True)) for line in lines if len(line) == len(names)]
         by_step = {int(row["step"]): row for row in rows if row["step"].isdecimal()}
-        self.rows = [row for _, row in sorted(by_step.items()) if int(row["step"]) < step]
+        self.rows = [by_step[number] for number in sorted(by_step) if number < step]
         self.resumed_row = by_step.get(step, {})
         self.rewrite_log()
 
@@ -151,17 +149,16 @@ class RunDirectory:
         text = ",".join(COLUMNS) + "\n" + "".join(map(csv_line, rows))
         atomic_write(lambda file: file.write(text.encode()), self.path / LOG)
 
-    def owner_line(self) -> str:
-        return f"run {self.run_id}, job {job_name()}"
+    def take_ownership(self) -> None:
+        self.owned = True
+        self.write_owner(f"run {self.run_id}, job {job_name()}")
 
     def claim(self) -> None:
-        """Rename another run's files before the first of this one, so that nothing is lost by a start in the
-        wrong folder."""
+        """Rename another run's files before the first of this one, so that a start too many loses nothing."""
         if not self.owned:
-            self.owned = True
             names = (BEST, NEWEST, LOG, TENSORBOARD, PICTURE)
             self.move_aside([*(self.path / name for name in names), *self.path.glob(HISTORY)])
-            self.write_owner(self.owner_line())
+            self.take_ownership()
 
     def move_aside(self, paths: list[Path]) -> None:
         """Rename files to *.previous-1.* or the next number. Raises MachineError."""
@@ -178,6 +175,8 @@ class RunDirectory:
 
     def append_log(self, row: dict[str, Any]) -> None:
         """Add a row to log.csv. A full disk is reported once, and the run continues without the row."""
+        if not self.writes:
+            return
         self.claim()
         if str(row["step"]) == self.resumed_row.get("step"):  # the run was stopped before it was evaluated
             self.resumed_row |= {name: str(value) for name, value in row.items()}
@@ -259,26 +258,33 @@ class RunDirectory:
         else:
             log.info(self.save_result)
 
+    def finish(self) -> None:
+        """Wait for the last save. Raises MachineError if the newest checkpoint could not be written."""
+        self.join_save()
+        if self.save_error:
+            raise MachineError(f"{self.save_error}; make room, and resume from it")
+
+    def join_save(self) -> None:
+        if self.save_thread:
+            self.save_thread.join()
+            if not self.save_error:
+                self.report_save()
+
     def diverged_error(self, step: int) -> Diverged:
         return diverged_error(step, self.path if self.owned else None)
 
     def __exit__(self, kind: type | None, *_: object) -> None:
-        """Raises MachineError if the newest checkpoint could not be written."""
-        if self.save_thread and kind is not KeyboardInterrupt:
-            self.save_thread.join()
-            if not self.save_error:
-                self.report_save()
+        if kind is not KeyboardInterrupt:
+            self.join_save()
         if not self.writes:
             return
         if self.log_file:
             self.log_file.close()
-        if kind and self.created and {path.name for path in self.path.iterdir()} <= {LOCK, OWNER}:
-            for path in self.path.iterdir():  # a start that failed leaves nothing
+        if kind and self.created and {path.name for path in self.path.glob("*")} == {LOCK, OWNER}:
+            for path in self.path.glob("*"):  # a start that failed leaves nothing
                 path.unlink()
             self.path.rmdir()
         self.file_lock.release()
-        if kind is None and self.save_error:
-            raise MachineError(f"{self.save_error}; make room, and resume from it")
 
 
 def csv_line(row: dict[str, Any]) -> str:

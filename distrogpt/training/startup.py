@@ -47,11 +47,10 @@ def resolve_max_iters(config: TrainConfig, data: Dataset) -> TrainConfig:
     """The settings with max_iters for max_epochs passes over this data. Raises UserError."""
     if config.max_epochs is None or "train" not in data.parts[0].streams:
         return config
-    samples = Fraction(str(config.max_epochs)) * samples_per_epoch(
-        data, config
-    )  # as a float, 0.1 is too large
+    epochs = Fraction(str(config.max_epochs))  # exact: as a float, 0.1 is too large
+    steps = math.ceil(epochs * samples_per_epoch(data, config) / samples_per_step(config))
     try:
-        return replace(config, max_iters=math.ceil(samples / samples_per_step(config)))
+        return replace(config, max_iters=steps)
     except ValueError as error:
         raise UserError(f"max_epochs={config.max_epochs:g}: {error}; lower it") from None
 
@@ -80,8 +79,8 @@ def checkpoint_to_resume(config: TrainConfig, restarted_id: str | None) -> tuple
 
 
 def new_model_config(config: TrainConfig, meta: dict[str, Any]) -> GPTConfig:
-    """The shape of a new model. GPT-2's vocabulary is padded to GPTConfig's, which GPUs multiply faster. Raises
-    UserError if the settings do not fit together."""
+    """The shape of a new model; GPT-2's vocabulary is padded to GPTConfig's, which GPUs multiply faster.
+    Raises UserError if the settings do not fit together."""
     shape = {name: value for name, value in asdict(config).items() if name in asdict(GPTConfig())}
     vocab_size = GPTConfig.vocab_size if meta["vocab_size"] == 50257 else meta["vocab_size"]
     try:
@@ -163,18 +162,16 @@ def checkpoint_header(config: TrainConfig, data: Dataset) -> dict[str, Any]:
 
 
 def fingerprint(data: Dataset) -> dict[str, list[int]]:
-    """The length of each split and a checksum of some of its ids: whether the data is the same. For a
-    mixture, that of each part by its number, and its weight in millionths."""
-    checksums = {}
+    """Length and checksum of some ids of each split, to see whether the data is the same; for a mixture, of
+    each part by its number, with its weight in millionths."""
+    entries = {}
     for number, part in enumerate(data.parts):
         for split, stream in part.streams.items():
             ids = stream.windows(np.linspace(0, len(stream) - 1, 256).astype(np.int64), 1)
-            checksum = [len(stream), zlib.crc32(ids.tobytes())]
-            if len(data.parts) == 1:
-                checksums[split] = checksum
-            else:
-                checksums[f"{split} {number}"] = [*checksum, round(part.weight * 1e6)]
-    return checksums
+            entries[f"{split} {number}"] = [len(stream), zlib.crc32(ids.tobytes()), round(part.weight * 1e6)]
+    if len(data.parts) == 1:
+        return {name.partition(" ")[0]: entry[:2] for name, entry in entries.items()}
+    return entries
 
 
 def same_data(one: dict[str, list[int]], other: dict[str, list[int]]) -> bool:
@@ -186,29 +183,25 @@ def same_data(one: dict[str, list[int]], other: dict[str, list[int]]) -> bool:
 
 def describe_run(config: TrainConfig, runtime: Runtime, data: Dataset, model: GPT) -> None:
     """Log what is trained, on what data, where, and what will be written."""
-    shape, micro_steps = model.config, config.gradient_accumulation_steps
-    tokens = samples_per_step(config) * config.block_size
-    # beside the weights; Muon's AdamW has few of them
-    averages = {"adamw": 2, "muon": 1, "sgd": int(config.momentum > 0)}[config.optimizer]
-    parameters = model.get_num_params(non_embedding=False)
     for part in data.parts:
         sizes = ", ".join(f"{len(stream):,} {split}" for split, stream in part.streams.items())
         weight = "" if len(data.parts) == 1 else f"{part.weight:.1%} "
         log.info(f"data     {weight}{part.folder}: {sizes} tokens, vocabulary {data.meta['vocab_size']:,}")
-    log.info(
-        f"model    {shape.n_layer} layers, {shape.n_head} heads, {shape.n_embd} wide, "
-        f"block {shape.block_size}: {parameters:,} parameters"
-    )
+    shape, parameters = model.config, model.get_num_params(non_embedding=False)
+    sizes = f"{shape.n_layer} layers, {shape.n_head} heads, {shape.n_embd} wide, block {shape.block_size}"
+    log.info(f"model    {sizes}: {parameters:,} parameters")
     log.info(f"machine  {runtime.describe()}")
-    log.info(
-        f"step     {tokens:,} tokens: {micro_steps} x {config.batch_size} sequences of {config.block_size}"
-    )
+    tokens, micro_steps = samples_per_step(config) * config.block_size, config.gradient_accumulation_steps
+    sizes = f"{micro_steps} x {config.batch_size} sequences of {config.block_size}"
+    log.info(f"step     {tokens:,} tokens: {sizes}")
     if config.eval_only:
         return
     if config.max_epochs is not None:
         steps = f"{samples_per_epoch(data, config) / samples_per_step(config):,.1f}".removesuffix(".0")
         epochs = "1 epoch" if config.max_epochs == 1 else f"{config.max_epochs:g} epochs"
         log.info(f"length   {epochs} of {steps} steps, {config.max_iters:,} in all")
+    # beside the weights; Muon's AdamW has few of them
+    averages = {"adamw": 2, "muon": 1, "sgd": int(config.momentum > 0)}[config.optimizer]
     interval = min(config.eval_interval, config.save_interval or config.eval_interval)
     log.info(
         f"writes   {config.out_dir}/{BEST} (best), {NEWEST} (newest) and {LOG}, every {interval} steps up to "

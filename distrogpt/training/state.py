@@ -71,7 +71,7 @@ class TrainState:
         return not finite or self.consecutive_skips >= config.skip_limit
 
     def record_evaluation(self, losses: Losses | None, monitor: str) -> None:
-        """Count the evaluation of this step; None if a rank was asked to stop meanwhile."""
+        """Count the evaluation of this step; its losses are None if a stop was requested during it."""
         if losses is None:
             self.stop_requested = True
             return
@@ -90,10 +90,8 @@ class TrainState:
         elif scaler.get_scale() <= 1:  # above, fp16 still lowers its scale
             self.skipped_steps += 1
             self.consecutive_skips += 1
-            log.info(
-                f"note     step {self.step} is skipped: loss or gradient is not finite "
-                f"({self.skipped_steps} so far)"
-            )
+            reason = f"loss or gradient is not finite ({self.skipped_steps} so far)"
+            log.info(f"note     step {self.step} is skipped: {reason}")
 
     def sync(self, runtime: Runtime, stop_requested: bool) -> None:
         """A request on any rank stops all ranks, and rank 0's clock counts."""
