@@ -1,9 +1,12 @@
 """The token ids of a split on disk, memory-mapped: train.bin, or train_000000.bin, train_000001.bin, ..."""
 
+import mmap
 import os
 from bisect import bisect_right
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +55,7 @@ class TokenStream:
         files = np.unique(np.linspace(0, len(self.paths) - 1, FILES_CHECKED).astype(int)).tolist()
         for i in files:
             end = min(self.offsets[i + 1], self.offsets[i] + ids_checked // len(files))
-            for _ in self.chunks(self.offsets[i], end):
+            for _ in self.chunks(self.offsets[i], end):  # each is checked
                 pass
         expected = meta.get("tokens", {}).get(split, len(self))
         if expected != len(self):
@@ -84,22 +87,37 @@ class TokenStream:
                 piece = tokens[begin : begin + length - column]
                 ids[row, column : column + len(piece)] = piece
                 column += len(piece)
+        self.check_vocabulary(ids)
+        return ids.astype(np.int64)
+
+    def chunks(self, first: int = 0, end: int | None = None) -> Iterator[tuple[int, np.ndarray]]:
+        """The ids from `first` up to `end` in chunks (N,), each with its position. Raises UserError.
+
+        They are read, not mapped: the system reads ahead in files, and not in maps for random access.
+        """
+        end = len(self) if end is None else end
+        while first < end:
+            i = bisect_right(self.offsets, first) - 1
+            count = min(CHUNK, end - first, self.offsets[i + 1] - first)
+            self.check_unchanged(i)
+            with open_file(self.paths[i]) as file:
+                file.seek((first - self.offsets[i]) * self.dtype.itemsize)
+                ids = np.fromfile(file, self.dtype, count)
+            self.check_vocabulary(ids)
+            yield first, ids
+            first += count
+
+    def positions_of(self, token: int) -> np.ndarray:
+        """All positions of a token, in order: (N,)."""
+        return np.concatenate([begin + np.flatnonzero(ids == token) for begin, ids in self.chunks()])
+
+    def check_vocabulary(self, ids: np.ndarray) -> None:
+        """Raises UserError if an id is not in the vocabulary."""
         if ids.max() >= self.vocab_size:  # which a GPU could not report
             raise UserError(
                 f"{self.name} has the id {ids.max()}, but the vocabulary ends at {self.vocab_size - 1}; "
                 "file and vocabulary do not belong together: run the dataset's prepare.py again"
             )
-        return ids.astype(np.int64)
-
-    def chunks(self, first: int = 0, end: int | None = None) -> Iterator[tuple[int, np.ndarray]]:
-        """The ids from `first` up to `end` in chunks (N,), each with its position."""
-        end = len(self) if end is None else end
-        for begin in range(first, end, CHUNK):
-            yield begin, self.windows(np.array([begin]), min(CHUNK, end - begin))[0]
-
-    def positions_of(self, token: int) -> np.ndarray:
-        """All positions of a token, in order: (N,)."""
-        return np.concatenate([begin + np.flatnonzero(ids == token) for begin, ids in self.chunks()])
 
     def check_unchanged(self, i: int) -> None:
         """Raises UserError if file i was changed, replaced or removed since the start."""
@@ -121,8 +139,18 @@ def file_signature(path: Path) -> tuple[int, int]:
 @lru_cache(MAX_MAPS)
 def map_file(path: Path, dtype: np.dtype, signature: tuple[int, int]) -> np.ndarray:
     """The ids of a file, (N,), memory-mapped; another signature means another file. Raises UserError."""
+    with open_file(path) as file:
+        pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    if hasattr(pages, "madvise"):  # else the system reads megabytes around each window
+        pages.madvise(mmap.MADV_RANDOM)
+    return np.frombuffer(pages, dtype)
+
+
+@contextmanager
+def open_file(path: Path) -> Iterator[FileIO]:
+    """Open a file for reading, unbuffered. Raises UserError."""
     try:
-        with open(path, "rb", buffering=0) as file:  # twice as fast as by its path
-            return np.memmap(file, dtype, mode="r").view(np.ndarray)  # an array is sliced faster
+        with open(path, "rb", buffering=0) as file:
+            yield file
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); see its permissions") from None
