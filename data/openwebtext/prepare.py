@@ -10,8 +10,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from distrogpt.data.preparation.hub import prepare_shards
-from distrogpt.errors import cli_errors
 
 if __name__ == "__main__":
-    with cli_errors():
-        prepare_shards(__doc__, "Skylion007/openwebtext")
+    prepare_shards(__doc__, "Skylion007/openwebtext")
