@@ -26,9 +26,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
-import model as model_file
 from distrogpt.benchmark.baselines import Step, others_generate, others_step
 from distrogpt.benchmark.batch_size import (
     FRAGMENTATION,
@@ -48,26 +48,26 @@ from distrogpt.benchmark.timing import alternate, open_data, peak_memory, ratio,
 from distrogpt.checkpoint import BEST, NEWEST, atomic_write, training_state
 from distrogpt.data.dataset import Dataset
 from distrogpt.errors import UserError, cli_errors, is_out_of_memory, writable
-from distrogpt.inference.decoder import SamplingParams, optimize_for_inference, stream
-from distrogpt.kernels import cpu as attention_file
+from distrogpt.hardware import measured_bandwidth, measured_flops, peak_flops
+from distrogpt.inference.decoder import optimize_for_inference, stream
+from distrogpt.inference.sampling import SamplingParams
+from distrogpt.kernels import replace_layers
+from distrogpt.kernels.compile import compile_error, maybe_compile
+from distrogpt.kernels.cpu import CPUAttention, CPUDropout, to_device
 from distrogpt.runtime import (
     Runtime,
-    compile_works,
     enable_onednn_float32,
     find_pyplot,
-    maybe_compile,
-    measured_bandwidth,
-    measured_flops,
-    peak_flops,
     start_runtime,
 )
+from distrogpt.training.batches import step_batches
 from distrogpt.training.logger import TrainLogger
 from distrogpt.training.optim import get_lr, make_optimizers
 from distrogpt.training.run_directory import RunDirectory
-from distrogpt.training.startup import new_model_config, resolve_max_iters
-from model import GPT
+from distrogpt.training.startup import initial_model, new_model_config, resolve_max_iters
+from model import GPT, Attention
 from plot import SHARE
-from train import initial_model, step_batches, training_step
+from train import training_step
 
 TRACE, PLOT = "bench_trace.json", "bench_ladder.png"
 PROMPT = 16  # tokens before those that are timed
@@ -82,14 +82,16 @@ def our_step(
     if not padded:
         model = GPT(replace(model.config, vocab_size=data.meta["vocab_size"]))
     model.activation_checkpointing = config.activation_checkpointing
-    optimizers = make_optimizers(model.to(runtime.device).train(), config, runtime.device.type, runtime.dtype)
+    optimizers = make_optimizers(
+        to_device(model, runtime.device).train(), config, runtime.device.type, runtime.dtype
+    )
     if not fused:
         groups = [
             {key: group[key] for key in ("params", "weight_decay")} for group in optimizers[0].param_groups
         ]
         betas = (config.beta1, config.beta2)
         optimizers = [torch.optim.AdamW(groups, config.learning_rate, betas, fused=False)]
-    maybe_compile(model, config.compile, runtime.device, resolve_max_iters(config, data).max_iters, print)
+    maybe_compile(model, config.compile, runtime.device, resolve_max_iters(config, data).max_iters)
     return model, optimizers, step_of(model, optimizers, config, data, runtime)
 
 
@@ -152,7 +154,7 @@ def bench_step(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
 
     sequences = config.batch_size * config.gradient_accumulation_steps
     tokens = sequences * config.block_size
-    peak = peak_flops(runtime)
+    peak = peak_flops(runtime.device, runtime.dtype)
     shape = model.config
     print(
         f"model    {shape.n_layer}/{shape.n_head}/{shape.n_embd}, {model.get_num_params(False):,} parameters"
@@ -180,7 +182,7 @@ def bench_step(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
         found |= {"tokens_per_second": tokens / median, "flops": flops, "mfu": mfu}
         result["steps"][name] = found
     if runtime.device.type == "cuda":
-        product = measured_flops(runtime)
+        product = measured_flops(runtime.device, runtime.dtype)
         share = model.estimate_mfu(sequences, result["steps"]["ours"]["median"], product)
         result["measured_flops"] = product
         print(f"         {share:.1%} of the {product / 1e9:,.0f} GFLOP/s that a matrix product reaches here")
@@ -239,7 +241,9 @@ def bench_logs(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
     data = open_data(config)
     model, _, step = our_step(config, data, runtime)
     sequences = config.gradient_accumulation_steps * config.batch_size
-    at_peak = model.estimate_mfu(sequences, 1.0, peak_flops(runtime))  # a step's seconds
+    at_peak = model.estimate_mfu(
+        sequences, 1.0, peak_flops(runtime.device, runtime.dtype)
+    )  # a step's seconds
     times: dict[str, list[float]] = {"step": [], "lines": []}
     with (
         tempfile.TemporaryDirectory(dir=".", prefix="out-bench-") as out_dir,
@@ -297,38 +301,43 @@ def ladder_rungs(config: BenchConfig, meta: dict, runtime: Runtime) -> list[tupl
     return rungs
 
 
-def plain_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, p: float = 0.0
-) -> torch.Tensor:
-    """Attention as the formula has it: all scores, masked afterwards. Shapes (B, H, T, D)."""
-    later = torch.ones(q.size(2), q.size(2), dtype=torch.bool, device=q.device).triu(1)
-    scores = (q @ k.transpose(-2, -1)) * scale  # (B, H, T, T)
-    return F.dropout(scores.masked_fill(later, -math.inf).softmax(dim=-1), p) @ v
+class PlainAttention(Attention):
+    """Attention as the formula has it: all scores, masked afterwards."""
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        later = torch.ones(q.size(2), q.size(2), dtype=torch.bool, device=q.device).triu(1)
+        scores = (q @ k.transpose(-2, -1)) * self.scale  # (B, H, T, T)
+        return (
+            F.dropout(scores.masked_fill(later, -math.inf).softmax(dim=-1), self.dropout, self.training) @ v
+        )
 
 
 def rung_step(config: BenchConfig, data: Dataset, runtime: Runtime, on: dict[str, Any]) -> Step:
-    """train.py's step with only the improvements in `on`; the others leave model.py for its time."""
+    """train.py's step with only the improvements in `on`; the others are replaced in the model."""
     gpt2 = {"activation": on.get("activation", "gelu_tanh"), "optimizer": "adamw", "n_kv_head": None}
     config = replace(config, compile=on.get("compile", False), **gpt2)
     place = replace(runtime, dtype=on.get("dtype", torch.float32))
     padded = on.get("padded", False) or runtime.device.type != "cuda"
     precision = torch.get_float32_matmul_precision() if on.get("products") else "highest"
-    ours = {"dropout": model_file.dropout, "causal_attention": model_file.causal_attention}
-    plain = {} if on.get("dropout") or runtime.device.type == "cuda" else {"dropout": F.dropout}
-    plain |= {} if on.get("attention") else {"causal_attention": plain_attention}
-    _, _, step = our_step(config, data, place, on.get("fused", False), padded)
+    plain = {}
+    if not on.get("dropout"):
+        plain[CPUDropout] = lambda layer: nn.Dropout(layer.p)
+    if not on.get("attention"):
+        plain |= dict.fromkeys(
+            (Attention, CPUAttention), lambda layer: PlainAttention(layer.scale, layer.dropout)
+        )
+    model, _, step = our_step(config, data, place, on.get("fused", False), padded)
+    replace_layers(model, plain)
 
-    def with_less(number: int) -> None:
+    def with_precision(number: int) -> None:
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision(precision)
-        for file in (model_file, attention_file):
-            vars(file).update(ours | plain)
         step(number)
-        for file in (model_file, attention_file):
-            vars(file).update(ours)
         torch.set_float32_matmul_precision(before)
 
-    return with_less
+    return with_precision
 
 
 def bench_ladder(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
@@ -393,7 +402,10 @@ def bench_generate(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
     vocab_size = model.config.vocab_size
     weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
     kinds = {"ours": (False, runtime.dtype.itemsize), "ours, int8": (True, 1)}  # bytes of a weight
-    compiled = config.compile is True and compile_works(runtime.device, print)
+    error = compile_error(runtime.device) if config.compile is True else ""
+    if error:
+        print(f"note     {error}")
+    compiled = config.compile is True and not error
     ready = {
         name: optimize_for_inference(copy.deepcopy(model).to(runtime.device), runtime.dtype, int8, compiled)
         for name, (int8, _) in kinds.items()
@@ -406,7 +418,7 @@ def bench_generate(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
         """To the first token; from the second to the last; in all. At the second, a GPU records its graph."""
         synchronize(runtime)
         begin = time.perf_counter()
-        tokens = stream(m, idx, count, SamplingParams(0.8, 200), copies=copies)
+        tokens = stream(m, idx, SamplingParams(0.8, 200), torch.rand(copies, count))
         next(tokens)
         synchronize(runtime)
         first = time.perf_counter()

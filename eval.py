@@ -23,10 +23,11 @@ from distrogpt.data.meta import GPT2_META, tokenizers_differ
 from distrogpt.data.tokenizer import Tokenizer, encode_prompt
 from distrogpt.errors import UserError, cli_errors, exit_process, warn, writable
 from distrogpt.evaluation.introspection import next_tokens
-from distrogpt.evaluation.loss import mean_losses, summed_loss
+from distrogpt.evaluation.loss import EvalWindows, mean_losses, summed_loss
 from distrogpt.evaluation.questions import GPT2_HELLASWAG
 from distrogpt.evaluation.tasks import answers, check_lengths, choices, held_out_lines, open_questions
 from distrogpt.inference.sampler import read_prompt
+from distrogpt.kernels.cpu import to_device
 from distrogpt.loading import find_tokenizer, load_trained
 from distrogpt.runtime import Runtime, start_runtime, stop_runtime
 from distrogpt.settings import EVAL_TASKS, TrainConfig
@@ -58,7 +59,7 @@ def measure(config: EvalConfig) -> dict[str, Result]:
     tokenizer = None
     if names != ["loss"]:  # which needs none
         tokenizer = find_tokenizer(contents, model.config.vocab_size, source)
-    trained = Trained(model.to(runtime.device).eval(), tokenizer, contents, source, runtime)
+    trained = Trained(to_device(model, runtime.device).eval(), tokenizer, contents, source, runtime)
     prepare = {
         "loss": loss,
         "hellaswag": questions,
@@ -136,7 +137,7 @@ def loss(config: EvalConfig, trained: Trained, name: str) -> Callable[[], Result
             else:
                 windows = strided_windows(len(stream), T, stride)
                 windows = pad_windows(*windows, T, B * runtime.world_size)
-            found.append(summed_loss(trained.model, data, stream, *windows, B, T, runtime))
+            found.append(summed_loss(trained.model, data, EvalWindows(stream, *windows, B, T), runtime))
         if not all(count for _, count in found):
             raise UserError(f"no target of {config.split} stands after the separator; choose another dataset")
         means = mean_losses(data, {config.split: [total / count for total, count in found]}, config.split)

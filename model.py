@@ -1,11 +1,14 @@
-"""GPT in one file: the network and its settings, GPT-2's weights in, one token after another with a KV cache.
+"""GPT in one file: copied alone, it trains, loads GPT-2's weights, and generates with a KV cache.
 
-The defaults of GPTConfig are GPT-2; its later settings are what came since, each alone or with others.
+The defaults of GPTConfig are GPT-2. The settings after `bias` are later improvements; each works alone.
 
-Shapes: B sequences, T positions, C = n_embd channels, V = vocab_size; H = n_head heads of D = C/H channels,
-K = n_kv_head of keys and values.
+Shapes: B sequences, T positions, C = n_embd channels, V = vocab_size; H = n_head query heads of D = C/H channels,
+K = n_kv_head key/value heads; S positions of a KV cache.
 Sources: "Language Models are Unsupervised Multitask Learners" (Radford et al., 2019) and the weights released
-with it; the transformer (arXiv 1706.03762); GELU (arXiv 1606.08415); those of the settings stand beside them.
+with it; the transformer (arXiv 1706.03762); GELU (arXiv 1606.08415); the settings name their own.
+
+Faster kernels replace nn.Dropout, RMSNorm, Rotary, Attention and nn.Linear, instance by instance, after a model is
+built (distrogpt/kernels); this file knows nothing of them, and the forward pass has no branch for any device.
 """
 
 import math
@@ -18,10 +21,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
-
-from distrogpt.inference.decoder import SamplingParams, stream
-from distrogpt.kernels.cpu import KVCache, causal_attention, dropout, rms_norm, rotate, rotation
-from distrogpt.training.optim import adamw
 
 
 def swiglu(x: torch.Tensor) -> torch.Tensor:
@@ -37,28 +36,31 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "swiglu": swiglu,
 }
 NORMS = ("layernorm", "rmsnorm")
+EPS = 1e-6  # of RMSNorm: keeps a row of zeros from being divided by zero
 
 
 @dataclass
 class GPTConfig:
-    """The shape of a network; the defaults are GPT-2 124M. Raises ValueError where it cannot be built."""
+    """The shape of a network; the defaults are GPT-2 124M. Raises ValueError if it cannot be built."""
 
     block_size: int = 1024
-    vocab_size: int = 50304  # GPT-2's 50,257, padded to a multiple of 64, which GPUs multiply faster
+    vocab_size: int = 50304  # GPT-2's 50,257, padded to a multiple of 64 for faster matrix products on GPUs
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
     dropout: float = 0.0
     bias: bool = True
     activation: str = "gelu_tanh"
-    norm: str = "layernorm"  # "rmsnorm": only the length is normalised, without weights (arXiv 1910.07467)
-    rotary: bool = False  # positions turn queries and keys, and are in no table (arXiv 2104.09864)
-    qk_norm: bool = False  # queries and keys of equal length: scores cannot grow large (arXiv 2010.04245)
-    n_kv_head: int | None = None  # of keys and values, each read by n_head/n_kv_head heads (arXiv 2305.13245)
-    tied: bool = True  # one table reads and writes tokens (arXiv 1608.05859); False: two
-    logit_softcap: float = 0.0  # bounds logits by cap·tanh(logits/cap) (arXiv 2408.00118); 0 is off
-    embedding_skip: bool = False  # each block reads the stream and the embeddings, by weights that it learns
-    zero_init: bool = False  # blocks begin as nothing: c_proj, and a head of its own, start at zero
+    norm: str = "layernorm"  # or "rmsnorm", without learned weights (arXiv 1910.07467)
+    rotary: bool = False  # rotary position embeddings instead of a table (arXiv 2104.09864)
+    qk_norm: bool = False  # RMSNorm on queries and keys, which bounds the scores (arXiv 2010.04245)
+    n_kv_head: int | None = (
+        None  # grouped-query attention: H/K query heads share a key/value head (arXiv 2305.13245)
+    )
+    tied: bool = True  # token embedding and lm_head share their weights (arXiv 1608.05859)
+    logit_softcap: float = 0.0  # cap · tanh(logits / cap) (arXiv 2408.00118); 0 is off
+    embedding_skip: bool = False  # each block reads a learned mix of the residual stream and the embeddings
+    zero_init: bool = False  # projections into the residual stream, and an untied lm_head, start at zero
 
     def __post_init__(self) -> None:
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
@@ -73,120 +75,200 @@ class GPTConfig:
                 raise ValueError(f"{name}={getattr(self, name)!r}; it must be one of {', '.join(known)}")
         if self.n_kv_head is not None and (self.n_kv_head < 1 or self.n_head % self.n_kv_head):
             raise ValueError(f"n_kv_head={self.n_kv_head} does not divide n_head={self.n_head}; change one")
-        if self.rotary and self.n_embd // self.n_head % 2:
-            raise ValueError(f"rotary turns pairs: n_embd/n_head={self.n_embd // self.n_head} must be even")
+        if self.rotary and self.head_dim % 2:
+            raise ValueError(f"rotary rotates pairs: n_embd/n_head={self.head_dim} must be even")
         self.logit_softcap = float(self.logit_softcap)
         if not 0 <= self.logit_softcap < math.inf:
             raise ValueError(f"logit_softcap={self.logit_softcap}; it must be at least 0 and finite")
 
     @property
+    def head_dim(self) -> int:
+        """Channels of a head: D."""
+        return self.n_embd // self.n_head
+
+    @property
     def kv_heads(self) -> int:
-        """Heads of keys and values: K."""
+        """Key/value heads: K."""
         return self.n_kv_head or self.n_head
 
     @property
     def mlp_width(self) -> int:
-        """Channels within an MLP; a gated one has three matrices, not two."""
+        """Hidden channels of an MLP; SwiGLU has three matrices instead of two, so they are narrower."""
         return 16 * math.ceil(self.n_embd / 6) if self.activation == "swiglu" else 4 * self.n_embd
 
 
 class RMSNorm(nn.Module):
-    """rms_norm as a module, in the type of its input."""
+    """x divided by its root mean square over the last dimension, without weights (arXiv 1910.07467)."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return rms_norm(x).to(x.dtype)
+        return F.rms_norm(x, (x.size(-1),), eps=EPS)
 
 
 def norm_layer(config: GPTConfig) -> nn.Module:
-    """What stands before each layer that reads the residual stream."""
     return RMSNorm() if config.norm == "rmsnorm" else nn.LayerNorm(config.n_embd, bias=config.bias)
 
 
-class CausalSelfAttention(nn.Module):
-    """Every position reads from itself and those before it, in n_head independent ways."""
+def rotary_cos_sin(positions: torch.Tensor, D: int) -> torch.Tensor:
+    """cos and sin of the rotation angles at positions (B, T): (2, B, 1, T, D/2).
 
-    def __init__(self, config: GPTConfig) -> None:
+    At position t, the i-th pair of channels is rotated by t / 10000^(2i/D).
+    """
+    inv_freq = 1 / 10_000.0 ** (torch.arange(0, D, 2, device=positions.device) / D)  # (D/2,)
+    angles = positions[:, None, :, None] * inv_freq
+    return torch.stack((angles.cos(), angles.sin()))
+
+
+class Rotary(nn.Module):
+    """Rotates each pair of neighbouring channels of x (B, heads, T, D), in fp32."""
+
+    def forward(self, x: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:
+        (a, b), (cos, sin) = x.float().unflatten(-1, (-1, 2)).unbind(-1), cos_sin
+        return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2)
+
+
+class Attention(nn.Module):
+    """softmax(scale q kᵀ + mask) v; without a mask, causal."""
+
+    def __init__(self, scale: float, dropout: float) -> None:
         super().__init__()
-        self.n_head, self.kv_heads, self.qk_norm = config.n_head, config.kv_heads, config.qk_norm
-        self.dropout = config.dropout
-        self.D = config.n_embd // config.n_head
-        # of the scores; equal lengths bound them: by √D at GPT-2's, too little to choose one position alone
-        self.scale = 12 / self.D if config.qk_norm else self.D**-0.5
+        self.scale, self.dropout = scale, dropout
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """q (B, H, T, D), k and v (B, K, S, D), mask (1 or B, 1, T, S) of 0 and -inf: to q's shape."""
+        p, grouped = self.dropout if self.training else 0.0, q.size(1) != k.size(1)
+        y = F.scaled_dot_product_attention(
+            q.to(k.dtype), k, v, mask, p, is_causal=mask is None, scale=self.scale, enable_gqa=grouped
+        )
+        return y.to(q.dtype)  # a cache may be in another dtype
+
+
+class KVCache:
+    """Keys and values of the tokens read so far, (n_layer, 2, B, K, size, D), allocated once.
+
+    Queries read its first `length` positions: lower it to what is filled to save time, or leave it so that
+    shapes stay the same, as CUDA graphs need them.
+    """
+
+    def __init__(self, config: GPTConfig, B: int, size: int, device: Any = None, dtype: Any = None) -> None:
+        shape = (config.n_layer, 2, B, config.kv_heads, size, config.head_dim)
+        self.kv = torch.zeros(shape, device=device, dtype=dtype)
+        self.length = size
+
+    def update(
+        self, layer: int, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store k and v (N, K, T, D) of the first N sequences; returns what their queries read.
+
+        Without positions they are a prompt's, from position 0 on, and read only each other.
+        """
+        kv = self.kv[layer, :, : len(k)]  # (2, N, K, size, D)
+        new = torch.stack((k, v)).to(kv.dtype)  # (2, N, K, T, D)
+        if positions is None:
+            kv[:, :, :, : k.size(2)] = new
+            return k, v
+        kv.scatter_(3, positions[None, :, None, :, None].expand_as(new), new)
+        return kv[0, :, :, : self.length], kv[1, :, :, : self.length]
+
+
+class CausalSelfAttention(nn.Module):
+    """Each position reads from itself and those before it, in n_head independent ways."""
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.n_head, self.kv_heads, self.D = (
+            layer,
+            config.n_head,
+            config.kv_heads,
+            config.head_dim,
+        )
         self.c_attn = nn.Linear(config.n_embd, (self.n_head + 2 * self.kv_heads) * self.D, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.qk_norm = RMSNorm() if config.qk_norm else None
+        self.rotary = Rotary() if config.rotary else None
+        # with qk_norm, q·k is at most D: GPT-2's 1/√D would leave scores too small to single out a position
+        self.attention = Attention(12 / self.D if config.qk_norm else self.D**-0.5, config.dropout)
+        self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(
         self,
         x: torch.Tensor,
-        turn: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
+        cos_sin: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
         cache: KVCache | None = None,
-        layer: int = 0,
-        position: torch.Tensor | None = None,
     ) -> torch.Tensor:
         B, T, C = x.shape
         H, K = self.n_head, self.kv_heads
         heads = self.c_attn(x).view(B, T, H + 2 * K, self.D).transpose(1, 2)  # (B, H + 2K, T, D)
         qk, v = heads.split((H + K, K), dim=1)
-        if self.qk_norm:
-            qk = rms_norm(qk)
-        if turn is not None:
-            qk = rotate(qk, turn)
+        if self.qk_norm is not None:
+            qk = self.qk_norm(qk.float())
+        if self.rotary is not None:
+            qk = self.rotary(qk, cos_sin)
         q, k = qk.to(v.dtype).split((H, K), dim=1)
-        if cache is None:
-            p = self.dropout if self.training else 0.0
-            y = causal_attention(q, k, v, self.scale, p)  # (B, H, T, D)
-        else:
-            y = cache.attend(layer, q, k, v, self.scale, position).to(x.dtype)
-        y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, T, C)
-        return dropout(y, self.dropout, self.training)
+        if cache is not None:
+            k, v = cache.update(self.layer, k, v, positions)  # (B, K, S, D)
+        y = self.attention(q, k, v, mask)  # (B, H, T, D)
+        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))  # (B, T, C)
 
 
 class MLP(nn.Module):
-    """Every position thinks for itself, four times as wide."""
+    """Two matrices with a nonlinearity between them, at each position alone."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.dropout = config.dropout
-        self.activation = ACTIVATIONS[config.activation]
         width, gated = config.mlp_width, config.activation == "swiglu"
+        self.activation = ACTIVATIONS[config.activation]
         self.c_fc = nn.Linear(config.n_embd, 2 * width if gated else width, bias=config.bias)
         self.c_proj = nn.Linear(width, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        h = self.activation(self.c_fc(x))  # (B, T, width)
-        return dropout(self.c_proj(h), self.dropout, self.training)  # (B, T, C)
+        return self.dropout(self.c_proj(self.activation(self.c_fc(x))))  # (B, T, C)
 
 
 class Block(nn.Module):
-    """Attention, then MLP: each reads the residual stream, normalised, and adds to it."""
+    """Attention, then MLP: each reads the normalised residual stream and adds to it."""
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
         self.ln_1 = norm_layer(config)
-        self.attn = CausalSelfAttention(config)
+        self.attn = CausalSelfAttention(config, layer)
         self.ln_2 = norm_layer(config)
         self.mlp = MLP(config)
         self.skip = nn.Parameter(torch.empty(2)) if config.embedding_skip else None
 
-    def forward(self, x: torch.Tensor, x0: torch.Tensor, *past: Any) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, x0: torch.Tensor, *context: Any) -> torch.Tensor:
+        """x and the embeddings x0 (B, T, C) to (B, T, C); `context` is what attention takes beside x."""
         if self.skip is not None:
             x = self.skip[0] * x + self.skip[1] * x0
-        x = x + self.attn(self.ln_1(x), *past).to(x.dtype)  # a sum of mixed types is slow on CPUs
+        x = x + self.attn(self.ln_1(x), *context).to(x.dtype)  # adding mixed dtypes is slow on CPUs
         return x + self.mlp(self.ln_2(x)).to(x.dtype)
 
 
+def embedding(rows: int, columns: int) -> nn.Embedding:
+    """nn.Embedding, whose own initialisation is slow on the meta device."""
+    weight = torch.empty(rows, columns)
+    if not weight.is_meta:
+        weight.normal_()  # replaced by init_weights; drawn all the same, so that a seed keeps its weights
+    return nn.Embedding.from_pretrained(weight, freeze=False)
+
+
 class GPT(nn.Module):
-    """Token ids in, a score for each possible next token out."""
+    """Token ids in, logits of the next token out."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
-        self.activation_checkpointing = False  # True: less memory, a third more arithmetic (arXiv 1604.06174)
+        self.activation_checkpointing = False  # recompute activations in the backward pass (arXiv 1604.06174)
         self.transformer = nn.ModuleDict(
             {
-                "wte": nn.Embedding(config.vocab_size, config.n_embd),
-                "wpe": nn.Embedding(config.block_size, config.n_embd),
-                "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+                "wte": embedding(config.vocab_size, config.n_embd),
+                "wpe": embedding(config.block_size, config.n_embd),
+                "drop": nn.Dropout(config.dropout),
+                "h": nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
                 "ln_f": norm_layer(config),
             }
         )
@@ -195,119 +277,140 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tied:
             self.lm_head.weight = self.transformer.wte.weight
-        self.init_weights()
+        if not self.lm_head.weight.is_meta:  # there, weights are still to be loaded
+            self.init_weights()
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """GPT-2's: deviation 0.02, and 0.02/√(2·n_layer) (or 0) in the layers that add to the stream."""
+        """GPT-2's: standard deviation 0.02, and 0.02/√(2·n_layer) in projections into the residual stream."""
         residual_std = 0.0 if self.config.zero_init else 0.02 / math.sqrt(2 * self.config.n_layer)
         for name, parameter in self.named_parameters():
             if name.endswith("skip"):
-                parameter.copy_(torch.tensor([1.0, 0.0]))  # the stream alone
+                parameter.copy_(torch.tensor([1.0, 0.0]))  # the residual stream alone
             elif parameter.dim() < 2:
-                parameter.fill_(1.0 if name.endswith("weight") else 0.0)  # LayerNorms are 1, biases 0
+                parameter.fill_(1.0 if name.endswith("weight") else 0.0)  # LayerNorm weights 1, biases 0
             else:
                 parameter.normal_(std=residual_std if name.endswith("c_proj.weight") else 0.02)
         if self.config.zero_init and not self.config.tied:
             self.lm_head.weight.zero_()
 
     def forward(
-        self, idx: torch.Tensor, targets: torch.Tensor | None = None, only_loss: bool = False
+        self, idx: torch.Tensor, targets: torch.Tensor | None = None, return_logits: bool = True
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Logits and mean cross-entropy of the next token, in nats.
+        """Logits and mean cross-entropy, in nats, of idx (B, T) and targets (B, T); targets of -1 do not count.
 
-        idx (B, T), T <= block_size; targets (B, T), where -1 is not counted.
-        With targets: logits (B, T, V), or None with only_loss, and the loss. Without: logits of the last
-        position (B, 1, V) and None.
+        With targets: logits (B, T, V), or None without return_logits, and the loss. Without: the logits of the
+        last position, (B, 1, V), and None.
         """
-        x = self.hidden(idx)
+        x = self.hidden_states(idx)
         if targets is None:
-            return self.scores(x[:, -1:]), None  # (B, 1, V): nobody asks for the other positions
-        logits = self.scores(x)  # (B, T, V)
+            return self.logits(x[:, -1:]), None
+        logits = self.logits(x)  # (B, T, V)
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
-        return None if only_loss else logits, loss  # compiled, returned logits cost a gradient of their size
+        return (
+            logits if return_logits else None,
+            loss,
+        )  # compiled, returned logits cost a gradient of their size
 
-    def hidden(
-        self, idx: torch.Tensor, cache: KVCache | None = None, position: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """What lm_head reads, (B, T, C), of idx (B, T): tokens from position 0 on, or at `position`
-        (1 or B, T), beside what the cache has."""
-        T, config = idx.size(1), self.config
-        if T > config.block_size and position is None:
-            raise ValueError(f"{T} tokens do not fit into block_size={config.block_size}")
-        positions = torch.arange(T, device=idx.device)[None] if position is None else position
-        x, turn = self.transformer.wte(idx), None  # (B, T, C)
-        if config.rotary:
-            turn = rotation(config.block_size, config.n_embd // config.n_head, idx.device)
-            turn = turn[:, positions].unsqueeze(2)  # (2, 1 or B, 1, T, D/2)
-        else:
-            x = x + self.transformer.wpe(positions)
-        x = x0 = dropout(x, config.dropout, self.training)
-        for layer, block in enumerate(self.transformer.h):
-            if cache is not None:
-                x = block(x, x0, turn, cache, layer, position)
-            elif self.activation_checkpointing and self.training:
-                x = checkpoint(block, x, x0, turn, use_reentrant=False)
-            else:
-                x = block(x, x0, turn)
-        return self.transformer.ln_f(x)
-
-    def scores(self, x: torch.Tensor) -> torch.Tensor:
-        """Logits (..., V) of x (..., C)."""
-        logits, cap = self.lm_head(x), self.config.logit_softcap
-        return cap * torch.tanh(logits.float() / cap) if cap else logits
-
-    def prefill(self, idx: torch.Tensor, last: torch.Tensor, cache: KVCache) -> torch.Tensor:
-        """Read idx (N, T) from position 0 on into the cache; logits (N, V) of what follows position
-        `last` (N,) of each, behind which nothing counts."""
-        x = self.hidden(idx, cache)
-        return self.scores(x[torch.arange(len(x), device=x.device), last])
-
-    def decode(self, ids: torch.Tensor, position: torch.Tensor, cache: KVCache) -> torch.Tensor:
-        """Read a token more of each sequence, ids (B, 1) at position (1 or B, 1); next logits (B, V)."""
-        return self.scores(self.hidden(ids, cache, position)[:, -1])
-
-    def log_likelihood(
+    def hidden_states(
         self,
         idx: torch.Tensor,
-        places: torch.Tensor,
-        targets: torch.Tensor,
-        cache: Any = None,
-        position: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+        cache: KVCache | None = None,
     ) -> torch.Tensor:
-        """Logarithms (N,) of the chances of the ids `targets` (N,) to follow `places` (N,) of idx (B, T), all
-        of its rows being one."""
-        x = self.hidden(idx, cache, position).flatten(0, 1)[places]  # (N, C)
-        parts = zip(x.split(256), targets.split(256), strict=True)  # all logits at once would take gigabytes
-        return torch.cat([-F.cross_entropy(self.scores(x).float(), y, reduction="none") for x, y in parts])
+        """What lm_head reads, (B, T, C), of idx (B, T).
+
+        Positions are 0..T-1 unless `positions` (1 or B, T) are given. Attention is causal, also over what a cache
+        holds, unless a mask (B, 1, T, S) is added to its scores: 0 for a key that is read, else -inf.
+        """
+        T, config = idx.size(1), self.config
+        if positions is None and T > config.block_size:
+            raise ValueError(f"{T} tokens do not fit into block_size={config.block_size}")
+        if positions is not None and mask is None and cache is not None:
+            later = (
+                torch.arange(cache.length, device=idx.device) > positions[:, None, :, None]
+            )  # (1 or B, 1, T, S)
+            mask = torch.zeros_like(later, dtype=cache.kv.dtype).masked_fill_(later, -math.inf)
+        at = torch.arange(T, device=idx.device)[None] if positions is None else positions
+        x, cos_sin = self.transformer.wte(idx), None  # (B, T, C)
+        if config.rotary:
+            cos_sin = rotary_cos_sin(at, config.head_dim)
+        else:
+            x = x + self.transformer.wpe(at)
+        x = x0 = self.transformer.drop(x)
+        for block in self.transformer.h:
+            if self.activation_checkpointing and self.training:
+                x = checkpoint(block, x, x0, positions, cos_sin, mask, cache, use_reentrant=False)
+            else:
+                x = block(x, x0, positions, cos_sin, mask, cache)
+        return self.transformer.ln_f(x)
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., C) to (..., V)."""
+        logits, cap = self.lm_head(x), self.config.logit_softcap
+        return cap * torch.tanh(logits.float() / cap) if cap else logits
 
     @torch.no_grad()
     def generate(
         self, idx: torch.Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None
     ) -> torch.Tensor:
-        """idx (B, T) with max_new_tokens sampled ones after it, (B, T + max_new_tokens): decoding.stream."""
-        drawn = stream(self, idx, max_new_tokens, SamplingParams(temperature, top_k))
-        return torch.cat([idx, *(ids for ids, _ in drawn)], dim=1)
+        """idx (B, T) followed by max_new_tokens sampled tokens; call eval() first. Temperature 0 is greedy.
+
+        Each token is read once. When block_size is full, the last three quarters of it are read again.
+        """
+        size, weight = self.config.block_size, self.lm_head.weight
+        cache = KVCache(
+            self.config, len(idx), min(idx.size(1) + max_new_tokens, size), idx.device, weight.dtype
+        )
+        new, positions = idx[:, -size:], None  # what is to be read, and where it stands
+        for _ in range(max_new_tokens):
+            logits = self.logits(self.hidden_states(new, positions, cache=cache)[:, -1])  # (B, V)
+            if temperature:
+                logits = logits / temperature
+                if top_k:
+                    lowest = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+                    logits = logits.masked_fill(logits < lowest, -math.inf)
+                ids = torch.multinomial(logits.float().softmax(dim=-1), num_samples=1)  # (B, 1)
+            else:
+                ids = logits.argmax(dim=-1, keepdim=True)
+            idx = torch.cat([idx, ids], dim=1)
+            end = new.size(1) if positions is None else int(positions) + 1
+            if end < size:
+                new, positions = ids, torch.tensor([[end]], device=idx.device)
+            else:
+                new, positions = idx[:, -max(1, size * 3 // 4) :], None
+        return idx
 
     @classmethod
     def from_pretrained(cls, model_type: str, override_args: dict[str, Any] | None = None) -> "GPT":
-        """The weights of gpt2, gpt2-medium, gpt2-large, gpt2-xl, or of a folder or hub name in one of the
-        formats that huggingface.py knows.
+        """The weights of gpt2, gpt2-medium, gpt2-large or gpt2-xl, or of a folder that transformers wrote.
 
-        `override_args` may set dropout. Raises OSError where the weights cannot be had, ValueError where they
-        are of another network or another setting is overridden.
+        `override_args` may set dropout. Raises OSError or ValueError if there is no GPT-2.
         """
-        from distrogpt.huggingface.formats import find_folder, read_pretrained
+        from transformers import GPT2LMHeadModel
 
         if set(override_args or {}) - {"dropout"}:
             raise ValueError(f"only dropout can be overridden, not {', '.join(override_args)}")
-        return read_pretrained(find_folder(model_type), **(override_args or {}))
+        theirs, report = GPT2LMHeadModel.from_pretrained(model_type, output_loading_info=True)
+        if report["missing_keys"]:
+            raise ValueError(f"{model_type}: {len(report['missing_keys'])} weights are missing")
+        if theirs.config.activation_function != "gelu_new":
+            raise ValueError(
+                f"{model_type}: activation_function={theirs.config.activation_function}, not GPT-2's"
+            )
+        shape = {"block_size": theirs.config.n_positions, "vocab_size": theirs.config.vocab_size}
+        shape |= {name: getattr(theirs.config, name) for name in ("n_layer", "n_head", "n_embd")}
+        model = cls(GPTConfig(**shape, **(override_args or {})))
+        conv1d = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # stored as (in, out), not (out, in)
+        weights = {name: w.t() if name.endswith(conv1d) else w for name, w in theirs.state_dict().items()}
+        model.load_state_dict(weights)
+        return model
 
     def crop_block_size(self, block_size: int) -> None:
-        """Forget the positions from block_size on: a shorter context, the same weights. Raises ValueError."""
+        """Drop the positions from block_size on: a shorter context, the same weights. Raises ValueError."""
         if not 1 <= block_size <= self.config.block_size:
-            longest = self.config.block_size
-            raise ValueError(f"block_size={block_size} does not fit the model; choose 1 to {longest}")
+            raise ValueError(f"block_size={block_size} does not fit; choose 1 to {self.config.block_size}")
         self.config.block_size = block_size
         if not self.config.rotary:
             kept = self.transformer.wpe.weight.detach()[:block_size].clone()
@@ -316,11 +419,17 @@ class GPT(nn.Module):
     def configure_optimizers(
         self, weight_decay: float, learning_rate: float, betas: tuple[float, float], device_type: str
     ) -> torch.optim.AdamW:
-        """AdamW (arXiv 1711.05101) that decays matrices and embeddings, not biases and LayerNorms."""
-        return adamw(self.named_parameters(), weight_decay, learning_rate, betas, device_type)
+        """AdamW (arXiv 1711.05101) that decays matrices and embeddings, not biases and norms."""
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        ]
+        fused = device_type in ("cuda", "cpu")  # one kernel for all parameters
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
 
     def get_num_params(self, non_embedding: bool = True) -> int:
-        """Number of parameters; with non_embedding, without wpe, and without wte where it is not lm_head."""
+        """Number of parameters; with non_embedding, without wpe, and without wte if lm_head is its own."""
         total = sum(p.numel() for p in self.parameters())
         if not non_embedding:
             return total
@@ -328,10 +437,11 @@ class GPT(nn.Module):
         return total if self.config.tied else total - self.transformer.wte.weight.numel()
 
     def flops_per_token(self) -> int:
-        """Floating-point operations to train on one token, counted as in PaLM (arXiv 2204.02311, B)."""
+        """FLOPs to train on one token, forward and backward, as in PaLM (arXiv 2204.02311, appendix B)."""
         attention = 12 * self.config.n_layer * self.config.n_embd * self.config.block_size
         return 6 * self.get_num_params() + attention
 
     def estimate_mfu(self, fwdbwd_per_iter: float, dt: float, peak_flops: float = 312e12) -> float:
-        """Share of peak_flops (an A100's in bf16) that fwdbwd_per_iter sequences in dt seconds reach."""
+        """Model FLOPs utilisation of fwdbwd_per_iter sequences in dt seconds: the fraction of peak_flops, by
+        default an A100's in bf16."""
         return self.flops_per_token() * self.config.block_size * fwdbwd_per_iter / dt / peak_flops

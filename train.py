@@ -20,30 +20,31 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from distrogpt.checkpoint import BEST, NEWEST, diverged_error, restore_optimizers, training_state
-from distrogpt.data.dataset import Dataset, measured_splits, open_dataset, step_windows, to_xy
+from distrogpt.data.dataset import Dataset, open_dataset
 from distrogpt.errors import UserError, cli_errors, exit_process
-from distrogpt.evaluation.loss import attempt, evaluate, evaluation_line
-from distrogpt.evaluation.tasks import Ask, make_ask
+from distrogpt.evaluation.evaluator import Evaluator
+from distrogpt.evaluation.loss import evaluation_line
+from distrogpt.hardware import peak_flops
+from distrogpt.kernels.compile import maybe_compile
+from distrogpt.kernels.cpu import to_device, use_cpu_kernels
 from distrogpt.openmp import WAITS
 from distrogpt.runtime import (
     Runtime,
     enable_onednn_float32,
-    maybe_compile,
-    peak_flops,
     progress_bar,
     signals_caught,
     start_runtime,
     stop_runtime,
 )
-from distrogpt.training.distributed import full_tensor, local, wrap_distributed
+from distrogpt.training.batches import MicroBatch, step_batches
+from distrogpt.training.distributed import local, wrap_distributed
 from distrogpt.training.guards import crowd_watch, early_stop_reason, spike_watch
 from distrogpt.training.logger import TrainLogger
-from distrogpt.training.optim import get_lr, make_optimizers, set_learning_rates
+from distrogpt.training.optim import clip_gradients, get_lr, make_optimizers, set_learning_rates
 from distrogpt.training.run_directory import RunDirectory
 from distrogpt.training.startup import (
     describe_resumption,
@@ -54,15 +55,6 @@ from distrogpt.training.startup import (
     resolve_max_iters,
 )
 from model import GPT
-
-
-class MicroBatch(NamedTuple):
-    """A micro-batch of one rank."""
-
-    x: torch.Tensor  # (B, T)
-    y: torch.Tensor  # (B, T)
-    seed: int  # of its dropout
-    share: float = 1.0  # of the targets that count in the step, times its micro-steps: 1.0 where all do
 
 
 class TrainResult(NamedTuple):
@@ -88,38 +80,6 @@ class Step(NamedTuple):
     following: Any  # what was read meanwhile
 
 
-def step_batches(data: Dataset, config: TrainConfig, runtime: Runtime, step: int) -> list[MicroBatch]:
-    """This rank's micro-batches of one step.
-
-    The samples of a step are drawn as one set, by seed and step alone; ranks and micro-steps share it out.
-    Raises UserError where the data is not what it was, or no target of a micro-batch counts.
-    """
-    B, T, micro_steps = config.batch_size, config.block_size, config.gradient_accumulation_steps
-    which, starts = step_windows(data, config, step)  # (micro_steps·B,)
-    ours = range(runtime.rank, micro_steps, runtime.world_size)
-    read = ours if data.separator is None else range(micro_steps)  # a share needs the targets of all
-    windows, counted, shares = {}, {}, dict.fromkeys(ours, 1.0)
-    for micro in read:
-        some = slice(micro * B, (micro + 1) * B)
-        windows[micro] = data.windows("train", which[some], starts[some], T + 1)
-        counted[micro] = data.loss_mask(windows[micro])
-    if data.separator is not None:
-        counts = np.array([counted[micro].sum() for micro in read])
-        if not counts.all():
-            raise UserError(
-                f"no target of a micro-step stands after loss_after={config.loss_after}; "
-                "raise batch_size, or choose another"
-            )
-        shares = dict(enumerate((counts / counts.mean()).tolist()))
-    batches = []
-    for micro in ours:
-        seed = np.random.SeedSequence((config.seed, step, micro)).generate_state(1, np.uint64)
-        batches.append(
-            MicroBatch(*to_xy(windows[micro], counted[micro], runtime), int(seed[0]), shares[micro])
-        )
-    return batches
-
-
 def training_step(
     model: torch.nn.Module,
     optimizers: list[torch.optim.Optimizer],
@@ -134,14 +94,14 @@ def training_step(
     `meanwhile` is called while a GPU still computes.
     """
     total = torch.zeros((), device=runtime.device)
-    for number, (x, y, seed, share) in enumerate(batches, 1):
-        torch.manual_seed(seed)  # dropout, too, depends on nothing drawn before
+    for number, (x, y, dropout_seed, weight) in enumerate(batches, 1):
+        torch.manual_seed(dropout_seed)  # dropout, too, depends on nothing drawn before
         if isinstance(model, DistributedDataParallel):
             model.require_backward_grad_sync = number == len(batches)  # exchange the sum, once
         with runtime.autocast():
-            _, loss = model(x, y, only_loss=True)
-        scaler.scale(loss / (len(batches) / share)).backward()
-        total.add_(loss.detach(), alpha=share)
+            _, loss = model(x, y, return_logits=False)
+        scaler.scale(loss / (len(batches) / weight)).backward()
+        total.add_(loss.detach(), alpha=weight)
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     norm = clip_gradients(model, grad_clip)
@@ -154,16 +114,6 @@ def training_step(
         optimizer.zero_grad(set_to_none=True)
     scaler.update()  # fp16: lowers the scale after an overflow
     return Step(mean, norm.item(), taken, following)
-
-
-def clip_gradients(model: torch.nn.Module, grad_clip: float) -> torch.Tensor:
-    """Shorten the gradient to a norm of grad_clip, unless that is 0; returns its norm before, still on the
-    device."""
-    parameters = [p for p in model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-    if grad_clip:
-        torch.nn.utils.clip_grads_with_norm_(parameters, grad_clip, norm)
-    return full_tensor(norm)
 
 
 def train(
@@ -185,7 +135,7 @@ def train(
     )
     data = open_dataset(config)
     config = resolve_max_iters(config, data)
-    ask = make_ask(config, data, runtime)
+    evaluator = Evaluator(config, data, runtime)
     earlier = earlier_run(config, runtime)  # before the lock is signed anew
     folder = None
     if runtime.is_main and not config.eval_only:
@@ -194,7 +144,7 @@ def train(
         runtime.barrier()  # all wait until nobody else writes to out_dir
         model, contents = initial_model(config, data.meta, earlier)
         describe_run(config, runtime, data, model, runtime.say)
-        return train_model(config, runtime, data, model, contents, folder, earlier, ask, on_evaluation)
+        return train_model(config, runtime, data, model, contents, folder, earlier, evaluator, on_evaluation)
 
 
 def train_model(
@@ -205,17 +155,16 @@ def train_model(
     contents: dict[str, Any],
     folder: RunDirectory | None,
     earlier: str | None,
-    ask: Ask,
+    evaluator: Evaluator,
     on_evaluation: Callable[[list[dict[str, float]]], object] | None = None,
 ) -> TrainResult:
     """Train the network of a checkpoint's contents, {} for a new run's, and write to the folder, if there is
-    one. `earlier` is the id of this run where it was started again, `ask` what evaluations ask, too."""
+    one. `earlier` is the id of this run where it was started again, `evaluator` measures it."""
     began = time.perf_counter() - contents.get("seconds", 0.0)
     first = step = contents.get("iter_num", 0)
     best_val_loss = lowest = float(contents.get("best_val_loss", math.inf))
     no_lower = contents.get("no_lower", 0)  # evaluations in a row whose loss was not below `lowest`
     ended = early_stop_reason(config, step, contents.get("seconds", 0.0), no_lower)
-    judge = measured_splits(config)[-1]  # whose loss chooses the best
     out_dir, run_id = Path(config.out_dir), contents.get("run_id") or earlier or secrets.token_hex(4)
     runtime.check_equal_on_all_ranks(
         step, f"the ranks do not find the same checkpoint; put out_dir={out_dir} where all see it"
@@ -234,8 +183,10 @@ def train_model(
     steps = 1 if config.eval_only else config.max_iters  # of the whole run: resumed, it computes as before
     in_parts = config.shard and runtime.world_size > 1
     if not in_parts:
-        model.to(runtime.device)
-    maybe_compile(model, config.compile, runtime.device, steps, say, model.transformer.h if in_parts else ())
+        to_device(model, runtime.device)
+    elif runtime.device.type == "cpu":
+        use_cpu_kernels(model)
+    maybe_compile(model, config.compile, runtime.device, steps, model.transformer.h if in_parts else ())
     if config.shard and not in_parts:
         say("note     shard: one rank has nothing to share with")
     trained = wrap_distributed(model, config.shard, runtime)
@@ -249,7 +200,9 @@ def train_model(
     describe_resumption(config, model, contents, kept["data"], say)
     contents.clear()  # frees the copy on the CPU
     sequences = config.gradient_accumulation_steps * config.batch_size
-    at_peak = model.estimate_mfu(sequences / runtime.world_size, 1.0, peak_flops(runtime))  # a step's seconds
+    at_peak = model.estimate_mfu(
+        sequences / runtime.world_size, 1.0, peak_flops(runtime.device, runtime.dtype)
+    )  # a step's seconds
 
     def diverged() -> UserError:
         return diverged_error(step, out_dir if folder and folder.own else None)
@@ -265,7 +218,7 @@ def train_model(
         names = [NEWEST]
         more = {**kept, "iter_num": step, "evaluated": found is not None, "skipped": skipped}
         if found:
-            more["val_loss"] = loss = found[judge]
+            more["val_loss"] = loss = found[evaluator.monitor]
             names = [BEST, NEWEST] if loss < best_val_loss or config.always_save_checkpoint else names
             best_val_loss = min(best_val_loss, loss)
             lowest, no_lower = (loss, 0) if loss < lowest else (lowest, no_lower + 1)
@@ -278,7 +231,11 @@ def train_model(
     trouble: list[UserError] = []  # the data is not what it was: all ranks have to stop
 
     def read_on() -> list[MicroBatch]:
-        return attempt(lambda: step_batches(data, config, runtime, step + 1), trouble)
+        try:
+            return step_batches(data, config, runtime, step + 1)
+        except UserError as error:
+            trouble.append(error)
+            return []
 
     losses: list[dict[str, float]] = []
     batches = [] if config.eval_only else step_batches(data, config, runtime, step)
@@ -295,15 +252,13 @@ def train_model(
             found = None
             due = config.eval_only or ended or step % config.eval_interval == 0 or step == config.max_iters
             if due and not (step == first and evaluated):
-                found = evaluate(model, data, config, runtime, lambda: bool(caught or trouble), trouble)
-                more = found and ask(model, say, lambda: runtime.all_reduce_sum(len(caught))[0] > 0)
-                found = None if more is None else found | more
+                found = evaluator.evaluate(model, lambda: bool(caught or trouble))
                 stopping = stopping or found is None
                 clock, clocked = time.perf_counter(), step
             if found:
                 losses.append({"step": step, **found})
                 say(evaluation_line(step, found))
-                if not math.isfinite(found[judge]):
+                if not math.isfinite(found[evaluator.monitor]):
                     raise diverged()
             logs.write(step, found)
             if found and on_evaluation and runtime.is_main:
@@ -345,14 +300,14 @@ def train_model(
             folder.finish()
     del trained  # as the last to hold the ranks' group, DDP may end it with Python locked, and wait for ever
     stop_runtime()
-    if trouble:
-        raise trouble[0]
+    if trouble or evaluator.error:
+        raise trouble[0] if trouble else evaluator.error
     if stopping:
         again = "" if config.init_from.partition(":")[0] == "auto" else " and --init_from=resume"
         say(f"stopped after step {step}; go on with the same command{again}")
     elif not config.eval_only:
         early = f"early stop after step {step}: {ended}; " if ended else ""
-        result = f"best {judge} loss {best_val_loss:.4f} in {time.perf_counter() - began:.0f} s"
+        result = f"best {evaluator.monitor} loss {best_val_loss:.4f} in {time.perf_counter() - began:.0f} s"
         say(f"done: {early}{result}; python sample.py --out_dir={out_dir}")
     return TrainResult(model, step, best_val_loss, losses, caught[0] if caught and stopping else None)
 

@@ -42,10 +42,10 @@ def load_pretrained(name: str, dropout: float = 0.0) -> tuple[GPT, dict[str, Any
     try:
         if not is_folder:
             check_hub(name)
-        from distrogpt.huggingface.formats import find_folder, model_type_of
+        from distrogpt.huggingface.formats import find_folder, model_type_of, read_pretrained
 
         folder = find_folder(name)
-        model = GPT.from_pretrained(str(folder), {"dropout": dropout})
+        model = read_pretrained(folder, dropout=dropout)
     except ImportError as error:
         raise UserError(f"init_from={name} needs {error.name}; run: pip install {error.name}") from None
     except Exception as error:  # no network, no such name, a damaged or hostile file: there are many kinds

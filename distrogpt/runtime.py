@@ -2,16 +2,13 @@
 
 import ctypes
 import logging
-import math
 import os
 import signal
 import sys
-import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -19,25 +16,8 @@ import torch
 import torch.distributed as dist
 
 from distrogpt.errors import UserError
+from distrogpt.hardware import find_device, find_dtype
 from distrogpt.openmp import adapt_waits
-
-# Dense bf16 (V100, T4: fp16) tensor-core peaks in FLOP/s, from the vendor's data sheets.
-# The first whose words stand in the device's name is taken.
-PEAK_FLOPS = {
-    "B200": 2250e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "A40": 150e12,
-    "A10": 125e12,
-    "V100": 125e12,
-    "T4": 65e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
-}
-
 
 log = logging.getLogger("distrogpt")
 
@@ -159,42 +139,6 @@ def stop_runtime() -> None:
         dist.destroy_process_group()
 
 
-def find_device(name: str) -> torch.device:
-    """The device of that name; 'auto' is cuda, else mps, else cpu. Raises UserError where it is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"device={name} is no device; use auto, cpu, cuda, cuda:1 or mps") from None
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise UserError(
-                f"device={name}, but torch {torch.__version__} finds no CUDA here; use --device=cpu"
-            )
-        if (device.index or 0) >= torch.cuda.device_count():
-            raise UserError(
-                f"device={name}, but there are {torch.cuda.device_count()} GPUs; count from cuda:0"
-            )
-    elif device.type == "mps" and not torch.backends.mps.is_available():
-        raise UserError("device=mps, but this is no Apple GPU; use --device=cpu")
-    elif device.type not in ("cpu", "mps"):
-        raise UserError(f"device={name} is not supported; use auto, cpu, cuda or mps")
-    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device  # with its number
-
-
-def find_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The arithmetic of that name; 'auto' is bfloat16 where the chip has it, else float32 (GPU: float16)."""
-    if name != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-    in_chip = device.type == "cpu" and (
-        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    )
-    return torch.bfloat16 if in_chip else torch.float32
-
-
 def tune_malloc() -> None:
     """Let glibc keep what a step frees: fetched anew by each step, it costs a tenth of its time."""
     try:
@@ -221,120 +165,6 @@ def enable_onednn_float32(runtime: Runtime) -> None:
     torch.set_float32_matmul_precision("medium")
     if (a @ a.T - exact).abs().max() > 1e-5 * exact.abs().max():  # fp32 is off by 1e-6, bf16 by 1e-3
         torch.set_float32_matmul_precision("highest")
-
-
-def maybe_compile(
-    model: torch.nn.Module,
-    wanted: bool | str,
-    device: torch.device,
-    steps: int,
-    say: Callable[[str], None],
-    parts: Iterable[torch.nn.Module] = (),
-) -> None:
-    """Compile the model, or parts of it, in place where that is wanted and works here; say why where not.
-
-    'auto' weighs the `steps` to come: compiling takes half a minute. On CPUs (and Apple's GPUs) the step of a
-    model of a few million parameters and more is as fast without; a smaller one's gains some 2 ms.
-    """
-    if wanted == "auto":
-        small = sum(p.numel() for p in model.parameters()) < 3e6
-        wanted = steps >= (200 if device.type == "cuda" else 20_000 if small else math.inf)
-        if not wanted:
-            few = device.type == "cuda" or small
-            say(
-                f"compile  off: half a minute, which {steps} steps would not earn back"
-                if few
-                else f"compile  off: on this {device.type}, a model of this size is as fast without"
-            )
-    if wanted and compile_works(device, say):
-        for part in parts or (model,):
-            part.compile()
-
-
-def compile_works(device: torch.device, say: Callable[[str], None]) -> bool:
-    """Whether torch.compile does here; says why not. What it makes is kept on disk for later runs."""
-    # beside other caches and not in /tmp, so that the next run, also after a restart, compiles in 2 s
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.expanduser("~/.cache/torchinductor"))
-    warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")
-    try:
-        torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
-    except Exception as error:  # no compiler, no triton, an unsupported Python: all end here
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        say(f"note     compile is not possible here, goes on without ({reason})")
-        return False
-    return True
-
-
-@torch.no_grad()
-def cuda_graph(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> Callable[..., torch.Tensor]:
-    """`function` for inputs of these shapes as one CUDA graph: one launch, not some hundred.
-
-    It is run on these inputs, too. Each call overwrites what the call before returned.
-    """
-    own = [tensor.clone() for tensor in inputs]  # where each replay finds its own
-    autocast = torch.is_autocast_enabled("cuda")
-    with torch.cuda.device(own[0].device), torch.autocast("cuda", enabled=autocast, cache_enabled=False):
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # what kernels set up when first used must not be recorded
-            for _ in range(3):
-                function(*own)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            output = function(*own)
-
-    def replay(*new: torch.Tensor) -> torch.Tensor:
-        for tensor, value in zip(own, new, strict=True):
-            tensor.copy_(value)
-        graph.replay()
-        return output
-
-    return replay
-
-
-@cache  # many short runs in one process, as a study's, measure once
-def peak_flops(runtime: Runtime) -> float:
-    """FLOP/s of one rank's device at most: its data sheet's, or else a matrix product's, measured once."""
-    if runtime.device.type == "cuda" and runtime.dtype != torch.float32:
-        words = f" {torch.cuda.get_device_name(runtime.device).replace('-', ' ')} "
-        for name, peak in PEAK_FLOPS.items():
-            if f" {name} " in words:
-                return peak
-    return measured_flops(runtime)
-
-
-@torch.no_grad()
-def measured_flops(runtime: Runtime, seconds: float = 0.3) -> float:
-    """FLOP/s of the best of many square matrix products in the run's arithmetic: small ones, which a busy
-    machine interrupts less, and larger ones, which fill a larger machine."""
-    best = 0.0
-    for n in (512, 1024, 2048) if runtime.device.type == "cpu" else (4096, 8192):
-        a = torch.randn(n, n, device=runtime.device, dtype=runtime.dtype)  # GPUs are faster on equal numbers
-        end = time.perf_counter() + seconds / 3
-        now = 0.0
-        while now < end:
-            begin = time.perf_counter()
-            (a @ a)[0, 0].item()  # waits for the result
-            now = time.perf_counter()
-            best = max(best, 2 * n**3 / (now - begin))
-        if (
-            now - begin > seconds / 8
-        ):  # slow arithmetic (fp16 on CPUs): the next size would take 8 times as long
-            break
-    return best
-
-
-@torch.no_grad()
-def measured_bandwidth(device: torch.device) -> float:
-    """Bytes per second of the fastest of several readings of a quarter gigabyte, on GPUs of two."""
-    data = torch.ones(2**28 if device.type == "cuda" else 2**25, dtype=torch.int64, device=device)
-    best = 0.0
-    for _ in range(6):
-        begin = time.perf_counter()
-        data.sum().item()
-        best = max(best, data.nbytes / (time.perf_counter() - begin))
-    return best
 
 
 def find_pyplot(path: str) -> Any:

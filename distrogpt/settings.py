@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from configurator import check_settings, setting
+from distrogpt.gpus import GPUS
 
 ACTIVATIONS = ("gelu_tanh", "gelu", "relu2", "swiglu")
 NORMS = ("layernorm", "rmsnorm")
@@ -11,10 +12,6 @@ EVAL_TASKS = ("loss", "hellaswag", "choice", "accuracy", "next")
 EVAL_SPLITS = ("both", "train", "val")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 COMPILE = ("auto", True, False)
-GPUS = (
-    *("here", "b200", "h200", "h100", "h100-pcie", "a100-80gb", "a100-40gb", "l40s", "a40", "a10", "v100"),
-    *("t4", "rtx4090", "rtx3090"),
-)
 
 
 @dataclass
@@ -238,7 +235,9 @@ class BenchConfig(TrainConfig):
     check: str | None = setting(None, "run one of the report's checks by itself", choices=CHECKS)
     find_batch: bool = setting(False, "the largest batch_size that fits, and the fastest; flags for both")
     plan: bool = setting(False, "say what the run would take on n_gpus: memory, time, exchange")
-    gpu: str = setting("here", "with plan: whose data sheet; here measures this machine", choices=GPUS)
+    gpu: str = setting(
+        "here", "with plan: whose data sheet; here measures this machine", choices=("here", *GPUS)
+    )
     n_gpus: int = setting(1, "with plan and find_batch: GPUs of the run", at_least=1, at_most=2**20)
     gpus_per_node: int | None = setting(
         None, "with plan: GPUs of a node; None is 8, or this machine's", at_least=1

@@ -9,7 +9,7 @@ import torch
 from conftest import TINY, assert_user_error, run_here
 
 from distrogpt.errors import UserError
-from distrogpt.runtime import find_device
+from distrogpt.hardware import find_device
 
 
 def train_on(dataset, *flags):

@@ -26,12 +26,14 @@ from hypothesis import strategies as st
 
 from distrogpt.checkpoint import load_checkpoint, restore_model, restore_optimizers, training_state
 from distrogpt.inference.decoder import stream
+from distrogpt.inference.sampling import SamplingParams
 from distrogpt.loading import find_tokenizer
 from distrogpt.runtime import Runtime
 from distrogpt.settings import TrainConfig
+from distrogpt.training.batches import MicroBatch
 from distrogpt.training.optim import make_optimizers
 from model import GPT, GPTConfig
-from train import MicroBatch, training_step
+from train import training_step
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
 SHAPE = {"block_size": 8, "vocab_size": len(CHARS), "n_layer": 1, "n_head": 2, "n_embd": 8}
@@ -74,7 +76,7 @@ def use_checkpoint(data: bytes) -> None:
         scaler.load_state_dict(contents.get("scaler") or scaler.state_dict())
         tokenizer = find_tokenizer(contents, model.config.vocab_size, "ckpt.pt")
         idx = torch.tensor(tokenizer.encode("ab"))[None, -model.config.block_size :]
-        for column, _ in stream(model, idx, 2, vocab_size=tokenizer.vocab_size):
+        for column, _ in stream(model, idx, SamplingParams(), torch.rand(1, 2), tokenizer.vocab_size):
             assert isinstance(tokenizer.decode(column[0].tolist()), str)
         restore_optimizers(optimizers, contents, Path())
         x = torch.zeros(1, min(8, model.config.block_size), dtype=torch.long)

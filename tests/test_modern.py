@@ -18,13 +18,15 @@ from distrogpt.checkpoint import (
     restore_optimizers,
     training_state,
 )
-from distrogpt.inference.decoder import SamplingParams, optimize_for_inference, stream
-from distrogpt.kernels.cpu import KVCache, rms_norm, rotate, rotation
+from distrogpt.inference.decoder import decode, optimize_for_inference, prefill, stream
+from distrogpt.inference.sampling import SamplingParams
+from distrogpt.kernels.cpu import use_cpu_kernels
 from distrogpt.runtime import Runtime
 from distrogpt.settings import TrainConfig
+from distrogpt.training.batches import MicroBatch
 from distrogpt.training.optim import make_optimizers
-from model import ACTIVATIONS, GPT, NORMS, GPTConfig
-from train import MicroBatch, training_step
+from model import ACTIVATIONS, GPT, NORMS, GPTConfig, KVCache
+from train import training_step
 
 SMALL = {"block_size": 16, "vocab_size": 24, "n_layer": 2, "n_head": 4, "n_embd": 24}
 VALUES = {
@@ -43,10 +45,12 @@ ALL = [dict(zip(VALUES, values, strict=True)) for values in itertools.product(*V
 MODERN = {name: values[1] for name, values in VALUES.items()}
 
 
-def made(**settings) -> GPT:
+def made(cpu_kernels: bool = False, **settings) -> GPT:
     """A model in which everything matters: all weights are random, also those that begin as zeros or ones."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(**{**SMALL, **settings})).eval()
+    if cpu_kernels:
+        use_cpu_kernels(model)
     with torch.no_grad():
         for p in model.parameters():
             p += 0.3 * torch.randn(p.shape)
@@ -127,8 +131,8 @@ def test_what_is_picked_has_each_triple_of_values():
 @pytest.mark.parametrize("part", range(4))
 def test_each_combination_gives_the_formulas_logits(part):
     idx = ids(2, 7)
-    for settings in PICKED[part::4]:
-        model = made(**settings)
+    for number, settings in enumerate(PICKED[part::4]):
+        model = made(cpu_kernels=number % 2 == 0, **settings)
         logits, loss = model(idx, idx)
         expected = reference(model, idx)
         assert expected.std() > 0.1
@@ -142,10 +146,14 @@ def test_each_combination_gives_the_formulas_logits(part):
 @pytest.mark.parametrize("part", range(4))
 def test_each_combination_samples_with_the_cache_as_without(part):
     """Also where the block is full and the window slides: 20 tokens after a prompt of 5, a block of 16."""
-    for settings in PICKED[part::4]:
-        model = made(**settings)
+    for number, settings in enumerate(PICKED[part::4]):
+        model = made(cpu_kernels=number % 2 == 0, **settings)
         found = torch.cat(
-            [ids(2, 5), *(new for new, _ in stream(model, ids(2, 5), 20, SamplingParams(0.0)))], dim=1
+            [
+                ids(2, 5),
+                *(new for new, _ in stream(model, ids(2, 5), SamplingParams(0.0), torch.zeros(2, 20))),
+            ],
+            dim=1,
         )
         window = idx = ids(2, 5)
         for _ in range(20):
@@ -189,18 +197,17 @@ def test_each_combination_trains_is_saved_and_goes_on_bit_for_bit(part, tmp_path
 
 
 @pytest.mark.parametrize("static", [False, True])  # static: as on a GPU, with a mask over the whole cache
-@pytest.mark.parametrize("settings", [{}, MODERN])
+@pytest.mark.parametrize("settings", [{}, MODERN, {"cpu_kernels": True}, {**MODERN, "cpu_kernels": True}])
 def test_decoding_scores_each_position_as_the_whole_sequence_does(settings, static):
     model, idx = made(**settings), ids(2, 16)
     with torch.no_grad():
         expected = model(idx, targets=idx)[0]  # (B, T, V)
-        cache = KVCache(2, model.config.kv_heads, 6, 2, 16, model.lm_head.weight)
-        cache.static = static
-        found = model.prefill(idx[:, :9], torch.tensor([4, 4]), cache)  # what stands behind does not count
+        cache = KVCache(model.config, 2, 16)
+        found = prefill(model, idx[:, :9], torch.tensor([4, 4]), cache)  # what is behind has no effect
         torch.testing.assert_close(found, expected[:, 4], atol=1e-4, rtol=1e-4)
         for t in range(5, 16):
-            cache.length = t + 1
-            found = model.decode(idx[:, t : t + 1], torch.tensor([[t]] * (1 + t % 2)), cache)
+            cache.length = 16 if static else t + 1
+            found = decode(model, idx[:, t : t + 1], torch.tensor([[t]] * (1 + t % 2)), cache)
             torch.testing.assert_close(found, expected[:, t], atol=1e-4, rtol=1e-4)
 
 
@@ -211,7 +218,7 @@ def test_a_modern_model_made_ready_to_decode_scores_nearly_the_same(int8):
     with torch.no_grad():
         expected, found = model(idx, idx)[0], ready(idx, idx)[0].float()
     assert (found - expected).abs().mean() < 0.1 * expected.std()
-    assert len(list(stream(ready, idx[:, :3], 10, SamplingParams(0.8, 5)))) == 10
+    assert len(list(stream(ready, idx[:, :3], SamplingParams(0.8, 5), torch.rand(2, 10)))) == 10
 
 
 def test_settings_and_network_know_the_same_names():
@@ -220,27 +227,6 @@ def test_settings_and_network_know_the_same_names():
     assert {field.name for field in fields(GPTConfig)} - set(theirs) == {"vocab_size"}
     changed = {f.name for f in fields(GPTConfig) if f.name in theirs and f.default != theirs[f.name]}
     assert changed == {"bias"}  # as in nanoGPT
-
-
-def test_rms_norm_has_torchs_values_and_gradients():
-    x = torch.randn(5, 7, 12, generator=torch.Generator().manual_seed(0)).mul_(3).requires_grad_()
-    gradient = torch.randn(5, 7, 12, generator=torch.Generator().manual_seed(1))
-    expected = F.rms_norm(x, (12,), eps=1e-6)
-    (wanted,) = torch.autograd.grad(expected, x, gradient)
-    (got,) = torch.autograd.grad(rms_norm(x), x, gradient)
-    torch.testing.assert_close(rms_norm(x), expected)
-    torch.testing.assert_close(got, wanted)
-    assert rms_norm(torch.zeros(2, 4)).tolist() == [[0.0] * 4] * 2
-
-
-def test_compiled_rotation_is_the_same():
-    """Complex numbers cannot be compiled: there it is written with real ones."""
-    x, turn = torch.randn(2, 3, 5, 8, requires_grad=True), rotation(5, 8)
-    torch.testing.assert_close(torch.compile(rotate, backend="eager")(x, turn), rotate(x, turn))
-    # a rotation keeps lengths, and products of queries and keys tell only how far apart they are
-    turned = rotate(x[:1, :1, :1].expand(1, 1, 5, 8), turn)[0, 0]
-    torch.testing.assert_close(turned.norm(dim=-1), x[0, 0, 0].norm().expand(5))
-    torch.testing.assert_close(turned[1] @ turned[3], turned[0] @ turned[2])
 
 
 def test_zero_init_begins_with_equal_chances():
@@ -261,8 +247,7 @@ def test_fewer_heads_of_keys_and_values_make_a_smaller_cache():
     sizes = []
     for heads in (4, 1):
         config = GPTConfig(**SMALL, n_kv_head=heads)
-        cache = KVCache(config.n_layer, config.kv_heads, 6, 1, 16, torch.zeros(1))
-        sizes.append(sum(layer.numel() for layer in cache.layers))
+        sizes.append(KVCache(config, 1, 16).kv.numel())
     assert sizes[0] == 4 * sizes[1]
 
 

@@ -9,6 +9,6 @@ import warm  # noqa: F401
 
 import ablate  # noqa: F401
 import eval  # noqa: F401
-from distrogpt.runtime import Runtime, peak_flops
+from distrogpt.hardware import peak_flops
 
-peak_flops(Runtime(torch.device("cpu"), torch.float32))
+peak_flops(torch.device("cpu"), torch.float32)

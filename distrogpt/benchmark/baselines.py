@@ -13,9 +13,10 @@ import torch.nn.functional as F
 
 from distrogpt.data.dataset import Dataset
 from distrogpt.errors import UserError
-from distrogpt.runtime import Runtime, maybe_compile
+from distrogpt.kernels.compile import maybe_compile
+from distrogpt.runtime import Runtime
 from distrogpt.settings import BenchConfig
-from train import step_batches
+from distrogpt.training.batches import step_batches
 
 Step = Callable[[int], object]
 
@@ -70,7 +71,7 @@ def others_step(
         with contextlib.redirect_stdout(None):
             optimizer = other.configure_optimizers(config.weight_decay, lr, betas, runtime.device.type)
     if on_gpu:
-        maybe_compile(other, config.compile, runtime.device, config.max_iters, print)
+        maybe_compile(other, config.compile, runtime.device, config.max_iters)
     place = replace(runtime, dtype=runtime.dtype if on_gpu else torch.float32)
     batches = step_batches(data, config, runtime, 0)
 

@@ -27,14 +27,19 @@ from distrogpt.benchmark.plan import Split, count, find_place, memory
 from distrogpt.benchmark.timing import alternate, open_data, peak_memory, spread
 from distrogpt.checkpoint import NEWEST, load_checkpoint
 from distrogpt.errors import UserError
-from distrogpt.inference.decoder import SamplingParams, optimize_for_inference, stream
-from distrogpt.runtime import Runtime, compile_works, measured_bandwidth, measured_flops, peak_flops
+from distrogpt.hardware import measured_bandwidth, measured_flops, peak_flops
+from distrogpt.inference.decoder import optimize_for_inference, stream
+from distrogpt.inference.sampling import SamplingParams
+from distrogpt.kernels.compile import compile_error
+from distrogpt.kernels.cpu import to_device
+from distrogpt.runtime import Runtime
 from distrogpt.settings import BenchConfig
+from distrogpt.training.batches import MicroBatch
 from distrogpt.training.distributed import full_tensor, wrap_distributed
-from distrogpt.training.optim import make_optimizers
+from distrogpt.training.optim import clip_gradients, make_optimizers
 from distrogpt.training.startup import new_model_config
 from model import GPT, GPTConfig
-from train import MicroBatch, clip_gradients, training_step
+from train import training_step
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = {"block_size": 256, "vocab_size": 1024, "n_layer": 4, "n_head": 4, "n_embd": 256}
@@ -126,12 +131,17 @@ def check_machine(config: BenchConfig, runtime: Runtime) -> list[Row]:
         )
     dtypes = {runtime.dtype, torch.float32}
     for dtype in sorted(dtypes, key=str):
-        product = measured_flops(replace(runtime, dtype=dtype), seconds=1.0)
+        product = measured_flops(runtime.device, dtype, seconds=1.0)
         rows.append(
             Row(f"matrix product, {str(dtype).removeprefix('torch.')}", f"{product / 1e12:,.2f} TFLOP/s")
         )
     if runtime.device.type == "cuda":
-        rows.append(Row("peak from which MFU is computed", f"{peak_flops(runtime) / 1e12:,.0f} TFLOP/s"))
+        rows.append(
+            Row(
+                "peak from which MFU is computed",
+                f"{peak_flops(runtime.device, runtime.dtype) / 1e12:,.0f} TFLOP/s",
+            )
+        )
     rows.append(Row("memory, read", f"{measured_bandwidth(runtime.device) / 1e9:,.0f} GB/s"))
     return rows
 
@@ -159,7 +169,7 @@ def check_network(config: BenchConfig, runtime: Runtime) -> list[Row]:
             loss.backward()
         expected = torch.cat([p.grad.flatten() for p in reference.parameters()])
         for dtype, limit in ((torch.float32, 1e-4), (torch.bfloat16, 3e-2)):
-            model = copy.deepcopy(reference).to(runtime.device)
+            model = to_device(copy.deepcopy(reference), runtime.device)
             model.zero_grad()
             with exact_float32(), replace(runtime, dtype=dtype).autocast():
                 found, found_loss = model(x.to(runtime.device), y.to(runtime.device))
@@ -213,9 +223,9 @@ def check_greedy(config: BenchConfig, runtime: Runtime) -> list[Row]:
 
 def greedy(model: GPT, prompts: list[torch.Tensor], graph: bool = True) -> torch.Tensor:
     """The 64 likeliest ids after each prompt (T,), by the decoder of sample.py: (N, 64)."""
-    padded = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True)
-    lengths = [len(prompt) for prompt in prompts]
-    tokens = stream(model, padded, 64, SamplingParams(temperature=0.0), lengths=lengths, graph=graph)
+    tokens = stream(
+        model, prompts, SamplingParams(temperature=0.0), torch.zeros(len(prompts), 64), graph=graph
+    )
     return torch.cat([token.ids for token in tokens], dim=1)
 
 
@@ -234,12 +244,11 @@ def greedy_without_cache(model: GPT, prompt: torch.Tensor) -> torch.Tensor:
 
 def check_compile(config: BenchConfig, runtime: Runtime) -> list[Row]:
     """20 training steps compiled, against the same steps uncompiled."""
-    reasons: list[str] = []
-    if not compile_works(runtime.device, reasons.append):
-        return [Row("torch.compile", " ".join(reasons))]
+    if error := compile_error(runtime.device):
+        return [Row("torch.compile", error)]
     rows = []
     for name, network in NETWORKS.items():
-        model = small_model(network).to(runtime.device)
+        model = to_device(small_model(network), runtime.device)
         compiled = copy.deepcopy(model)
         compiled.compile()
         plain, other = (train_steps(m, config, runtime) for m in (model, compiled))
@@ -258,7 +267,7 @@ def check_fp16(config: BenchConfig, runtime: Runtime) -> list[Row]:
     learned, rows = {}, []
     length = SMALL["block_size"] if runtime.device.type == "cuda" else 16  # CPUs are slow in fp16
     for dtype in (torch.float32, torch.float16):
-        model = small_model({}).to(runtime.device)
+        model = to_device(small_model({}), runtime.device)
         losses = train_steps(model, config, replace(runtime, dtype=dtype), length)
         learned[dtype] = losses[0] - losses[-1]
         rows.append(
@@ -349,7 +358,7 @@ def check_ranks(config: BenchConfig, runtime: Runtime) -> list[Row]:
         address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
     dist.init_process_group(backend, init_method=address, rank=0, world_size=1)
     rows = []
-    model = small_model({}).to(runtime.device)
+    model = to_device(small_model({}), runtime.device)
     expected = train_steps(copy.deepcopy(model), config, runtime)
     for name, shard in (("DDP", False), ("FSDP2, --shard=True", True)):
         shared = copy.deepcopy(model)
@@ -374,7 +383,7 @@ def check_synchronize(config: BenchConfig, runtime: Runtime) -> list[Row]:
     config.batch_size = config.batch_size or 8
     data = open_data(config)
     torch.manual_seed(0)
-    model = GPT(new_model_config(config, data.meta)).to(runtime.device)
+    model = to_device(GPT(new_model_config(config, data.meta)), runtime.device)
     if config.compile is True:
         model.compile()
     optimizers = make_optimizers(model, config, runtime.device.type, runtime.dtype)
@@ -389,7 +398,7 @@ def check_synchronize(config: BenchConfig, runtime: Runtime) -> list[Row]:
     def without_reading(number: int) -> None:
         for _ in range(5):
             with runtime.autocast():
-                _, loss = model(x, y, only_loss=True)
+                _, loss = model(x, y, return_logits=False)
             loss.backward()
             clip_gradients(model, config.grad_clip)
             for optimizer in optimizers:
@@ -413,7 +422,7 @@ def check_memory(config: BenchConfig, runtime: Runtime) -> list[Row]:
     data = open_data(config)
     shape = new_model_config(config, data.meta)
     torch.manual_seed(0)
-    model = GPT(shape).to(runtime.device)
+    model = to_device(GPT(shape), runtime.device)
     model.activation_checkpointing = config.activation_checkpointing
     optimizers = make_optimizers(model, config, runtime.device.type, runtime.dtype)
     scaler = runtime.loss_scaler()

@@ -12,6 +12,7 @@ from distrogpt.benchmark.timing import ratio, spread, synchronize
 from distrogpt.data.meta import GPT2_META
 from distrogpt.evaluation.questions import Question
 from distrogpt.evaluation.tasks import choices
+from distrogpt.kernels.cpu import to_device
 from distrogpt.runtime import Runtime
 from distrogpt.settings import BenchConfig
 from distrogpt.training.startup import new_model_config
@@ -60,7 +61,7 @@ def bench_questions(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
     """Both, in turns, on the network of the settings with random weights."""
     torch.manual_seed(config.seed)
     shape = replace(new_model_config(config, GPT2_META), zero_init=False)  # which would have no choice
-    model = GPT(shape).to(runtime.device).eval()
+    model = to_device(GPT(shape), runtime.device).eval()
     questions = made_up(COUNT, config.block_size)
     ways = {f"batches of {size}": lambda m, q, r, size=size: choices(m, q, r, size) for size in BATCHES}
     ways = {"one by one": one_by_one, **ways}

@@ -17,24 +17,24 @@ on 8 A100 80GB.
 
 import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
+import torch.nn as nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import model as model_file
 from distrogpt.data.dataset import find_parts, open_dataset
 from distrogpt.data.meta import GPT2_META
 from distrogpt.errors import UserError
-from distrogpt.kernels import cpu as attention_file
-from distrogpt.runtime import PEAK_FLOPS, Runtime, measured_flops, peak_flops
+from distrogpt.gpus import GPU, GPUS, find_gpu
+from distrogpt.hardware import measured_flops, peak_flops
+from distrogpt.kernels import replace_layers
+from distrogpt.kernels.cpu import causal_mask, use_cpu_kernels
+from distrogpt.runtime import Runtime
 from distrogpt.settings import BenchConfig
 from distrogpt.training.startup import new_model_config, resolve_max_iters
-from model import GPT, GPTConfig
+from model import GPT, Attention, GPTConfig
 
 MFU = 0.4  # where none is known: llm.c's on H100, see above
 LINK_SHARE, LATENCY = 0.8, 10e-6  # of the nominal bandwidth; seconds
@@ -49,25 +49,7 @@ GPT2_SHAPES = {  # layers, heads, width (Radford et al., 2019)
     "gpt2-large": (36, 20, 1280),
     "gpt2-xl": (48, 25, 1600),
 }
-# The name in PEAK_FLOPS; memory in GiB as nvidia-smi tells it, its GB/s; GB/s of NVLink, or PCIe x16, in one
-# direction: the vendor's data sheets. Gbit/s to other nodes: of the vendor's own systems (DGX B200, H200,
-# H100, A100, DGX-1); for the rest, what such machines are often rented with.
-GPUS = {
-    "b200": ("B200", 179, 8000, 900, 400),
-    "h200": ("H200", 140, 4800, 450, 400),
-    "h100": ("H100", 79, 3350, 450, 400),
-    "h100-pcie": ("H100 PCIe", 79, 2000, 64, 200),
-    "a100-80gb": ("A100", 79, 2039, 300, 200),
-    "a100-40gb": ("A100", 39, 1555, 300, 200),
-    "l40s": ("L40S", 45, 864, 32, 100),
-    "a40": ("A40", 45, 696, 32, 50),
-    "a10": ("A10", 22, 600, 32, 25),
-    "v100": ("V100", 32, 900, 150, 50),
-    "t4": ("T4", 15, 300, 16, 12.5),
-    "rtx4090": ("RTX 4090", 24, 1008, 32, 12.5),
-    "rtx3090": ("RTX 3090", 24, 936, 32, 12.5),
-}
-UNKNOWN = (None, None, None, 32, 12.5)  # PCIe, and eight that share 100 Gbit/s
+UNKNOWN = GPU("", 0, 0, None, 32, 12.5)  # PCIe, and eight that share 100 Gbit/s
 
 
 class Hardware(NamedTuple):
@@ -118,27 +100,30 @@ def find_place(config: BenchConfig, runtime: Runtime, peak: float | None = None)
     """The GPU of config.gpu, or this machine, whose `peak` may have been measured before."""
     kind = runtime.device.type
     if config.gpu != "here":
-        row = GPUS[config.gpu]
-        name, size, peak, own = row[0], row[1] * 2**30, PEAK_FLOPS[row[0]], 8
+        gpu = GPUS[config.gpu]
+        name, size, peak, own = gpu.words, gpu.memory * 2**30, gpu.peak_flops, 8
         if config.dtype == "float32":  # TF32 is half as fast as bf16; older chips have none
             peak /= 8 if config.gpu in ("v100", "t4") else 2
     elif kind == "cuda":
         about = torch.cuda.get_device_properties(runtime.device)
         name, size, own = about.name, about.total_memory, torch.cuda.device_count()
-        words = f" {name.replace('-', ' ')} "
-        row = next((row for row in GPUS.values() if f" {row[0]} " in words), UNKNOWN)
+        gpu = find_gpu(name) or UNKNOWN
     else:
-        name, row, own = f"this {kind}", UNKNOWN, 1
+        name, gpu, own = f"this {kind}", UNKNOWN, 1
         pages = os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf  # Windows does not tell
         size = PAGE * pages if pages == math.inf else os.sysconf("SC_PAGE_SIZE") * pages
-    peak = peak or (peak_flops(runtime) if kind == "cuda" else measured_flops(runtime))
+    peak = peak or (
+        peak_flops(runtime.device, runtime.dtype)
+        if kind == "cuda"
+        else measured_flops(runtime.device, runtime.dtype)
+    )
     return Hardware(
         name,
         peak,
         size,
-        row[2] and row[2] * 1e9,
-        row[3] * 1e9,
-        (config.interconnect or row[4]) * 1e9 / 8,
+        gpu.memory_bandwidth and gpu.memory_bandwidth * 1e9,
+        gpu.link * 1e9,
+        (config.interconnect or gpu.network) * 1e9 / 8,
         config.gpus_per_node or own,
         config.gpu == "here" and kind == "cpu",
     )
@@ -170,23 +155,25 @@ def planned_shape(config: BenchConfig) -> tuple[BenchConfig, GPTConfig, bool]:
     return config, new_model_config(config, meta), found
 
 
-@contextmanager
-def as_on_gpus() -> Iterator[None]:
-    """Attention and dropout in model.py as GPUs do them: no scores are kept, and a byte for each number."""
-    ours = {name: vars(model_file)[name] for name in ("causal_attention", "dropout")}
+class MaskedDropout(nn.Dropout):
+    """Dropout as GPUs do it: a byte is kept for each number."""
 
-    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, p: float) -> torch.Tensor:
-        shared = q.size(1) != k.size(1)  # without dropout: on GPUs its noise is made anew for the gradient
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=shared)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.native_dropout(x, self.p, True)[0] if self.training and self.p else x
 
-    def drop(x: torch.Tensor, p: float, training: bool) -> torch.Tensor:
-        return torch.native_dropout(x, p, True)[0] if training and p else x
 
-    try:
-        vars(model_file).update(causal_attention=attend, dropout=drop)
-        yield
-    finally:
-        vars(model_file).update(ours)
+def as_trained(model: GPT, on_gpu: bool) -> GPT:
+    """The model with the layers of its device. On GPUs, attention keeps no scores, and makes the noise of its
+    dropout again in the backward pass."""
+    if not on_gpu:
+        return use_cpu_kernels(model)
+    return replace_layers(
+        model,
+        {
+            nn.Dropout: lambda layer: MaskedDropout(layer.p),
+            Attention: lambda layer: Attention(layer.scale, 0.0),
+        },
+    )
 
 
 def saved_bytes(model: GPT, B: int, half: bool) -> int:
@@ -206,7 +193,7 @@ def saved_bytes(model: GPT, B: int, half: bool) -> int:
     idx = torch.zeros(B, model.config.block_size, dtype=torch.long)
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=half)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast:
-        model(idx, idx, only_loss=True)
+        model(idx, idx, return_logits=False)
     return sum(storage.nbytes() for storage in kept.values())
 
 
@@ -216,17 +203,14 @@ def count(shape: GPTConfig, config: BenchConfig, half: bool, on_gpu: bool) -> Co
 
     On torch's fake tensors, which have all but numbers: the same code runs, without memory and time.
     """
-    caches = (attention_file.rotation, attention_file.causal_bias)  # true tensors and fake ones do not mix
     saved = {}
-    with FakeTensorMode(), as_on_gpus() if on_gpu else nullcontext():
-        for cache in caches:
-            cache.cache_clear()
+    causal_mask.cache_clear()  # true tensors and fake ones do not mix
+    with FakeTensorMode():
         for layers in (1, 2):
-            model = GPT(replace(shape, n_layer=layers)).train()
+            model = as_trained(GPT(replace(shape, n_layer=layers)).train(), on_gpu)
             for B in (2, 3):
                 saved[layers, B] = saved_bytes(model, B, half)
-        for cache in caches:
-            cache.cache_clear()
+    causal_mask.cache_clear()
     block = [saved[2, B] - saved[1, B] for B in (2, 3)]
     head = [saved[1, 2] - block[0], saved[1, 3] - block[1]]
     with torch.device("meta"):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 
 from distrogpt.runtime import Runtime
-from model import GPT
+from model import GPT, Attention
 
 
 @torch.no_grad()
@@ -20,18 +20,18 @@ def next_tokens(
     return list(zip(found.tolist(), chances.tolist(), strict=True))
 
 
-class Watch:
-    """In place of a KVCache: keeps the weights of attention, one (B, H, T, T) for each layer."""
+class RecordedAttention(Attention):
+    """Appends its weights, (B, H, T, T), to a list."""
 
-    def __init__(self) -> None:
-        self.weights: list[torch.Tensor] = []
+    def __init__(self, layer: Attention, weights: list[torch.Tensor]) -> None:
+        super().__init__(layer.scale, 0.0)
+        self.weights = weights
 
-    def attend(
-        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, position: object
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """q (B, H, T, D), k and v (B, K, T, D) to q's shape."""
         k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
-        scores = scale * q.float() @ k.float().mT
+        scores = self.scale * q.float() @ k.float().mT  # (B, H, T, T)
         later = torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1)
         self.weights.append(scores.masked_fill(later, -math.inf).softmax(dim=-1))
         return (self.weights[-1] @ v.float()).to(v.dtype)
@@ -39,9 +39,14 @@ class Watch:
 
 @torch.no_grad()
 def attention_weights(model: GPT, ids: Sequence[int]) -> torch.Tensor:
-    """How much each position reads from each other one, in each layer and head: (n_layer, n_head, T, T), on
-    the CPU; a row reads columns, 1 in all."""
-    watch, device = Watch(), model.transformer.wte.weight.device
-    idx = torch.tensor([ids], device=device)
-    model.hidden(idx, watch, torch.arange(len(ids), device=device)[None])
-    return torch.cat(watch.weights).cpu()
+    """The attention weights of each layer and head: (n_layer, n_head, T, T), on the CPU; rows read columns."""
+    weights, layers = [], [block.attn.attention for block in model.transformer.h]
+    idx = torch.tensor([ids], device=model.transformer.wte.weight.device)
+    try:
+        for block, layer in zip(model.transformer.h, layers, strict=True):
+            block.attn.attention = RecordedAttention(layer, weights)
+        model.hidden_states(idx)
+    finally:
+        for block, layer in zip(model.transformer.h, layers, strict=True):
+            block.attn.attention = layer
+    return torch.cat(weights).cpu()

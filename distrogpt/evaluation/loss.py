@@ -1,151 +1,105 @@
-"""How well a network predicts each split of the data: losses, and what is told of them."""
+"""The loss of a model on windows of tokens, and the line that reports it."""
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from distrogpt.data.dataset import Dataset, Part, evaluation_windows, measured_splits, to_xy
+from distrogpt.data.dataset import Dataset, to_xy
 from distrogpt.data.token_stream import TokenStream
 from distrogpt.errors import UserError
 from distrogpt.runtime import Runtime
-from distrogpt.settings import TrainConfig
 
-Found = TypeVar("Found")
-Losses = dict[
-    str, float
-]  # train, val, bits_per_byte where it is known, and of a mixture val/NAME of each part
+# train and val, bits_per_byte if it is known, and val/NAME for each part of a mixture
+Losses = dict[str, float]
 
 
-@torch.no_grad()
-def evaluate(
-    model: torch.nn.Module,
-    data: Dataset,
-    config: TrainConfig,
-    runtime: Runtime,
-    stop_asked: Callable[[], bool] = lambda: False,
-    trouble: list[UserError] | None = None,
-) -> Losses | None:
-    """Mean loss per token of train and val, or of what eval_splits says, in nats, of a mixture weighted by
-    its shares; None where it did not come to its end, on any rank: stop_asked, or the data is not what it
-    was, which is added to `trouble`, or raised where there is no such list. Raises UserError where no target
-    counts.
-    """
-    losses: dict[str, list[float]] = {split: [] for split in measured_splits(config)}
-    for number, part in enumerate(data.parts):
-        for split, found in losses.items():
-            loss = mean_loss(model, data, part, number, split, config, runtime, stop_asked, trouble)
-            if loss is None:
-                return None
-            found.append(loss)
-    return mean_losses(data, losses)
+class EvalWindows(NamedTuple):
+    """Windows of T inputs and their targets, read in batches of B; of window i, the first skip[i] targets do
+    not count. N is a multiple of B times the number of ranks."""
+
+    stream: TokenStream
+    starts: np.ndarray  # (N,)
+    skip: np.ndarray  # (N,)
+    B: int
+    T: int
 
 
-def mean_losses(data: Dataset, losses: dict[str, list[float]], split: str = "val") -> Losses:
-    """Of the losses of each part in each split, the means by the parts' shares. Where they are known, also
-    bits_per_byte and, of a mixture, SPLIT/NAME of each part: of one split."""
-    shares = [part.weight for part in data.parts]
-    means = {name: weighted(found, shares) for name, found in losses.items()}
-    if split not in losses:
-        return means
-    ratios = [part.tokens_per_byte(split) for part in data.parts]
-    if all(ratios) and data.separator is None:  # of some targets only, there are no bytes to count
-        bits = [loss * ratio / math.log(2) for loss, ratio in zip(losses[split], ratios, strict=True)]
-        means["bits_per_byte"] = weighted(bits, shares)
-    if len(data.parts) > 1:
-        parts = zip(data.parts, losses[split], strict=True)
-        means |= {f"{split}/{part.name}": loss for part, loss in parts}
-    return means
-
-
-def mean_loss(
-    model: torch.nn.Module,
-    data: Dataset,
-    part: Part,
-    number: int,
-    split: str,
-    config: TrainConfig,
-    runtime: Runtime,
-    stop_asked: Callable[[], bool],
-    trouble: list[UserError] | None,
-) -> float | None:
-    """Mean loss per token of a split of part `number`, in nats; the ranks share the batches. None and errors
-    as `evaluate` has them."""
-    windows = evaluation_windows(part, number, split, config, runtime.world_size)
-    sizes = (config.batch_size, config.block_size)
-    found = summed_loss(model, data, part.streams[split], *windows, *sizes, runtime, stop_asked, trouble)
-    if found and not found[1]:
-        raise UserError(
-            f"{part.name}: no target of {split} stands after loss_after={config.loss_after}; choose another"
-        )
-    return found and found[0] / found[1]
+def never() -> bool:
+    """The stop_requested of an evaluation that is not interrupted."""
+    return False
 
 
 @torch.no_grad()
 def summed_loss(
     model: torch.nn.Module,
     data: Dataset,
-    stream: TokenStream,
-    starts: np.ndarray,
-    skip: np.ndarray,
-    B: int,
-    T: int,
+    windows: EvalWindows,
     runtime: Runtime,
-    stop_asked: Callable[[], bool] = lambda: False,
-    trouble: list[UserError] | None = None,
+    stop_requested: Callable[[], bool] = never,
 ) -> tuple[float, float] | None:
-    """The sum of the losses over windows of T tokens, B at a time, without the first `skip` of each, and how
-    many they are. The ranks share the batches; None and errors as `evaluate` has them."""
-    total, sums = torch.zeros(2, dtype=torch.float64), []  # in fp32, the sum of very many would stand still
-    model.eval()
-    for i in range(runtime.rank * B, len(starts), runtime.world_size * B):
-        windows = attempt(lambda i=i: stream.windows(starts[i : i + B], T + 1), trouble)
-        if runtime.all_reduce_sum(windows is None or stop_asked())[0]:
-            model.train()
+    """The sum of the losses of all targets that count, in nats, and their number; ranks share the batches.
+
+    Returns None if a rank requests a stop. If a rank cannot read its data, it raises UserError and the others
+    return None. Call eval() first.
+    """
+    stream, starts, skip, B, T = windows
+    firsts = range(runtime.rank * B, len(starts), runtime.world_size * B)
+    sums = torch.zeros(len(firsts), 2, device=runtime.device)  # loss and number of targets of each batch
+    for i, first in enumerate(firsts):
+        error = None
+        try:
+            tokens = stream.windows(starts[first : first + B], T + 1)  # (B, T + 1)
+        except UserError as reason:
+            error = reason
+        if runtime.all_reduce_sum(error is not None or stop_requested())[0]:
+            if error is not None:
+                raise error
             return None
-        counted = np.arange(T) >= skip[i : i + B, None]  # (B, T)
-        answers = data.loss_mask(windows)
-        x, y = to_xy(windows, counted if answers is None else counted & answers, runtime)
+        mask = np.arange(T) >= skip[first : first + B, None]  # (B, T)
+        loss_mask = data.loss_mask(tokens)
+        x, y = to_xy(tokens, mask if loss_mask is None else mask & loss_mask, runtime)
         with runtime.autocast():
-            _, loss = model(x, y, only_loss=True)
-        counted = (y >= 0).sum()
-        of_batch = torch.where(counted > 0, loss.float() * counted, 0.0)  # the mean of no losses is nan
-        sums.append(torch.stack((of_batch, counted.float())))
-        if len(sums) == 1000:
-            total += torch.stack(sums).cpu().double().sum(dim=0)
-            sums = []
-    model.train()
-    if sums:
-        total += torch.stack(sums).cpu().double().sum(dim=0)
-    all_loss, all_count = runtime.all_reduce_sum(*total.tolist())
-    return all_loss, all_count
+            _, loss = model(x, y, return_logits=False)
+        count = (y >= 0).sum()
+        sums[i, 0] = torch.where(count > 0, loss.float() * count, 0.0)  # the mean of no losses is nan
+        sums[i, 1] = count
+    loss_sum, count = runtime.all_reduce_sum(*sums.cpu().double().sum(dim=0).tolist())
+    return loss_sum, count
 
 
-def attempt(read: Callable[[], Found], trouble: list[UserError] | None) -> Found | None:
-    """What `read` returns, or None and its UserError in `trouble`, for all ranks have to stop together."""
-    try:
-        return read()
-    except UserError as error:
-        if trouble is None:
-            raise
-        trouble.append(error)
-        return None
+def mean_losses(data: Dataset, losses: dict[str, list[float]], split: str = "val") -> Losses:
+    """The weighted means of the losses of all parts in each split; and of one split, if they are known,
+    bits_per_byte and, for a mixture, SPLIT/NAME of each part."""
+    weights = [part.weight for part in data.parts]
+    means = {name: weighted_mean(values, weights) for name, values in losses.items()}
+    if split not in losses:
+        return means
+    ratios = [part.tokens_per_byte(split) for part in data.parts]
+    if all(ratios) and data.separator is None:  # the bytes of answers alone are not known
+        bits = [loss * ratio / math.log(2) for loss, ratio in zip(losses[split], ratios, strict=True)]
+        means["bits_per_byte"] = weighted_mean(bits, weights)
+    if len(data.parts) > 1:
+        parts = zip(data.parts, losses[split], strict=True)
+        means |= {f"{split}/{part.name}": loss for part, loss in parts}
+    return means
 
 
-def weighted(values: Sequence[float], shares: Sequence[float]) -> float:
-    """The mean of the values by their shares, which are 1 in all."""
-    return sum(value * share for value, share in zip(values, shares, strict=True))
+def weighted_mean(values: Sequence[float], weights: Sequence[float]) -> float:
+    """The mean by weights that sum to 1."""
+    return sum(value * weight for value, weight in zip(values, weights, strict=True))
 
 
-def evaluation_line(step: int, found: Losses) -> str:
-    """An evaluation, in words."""
-    both = [f"{split} loss {found[split]:.4f}" for split in ("train", "val") if split in found]
-    line = f"step {step}: {', '.join(both)}"
-    if "bits_per_byte" in found:
-        line += f", {found['bits_per_byte']:.4f} bits per byte"
+def evaluation_line(step: int, losses: Losses) -> str:
+    """An evaluation in words."""
+    splits = [f"{split} loss {losses[split]:.4f}" for split in ("train", "val") if split in losses]
+    line = f"step {step}: {', '.join(splits)}"
+    if "bits_per_byte" in losses:
+        line += f", {losses['bits_per_byte']:.4f} bits per byte"
     for name in ("hellaswag", "accuracy"):
-        line += f", {name} {100 * found[name]:.2f} %" if name in found else ""
-    parts = [f"{name[4:]} {loss:.4f}" for name, loss in found.items() if name.startswith("val/")]
+        if name in losses:
+            line += f", {name} {100 * losses[name]:.2f} %"
+    parts = [f"{name[4:]} {loss:.4f}" for name, loss in losses.items() if name.startswith("val/")]
     return f"{line} ({', '.join(parts)})" if parts else line

@@ -6,24 +6,20 @@ stop equally often, and stop_asked tells all of them the same.
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from distrogpt.data.dataset import Dataset
-from distrogpt.data.tokenizer import Tokenizer, encode_prompt, from_description
+from distrogpt.data.tokenizer import Tokenizer
 from distrogpt.errors import UserError
 from distrogpt.evaluation.questions import Question, hellaswag_file, read_questions
-from distrogpt.inference.decoder import SamplingParams, stream, uniform_noise
-from distrogpt.kernels.cpu import Branches
+from distrogpt.inference.decoder import stream
+from distrogpt.inference.sampling import SamplingParams
 from distrogpt.runtime import Runtime
-from distrogpt.settings import TrainConfig
 from model import GPT
-
-Say = Callable[[str], None]
-Ask = Callable[[GPT, Say, Callable[[], bool]], dict[str, float] | None]
 
 
 class Row(NamedTuple):
@@ -63,11 +59,22 @@ def ending_scores(model: GPT, questions: list[Question], runtime: Runtime) -> li
     reads &= np.tri(T, dtype=bool)
     places = np.concatenate([np.array(row.places) + number * T for number, row in enumerate(rows)])
     targets = np.concatenate([row.targets for row in rows])
-    branches = Branches(runtime.to_device(reads))
+    bias = torch.zeros(reads.shape, dtype=runtime.dtype).masked_fill_(torch.from_numpy(~reads), -math.inf)
+    mask = bias[:, None].to(runtime.device)  # (B, 1, T, T)
     idx, places, targets, positions = map(runtime.to_device, (idx, places, targets, positions))
     with torch.no_grad(), runtime.autocast():
-        scores = iter(model.log_likelihood(idx, places, targets, branches, positions).tolist())
+        scores = iter(
+            log_likelihood(model, model.hidden_states(idx, positions, mask), places, targets).tolist()
+        )
     return [[[next(scores) for _ in ending] for ending in question.endings] for question in questions]
+
+
+def log_likelihood(model: GPT, x: torch.Tensor, places: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities (N,) of the ids `targets` (N,) to follow the positions `places` (N,) of the hidden states
+    x (B, T, C), all rows of which are taken as one."""
+    rows = x.flatten(0, 1)[places]  # (N, C)
+    parts = zip(rows.split(256), targets.split(256), strict=True)  # all logits at once would take gigabytes
+    return torch.cat([-F.cross_entropy(model.logits(x).float(), y, reduction="none") for x, y in parts])
 
 
 def choices(
@@ -170,16 +177,11 @@ def answers(
     for batch, ours in batches_of_rank([len(prompt) for prompt, _ in problems], batch_size, runtime):
         if stop_asked():
             return None
-        lengths = [len(problems[i][0]) for i in batch]
-        prompts = np.zeros((len(batch), max(lengths)), np.int64)
-        for row, i in enumerate(batch):
-            prompts[row, : lengths[row]] = problems[i][0]
-        idx, columns = runtime.to_device(prompts), []
-        ended = torch.zeros(len(batch), 1, dtype=torch.bool, device=idx.device)
+        prompts, columns = [torch.tensor(problems[i][0]) for i in batch], []
+        ended = torch.zeros(len(batch), 1, dtype=torch.bool, device=runtime.device)
+        uniforms = torch.zeros(len(batch), most)
         with torch.no_grad(), runtime.autocast():
-            for ids, _ in stream(
-                model, idx, most, SamplingParams(0.0), vocab_size, lengths=lengths, graph=False
-            ):
+            for ids, _ in stream(model, prompts, SamplingParams(0.0), uniforms, vocab_size, graph=False):
                 columns.append(ids)  # (B, 1)
                 ended |= ids == newline
                 if ended.all():
@@ -193,64 +195,3 @@ def answers(
         Answer(prompt, (row[row > 0] - 1).tolist(), right)
         for (prompt, right), row in zip(problems, given, strict=True)
     ]
-
-
-def make_ask(config: TrainConfig, data: Dataset, runtime: Runtime) -> Ask:
-    """What an evaluation asks the network beside its losses: a function that returns hellaswag (acc_norm) and
-    accuracy, as the settings want them, or None where stop_asked, and tells samples.
-
-    Raises UserError where something is missing, before the first step.
-    """
-    tokenizer = None
-    if config.eval_hellaswag or config.eval_samples:
-        if not data.meta["tokenizer"]:
-            raise UserError("the dataset names no tokenizer, so nothing can be asked; prepare it here")
-        tokenizer = from_description(data.meta["tokenizer"])
-    if config.eval_hellaswag:
-        sizes = (config.block_size, config.hellaswag_items)
-        questions = open_questions(config.hellaswag_input, tokenizer, *sizes, runtime)
-    if config.eval_accuracy:
-        if data.separator is None:
-            raise UserError("eval_accuracy asks val's lines up to loss_after; give --loss_after='=', say")
-        if "val" not in data.parts[0].streams:
-            raise UserError(
-                "eval_accuracy asks val's lines, eval_splits=train reads none; leave one of them out"
-            )
-        problems = held_out_lines(data)
-        check_lengths(problems, config.block_size, config.loss_after)
-    if config.eval_samples:
-        prompt = encode_prompt(tokenizer, config.sample_start)
-        check_lengths([(prompt, [])], config.block_size, "")
-    if config.shard:  # all ranks have to call the network equally often: each does all of it
-        runtime = replace(runtime, rank=0, world_size=1)
-    vocab_size, B = data.meta["vocab_size"], config.batch_size
-
-    def ask(model: GPT, say: Say, stop_asked: Callable[[], bool]) -> dict[str, float] | None:
-        found = {}
-        if config.eval_hellaswag:
-            chosen = choices(model, questions, runtime, B, stop_asked)
-            if chosen is None:
-                return None
-            found["hellaswag"] = float(np.mean(chosen[:, 1] == [question.label for question in questions]))
-        if config.eval_accuracy:
-            given = answers(model, problems, data.newline, vocab_size, runtime, 4 * B, stop_asked)
-            if given is None:
-                return None
-            found["accuracy"] = float(np.mean([answer.given == answer.right for answer in given]))
-        if config.eval_samples:
-            draws = uniform_noise(config.seed, config.eval_samples, config.sample_tokens)
-            how = {"vocab_size": vocab_size, "draws": draws, "copies": config.eval_samples, "graph": False}
-            idx = torch.tensor([prompt], device=runtime.device)
-            with runtime.autocast():
-                drawn = list(stream(model, idx, config.sample_tokens, SamplingParams(0.8, 200), **how))
-            for number, row in enumerate(torch.cat([ids for ids, _ in drawn], dim=1).tolist(), 1):
-                say(f"sample {number}: {config.sample_start}{tokenizer.decode(row)}")
-        return found
-
-    def ask_at_rest(model: GPT, *more: Any) -> dict[str, float] | None:
-        model.eval()
-        found = ask(model, *more)
-        model.train()
-        return found
-
-    return ask_at_rest

@@ -20,8 +20,7 @@ from typing import Any
 import torch
 
 from distrogpt.checkpoint import build_model, config_of
-from distrogpt.kernels.cpu import EPS
-from model import GPT, GPTConfig
+from model import EPS, GPT, GPTConfig
 
 ARCHITECTURES = {
     "gpt2": "GPT2LMHeadModel",

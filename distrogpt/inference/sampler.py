@@ -11,10 +11,12 @@ import torch
 from configurator import checked
 from distrogpt.data.tokenizer import encode_prompt
 from distrogpt.errors import UserError, warn
-from distrogpt.inference.decoder import SamplingParams, optimize_for_inference, stream, uniform_noise
+from distrogpt.inference.decoder import optimize_for_inference, stream
 from distrogpt.inference.detokenizer import Detokenizer, Token
+from distrogpt.inference.sampling import SamplingParams, uniform_noise
+from distrogpt.kernels.compile import compile_error
 from distrogpt.loading import find_tokenizer, load_trained
-from distrogpt.runtime import compile_works, start_runtime
+from distrogpt.runtime import start_runtime
 from distrogpt.settings import OF_A_SAMPLE, SampleConfig
 
 
@@ -34,7 +36,10 @@ class Sampler:
         model, contents, self.source = load_trained(out_dir, init_from)
         self.config = contents.get("config", {})  # the settings that it was trained with
         self.tokenizer = find_tokenizer(contents, model.config.vocab_size, self.source)
-        compile = compile and compile_works(self.runtime.device, warn)
+        error = compile_error(self.runtime.device) if compile else ""
+        if error:
+            warn(f"note     {error}")
+        compile = compile and not error
         self.model = optimize_for_inference(model.to(self.runtime.device), self.runtime.dtype, int8, compile)
 
     def ids_of(self, prompt: str, name: str = "the prompt", whole: bool = True) -> list[int]:
@@ -57,17 +62,12 @@ class Sampler:
         copies, scored = len(draws), asked.best_of > 1 or asked.show_probs
         end = self.tokenizer.end_of_text if asked.stop_at_end else None
         writers = [Detokenizer(self.tokenizer, asked.stop, end) for _ in range(len(prompts) * copies)]
-        lengths = [len(ids) for ids in prompts]
-        rows = [[*ids, *[0] * (max(lengths) - len(ids))] for ids in prompts]
         drawn = stream(
             self.model,
-            torch.tensor(rows, device=self.runtime.device),  # (N, T)
-            asked.max_new_tokens,
-            SamplingParams.of(asked),
-            self.tokenizer.vocab_size,
+            [torch.tensor(ids) for ids in prompts],
+            SamplingParams.from_settings(asked),
             draws.repeat(len(prompts), 1),
-            lengths,
-            copies,
+            self.tokenizer.vocab_size,
         )
         columns, chances, none = [], [], torch.zeros(len(writers), 1)
         for number, (ids, logits) in enumerate(drawn, 1):

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import torch
 
 from distrogpt.errors import is_out_of_memory
-from distrogpt.inference.decoder import DecodingBatch, SamplingParams, sample_token, uniform_noise
+from distrogpt.inference.decoder import DecodingBatch
 from distrogpt.inference.detokenizer import Detokenizer, Token
+from distrogpt.inference.sampling import SamplingParams, sample_token, uniform_noise
 from distrogpt.settings import SampleConfig
 
 TELL_EVERY = 0.05  # seconds: eyes hardly want more, and each telling wakes others on the same cores
@@ -53,7 +54,7 @@ class Request:
         """`tell` is called in the engine's thread. With asked.show_probs, chances are told too, and those of
         so many `likeliest` tokens at each place."""
         self.prompt, self.asked, self.tell, self.likeliest = prompt, asked, tell, likeliest
-        self.choice = SamplingParams.of(asked)
+        self.choice = SamplingParams.from_settings(asked)
         self.draws = uniform_noise(asked.seed, asked.num_samples, asked.max_new_tokens).numpy()
         self.gone = False  # nobody waits for it any more
 
@@ -179,7 +180,7 @@ class Engine:
     def remove_ended(self) -> None:
         for row in reversed(range(len(self.samples))):
             if self.samples[row].ended or self.samples[row].request.gone:
-                self.batch.leave(row)
+                self.batch.remove_sequence(row)
                 last = self.samples.pop()
                 if row < len(self.samples):
                     self.samples[row] = last
@@ -202,13 +203,13 @@ class Engine:
             ]
         for copies in sorted({request.asked.num_samples for request in begun}):
             alike = [request.prompt for request in begun if request.asked.num_samples == copies]
-            self.batch.join([torch.tensor(prompt) for prompt in alike], copies)
+            self.batch.add_sequences([torch.tensor(prompt) for prompt in alike], copies)
 
     def write_on(self) -> None:
         """A token more of each of B samples."""
-        logits = self.batch.read()[:, : self.tokenizer.vocab_size]  # (B, V)
+        logits = self.batch.next_logits()[:, : self.tokenizer.vocab_size]  # (B, V)
         ids = self.choose(logits)  # (B, 1)
-        self.batch.add(ids)
+        self.batch.append(ids)
         logprobs, most = [0.0] * len(ids), max(sample.request.likeliest for sample in self.samples)
         places = values = [()] * len(ids)
         if any(sample.request.asked.show_probs for sample in self.samples):

@@ -28,7 +28,7 @@ def wrap_distributed(model: torch.nn.Module, shard: bool, runtime: Runtime) -> t
     if runtime.dtype == torch.float16:
         raise UserError("shard=True has no scaling of fp16's loss; use --dtype=bfloat16 or float32")
     from torch.distributed.device_mesh import init_device_mesh  # half a second
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     warnings.filterwarnings(
         "ignore", "FSDP2-wrapped module"
@@ -39,8 +39,6 @@ def wrap_distributed(model: torch.nn.Module, shard: bool, runtime: Runtime) -> t
         for part in (block.attn, block.mlp):  # what autocast multiplies in bf16; it keeps norms in fp32
             fully_shard(part, mesh=mesh, mp_policy=half)
     fully_shard(model, mesh=mesh)
-    for name in ("prefill", "decode", "log_likelihood"):  # which read the model, too
-        register_fsdp_forward_method(model, name)
     return model
 
 

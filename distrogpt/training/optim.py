@@ -219,3 +219,12 @@ def set_learning_rates(optimizers: list[torch.optim.Optimizer], step: int, confi
     share = get_lr(step, config) / config.learning_rate
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         group["lr"] = share * group["initial_lr"]
+
+
+def clip_gradients(model: nn.Module, grad_clip: float) -> torch.Tensor:
+    """Clip the gradient to a norm of grad_clip, unless that is 0; its norm before, still on the device."""
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    norm = nn.utils.get_total_norm([p.grad for p in parameters])
+    if grad_clip:
+        nn.utils.clip_grads_with_norm_(parameters, grad_clip, norm)
+    return full_tensor(norm)

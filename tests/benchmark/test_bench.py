@@ -12,12 +12,10 @@ import torch
 from conftest import REPO, TINY, assert_user_error, run_here
 
 import bench
-import model
 from bench import alternate, open_data, our_step, ratio, rung_step
 from configurator import read_settings
 from distrogpt.benchmark.batch_size import LARGEST, Trial, available_memory, search, shared
 from distrogpt.errors import UserError, is_out_of_memory
-from distrogpt.kernels import cpu as attention
 from distrogpt.runtime import Runtime
 from distrogpt.settings import BenchConfig
 
@@ -49,7 +47,7 @@ def test_random_ids_where_they_are_wanted_and_not_for_a_name_that_is_wrong():
     ("layers", "steps", "compiled"), [(1, 2000, False), (1, 10**6, True), (40, 10**6, False)]
 )
 def test_it_compiles_where_train_py_would(layers, steps, compiled, monkeypatch, dataset):
-    monkeypatch.setattr("distrogpt.runtime.compile_works", lambda device, say: True)
+    monkeypatch.setattr("distrogpt.kernels.compile.compile_error", lambda device: "")
     shape = (f"--n_layer={layers}", "--n_embd=96", "--compile=auto", f"--max_iters={steps}")
     config = read_settings(BenchConfig, [*TINY, f"--dataset={dataset}", "--batch_size=2", *shape])
     made, _, _ = our_step(config, open_data(config), Runtime(torch.device("cpu"), torch.float32))
@@ -91,7 +89,7 @@ def test_it_takes_a_training_config_and_its_own_settings():
 def test_the_step_is_train_pys():
     import train
 
-    assert bench.training_step is train.training_step and bench.step_batches is train.step_batches
+    assert bench.training_step is train.training_step
     assert "def training_step" not in Path(bench.__file__).read_text()
 
 
@@ -155,18 +153,12 @@ def test_ladder_has_a_table_and_a_plot(dataset, tmp_path):
     assert (tmp_path / "bench_ladder.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_ladder_leaves_the_model_as_it_was(dataset):
-    def state():
-        parts = [vars(file)[name] for file in (model, attention) for name in ("dropout", "causal_attention")]
-        return [*parts, torch.get_float32_matmul_precision()]
-
+def test_the_ladder_leaves_the_precision_of_products_as_it_was(dataset):
     modern = ("--optimizer=muon", "--n_kv_head=1", "--activation=relu2")  # the ladder is GPT-2's
     config = read_settings(BenchConfig, [*TINY, f"--dataset={dataset}", *modern])
-    before = state()
-    runtime = Runtime(torch.device("cpu"), torch.float32)
-    data = open_data(config)
-    rung_step(config, data, runtime, {})(0)
-    assert before == state()
+    before = torch.get_float32_matmul_precision()
+    rung_step(config, open_data(config), Runtime(torch.device("cpu"), torch.float32), {})(0)
+    assert before == torch.get_float32_matmul_precision()
 
 
 @pytest.mark.parametrize("against", [None, str(REPO), "transformers"])

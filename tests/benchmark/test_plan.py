@@ -11,16 +11,13 @@ import pytest
 import torch
 from conftest import ENVIRONMENT, REPO, assert_user_error, run_here
 
-import model as model_file
 from bench import bench
 from configurator import read_settings
-from distrogpt import settings
 from distrogpt.benchmark.plan import (
     COMPILER,
-    GPUS,
     LIBRARIES,
     Split,
-    as_on_gpus,
+    as_trained,
     count,
     data_rates,
     exchange,
@@ -33,8 +30,9 @@ from distrogpt.benchmark.plan import (
     share_out,
 )
 from distrogpt.errors import UserError
-from distrogpt.kernels import cpu as attention
-from distrogpt.runtime import PEAK_FLOPS, Runtime
+from distrogpt.gpus import GPUS, find_gpu
+from distrogpt.kernels.cpu import causal_mask
+from distrogpt.runtime import Runtime
 from distrogpt.settings import BenchConfig
 from model import GPT, GPTConfig
 
@@ -109,19 +107,18 @@ def test_published_runs(capsys):
 def test_counts_are_those_of_the_whole_model_with_true_numbers(flags, half, on_gpu):
     """The counts come from one and two layers of fake tensors; here are three layers of true ones."""
     _, _, counts = counted(*flags, half=half, on_gpu=on_gpu)
-    ours = model_file.causal_attention
-    with as_on_gpus() if on_gpu else torch.enable_grad():
-        true = saved_bytes(GPT(counts.shape).train(), 4, half)
+    true = saved_bytes(as_trained(GPT(counts.shape).train(), on_gpu), 4, half)
     fixed = 3 * counts.block_fixed + counts.head_fixed
     assert fixed + 4 * (3 * counts.block_each + counts.head_each) == true
-    assert model_file.causal_attention is ours
-    assert type(attention.causal_bias(0, 4, torch.float32)) is torch.Tensor  # no fake one stayed behind
-    assert type(attention.rotation(8, 4)) is torch.Tensor
+    assert type(causal_mask(0, 4, torch.float32)) is torch.Tensor  # no fake one stayed behind
 
 
 def test_two_and_four_layers_differ_by_two_blocks():
     _, _, counts = counted(*SMALL, on_gpu=False)
-    sizes = {L: saved_bytes(GPT(GPTConfig(64, 128, L, 2, 32, bias=False)).train(), 2, False) for L in (2, 4)}
+    sizes = {
+        L: saved_bytes(as_trained(GPT(GPTConfig(64, 128, L, 2, 32, bias=False)).train(), False), 2, False)
+        for L in (2, 4)
+    }
     assert sizes[4] - sizes[2] == 2 * (counts.block_fixed + 2 * counts.block_each)
     # a block's: its input and the sum, fp32, and what LayerNorm makes of each; its MLP, two of four times the
     # width; query, key, value, all weights above the diagonal's square, and what they read
@@ -153,7 +150,8 @@ import sys
 import bench
 from distrogpt.benchmark import timing
 from configurator import read_settings
-from distrogpt.runtime import Runtime, find_dtype, enable_onednn_float32
+from distrogpt.hardware import find_dtype
+from distrogpt.runtime import Runtime, enable_onednn_float32
 from distrogpt.settings import BenchConfig
 
 def resident(key):
@@ -281,6 +279,13 @@ def test_wrong_settings():
     assert_user_error(run_here("bench.py", *GPT2, "--interconnect=0"), "above 0")
 
 
-def test_every_gpu_has_a_data_sheet():
-    assert {"here", *GPUS} == set(settings.GPUS)
-    assert all(row[0] in PEAK_FLOPS for row in GPUS.values())
+def test_a_data_sheet_is_found_by_the_name_of_the_device():
+    names = {
+        "NVIDIA H100 80GB HBM3": "h100",
+        "NVIDIA H100 PCIe": "h100-pcie",
+        "NVIDIA A100-SXM4-80GB": "a100-80gb",
+        "Tesla V100-SXM2-32GB": "v100",
+        "NVIDIA GeForce RTX 4090": "rtx4090",
+    }
+    assert {name: find_gpu(name) for name in names} == {name: GPUS[gpu] for name, gpu in names.items()}
+    assert find_gpu("NVIDIA A10G") is None and find_gpu("cpu") is None

@@ -15,12 +15,13 @@ from distrogpt.data.dataset import evaluation_windows, mask_after_separator, ope
 from distrogpt.data.preparation.writer import write_dataset
 from distrogpt.data.tokenizer import CharTokenizer
 from distrogpt.errors import UserError
-from distrogpt.evaluation.loss import evaluate
+from distrogpt.evaluation.evaluator import Evaluator
 from distrogpt.runtime import Runtime
 from distrogpt.settings import TrainConfig
+from distrogpt.training.batches import step_batches
 from eval import EvalConfig, measure
 from model import GPT, GPTConfig
-from train import step_batches, training_step
+from train import training_step
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
 
@@ -162,10 +163,10 @@ def test_each_line_once_per_epoch_from_its_begin_however_it_is_shared(lines):
         config = config_of(lines, *flags)
         places = [Runtime(torch.device("cpu"), torch.float32, rank, ranks) for rank in range(ranks)]
         batches = [batch for place in places for batch in step_batches(data, config, place, 2)]
-        assert sum(batch.share for batch in batches) == pytest.approx(micro_steps)
+        assert sum(batch.weight for batch in batches) == pytest.approx(micro_steps)
         counts = [int((batch.y >= 0).sum()) for batch in batches]
         for batch, count in zip(batches, counts, strict=True):
-            assert batch.share == pytest.approx(count / sum(counts) * micro_steps)
+            assert batch.weight == pytest.approx(count / sum(counts) * micro_steps)
         return sorted(torch.cat([torch.cat([batch.x, batch.y], 1) for batch in batches]).tolist())
 
     assert rows(20, 1, 1) == rows(10, 2, 1) == rows(5, 4, 2) == rows(5, 4, 4)
@@ -217,7 +218,7 @@ def test_evaluation_has_a_window_for_each_line_and_counts_answers_only(lines):
         for place, counts in enumerate(naive_mask(window)):
             if counts:
                 total, count = total - float(scores[place, ids[0, place + 1]]), count + 1
-    found = evaluate(model, data, config, CPU)
+    found = Evaluator(config, data, CPU).evaluate(model)
     assert found["val"] == pytest.approx(total / count, abs=1e-5)
     assert "bits_per_byte" not in found  # of some of the bytes
 

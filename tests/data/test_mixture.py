@@ -15,14 +15,15 @@ from distrogpt.checkpoint import load_checkpoint
 from distrogpt.data.dataset import evaluation_windows, open_dataset, parse_mixture, step_windows
 from distrogpt.data.sampling import epoch_starts, interleave, random_starts
 from distrogpt.errors import UserError
-from distrogpt.evaluation.loss import evaluate
+from distrogpt.evaluation.evaluator import Evaluator
 from distrogpt.runtime import Runtime
 from distrogpt.settings import BenchConfig, TrainConfig
+from distrogpt.training.batches import step_batches
 from distrogpt.training.run_directory import COLUMNS
 from distrogpt.training.startup import fingerprint
 from model import GPT, GPTConfig
 from plot import read_log
-from train import step_batches, train
+from train import train
 
 RANDOM, EPOCH = [461, 347, 838, 901], [468, 804, 132, 836]
 CPU = Runtime(torch.device("cpu"), torch.float32)
@@ -119,11 +120,11 @@ def test_a_mixtures_loss_is_the_weighted_mean_of_its_parts(dataset, other, tmp_p
     model = GPT(GPTConfig(block_size=16, vocab_size=data.meta["vocab_size"], n_layer=1, n_head=2, n_embd=16))
     with torch.no_grad():
         model.lm_head.weight *= 30
-    found = evaluate(model, data, config, CPU)
+    found = Evaluator(config, data, CPU).evaluate(model)
     alone = []
     for folder in (dataset, other):
         config = config_of(f"--dataset={folder}", "--eval_iters=0")
-        alone.append(evaluate(model, open_dataset(config), config, CPU))
+        alone.append(Evaluator(config, open_dataset(config), CPU).evaluate(model))
     assert found["val"] == pytest.approx(0.7 * alone[0]["val"] + 0.3 * alone[1]["val"], rel=1e-12)
     assert found[f"val/{other}"] == alone[1]["val"] != alone[0]["val"]
     assert list(alone[0]) == ["train", "val", "bits_per_byte"]
@@ -203,11 +204,11 @@ def test_bits_per_byte(copy, dataset, tmp_path):
     # of a mixture, only where all parts know theirs
     config = config_of(f"--dataset={copy},{dataset}")
     model = GPT(GPTConfig(block_size=16, vocab_size=meta["vocab_size"], n_layer=1, n_head=2, n_embd=16))
-    found = evaluate(model, open_dataset(config), config, CPU)
+    found = Evaluator(config, open_dataset(config), CPU).evaluate(model)
     nats_per_byte = (found[f"val/{copy}"] / 2 + found[f"val/{dataset}"]) / 2  # by the halves that they are
     assert found["bits_per_byte"] == pytest.approx(nats_per_byte / math.log(2), rel=1e-3)
     (copy / "meta.json").write_text(json.dumps({key: meta[key] for key in meta if key != "bytes"}))
-    assert "bits_per_byte" not in evaluate(model, open_dataset(config), config, CPU)
+    assert "bits_per_byte" not in Evaluator(config, open_dataset(config), CPU).evaluate(model)
     meta["bytes"]["val"] = 0
     (copy / "meta.json").write_text(json.dumps(meta))
     with pytest.raises(UserError, match="not positive numbers"):

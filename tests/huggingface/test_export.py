@@ -18,7 +18,8 @@ from conftest import REPO, TINY, assert_user_error, run_here, sample_here, train
 from distrogpt.checkpoint import atomic_write, load_checkpoint, training_state
 from distrogpt.data.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer, train_bpe
 from distrogpt.huggingface.formats import in_halves, in_pairs
-from distrogpt.inference.decoder import SamplingParams, stream
+from distrogpt.inference.decoder import stream
+from distrogpt.inference.sampling import SamplingParams
 from distrogpt.loading import load_pretrained
 from eval import EvalConfig, measure
 from model import GPT, GPTConfig
@@ -128,7 +129,8 @@ def greedy(theirs: Any, ids: torch.Tensor, count: int, **more: Any) -> torch.Ten
 
 
 def our_greedy(model: GPT, ids: torch.Tensor, count: int, tokenizer: Tokenizer = LETTERS) -> torch.Tensor:
-    drawn = stream(model, ids, count, SamplingParams(temperature=0), tokenizer.vocab_size)
+    noise = torch.zeros(len(ids), count)
+    drawn = stream(model, ids, SamplingParams(temperature=0), noise, tokenizer.vocab_size)
     return torch.cat([ids, *(column for column, _ in drawn)], dim=1)
 
 

@@ -11,8 +11,9 @@ from conftest import assert_user_error, run, run_warm, sample_here
 from distrogpt.checkpoint import load_checkpoint, restore_model
 from distrogpt.data.tokenizer import GPT2Tokenizer
 from distrogpt.errors import UserError
-from distrogpt.inference.decoder import Int8Linear, PackedLinear, optimize_for_inference
+from distrogpt.inference.decoder import optimize_for_inference
 from distrogpt.inference.detokenizer import Detokenizer
+from distrogpt.kernels.quantized import Int8Linear, PackedLinear
 from model import GPT, GPTConfig
 from sample import SEPARATOR, Sampler
 

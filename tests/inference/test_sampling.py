@@ -12,8 +12,9 @@ from distrogpt.data.tokenizer import END_OF_TEXT, ByteTokenizer, CharTokenizer, 
 from distrogpt.errors import UserError
 from distrogpt.inference import decoder as decoding
 from distrogpt.inference import sampler as sample
-from distrogpt.inference.decoder import SamplingParams, optimize_for_inference, sample_token
+from distrogpt.inference.decoder import optimize_for_inference
 from distrogpt.inference.detokenizer import Detokenizer, coloured, form_of
+from distrogpt.inference.sampling import SamplingParams, sample_token, uniform_noise
 from distrogpt.runtime import start_runtime
 from model import GPT, GPTConfig
 from sample import SEPARATOR, Sampler
@@ -145,9 +146,9 @@ def test_a_prompt_gets_the_same_texts_alone_and_beside_others(controls, dtype):
 def test_all_limits_reach_the_choice_and_no_more_sequences_are_made_at_once_than_asked(chars, monkeypatch):
     sizes = []
 
-    def watched(model, idx, *args):
-        sizes.append(len(idx) * args[-1])
-        return decoding.stream(model, idx, *args)
+    def watched(model, prompts, params, uniforms, vocab_size):
+        sizes.append(len(uniforms))
+        return decoding.stream(model, prompts, params, uniforms, vocab_size)
 
     monkeypatch.setattr(sample, "stream", watched)
     limits = {"temperature": 1.1, "top_k": 9, "top_p": 0.8, "min_p": 0.03, "repetition_penalty": 1.4}
@@ -156,8 +157,8 @@ def test_all_limits_reach_the_choice_and_no_more_sequences_are_made_at_once_than
     chars.generate(["a"] * 5, 2, 20, batch_size=7)
     assert sizes[4:] == [6, 4]
     for number, prompt in enumerate(("abc", "j")):
-        draws, idx = decoding.uniform_noise(8, 5, 20), torch.tensor([chars.ids_of(prompt)])
-        drawn = decoding.stream(chars.model, idx, 20, SamplingParams(**limits), draws=draws, copies=5)
+        uniforms, idx = uniform_noise(8, 5, 20), torch.tensor([chars.ids_of(prompt)])
+        drawn = decoding.stream(chars.model, idx, SamplingParams(**limits), uniforms)
         rows = torch.cat([ids for ids, _ in drawn], 1).tolist()
         assert found[5 * number : 5 * number + 5] == [chars.tokenizer.decode(row) for row in rows]
 

@@ -129,28 +129,28 @@ def test_sequences_that_join_and_leave_go_on_as_they_would_alone(exact, graph, m
         for _ in range(150):
             for row in reversed(range(len(rows))):
                 if rng.random() < 0.04:
-                    batch.leave(row)
+                    batch.remove_sequence(row)
                     ended.append(rows[row])
                     rows[row] = rows[-1]
                     rows.pop()
             copies = rng.choice([0, 0, 0, 1, 2])
             if copies and len(rows) + copies <= 6:
                 prompt = [rng.randrange(50) for _ in range(rng.randint(1, 40))]
-                batch.join([torch.tensor(prompt)], copies)
+                batch.add_sequences([torch.tensor(prompt)], copies)
                 rows += [(prompt, []) for _ in range(copies)]
             if rows:
-                logits = batch.read().clone()
-                batch.add(logits.argmax(dim=-1, keepdim=True))
+                logits = batch.next_logits().clone()
+                batch.append(logits.argmax(dim=-1, keepdim=True))
                 for (_, found), scores in zip(rows, logits, strict=True):
                     found.append(scores)
         recorded = batch.graphs
         assert {shapes[0] for shapes in recorded} <= {1, 2, 4, 6}
         for prompt, found in ended + rows:
             batch = DecodingBatch(model, 1)
-            batch.join([torch.tensor(prompt)])
+            batch.add_sequences([torch.tensor(prompt)])
             for scores in found:
-                assert torch.equal(batch.read()[0], scores)  # to the last bit
-                batch.add(scores.argmax()[None, None])
+                assert torch.equal(batch.next_logits()[0], scores)  # to the last bit
+                batch.append(scores.argmax()[None, None])
             alone.append(len(found))
     assert len(alone) > 10 and max(alone) > 40 and graph == bool(recorded)
 
@@ -306,7 +306,7 @@ def written_by_hand(served, monkeypatch):
             return chances
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(DecodingBatch, "read", read)
+            patch.setattr(DecodingBatch, "next_logits", read)
             patch.setattr(engine_module, "TELL_EVERY", 0)
             return served.stream([1], max_tokens=len(ids), temperature=0, logprobs=3, **body)
 
@@ -428,7 +428,7 @@ def test_other_mistakes_are_refused(served):
 
 
 def test_a_failure_is_told_and_others_are_served(served, monkeypatch, capfd):
-    good = DecodingBatch.read
+    good = DecodingBatch.next_logits
     for error, words in (
         (RuntimeError("out of memory"), "out of memory; "),
         (ValueError("a bug"), "internal error"),
@@ -437,12 +437,12 @@ def test_a_failure_is_told_and_others_are_served(served, monkeypatch, capfd):
         def fail(batch, error=error):
             raise error
 
-        monkeypatch.setattr(DecodingBatch, "read", fail)
+        monkeypatch.setattr(DecodingBatch, "next_logits", fail)
         status, _, text = served.request("POST", "/v1/completions", {"prompt": "a"})
         assert status == 500 and words in text
         body = {"prompt": "a", "stream": True}
         assert words in served.request("POST", "/v1/completions", body)[2]
-        monkeypatch.setattr(DecodingBatch, "read", good)
+        monkeypatch.setattr(DecodingBatch, "next_logits", good)
         assert served.texts(max_tokens=3)
     assert "a bug" in capfd.readouterr().err
 
@@ -471,7 +471,7 @@ def test_without_memory_for_a_new_batch_nobody_waits_for_ever(trained, monkeypat
         raise RuntimeError("out of memory")
 
     try:
-        monkeypatch.setattr(DecodingBatch, "read", fail)
+        monkeypatch.setattr(DecodingBatch, "next_logits", fail)
         assert one.request("POST", "/v1/completions", {"prompt": "a"})[0] == 500
         end = time.monotonic() + 20
         while held() is not None and time.monotonic() < end:  # the engine answers, then lets go of it

@@ -20,8 +20,9 @@ from distrogpt.data.meta import read_meta
 from distrogpt.data.token_stream import TokenStream
 from distrogpt.errors import MachineError, UserError
 from distrogpt.runtime import Runtime
+from distrogpt.training.batches import MicroBatch
 from model import GPT, GPTConfig
-from train import MicroBatch, training_step
+from train import training_step
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
 SHAPE = {"block_size": 8, "vocab_size": 16, "n_layer": 1, "n_head": 2, "n_embd": 8}

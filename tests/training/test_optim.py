@@ -12,6 +12,7 @@ from configurator import read_settings
 from distrogpt.data.dataset import open_dataset
 from distrogpt.runtime import Runtime
 from distrogpt.settings import TrainConfig
+from distrogpt.training.batches import step_batches
 from distrogpt.training.optim import (
     POLYNOMIALS,
     Muon,
@@ -22,7 +23,7 @@ from distrogpt.training.optim import (
 )
 from distrogpt.training.startup import initial_model
 from model import GPT, GPTConfig
-from train import step_batches, train
+from train import train
 
 SHAPE = {"block_size": 8, "vocab_size": 16, "n_layer": 2, "n_head": 2, "n_embd": 8}
 

@@ -29,8 +29,9 @@ from warm import Started
 
 from distrogpt.checkpoint import load_checkpoint
 from distrogpt.runtime import Runtime
+from distrogpt.training.batches import MicroBatch
 from model import GPT, GPTConfig
-from train import MicroBatch, training_step
+from train import training_step
 
 DROPOUT = ("--dropout=0.1", "--gradient_accumulation_steps=4", "--bias=True")
 RECIPE = (

@@ -29,6 +29,7 @@ import train as train_file
 from configurator import read_settings
 from distrogpt.checkpoint import load_checkpoint
 from distrogpt.errors import Diverged, MachineError, UserError
+from distrogpt.evaluation.evaluator import Evaluator
 from distrogpt.settings import TrainConfig
 from distrogpt.training import run_directory as run_folder
 from distrogpt.training.guards import spike_watch
@@ -304,7 +305,7 @@ def test_the_best_of_a_failed_save_does_not_count(tmp_path, dataset, monkeypatch
 
     monkeypatch.setattr(run_folder, "atomic_write", fail_once)
     losses = iter([4.0, 4.0, 3.0, 3.0, 3.5, 3.5, 3.6, 3.6])
-    monkeypatch.setattr(train_file, "evaluate", lambda *_: {"train": next(losses), "val": next(losses)})
+    monkeypatch.setattr(Evaluator, "evaluate", lambda *_: {"train": next(losses), "val": next(losses)})
     flags = [*TINY, "--max_iters=30", "--eval_interval=10", "--always_save_checkpoint=False"]
     result = train(read_settings(TrainConfig, [*flags, f"--dataset={dataset}", f"--out_dir={tmp_path}"]))
     best = load_checkpoint(tmp_path / "ckpt.pt")

@@ -15,6 +15,7 @@ from distrogpt.benchmark.plan import planned_shape
 from distrogpt.checkpoint import best_checkpoint, load_checkpoint
 from distrogpt.data.dataset import evaluation_windows, open_dataset, step_windows
 from distrogpt.errors import UserError
+from distrogpt.evaluation.evaluator import Evaluator
 from distrogpt.settings import BenchConfig, TrainConfig
 from distrogpt.training import startup as start_file
 from distrogpt.training.startup import resolve_max_iters
@@ -121,7 +122,7 @@ def test_a_checkpoint_of_before_there_was_patience_goes_on(dataset, tmp_path):
 
 
 def test_a_last_step_is_no_early_stop(dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_file, "evaluate", lambda *_: {"train": 1.0, "val": 1.0})
+    monkeypatch.setattr(Evaluator, "evaluate", lambda *_: {"train": 1.0, "val": 1.0})
     flags = (f"--dataset={dataset}", f"--out_dir={tmp_path}", "--eval_interval=4", "--patience=2")
     told = train_here(*TINY, *flags, "--max_iters=12")
     assert "early stop" not in told and "done: best val loss 1.0000" in told
@@ -283,9 +284,9 @@ def test_a_run_that_measures_train_needs_no_val_and_keeps_what_is_best_there(cop
 
 def test_what_is_best_begins_anew_where_another_split_is_measured(dataset, tmp_path, capsys, monkeypatch):
     flags = [f"--dataset={dataset}", f"--out_dir={tmp_path}", "--init_from=auto", "--patience=1"]
-    monkeypatch.setattr(train_file, "evaluate", lambda *_: {"train": 1.0})
+    monkeypatch.setattr(Evaluator, "evaluate", lambda *_: {"train": 1.0})
     assert train(config_of(*flags, "--eval_splits=train", "--max_iters=30")).iter_num == 20
-    monkeypatch.setattr(train_file, "evaluate", lambda *_: {"train": 0.5, "val": 2.0})
+    monkeypatch.setattr(Evaluator, "evaluate", lambda *_: {"train": 0.5, "val": 2.0})
     assert train(config_of(*flags, "--max_iters=30")).best_val_loss == 2.0
     out = capsys.readouterr().out
     assert "resumes  after step 20\n" in out and "data changed" not in out

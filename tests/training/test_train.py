@@ -34,11 +34,15 @@ from configurator import read_settings
 from distrogpt.checkpoint import load_checkpoint
 from distrogpt.data.dataset import open_dataset
 from distrogpt.data.meta import read_meta
-from distrogpt.runtime import Runtime, enable_onednn_float32, find_dtype, maybe_compile
+from distrogpt.evaluation.evaluator import Evaluator
+from distrogpt.hardware import find_dtype
+from distrogpt.kernels.compile import maybe_compile
+from distrogpt.runtime import Runtime, enable_onednn_float32, start_logging
 from distrogpt.settings import TrainConfig
+from distrogpt.training.batches import MicroBatch, step_batches
 from distrogpt.training.optim import make_optimizers
 from model import GPT, GPTConfig
-from train import MicroBatch, evaluate, step_batches, train, training_step
+from train import train, training_step
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
 
@@ -135,7 +139,7 @@ def test_resumed_run_ends_bit_for_bit_as_the_unbroken_one(more, tmp_path, datase
 def test_dropout_is_not_the_same_at_each_step(dataset):
     config = config_of(f"--dataset={dataset}", "--gradient_accumulation_steps=2")
     data = open_dataset(config)
-    seeds = [batch.seed for step in range(50) for batch in step_batches(data, config, CPU, step)]
+    seeds = [batch.dropout_seed for step in range(50) for batch in step_batches(data, config, CPU, step)]
     assert len(set(seeds)) == 100
 
 
@@ -178,9 +182,9 @@ def test_whole_evaluation_counts_each_token_once(dataset):
         scores = torch.log_softmax(logits[0].double(), -1)
         for place in range(begin - start, 16):
             total -= float(scores[place, ids[start + place + 1]])
-    found = evaluate(model, data, config, CPU)
+    found = Evaluator(config, data, CPU).evaluate(model)
     assert found["val"] == pytest.approx(total / (len(ids) - 1), abs=1e-5)
-    assert model.training and found == evaluate(model, data, config, CPU)
+    assert model.training and found == Evaluator(config, data, CPU).evaluate(model)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM to catch")
@@ -354,14 +358,15 @@ def test_fast_products_that_round_are_not_taken(monkeypatch):
         torch.set_float32_matmul_precision(before)
 
 
-def test_compile_auto_weighs_the_run_and_says_why():
+def test_compile_auto_weighs_the_run_and_says_why(capsys):
+    start_logging(is_main=True)
     small, large = (torch.nn.Linear(n, n) for n in (10, 2000))
     for model, steps, said in (
         (small, 100, "100 steps would not earn back"),
         (large, 10**6, "as fast without"),
     ):
-        lines = []
-        maybe_compile(model, "auto", torch.device("cpu"), steps, lines.append)
+        maybe_compile(model, "auto", torch.device("cpu"), steps)
+        lines = capsys.readouterr().out.splitlines()
         assert len(lines) == 1 and said in lines[0] and model._compiled_call_impl is None
 
 

@@ -1,0 +1,51 @@
+"""The micro-batches of a training step."""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from distrogpt.data.dataset import Dataset, step_windows, to_xy
+from distrogpt.errors import UserError
+from distrogpt.runtime import Runtime
+from distrogpt.settings import TrainConfig
+
+
+class MicroBatch(NamedTuple):
+    """A micro-batch of one rank."""
+
+    x: torch.Tensor  # (B, T)
+    y: torch.Tensor  # (B, T)
+    dropout_seed: int
+    weight: float = 1.0  # in the step's loss: its share of the targets that count, times the micro-steps
+
+
+def step_batches(data: Dataset, config: TrainConfig, runtime: Runtime, step: int) -> list[MicroBatch]:
+    """This rank's micro-batches of one step.
+
+    The samples of a step are drawn as one set, by seed and step alone; ranks and micro-steps share it out.
+    Raises UserError if the data changed, or if no target of a micro-batch counts.
+    """
+    B, T, micro_steps = config.batch_size, config.block_size, config.gradient_accumulation_steps
+    parts, starts = step_windows(data, config, step)  # (micro_steps·B,)
+    mine = range(runtime.rank, micro_steps, runtime.world_size)
+    windows, masks = {}, {}
+    for micro_step in mine if data.separator is None else range(micro_steps):  # weights need all masks
+        rows = slice(micro_step * B, (micro_step + 1) * B)
+        windows[micro_step] = data.windows("train", parts[rows], starts[rows], T + 1)
+        masks[micro_step] = data.loss_mask(windows[micro_step])
+    weights = np.ones(micro_steps)
+    if data.separator is not None:
+        counts = np.array([mask.sum() for mask in masks.values()])
+        if not counts.all():
+            raise UserError(
+                f"no target of a micro-step stands after loss_after={config.loss_after}; "
+                "raise batch_size, or choose another"
+            )
+        weights = counts / counts.mean()
+    batches = []
+    for micro_step in mine:
+        seed = np.random.SeedSequence((config.seed, step, micro_step)).generate_state(1, np.uint64)
+        x, y = to_xy(windows[micro_step], masks[micro_step], runtime)
+        batches.append(MicroBatch(x, y, int(seed[0]), float(weights[micro_step])))
+    return batches

@@ -1,0 +1,137 @@
+"""The layout of the repository: which file may import which, and how long files and functions may be.
+
+Imports inside functions count as well: they are read from the source, nothing is run.
+"""
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import REPO
+
+COMMANDS = {"train", "sample", "eval", "serve", "export", "bench", "plot", "ablate"}
+ROOT_FILES = sorted(REPO.glob("*.py"))
+PACKAGE_FILES = sorted((REPO / "distrogpt").rglob("*.py"))
+DATASET_FILES = sorted((REPO / "data").rglob("*.py"))
+MAX_LINES = {"model.py": 450, "train.py": 250}
+MAX_ROOT_FILES, MAX_ROOT_LINES, MAX_PREPARE_LINES = 10, 1700, 60
+MAX_FUNCTION_LINES, MAX_PARAMETERS = 60, 6
+
+# What breaks a rule, with the reason: to be emptied.
+COMMAND_IMPORTS = {
+    ("ablate", "train"): "a study calls train() itself: one process for its dozens of short runs",
+    ("bench", "train"): "it measures train.py's own training step, and hands it to distrogpt/benchmark",
+}
+CIRCLES: dict[str, str] = {}  # "module -> imported module": reason
+FUNCTIONS = {  # "path: function": reason
+    "distrogpt/huggingface/modeling_distrogpt.py: __init__": "transformers' way: a parameter for each setting",
+}
+
+
+def module_name(path: Path) -> str:
+    """distrogpt/kernels/cpu.py is distrogpt.kernels.cpu, distrogpt/kernels/__init__.py distrogpt.kernels."""
+    return ".".join(path.relative_to(REPO).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module_name(path): path for path in (*ROOT_FILES, *PACKAGE_FILES)}
+
+
+def imports_of(path: Path) -> set[str]:
+    """The full names of the modules that a file imports, at its top or inside functions."""
+    package = module_name(path) if path.name == "__init__.py" else module_name(path).rpartition(".")[0]
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")[: len(package.split(".")) + 1 - node.level] if node.level else []
+            base = ".".join([*parents, *filter(None, [node.module])])
+            for alias in node.names:  # `from package import module` imports that module
+                full = f"{base}.{alias.name}"
+                names.add(full if full in MODULES else base)
+    return names
+
+
+def third_party(names: set[str]) -> set[str]:
+    """The packages among the imports that belong neither to Python nor to this repository."""
+    ours = {name.partition(".")[0] for name in MODULES}
+    return {name.partition(".")[0] for name in names} - ours - set(sys.stdlib_module_names)
+
+
+def functions_of(path: Path) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield f"{path.relative_to(REPO)}: {node.name}", node
+
+
+def count_lines(path: Path) -> int:
+    return len(path.read_text(encoding="utf-8").splitlines())
+
+
+def test_model_imports_torch_and_the_standard_library_alone():
+    names = imports_of(REPO / "model.py")
+    # from_pretrained alone loads transformers, when it is called
+    assert third_party(names) == {"torch", "transformers"} and not names & set(MODULES)
+
+
+def test_kernels_import_model_and_torch_alone():
+    for path in (REPO / "distrogpt" / "kernels").glob("*.py"):
+        names = imports_of(path)
+        ours = {name for name in names & set(MODULES) if not name.startswith("distrogpt.kernels")}
+        assert third_party(names) <= {"torch"} and ours <= {"model"}, path
+
+
+def test_the_package_imports_no_command():
+    found = {(module_name(path), name) for path in PACKAGE_FILES for name in imports_of(path) & COMMANDS}
+    assert not found
+
+
+def test_commands_do_not_import_one_another():
+    assert {path.stem for path in ROOT_FILES} >= COMMANDS
+    found = {(command, name) for command in COMMANDS for name in imports_of(MODULES[command]) & COMMANDS}
+    assert found == set(COMMAND_IMPORTS)
+
+
+def test_no_modules_import_one_another_in_a_circle():
+    graph = {name: imports_of(path) & set(MODULES) for name, path in MODULES.items()}
+    for circle in CIRCLES:
+        module, _, imported = circle.partition(" -> ")
+        assert imported in graph[module], f"{circle} is no import any more; remove it from CIRCLES"
+        graph[module].discard(imported)
+    while leaves := {name for name, names in graph.items() if not names & set(graph)}:
+        graph = {name: names - leaves for name, names in graph.items() if name not in leaves}
+    importers = {name: {other for other in graph if name in graph[other]} for name in graph}
+    while unused := {name for name, others in importers.items() if not others}:  # these lead into a circle
+        importers = {name: others - unused for name, others in importers.items() if name not in unused}
+    assert not importers
+
+
+def test_files_are_short():
+    assert len(ROOT_FILES) <= MAX_ROOT_FILES
+    assert sum(map(count_lines, ROOT_FILES)) <= MAX_ROOT_LINES
+    limits = MAX_LINES | {f"data/{path.parent.name}/prepare.py": MAX_PREPARE_LINES for path in DATASET_FILES}
+    lengths = {name: count_lines(REPO / name) for name in limits}
+    assert {name: lines for name, lines in lengths.items() if lines > limits[name]} == {}
+
+
+def test_data_has_dataset_folders_alone():
+    assert {(path.parents[1].name, path.name) for path in DATASET_FILES} == {("data", "prepare.py")}
+
+
+@pytest.mark.parametrize("path", (*ROOT_FILES, *PACKAGE_FILES), ids=lambda path: str(path.relative_to(REPO)))
+def test_functions_are_short_and_take_few_parameters(path):
+    for name, node in functions_of(path):
+        arguments = node.args
+        parameters = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
+        parameters = [parameter for parameter in parameters if parameter.arg not in ("self", "cls")]
+        if name not in FUNCTIONS:
+            assert node.end_lineno - node.lineno < MAX_FUNCTION_LINES, f"{name} has too many lines"
+            assert len(parameters) <= MAX_PARAMETERS, f"{name} has {len(parameters)} parameters"
+
+
+@pytest.mark.parametrize("path", (*ROOT_FILES, *PACKAGE_FILES), ids=lambda path: str(path.relative_to(REPO)))
+def test_no_function_assigns_to_outer_names(path):
+    nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    assert not [node.lineno for node in nodes if isinstance(node, (ast.Global, ast.Nonlocal))]
