@@ -1,7 +1,6 @@
 """eval.py and what training asks beside its losses: strided losses, multiple choice, next tokens."""
 
 import hashlib
-import io
 import json
 import math
 import random
@@ -23,7 +22,6 @@ from conftest import (
 from configurator import read_settings
 from distrogpt.checkpoint import load_checkpoint, restore_model, training_state
 from distrogpt.data.dataset import strided_windows
-from distrogpt.data.preparation import sources
 from distrogpt.data.tokenizer import ByteTokenizer, from_description
 from distrogpt.errors import UserError
 from distrogpt.evaluation import questions
@@ -297,14 +295,16 @@ def test_a_long_context_keeps_its_end_and_an_empty_one_begins(tmp_path):
 
 def test_hellaswag_is_downloaded_once_and_checked(tmp_path, monkeypatch):
     entry = b'{"ctx": "a", "endings": ["b", "c"], "label": 0}\n'
+    published = tmp_path / "published.jsonl"
+    published.write_bytes(entry)
     monkeypatch.setattr(questions, "DATA", tmp_path)
-    monkeypatch.setattr(sources.urllib.request, "urlopen", lambda url, timeout: io.BytesIO(entry))
-    with pytest.raises(UserError, match="is not the file expected"):
+    monkeypatch.setattr(questions, "HELLASWAG", (published.as_uri(), "0" * 64))
+    with pytest.raises(UserError, match="invalid hash value"):
         questions.hellaswag_file()
     assert not list((tmp_path / "hellaswag").iterdir())
-    monkeypatch.setattr(questions, "HELLASWAG", ("https://there", hashlib.sha256(entry).hexdigest()))
+    monkeypatch.setattr(questions, "HELLASWAG", (published.as_uri(), hashlib.sha256(entry).hexdigest()))
     path = questions.hellaswag_file()
-    monkeypatch.setattr(sources.urllib.request, "urlopen", None)
+    published.unlink()
     assert questions.hellaswag_file() == path and path.read_bytes() == entry
 
 
