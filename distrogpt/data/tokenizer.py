@@ -10,7 +10,6 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from hashlib import sha1
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -22,29 +21,21 @@ GPT2_FILES = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 GPT2_CACHED = [sha1(f"{GPT2_FILES}{name}".encode()).hexdigest() for name in ("vocab.bpe", "encoder.json")]
 # GPT-2's words: an ending as in 's, or letters, digits or signs with a space before them, or white space
 GPT2_WORDS = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
-BYTE_ORDER = [b for b in range(256) if chr(b).isprintable() and not chr(b).isspace()]
-BYTE_CHARS = {b: chr(b) for b in BYTE_ORDER}  # a visible character for each byte, as in GPT-2's files
+BYTE_CHARS = {b: chr(b) for b in range(256) if chr(b).isprintable() and not chr(b).isspace()}
 BYTE_CHARS |= {b: chr(256 + n) for n, b in enumerate(b for b in range(256) if b not in BYTE_CHARS)}
+# BYTE_CHARS: a visible character for each byte, in the order of GPT-2's ids
 
 
 class Tokenizer:
     """vocab_size ids; end_of_text is the one that ends a document, None if there is none.
 
-    Subclasses have `encode_text`, which takes <|endoftext|> for plain text, `decode_bytes`, since ids may
-    begin or end within a character, and `describe`.
+    Subclasses have `encode_text(text)`, to which <|endoftext|> is plain text, `decode_bytes(ids)`, since ids
+    may begin or end within a character, and `describe()`.
     """
 
     vocab_size: int
     end_of_text: int | None
-
-    def encode_text(self, text: str) -> np.ndarray:
-        raise NotImplementedError
-
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        raise NotImplementedError
-
-    def describe(self) -> dict[str, Any]:
-        raise NotImplementedError
+    byte_order, merges = range(256), ()  # bytes of the ids 0..255, and what makes the others: of BPE
 
     def for_thread(self) -> "Tokenizer":
         """The same tokenizer, for use in another thread."""
@@ -148,7 +139,7 @@ class BPETokenizer(TiktokenTokenizer):
             if left not in tokens or right not in tokens or left + right in tokens:
                 raise ValueError(f"merge {len(tokens) - 256} does not join two tokens to a new one")
             tokens[left + right] = len(tokens)
-        self.merges = list(merges)
+        self.merges = merges
         self.end_of_text = len(tokens)
         self.vocab_size = len(tokens) + 1
         byte_of = {char: b for b, char in BYTE_CHARS.items()}
@@ -163,7 +154,7 @@ class BPETokenizer(TiktokenTokenizer):
 class GPT2Tokenizer(TiktokenTokenizer):
     """GPT-2's byte-pair encoding, 50,257 tokens."""
 
-    vocab_size, end_of_text = 50257, 50256
+    vocab_size, end_of_text, byte_order = 50257, 50256, BYTE_CHARS
 
     def __init__(self) -> None:
         import tiktoken
@@ -176,6 +167,13 @@ class GPT2Tokenizer(TiktokenTokenizer):
                 f" of {GPT2_FILES} elsewhere, name them {' and '.join(GPT2_CACHED)}, and set "
                 "TIKTOKEN_CACHE_DIR to their folder"
             ) from None
+
+    @property
+    def merges(self) -> list[tuple[str, str]]:
+        from tiktoken.load import read_file_cached
+
+        _, *lines = read_file_cached(f"{GPT2_FILES}vocab.bpe").decode().splitlines()
+        return [tuple(line.split()) for line in lines]
 
     def describe(self) -> dict[str, Any]:
         return {"kind": "gpt2"}
@@ -235,40 +233,15 @@ def tokenizer_json(tokenizer: Tokenizer) -> str:
         exported.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
         exported.decoder = decoders.Fuse()
     else:
-        exported = HuggingFaceTokenizer(models.BPE(*bpe_vocabulary(tokenizer)))
+        alphabet = [BYTE_CHARS[b] for b in tokenizer.byte_order]
+        tokens = [*alphabet, *map("".join, tokenizer.merges)]
+        vocabulary = {token: number for number, token in enumerate(tokens)}
+        exported = HuggingFaceTokenizer(models.BPE(vocabulary, list(tokenizer.merges)))
         exported.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         exported.decoder = decoders.ByteLevel()
     if tokenizer.end_of_text is not None:
         exported.add_special_tokens([END_OF_TEXT])
     return exported.to_str()
-
-
-def bpe_vocabulary(tokenizer: Tokenizer) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """The id of each token but <|endoftext|>, and the merges in their order, in the alphabet of GPT-2's
-    files."""
-    if isinstance(tokenizer, GPT2Tokenizer):
-        ranks = tokenizer.bpe._mergeable_ranks
-        pairs = [merged_pair(token, ranks) for token in sorted(ranks, key=ranks.get) if len(token) > 1]
-        vocabulary = {bytes_to_unicode(token): rank for token, rank in ranks.items()}
-        return vocabulary, [(bytes_to_unicode(left), bytes_to_unicode(right)) for left, right in pairs]
-    merges = tokenizer.merges if isinstance(tokenizer, BPETokenizer) else []
-    tokens = [*(BYTE_CHARS[b] for b in range(256)), *map("".join, merges)]
-    return {token: number for number, token in enumerate(tokens)}, merges
-
-
-def bytes_to_unicode(token: bytes) -> str:
-    """A visible character for each byte."""
-    return "".join(BYTE_CHARS[byte] for byte in token)
-
-
-def merged_pair(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
-    """The two tokens that were merged to this one: what the earlier merges make of its bytes."""
-    parts = [token[i : i + 1] for i in range(len(token))]
-    while len(parts) > 2:
-        joined = [ranks.get(left + right, len(ranks)) for left, right in pairwise(parts)]
-        i = joined.index(min(joined))
-        parts[i : i + 2] = [parts[i] + parts[i + 1]]
-    return parts
 
 
 def start_token(tokenizer: Tokenizer) -> int:
