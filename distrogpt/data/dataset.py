@@ -71,7 +71,14 @@ def parse_mixture(text: str) -> list[tuple[str, float]]:
     Without weights, all are the same. Text after a colon that is not a number belongs to the name.
     """
     pieces = [text] if "," not in text or dataset_folder(text) else text.split(",")
-    names, weights = zip(*(split_weight(piece.strip()) for piece in pieces), strict=True)
+    names, weights = [], []
+    for piece in map(str.strip, pieces):
+        name, _, weight = piece.rpartition(":")
+        try:
+            weights.append(float(weight) if name and not dataset_folder(piece) else None)
+        except ValueError:
+            weights.append(None)
+        names.append(piece if weights[-1] is None else name)
     if len(pieces) > 1 and (not all(names) or len(set(names)) < len(names)):
         raise UserError(f"dataset={text[:200]} has a name that is empty or there twice; name each once")
     given = [weight for weight in weights if weight is not None]
@@ -82,15 +89,6 @@ def parse_mixture(text: str) -> list[tuple[str, float]]:
             f"dataset={text[:200]}: not each name has a positive weight; write NAME:0.9,OTHER:0.1"
         )
     return [(name, weight / sum(given)) for name, weight in zip(names, given, strict=True)]
-
-
-def split_weight(piece: str) -> tuple[str, float | None]:
-    """Name and weight of NAME:WEIGHT; a folder's name has no weight."""
-    name, _, weight = piece.rpartition(":")
-    try:
-        return (piece, None) if not name or dataset_folder(piece) else (name, float(weight))
-    except ValueError:
-        return piece, None
 
 
 def find_parts(text: str) -> list[tuple[str, float, Path, dict[str, Any]]]:
@@ -141,9 +139,9 @@ def open_dataset(config: TrainConfig, splits: tuple[str, ...] | None = None) -> 
             raise UserError("the separator is the newline, which ends a line; choose a token within lines")
     if config.sampling == "lines":
         for part in parts:
-            part.line_starts = {
-                split: find_line_starts(stream, newline) for split, stream in part.streams.items()
-            }
+            for split, stream in part.streams.items():
+                starts = np.append(0, stream.positions_of(newline) + 1)
+                part.line_starts[split] = starts[starts < len(stream)]
     return Dataset(parts, newline, separator)
 
 
@@ -160,12 +158,6 @@ def single_token_id(text: str, meta: dict[str, Any], what: str) -> int:
             f"{what} is to be one token of the dataset, but {text!r} is {len(ids)}; choose another"
         )
     return int(ids[0])
-
-
-def find_line_starts(stream: TokenStream, newline: int) -> np.ndarray:
-    """The start of each line of a split, (lines,): 0, and after each newline but the last id."""
-    after_newlines = stream.positions_of(newline) + 1
-    return np.concatenate([[0], after_newlines[after_newlines < len(stream)]])
 
 
 def mask_after_separator(separator: int, newline: int, windows: np.ndarray) -> np.ndarray:

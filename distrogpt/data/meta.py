@@ -32,12 +32,6 @@ def find_dataset(name: str) -> Path:
     raise UserError(f"no dataset {name[:200]}; {hint}")
 
 
-def how_to_prepare(folder: Path) -> str:
-    """What to do if files of a dataset are missing."""
-    script = folder / "prepare.py"
-    return f"run: python {script}" if script.is_file() else "write it with a prepare.py"
-
-
 def read_meta(folder: Path) -> dict[str, Any]:
     """What is known of a dataset: tokenizer (a description or None), vocab_size, dtype. Raises UserError.
 

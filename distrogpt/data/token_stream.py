@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from distrogpt.data.meta import how_to_prepare
 from distrogpt.errors import UserError
 
 IDS_CHECKED = 1 << 28  # at the start; the ids beyond are checked batch by batch
@@ -38,7 +37,9 @@ class TokenStream:
         single = folder / f"{split}.bin"
         self.paths = [single] if single.is_file() else sorted(folder.glob(f"{split}_*.bin"))
         if not self.paths:
-            raise UserError(f"{single} is missing; {how_to_prepare(folder)}")
+            script = folder / "prepare.py"
+            advice = f"run: python {script}" if script.is_file() else "write it with a prepare.py"
+            raise UserError(f"{single} is missing; {advice}")
         self.signatures = [file_signature(path) for path in self.paths]
         self.offsets = [0]  # of each file in the sequence, then the end
         for path, (size, _) in zip(self.paths, self.signatures, strict=True):

@@ -208,7 +208,7 @@ def test_memory_holds_a_few_batches_whatever_the_size():
 
     for _ in encode_in_order(read(), ByteTokenizer(), workers=2):
         waiting -= 1
-    assert 20 < most < 60
+    assert 20 < most < 100  # of 400
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])

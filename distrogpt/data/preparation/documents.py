@@ -238,14 +238,10 @@ def row_pieces(row: dict[str, Any], where: str, corpus: Corpus) -> Iterator[Piec
         raise UserError(
             f"{where}: its field {corpus.field!r} is no text; give another --field, or convert it"
         )
-    return cut(strip_lines([replace_surrogates(text or "")], corpus.strip))
-
-
-def replace_surrogates(text: str) -> str:
-    """The text with U+FFFD for halves of characters, which JSON can write and UTF-8 cannot."""
-    if text.isascii():
-        return text
-    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    text = text or ""
+    if not text.isascii():  # U+FFFD replaces halves of characters, which JSON can write and UTF-8 cannot
+        text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return cut(strip_lines([text], corpus.strip))
 
 
 def lines(texts: Iterable[str]) -> Iterator[str]:

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from itertools import accumulate
 from pathlib import Path
 from runpy import run_path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -50,15 +50,11 @@ SIZES = (
 )  # and more is for train_gpt2_modern
 
 
-class Scan(NamedTuple):
-    """What a first reading finds, to choose val and the vocabulary of characters."""
+def scan(corpus: Corpus, enough: int, want_chars: bool) -> tuple[list[int], str]:
+    """Characters of each of the first `enough` documents, and if wanted all characters of the corpus, sorted.
 
-    sizes: list[int]  # characters of the first documents, at most `enough`
-    chars: str  # all characters, sorted; "" unless asked for
-
-
-def scan(corpus: Corpus, enough: int, want_chars: bool) -> Scan:
-    """Read the corpus, or only its first `enough` documents if nothing else matters. Raises UserError."""
+    Raises UserError.
+    """
     seen, sizes, size = np.zeros(0x110000, bool), [], 0
     for piece in corpus.pieces():
         if want_chars:
@@ -72,7 +68,7 @@ def scan(corpus: Corpus, enough: int, want_chars: bool) -> Scan:
     if not sizes:
         others = " and the others" if len(corpus) > 1 else ""
         raise UserError(f"there is no text in {corpus.files[0]}{others}; give --input with some")
-    return Scan(sizes[:enough], "".join(map(chr, np.flatnonzero(seen))))
+    return sizes[:enough], "".join(map(chr, np.flatnonzero(seen)))
 
 
 def hash_to_unit(number: int) -> float:
@@ -132,11 +128,11 @@ def known_tokenizer(name: str) -> Tokenizer | None:
     return None if kind == "bpe" or name == "char" else named_tokenizer(name)
 
 
-def make_tokenizer(name: str, found: Scan, train: Iterable[str]) -> Tokenizer:
+def make_tokenizer(name: str, chars: str, documents: int, train: Iterable[str]) -> Tokenizer:
     """char, bpe:SIZE, or a known one; a byte-pair encoding is trained on `train`. Raises UserError."""
     tokenizer = known_tokenizer(name)
     if name == "char":
-        tokenizer = CharTokenizer(found.chars, ends=len(found.sizes) > 1)
+        tokenizer = CharTokenizer(chars, ends=documents > 1)
     elif tokenizer is None:
         size = int(name.removeprefix("bpe:"))
         tokenizer = train_bpe(train, size)
@@ -144,7 +140,7 @@ def make_tokenizer(name: str, found: Scan, train: Iterable[str]) -> Tokenizer:
             print(f"note: the text has no more than {tokenizer.vocab_size:,} tokens to join")
     if tokenizer.vocab_size > 1 << 16:
         print(f"note: {tokenizer.vocab_size:,} ids are too many for 2 bytes; each takes 4 on disk (uint32)")
-    if tokenizer.end_of_text is None and len(found.sizes) > 1:
+    if tokenizer.end_of_text is None and documents > 1:
         print(f"note: {name} has no token that ends documents; they follow each other without one")
     return tokenizer
 
@@ -152,8 +148,8 @@ def make_tokenizer(name: str, found: Scan, train: Iterable[str]) -> Tokenizer:
 def write_corpus(args: argparse.Namespace, corpus: Corpus) -> Tokenizer:
     """Write the dataset of a corpus; returns its tokenizer. Raises UserError and MachineError."""
     enough = math.ceil(10 / args.val_fraction)
-    found = scan(corpus, enough, want_chars=args.tokenizer == "char")
-    is_val, position = choose_validation(found.sizes, args.val_fraction, enough)
+    sizes, chars = scan(corpus, enough, want_chars=args.tokenizer == "char")
+    is_val, position = choose_validation(sizes, args.val_fraction, enough)
 
     def sample() -> Iterator[str]:
         """Text of train, all or the first BPE_SAMPLE characters."""
@@ -164,7 +160,7 @@ def write_corpus(args: argparse.Namespace, corpus: Corpus) -> Tokenizer:
                 left -= len(piece.text)
             document += piece.ends
 
-    tokenizer = make_tokenizer(args.tokenizer, found, sample())
+    tokenizer = make_tokenizer(args.tokenizer, chars, len(sizes), sample())
     source = ", ".join(map(str, corpus.files[:20]))
     pieces, document = split_at(corpus.pieces(), position), 0
     with (
@@ -178,17 +174,6 @@ def write_corpus(args: argparse.Namespace, corpus: Corpus) -> Tokenizer:
     if isinstance(tokenizer, BPETokenizer):  # for other programs; ours read meta.json
         (args.output / "tokenizer.json").write_text(tokenizer_json(tokenizer), encoding="utf-8")
     return tokenizer
-
-
-def validation_note(text: dict[str, int], val_fraction: float) -> str:
-    """A note if val is a much larger part of the text than requested, or ""."""
-    fraction = text["val"] / max(1, sum(text.values()))
-    if fraction <= max(0.2, 1.5 * val_fraction):
-        return ""
-    return (
-        f"note: val is {fraction:.0%} of the text, since documents are not divided; more or shorter "
-        f"documents leave more to learn from, or try --val_fraction={min(0.05, val_fraction / 2):g}"
-    )
 
 
 def next_commands(folder: Path, name: str, tokenizer: Tokenizer) -> tuple[str, str]:
@@ -279,8 +264,13 @@ def copy_pipes(inputs: list[str], folder: Path) -> Iterator[list[str]]:
 def make_dataset(args: argparse.Namespace, corpus: Corpus) -> None:
     """Write the dataset of parse_options, and print the next commands. Raises UserError."""
     tokenizer = write_corpus(args, corpus)
-    if note := validation_note(read_meta(args.output)["bytes"], args.val_fraction):
-        print(note)
+    text = read_meta(args.output)["bytes"]
+    fraction = text["val"] / max(1, sum(text.values()))
+    if fraction > max(0.2, 1.5 * args.val_fraction):
+        print(
+            f"note: val is {fraction:.0%} of the text, since documents are not divided; more or shorter "
+            f"documents leave more to learn from, or try --val_fraction={min(0.05, args.val_fraction / 2):g}"
+        )
     name = args.name if args.output == DATA / str(args.name) else os.path.relpath(args.output)
     print("next:", *next_commands(args.output, name, tokenizer), sep="\n  ")
 

@@ -13,12 +13,12 @@ from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from distrogpt.data.meta import read_meta
-from distrogpt.data.preparation.documents import Piece
+from distrogpt.data.preparation.documents import Corpus, Piece
 from distrogpt.data.preparation.writer import (
     dataset_files,
     encode_in_order,
@@ -34,17 +34,6 @@ from distrogpt.data.preparation.writer import (
 )
 from distrogpt.data.tokenizer import TiktokenTokenizer, Tokenizer
 from distrogpt.errors import UserError
-
-
-class Source(Protocol):
-    """Documents in files, such as documents.Corpus."""
-
-    size: int | None  # bytes
-
-    def __len__(self) -> int: ...
-    def pieces(self, first: int = 0, end: int | None = None) -> Iterator[Piece]: ...
-    def done(self) -> float: ...
-    def describe(self) -> dict[str, Any]: ...
 
 
 class Part(NamedTuple):
@@ -81,8 +70,8 @@ class ShardSettings:
     about: str = ""  # the source of the text, for meta.json
 
 
-def write_shards(folder: Path, source: Source, tokenizer: Tokenizer, settings: ShardSettings) -> None:
-    """Write the documents of a source, or one part of them, or resume that.
+def write_shards(folder: Path, source: Corpus, tokenizer: Tokenizer, settings: ShardSettings) -> None:
+    """Write the documents of a Corpus, or what has its methods, or one part of them; or resume that.
 
     Raises UserError if the folder has another dataset, MachineError if the disk is full.
     """
@@ -118,7 +107,7 @@ def write_shards(folder: Path, source: Source, tokenizer: Tokenizer, settings: S
         finish_dataset(folder, tokenizer, part, settings.about)
 
 
-def default_val_tokens(source: Source, tokenizer: Tokenizer, settings: ShardSettings) -> int:
+def default_val_tokens(source: Corpus, tokenizer: Tokenizer, settings: ShardSettings) -> int:
     """A shard, or a tenth of a smaller text, whose tokens are guessed from its bytes."""
     bytes_per_token = 4 if isinstance(tokenizer, TiktokenTokenizer) else 1  # of English
     guesses = [count for count in (settings.max_tokens, (source.size or 0) // bytes_per_token) if count]
@@ -134,22 +123,19 @@ def load_progress(folder: Path, part: Part, identity: dict[str, Any], overwrite:
     files = dataset_files(folder)  # before progress is read, which other machines may begin to write now
     found = {path.name: read_json(path) for path in folder.glob("progress*.json")}
     same = {name for name, progress in found.items() if progress.get("settings") == identity}
-    if overwrite:
-        of_others = same - {part.progress_name()}  # other machines' parts of the same dataset
-        for path in files:
-            label = re.search(r"_\d{5}(?=[_.])", path.name)
-            if f"progress{label[0] if label else ''}.json" not in of_others:
-                path.unlink(missing_ok=True)
-    elif any(path.suffix == ".bin" for path in files) and (not found or len(same) < len(found)):
+    if not overwrite and any(path.suffix == ".bin" for path in files) and (not found or same != set(found)):
         raise UserError(
             f"{folder} has another dataset, or one made with other options; repeat those, choose another "
             "--output, or give --overwrite"
         )
-    elif part.progress_name() in same:
+    if not overwrite and part.progress_name() in same:
         return found[part.progress_name()]
-    else:
-        for name in found.keys() - same:  # of runs that ended before their first shard
-            (folder / name).unlink(missing_ok=True)
+    of_others = same - {part.progress_name()}  # other machines' parts of the same dataset
+    for path in files:
+        label = re.search(r"_\d{5}(?=[_.])", path.name)
+        owner = f"progress{label[0] if label else ''}.json"
+        if owner not in of_others and (overwrite or path.name.startswith("progress")):
+            path.unlink(missing_ok=True)
     return {"settings": identity, "shards": []}
 
 
@@ -213,7 +199,7 @@ class ShardWriter:
         write_json(self.folder / self.part.progress_name(), self.progress)
         self.open_shard()
 
-    def write(self, source: Source, tokenizer: Tokenizer, workers: int) -> None:
+    def write(self, source: Corpus, tokenizer: Tokenizer, workers: int) -> None:
         """Write the shards from the first missing one on."""
         if len(self.starts) == len(self.shards):
             return

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,7 +23,7 @@ from distrogpt.data.tokenizer import Tokenizer
 from distrogpt.errors import MachineError, UserError
 
 Encoded = tuple[Piece, np.ndarray]
-BATCH = 1 << 18  # characters that a thread encodes at once, or some more
+BATCH = 16  # pieces that a thread encodes at once
 UNCHANGED = "nothing there was changed"
 
 
@@ -31,40 +32,28 @@ def encode_in_order(pieces: Iterable[Piece], tokenizer: Tokenizer, workers: int)
 
     Threads suffice, since tiktoken and numpy release Python's lock.
     """
-    dtype, local = id_dtype(tokenizer), threading.local()
+    dtype, end, local = id_dtype(tokenizer), tokenizer.end_of_text, threading.local()
 
     def encode(batch: list[Piece]) -> list[Encoded]:
         if not hasattr(local, "tokenizer"):
             local.tokenizer = tokenizer.for_thread()
-        return [(piece, encode_piece(piece, local.tokenizer).astype(dtype)) for piece in batch]
+        encoded = []
+        for piece in batch:
+            ids = local.tokenizer.encode_text(piece.text)
+            if piece.ends and end is not None:
+                ids = np.append(ids, end)
+            encoded.append((piece, ids.astype(dtype)))
+        return encoded
 
     with ThreadPoolExecutor(workers) as pool:
         waiting: deque[Future[list[Encoded]]] = deque()
-        for batch in batches(pieces):
+        pieces = iter(pieces)
+        while batch := list(islice(pieces, BATCH)):
             waiting.append(pool.submit(encode, batch))
             if len(waiting) > 2 * workers:
                 yield from waiting.popleft().result()
         while waiting:
             yield from waiting.popleft().result()
-
-
-def encode_piece(piece: Piece, tokenizer: Tokenizer) -> np.ndarray:
-    """The ids of a piece, with the one that ends its document."""
-    ids = tokenizer.encode_text(piece.text)
-    return np.append(ids, tokenizer.end_of_text) if piece.ends and tokenizer.end_of_text is not None else ids
-
-
-def batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    """The pieces in lists of BATCH characters or more."""
-    batch: list[Piece] = []
-    size = 0
-    for piece in pieces:
-        batch.append(piece)
-        size += len(piece.text) + 100  # small ones take time, too
-        if size >= BATCH:
-            yield batch
-            batch, size = [], 0
-    yield batch
 
 
 def id_dtype(tokenizer: Tokenizer) -> np.dtype:
