@@ -2,13 +2,13 @@
 
 The defaults of GPTConfig are GPT-2. The settings after `bias` are later improvements; each works alone.
 
-Shapes: B sequences, T positions, C = n_embd channels, V = vocab_size; H = n_head query heads of D = C/H channels,
-K = n_kv_head key/value heads; S positions of a KV cache.
-Sources: "Language Models are Unsupervised Multitask Learners" (Radford et al., 2019) and the weights released
-with it; the transformer (arXiv 1706.03762); GELU (arXiv 1606.08415); the settings name their own.
+Shapes: B sequences, T positions, C = n_embd channels, V = vocab_size; H = n_head query heads of D = C/H
+channels, K = n_kv_head key/value heads; S positions of a KV cache.
+Sources: "Language Models are Unsupervised Multitask Learners" (Radford et al., 2019) and its weights; the
+transformer (arXiv 1706.03762); GELU (arXiv 1606.08415); the settings name their own.
 
-Faster kernels replace nn.Dropout, RMSNorm, Rotary, Attention and nn.Linear, instance by instance, after a model is
-built (distrogpt/kernels); this file knows nothing of them, and the forward pass has no branch for any device.
+Once a model is built, distrogpt/kernels can replace its nn.Dropout, RMSNorm, Rotary, Attention and nn.Linear
+layers by faster ones. This file does not depend on that, and its forward pass has no branch for any device.
 """
 
 import math
@@ -154,6 +154,7 @@ class KVCache:
     def __init__(self, config: GPTConfig, B: int, size: int, device: Any = None, dtype: Any = None) -> None:
         shape = (config.n_layer, 2, B, config.kv_heads, size, config.head_dim)
         self.kv = torch.zeros(shape, device=device, dtype=dtype)
+        self.layers = self.kv.unbind(0)
         self.length = size
 
     def update(
@@ -163,13 +164,16 @@ class KVCache:
 
         Without positions they are a prompt's, from position 0 on, and read only each other.
         """
-        kv = self.kv[layer, :, : len(k)]  # (2, N, K, size, D)
+        kv = self.layers[layer][:, : len(k)]  # (2, N, K, size, D)
         new = torch.stack((k, v)).to(kv.dtype)  # (2, N, K, T, D)
         if positions is None:
             kv[:, :, :, : k.size(2)] = new
             return k, v
-        kv.scatter_(3, positions[None, :, None, :, None].expand_as(new), new)
-        return kv[0, :, :, : self.length], kv[1, :, :, : self.length]
+        if len(positions) == 1:
+            kv.index_copy_(3, positions[0], new)
+        else:
+            kv.scatter_(3, positions[None, :, None, :, None].expand_as(new), new)
+        return kv[:, :, :, : self.length].unbind(0)
 
 
 class CausalSelfAttention(nn.Module):
@@ -177,12 +181,8 @@ class CausalSelfAttention(nn.Module):
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
-        self.layer, self.n_head, self.kv_heads, self.D = (
-            layer,
-            config.n_head,
-            config.kv_heads,
-            config.head_dim,
-        )
+        self.layer, self.D = layer, config.head_dim
+        self.n_head, self.kv_heads = config.n_head, config.kv_heads
         self.c_attn = nn.Linear(config.n_embd, (self.n_head + 2 * self.kv_heads) * self.D, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.qk_norm = RMSNorm() if config.qk_norm else None
@@ -277,7 +277,7 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tied:
             self.lm_head.weight = self.transformer.wte.weight
-        if not self.lm_head.weight.is_meta:  # there, weights are still to be loaded
+        if not self.lm_head.weight.is_meta:  # on the meta device, weights are to be loaded
             self.init_weights()
 
     @torch.no_grad()
@@ -297,9 +297,9 @@ class GPT(nn.Module):
     def forward(
         self, idx: torch.Tensor, targets: torch.Tensor | None = None, return_logits: bool = True
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Logits and mean cross-entropy, in nats, of idx (B, T) and targets (B, T); targets of -1 do not count.
+        """Logits and mean cross-entropy, in nats, of idx and targets (B, T); targets of -1 do not count.
 
-        With targets: logits (B, T, V), or None without return_logits, and the loss. Without: the logits of the
+        With targets: logits (B, T, V), or None without return_logits, and the loss. Without: logits of the
         last position, (B, 1, V), and None.
         """
         x = self.hidden_states(idx)
@@ -307,10 +307,8 @@ class GPT(nn.Module):
             return self.logits(x[:, -1:]), None
         logits = self.logits(x)  # (B, T, V)
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
-        return (
-            logits if return_logits else None,
-            loss,
-        )  # compiled, returned logits cost a gradient of their size
+        # compiled, returned logits would cost a gradient of their size
+        return (logits if return_logits else None), loss
 
     def hidden_states(
         self,
@@ -321,17 +319,17 @@ class GPT(nn.Module):
     ) -> torch.Tensor:
         """What lm_head reads, (B, T, C), of idx (B, T).
 
-        Positions are 0..T-1 unless `positions` (1 or B, T) are given. Attention is causal, also over what a cache
-        holds, unless a mask (B, 1, T, S) is added to its scores: 0 for a key that is read, else -inf.
+        Positions are 0..T-1 unless `positions` (1 or B, T) are given. Attention is causal, also over a cache,
+        unless a mask (1 or B, 1, T, S) is added to its scores: 0 for a key that is read, else -inf.
         """
         T, config = idx.size(1), self.config
         if positions is None and T > config.block_size:
             raise ValueError(f"{T} tokens do not fit into block_size={config.block_size}")
         if positions is not None and mask is None and cache is not None:
-            later = (
-                torch.arange(cache.length, device=idx.device) > positions[:, None, :, None]
+            later = torch.arange(cache.length, device=idx.device) > positions[:, None, :, None]
+            mask = torch.zeros_like(later, dtype=cache.kv.dtype).masked_fill_(
+                later, -math.inf
             )  # (1 or B, 1, T, S)
-            mask = torch.zeros_like(later, dtype=cache.kv.dtype).masked_fill_(later, -math.inf)
         at = torch.arange(T, device=idx.device)[None] if positions is None else positions
         x, cos_sin = self.transformer.wte(idx), None  # (B, T, C)
         if config.rotary:
@@ -359,11 +357,10 @@ class GPT(nn.Module):
 
         Each token is read once. When block_size is full, the last three quarters of it are read again.
         """
-        size, weight = self.config.block_size, self.lm_head.weight
-        cache = KVCache(
-            self.config, len(idx), min(idx.size(1) + max_new_tokens, size), idx.device, weight.dtype
-        )
-        new, positions = idx[:, -size:], None  # what is to be read, and where it stands
+        size = self.config.block_size
+        length = min(idx.size(1) + max_new_tokens, size)
+        cache = KVCache(self.config, len(idx), length, idx.device, self.lm_head.weight.dtype)
+        new, positions = idx[:, -size:], None  # the tokens to read next, and their positions
         for _ in range(max_new_tokens):
             logits = self.logits(self.hidden_states(new, positions, cache=cache)[:, -1])  # (B, V)
             if temperature:

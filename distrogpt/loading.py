@@ -1,10 +1,8 @@
-"""A network to use or to start from, and its tokenizer: from a run, a folder or a hub name."""
+"""Load a network and its tokenizer: from a run, from a folder in Hugging Face's format, or from the hub."""
 
 import difflib
 import math
 import os
-import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +16,26 @@ from model import GPT
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
 
-def load_pretrained(name: str, dropout: float = 0.0) -> tuple[GPT, dict[str, Any]]:
-    """A network to start from, on the CPU, and the checkpoint that it stood in; of a folder in Hugging Face's
-    format only the meta of its dataset, and {} of a GPT-2 without one.
+def load_trained(out_dir: str, init_from: str) -> tuple[GPT, dict[str, Any], str]:
+    """The network to use, on the CPU, the contents of its checkpoint, and a line that describes its source.
 
-    `name` is gpt2, gpt2-medium, gpt2-large, gpt2-xl, a hub name, a folder in Hugging Face's format, a run's,
-    or one of its .pt files. Raises UserError.
+    init_from="resume" is the best checkpoint in out_dir; otherwise see load_pretrained. Raises UserError.
+    """
+    if init_from != "resume":
+        return *load_pretrained(init_from), init_from
+    path = best_checkpoint(Path(out_dir))
+    contents = load_checkpoint(path)
+    loss = contents.get("val_loss", contents.get("best_val_loss", math.nan))
+    split = "train" if contents.get("config", {}).get("eval_splits") == "train" else "val"
+    source = f"{path}, step {contents['iter_num']}, {split} loss {float(loss):.4f}"
+    return restore_model(contents, path), contents, source
+
+
+def load_pretrained(name: str, dropout: float = 0.0) -> tuple[GPT, dict[str, Any]]:
+    """The network, on the CPU, and the contents of its checkpoint. Raises UserError.
+
+    `name` is a run's folder or one of its .pt files, a folder in Hugging Face's format, gpt2 and its larger
+    versions, or a name on the hub. For Hugging Face's format, contents has meta alone, or nothing (GPT-2).
     """
     folder = Path(name)
     is_folder = os.path.isdir(folder)  # folder.is_dir() raises OSError for 5,000 characters
@@ -31,63 +43,43 @@ def load_pretrained(name: str, dropout: float = 0.0) -> tuple[GPT, dict[str, Any
         path = best_checkpoint(folder) if is_folder else folder
         contents = load_checkpoint(path)
         return restore_model(contents, path, dropout), contents
-    if not is_folder and (name.startswith((".", "~")) or os.path.isabs(name)):
-        raise UserError(
-            f"init_from={name[:200]} is not there; give a run's folder, or one in Hugging Face's format"
-        )
-    if not is_folder and name not in GPT2_NAMES and "/" not in name:
-        near = difflib.get_close_matches(name, ("scratch", "resume", "auto", *GPT2_NAMES), n=1)
-        hint = f"did you mean {near[0]}?" if near else f"use a folder, or one of {', '.join(GPT2_NAMES)}"
-        raise UserError(f"init_from={name[:200]} is neither a way to start nor a folder; {hint}")
+    if not is_folder:
+        check_name(name)
     try:
-        if not is_folder:
-            check_hub(name)
         from distrogpt.huggingface.formats import find_folder, model_type_of, read_pretrained
 
         folder = find_folder(name)
-        model = read_pretrained(folder, dropout=dropout)
+        model = read_pretrained(folder, dropout)
     except ImportError as error:
         raise UserError(f"init_from={name} needs {error.name}; run: pip install {error.name}") from None
-    except Exception as error:  # no network, no such name, a damaged or hostile file: there are many kinds
+    except Exception as error:  # no network, an unknown name, damaged or hostile files: errors of many types
         raise UserError(
             f"init_from={name} cannot be loaded ({first_line(error)}); give a folder with its "
             "config.json and model.safetensors, or go online"
         ) from None
     if (folder / "meta.json").is_file():
         return model, {"meta": read_meta(folder)}
-    unknown = {"tokenizer": None, "vocab_size": model.config.vocab_size, "dtype": "uint32"}
-    return model, {} if model_type_of(model.config) == "gpt2" else {"meta": unknown}
+    if model_type_of(model.config) == "gpt2":
+        return model, {}
+    return model, {"meta": {"tokenizer": None, "vocab_size": model.config.vocab_size, "dtype": "uint32"}}
 
 
-def load_trained(out_dir: str, init_from: str) -> tuple[GPT, dict[str, Any], str]:
-    """A network to use, on the CPU: out_dir's best with init_from="resume", else a pretrained one; the
-    checkpoint that it stood in, and what to call it. Raises UserError."""
-    if init_from != "resume":
-        return *load_pretrained(init_from), init_from
-    path = best_checkpoint(Path(out_dir))
-    contents = load_checkpoint(path)
-    loss = contents.get("val_loss", contents.get("best_val_loss", math.nan))
-    split = "train" if contents.get("config", {}).get("eval_splits") == "train" else "val"
-    told = f"{path}, step {contents['iter_num']}, {split} loss {float(loss):.4f}"
-    return restore_model(contents, path), contents, told
-
-
-def check_hub(name: str) -> None:
-    """Raises OSError where `name` is not in the hub's cache and the hub does not answer: its client would try
-    for half a minute."""
-    import huggingface_hub
-
-    if not isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json"), str):
-        try:
-            urllib.request.urlopen(huggingface_hub.constants.ENDPOINT, timeout=10).close()
-        except urllib.error.HTTPError:
-            pass  # it answers
+def check_name(name: str) -> None:
+    """Raises UserError if `name` can be neither GPT-2's nor a name on the hub."""
+    if name.startswith((".", "~")) or os.path.isabs(name):
+        raise UserError(
+            f"init_from={name[:200]} is not there; give a run's folder, or one in Hugging Face's format"
+        )
+    if name not in GPT2_NAMES and "/" not in name:
+        near = difflib.get_close_matches(name, ("scratch", "resume", "auto", *GPT2_NAMES), n=1)
+        hint = f"did you mean {near[0]}?" if near else f"use a folder, or one of {', '.join(GPT2_NAMES)}"
+        raise UserError(f"init_from={name[:200]} is neither a way to start nor a folder; {hint}")
 
 
 def find_tokenizer(contents: dict[str, Any], vocab_size: int, source: str) -> Tokenizer:
-    """The tokenizer of a checkpoint: its own, or that of its dataset, or else GPT-2's. Raises UserError."""
+    """The tokenizer of a checkpoint: its own, else its dataset's, else GPT-2's. Raises UserError."""
     meta = contents.get("meta")
-    if meta is None and "dataset" in contents.get("config", {}):  # nanoGPT's checkpoints name it only
+    if meta is None and "dataset" in contents.get("config", {}):  # nanoGPT saves only the dataset's name
         meta = read_dataset_meta(contents["config"]["dataset"])
     meta = meta or GPT2_META
     if not meta["tokenizer"]:

@@ -1,4 +1,4 @@
-"""What the fuzz tests share: how many inputs, what may become of them, and how inputs are made odd."""
+"""Shared by the fuzz tests: the number of inputs, their mutations, and what code may do with them."""
 
 import copy
 import faulthandler
@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 
 from distrogpt.errors import UserError
 
-TESTS = 8  # that share the inputs
+TESTS = 8  # tests that share the inputs
 INPUTS = os.environ.get("FUZZ_INPUTS")
 fuzz = hypothesis.settings(
     max_examples=max(1, int(INPUTS or 480) // TESTS),
     derandomize=INPUTS is None,
-    deadline=None,  # a test that hangs is ended by `works_or_tells`
+    deadline=None,  # succeeds_or_reports ends a test that hangs
     database=None,
     print_blob=True,
     suppress_health_check=list(hypothesis.HealthCheck),
@@ -28,9 +28,9 @@ META = {"tokenizer": {"kind": "char", "chars": CHARS}, "vocab_size": len(CHARS),
 
 
 @contextmanager
-def works_or_tells() -> Iterator[None]:
-    """What stands in it works, or raises a UserError of one line that says what to do."""
-    faulthandler.dump_traceback_later(60, exit=True)  # also where C code hangs
+def succeeds_or_reports() -> Iterator[None]:
+    """The code in this context succeeds, or raises a UserError of one line that says what to do."""
+    faulthandler.dump_traceback_later(60, exit=True)  # even if C code hangs
     try:
         yield
     except UserError as error:
@@ -59,28 +59,26 @@ plain = st.recursive(
 
 
 @st.composite
-def mutated(draw: st.DrawFn, whole: bytes) -> bytes:
-    """`whole` with bits flipped, and stretches left out, doubled, overwritten, swapped; or its beginning."""
-    data = whole
+def mutated(draw: st.DrawFn, data: bytes) -> bytes:
+    """`data` with bits flipped, and parts removed, repeated, overwritten or swapped; or its beginning."""
     for _ in range(draw(st.integers(1, 3))):
         a, b = sorted(draw(st.tuples(st.integers(0, len(data)), st.integers(0, len(data)))))
         c = min(b, a + draw(st.integers(1, 40)))
-        spoiled = {
-            "flip": data[:a] + bytes([data[a] ^ 1 << draw(st.integers(0, 7))]) + data[a + 1 :]
-            if a < len(data)
-            else data,
+        flipped = bytes(byte ^ 1 << draw(st.integers(0, 7)) for byte in data[a : a + 1])
+        variants = {
+            "flip": data[:a] + flipped + data[a + 1 :],
             "cut": data[:a],
             "drop": data[:a] + data[c:],
             "double": data[:b] + data[a:],
             "overwrite": data[:a] + draw(st.binary(max_size=9)) + data[c:],
             "swap": data[b:] + data[:b],
         }
-        data = draw(st.sampled_from(list(spoiled.values())))
+        data = draw(st.sampled_from(list(variants.values())))
     return data
 
 
 class Hostile:
-    """Pickled, it is a call."""
+    """Its pickle calls a function."""
 
     def __init__(self, call: Any, *args: Any) -> None:
         self.call, self.args = call, args
@@ -90,7 +88,7 @@ class Hostile:
 
 
 def laughs(depth: int, pair: type = list) -> Any:
-    """Of the size of its depth in a pickle; 2^depth to whoever prints, hashes or compares it."""
+    """A pickle of size O(depth), which takes 2^depth steps to print, hash or compare (billion laughs)."""
     value: Any = pair()
     for _ in range(depth):
         value = pair((value, value))
@@ -126,11 +124,11 @@ bombs = [
 
 
 @st.composite
-def changed(draw: st.DrawFn, whole: Any, odd: st.SearchStrategy = plain) -> Any:
-    """A copy of nested dicts and lists in which one value, at any depth, is another, or is missing."""
-    keys = list(whole if isinstance(whole, dict) else range(len(whole)))
+def changed(draw: st.DrawFn, tree: Any, odd: st.SearchStrategy = plain) -> Any:
+    """A copy of nested dicts and lists in which one value, at any depth, is replaced or missing."""
+    keys = list(tree if isinstance(tree, dict) else range(len(tree)))
     key = draw(st.sampled_from(keys))
-    out = copy.copy(whole)
+    out = copy.copy(tree)
     if isinstance(out[key], (dict, list)) and out[key] and draw(st.integers(0, 3)):
         out[key] = draw(changed(out[key], odd))
     elif draw(st.integers(0, 5)):

@@ -8,7 +8,7 @@ import pickle
 from pathlib import Path
 
 import numpy as np
-from fuzzing import CHARS, META, bombs, changed, fuzz, hostile, mutated, plain, works_or_tells
+from fuzzing import CHARS, META, bombs, changed, fuzz, hostile, mutated, plain, succeeds_or_reports
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -65,7 +65,7 @@ CODE = [
 
 
 def check_settings_of(cls: type, argv: list[str]) -> None:
-    with works_or_tells():
+    with succeeds_or_reports():
         config = read_settings(cls, argv)
         for field in config.__dataclass_fields__.values():
             value = getattr(config, field.name)
@@ -106,7 +106,7 @@ def use_dataset(folder: Path, files: dict[str, bytes]) -> None:
         (folder / name).unlink(missing_ok=True)
     for name, data in files.items():
         (folder / name).write_bytes(data)
-    with works_or_tells():
+    with succeeds_or_reports():
         meta = read_meta(folder)
         ids = TokenStream(folder, "train", meta, 8).windows(np.arange(3), 9)
         assert ids.shape == (3, 9) and 0 <= ids.min() and ids.max() < meta["vocab_size"]

@@ -1,4 +1,4 @@
-"""Arbitrary and hostile checkpoints: each can be trained on and sampled from, or ends in a UserError."""
+"""Arbitrary and hostile checkpoints: each can be resumed and sampled from, or raises UserError."""
 
 import io
 import pickle
@@ -19,7 +19,7 @@ from fuzzing import (
     mutated,
     plain,
     scalars,
-    works_or_tells,
+    succeeds_or_reports,
 )
 from hypothesis import given
 from hypothesis import strategies as st
@@ -41,30 +41,30 @@ MODERN = {**SHAPE, "rotary": True, "norm": "rmsnorm", "n_kv_head": 1, "tied": Fa
 BATCH = MicroBatch(torch.arange(8)[None], torch.arange(1, 9)[None], 0)
 
 
-def a_run(shape: dict[str, Any], optimizer: str) -> tuple[GPT, list[torch.optim.Optimizer]]:
+def make_run(shape: dict[str, Any], optimizer: str) -> tuple[GPT, list[torch.optim.Optimizer]]:
     model = GPT(GPTConfig(**shape))
     return model, make_optimizers(model, TrainConfig(optimizer=optimizer), "cpu", torch.float32)
 
 
-def a_checkpoint(shape: dict[str, Any], optimizer: str) -> dict[str, Any]:
-    model, optimizers = a_run(shape, optimizer)
+def make_checkpoint(shape: dict[str, Any], optimizer: str) -> dict[str, Any]:
+    model, optimizers = make_run(shape, optimizer)
     training_step(model, optimizers, torch.amp.GradScaler("cpu", enabled=False), [BATCH], 1.0, CPU)
-    more = {"scaler": torch.amp.GradScaler("cpu").state_dict(), "meta": META, "val_loss": 1.5}
-    more |= {"config": {"dataset": "x", "optimizer": optimizer}}
-    return training_state(model, optimizers, iter_num=7, best_val_loss=1.5, **more)
+    extra = {"scaler": torch.amp.GradScaler("cpu").state_dict(), "meta": META, "val_loss": 1.5}
+    extra |= {"config": {"dataset": "x", "optimizer": optimizer}}
+    return training_state(model, optimizers, iter_num=7, best_val_loss=1.5, **extra)
 
 
-def saved(contents: Any) -> bytes:
+def to_bytes(contents: Any) -> bytes:
     file = io.BytesIO()
     torch.save(contents, file)
     return file.getvalue()
 
 
 def use_checkpoint(data: bytes) -> None:
-    """All that train.py and sample.py do with a checkpoint: go on training for a step, and sample."""
+    """Load, sample and train for one step, as train.py and sample.py do."""
     path = Path("ckpt.pt")
     path.write_bytes(data)
-    with works_or_tells():
+    with succeeds_or_reports():
         contents = load_checkpoint(path)
         model = restore_model(contents, path)
         float(contents.get("best_val_loss", 0)), float(contents.get("val_loss", 0))
@@ -85,8 +85,8 @@ def use_checkpoint(data: bytes) -> None:
         )
 
 
-STATES = [a_checkpoint(SHAPE, "adamw"), a_checkpoint(MODERN, "muon")]
-FILES = [saved(state) for state in STATES]
+STATES = [make_checkpoint(SHAPE, "adamw"), make_checkpoint(MODERN, "muon")]
+FILES = [to_bytes(state) for state in STATES]
 ODD_TENSORS = [
     torch.zeros(8, dtype=torch.int64),
     torch.zeros(8, 8, dtype=torch.bool),
@@ -104,17 +104,17 @@ ODD_TENSORS = [
 odd_values = st.sampled_from([*ODD_TENSORS, laughs(40), Hostile(open, "trap", "w")])
 
 
-def with_pickle(whole: bytes, data: bytes) -> bytes:
-    """The checkpoint with other bytes for its pickle, in a zip file that is sound."""
+def with_pickle(checkpoint: bytes, data: bytes) -> bytes:
+    """The checkpoint with other bytes for its pickle, in a valid zip file."""
     out = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(whole)) as old, zipfile.ZipFile(out, "w") as new:
+    with zipfile.ZipFile(io.BytesIO(checkpoint)) as old, zipfile.ZipFile(out, "w") as new:
         for name in old.namelist():
             new.writestr(name, data if name.endswith("data.pkl") else old.read(name))
     return out.getvalue()
 
 
-def pickle_of(whole: bytes) -> bytes:
-    with zipfile.ZipFile(io.BytesIO(whole)) as file:
+def pickle_of(checkpoint: bytes) -> bytes:
+    with zipfile.ZipFile(io.BytesIO(checkpoint)) as file:
         return next(file.read(name) for name in file.namelist() if name.endswith("data.pkl"))
 
 
@@ -126,12 +126,14 @@ def test_bytes_of_checkpoints(fuzz_folder, data):
 
 @fuzz
 @given(st.sampled_from(FILES), st.data())
-def test_pickles_in_checkpoints(fuzz_folder, whole, data):
-    inner = mutated(pickle_of(whole)) | st.sampled_from(bombs) | st.builds(pickle.dumps, hostile, st.just(2))
-    use_checkpoint(with_pickle(whole, data.draw(inner)))
+def test_pickles_in_checkpoints(fuzz_folder, checkpoint, data):
+    inner = (
+        mutated(pickle_of(checkpoint)) | st.sampled_from(bombs) | st.builds(pickle.dumps, hostile, st.just(2))
+    )
+    use_checkpoint(with_pickle(checkpoint, data.draw(inner)))
 
 
 @fuzz
 @given(st.sampled_from(STATES).flatmap(lambda state: changed(state, plain | scalars | odd_values)))
 def test_any_structure_in_checkpoints(fuzz_folder, state):
-    use_checkpoint(saved(state))
+    use_checkpoint(to_bytes(state))

@@ -26,7 +26,7 @@ COMMAND_IMPORTS = {
 }
 CIRCLES: dict[str, str] = {}  # "module -> imported module": reason
 FUNCTIONS = {  # "path: function": reason
-    "distrogpt/huggingface/modeling_distrogpt.py: __init__": "transformers' way: a parameter for each setting",
+    "distrogpt/huggingface/modeling_distrogpt.py: forward": "transformers reads the names of its parameters",
 }
 
 

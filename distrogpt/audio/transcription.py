@@ -9,11 +9,11 @@ import re
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -28,61 +28,56 @@ KINDS = (
     *(".mp3", ".m4a", ".m4b", ".wav", ".flac", ".ogg", ".oga", ".opus", ".aac", ".wma", ".aif", ".aiff"),
     *(".mp4", ".mkv", ".mka", ".webm", ".mov", ".caf", ".amr", ".3gp"),
 )
-MODELS = (  # those of faster-whisper 1.2, here for --help, which is to wait for no import
+MODELS = (  # of faster-whisper 1.2, listed here for --help, which does not wait for its import
     "tiny, tiny.en, base, base.en, small, small.en, medium, medium.en, large-v1, large-v2, large-v3, "
     "large, distil-small.en, distil-medium.en, distil-large-v2, distil-large-v3, distil-large-v3.5, "
     "large-v3-turbo, turbo"
 )
 COMPUTE_TYPES = ("auto", "int8", "int8_float16", "int8_bfloat16", "int16", "float16", "bfloat16", "float32")
-RATE = 16_000  # samples a second, which Whisper wants
-PART = 600  # seconds that are in memory at once (about 1 GB), and are lost by a kill at most
-CUT_WITHIN = 60  # seconds at the end of a part in which the quietest place is sought
+SAMPLE_RATE = 16_000  # of Whisper's input
+PART_SECONDS = 600  # in memory at once (about 1 GB), and the most that a kill can lose
+CUT_SECONDS = 60  # at the end of a part, in which its quietest position is found
 PAUSE = 1.0  # seconds after the end of a sentence that begin a new line
 WHISPER = {
-    "word_timestamps": True,  # the segments' own times hide the pauses
-    # silence makes Whisper invent words; shorter pauses are left, as each place that is cut may cost some
+    "word_timestamps": True,  # the times of segments hide the pauses
+    # in silence, Whisper invents words; shorter pauses stay, as each cut may cost some words
     "vad_filter": True,
     "vad_parameters": {"min_silence_duration_ms": 3000},
-    # what it wrote before makes it repeat itself for minutes, which a network would learn first of all
+    # with the text before as context, it repeats itself for minutes, which a model would learn first
     "condition_on_previous_text": False,
 }
 
 
-class Broken(Exception):
+class BrokenRecording(Exception):
     """A recording cannot be decoded."""
 
 
-class Recording(NamedTuple):
-    """A file of sound and where its transcript is, or is to be."""
-
-    path: Path
-    text: Path
-
-
-def natural(name: str) -> list[tuple[int, str]]:
-    """What sorts chapter2 before chapter10."""
+def natural_key(name: str) -> list[tuple[int, str]]:
+    """Sorts chapter2 before chapter10."""
     parts = re.split(r"([0-9]+)", name)
     return [(int(part), "") if number % 2 else (-1, part.casefold()) for number, part in enumerate(parts)]
 
 
-def find_recordings(inputs: Iterable[str], folder: Path, model: str, language: str | None) -> list[Recording]:
-    """The files that are named, in natural order, with their transcripts in the folder. Raises UserError.
+def find_recordings(
+    inputs: Iterable[str], folder: Path, model: str, language: str | None
+) -> dict[Path, Path]:
+    """The audio files of the inputs in natural order, with the paths of their transcripts. Raises UserError.
 
-    A transcript's name ends with a checksum of the recording, the model and the language: whatever else its
-    name or place, it is that of this recording.
+    A transcript's name ends with a checksum of the recording, the model and the language, so that it is found
+    again after either file was renamed.
     """
-    there = ((re.search(r"\.[0-9a-f]{12}(?=\.txt$)", path.name), path) for path in folder.glob("[!.]*.txt"))
-    known = {key[0]: path for key, path in there if key}
-    mark, found = f"{mark_of(model)} {language}", []
-    for path in find_files(inputs, KINDS, natural):
-        key = f".{checksum_of_all(path, mark)}"
+    names = ((re.search(r"\.[0-9a-f]{12}(?=\.txt$)", path.name), path) for path in folder.glob("[!.]*.txt"))
+    known = {match[0]: path for match, path in names if match}
+    settings, recordings = f"{model_id(model)} {language}", {}
+    for path in find_files(inputs, KINDS, natural_key):
+        key = f".{file_checksum(path, settings)}"
         stem = os.fsencode(path.stem)[:100].decode("utf-8", "replace")
-        found.append(Recording(path, known.get(key, folder / f"{stem}{key}.txt")))
-    return found
+        recordings[path] = known.get(key, folder / f"{stem}{key}.txt")
+    return recordings
 
 
-def mark_of(model: str) -> str:
-    """What tells a model from others, wherever it lies. Raises UserError where a folder has none."""
+def model_id(model: str) -> str:
+    """The name of a model, or a checksum of a folder's. Raises UserError if the folder has none."""
     if not os.path.isdir(model):
         return model
     for name in ("model.bin", "config.json", "tokenizer.json"):
@@ -94,9 +89,9 @@ def mark_of(model: str) -> str:
     return str(checksum(Path(model, "model.bin")))
 
 
-def checksum_of_all(path: Path, mark: str) -> str:
-    """Of all bytes of a file and the mark, in hexadecimal. Raises UserError."""
-    digest = hashlib.blake2b(mark.encode(errors="surrogateescape"), digest_size=6)
+def file_checksum(path: Path, settings: str) -> str:
+    """Of all bytes of a file and the settings, in hexadecimal. Raises UserError."""
+    digest = hashlib.blake2b(settings.encode(errors="surrogateescape"), digest_size=6)
     try:
         with open(path, "rb") as file:
             while block := file.read(1 << 20):
@@ -107,80 +102,76 @@ def checksum_of_all(path: Path, mark: str) -> str:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[Any]:
-    """The recording as PyAV opens it, and no other file. Raises Broken, for errors in the block, too."""
+def open_audio(path: Path) -> Iterator[Any]:
+    """PyAV's container of a recording. Raises BrokenRecording, for errors in the block, too."""
     import av
 
-    alone = {"protocol_whitelist": "none"}  # playlists, ffconcat, SDP name other files, and addresses
+    alone = {"protocol_whitelist": "none"}  # playlists, ffconcat and SDP name other files and addresses
     try:
-        # as a file: a name could stand for an address, too
+        # as a file, since a name can also be an address
         with open(path, "rb") as file, av.open(file, options=alone, metadata_errors="ignore") as container:
             if not container.streams.audio:
-                raise Broken("there is no sound in it")
+                raise BrokenRecording("it has no audio")
             yield container
     except (av.FFmpegError, OSError, ValueError) as error:
-        if getattr(error, "errno", None) == errno.EINVAL:  # what FFmpeg says of a name that it may not open
-            raise Broken("it is damaged, or a list of other files: give those") from None
-        raise Broken(getattr(error, "strerror", None) or str(error)) from None
+        if getattr(error, "errno", None) == errno.EINVAL:  # FFmpeg's answer to a name that it may not open
+            raise BrokenRecording("it is damaged, or a list of other files: give those") from None
+        raise BrokenRecording(getattr(error, "strerror", None) or str(error)) from None
 
 
-def seconds_of(path: Path) -> float:
-    """How long it is, as it says itself; 0 where it does not, or is broken."""
-    try:
-        with opened(path) as container:
-            return (container.duration or 0) / 1e6
-    except Broken:
-        return 0.0
+def audio_seconds(path: Path) -> float:
+    """The duration in the file's header; 0 if it has none or is broken."""
+    with suppress(BrokenRecording), open_audio(path) as container:
+        return (container.duration or 0) / 1e6
+    return 0.0
 
 
-def samples_of(path: Path) -> Iterator[np.ndarray]:
-    """The sound, (N,) int16 at a time. What is damaged within is left out. Raises Broken."""
+def read_samples(path: Path) -> Iterator[np.ndarray]:
+    """The audio in pieces (N,) of int16, without damaged packets. Raises BrokenRecording."""
     import av
 
-    resampler = av.AudioResampler("s16", "mono", RATE)
-    with opened(path) as container:
+    resampler = av.AudioResampler("s16", "mono", SAMPLE_RATE)
+    with open_audio(path) as container:
         for packet in container.demux(container.streams.audio[0]):
-            try:
-                frames = packet.decode()
-            except av.InvalidDataError:
-                continue
-            for frame in frames:
-                frame.pts = None  # gaps between frames are no concern of the resampler
-                yield from (made.to_ndarray()[0] for made in resampler.resample(frame))
-        yield from (made.to_ndarray()[0] for made in resampler.resample(None))
+            with suppress(av.InvalidDataError):
+                for frame in packet.decode():
+                    frame.pts = None  # or the resampler would stop at gaps between frames
+                    yield from (piece.to_ndarray()[0] for piece in resampler.resample(frame))
+        yield from (piece.to_ndarray()[0] for piece in resampler.resample(None))
 
 
-def parts_of(path: Path) -> Iterator[np.ndarray]:
-    """The sound from -1 to 1, (N,) float32, in parts of PART seconds or less. Raises Broken."""
-    waiting: list[np.ndarray] = []
-    size, heard = 0, False
-    for samples in chain(samples_of(path), [None]):
-        if samples is not None:
-            waiting.append(samples)
-            size += len(samples)
-        if samples is None or size >= PART * RATE:
-            sound = np.concatenate(waiting) if waiting else np.empty(0, np.int16)
-            place = len(sound) if samples is None else quietest(sound)
-            if place:
-                heard = True
-                yield sound[:place].astype(np.float32) / 32768
-            waiting, size = [sound[place:]], len(sound) - place
-    if not heard:
-        raise Broken("there is no sound in it")
+def read_parts(
+    path: Path, part_seconds: float = PART_SECONDS, cut_seconds: float = CUT_SECONDS
+) -> Iterator[np.ndarray]:
+    """The audio in parts (N,) of float32 from -1 to 1. Raises BrokenRecording."""
+    pieces, size, empty = [np.empty(0, np.int16)], 0, True
+    for piece in chain(read_samples(path), [None]):
+        if piece is not None:
+            pieces.append(piece)
+            size += len(piece)
+        if piece is None or size >= part_seconds * SAMPLE_RATE:
+            part = np.concatenate(pieces)
+            end = len(part) if piece is None else quietest_position(part, cut_seconds)
+            if end:
+                empty = False
+                yield part[:end].astype(np.float32) / 32768
+            pieces, size = [part[end:]], len(part) - end
+    if empty:
+        raise BrokenRecording("it has no audio")
 
 
-def quietest(sound: np.ndarray) -> int:
-    """Where to cut a sound, (N,): in the middle of the quietest half second of its last minute."""
-    first, half = max(0, len(sound) - CUT_WITHIN * RATE), RATE // 2
-    sums = np.cumsum(np.square(sound[first:], dtype=np.float64))  # (n,)
+def quietest_position(audio: np.ndarray, cut_seconds: float) -> int:
+    """The middle of the quietest half second at the end of the audio (N,)."""
+    first, half = max(0, len(audio) - int(cut_seconds * SAMPLE_RATE)), SAMPLE_RATE // 2
+    sums = np.cumsum(np.square(audio[first:], dtype=np.float64))  # (n,)
     return first + int((sums[half:] - sums[:-half]).argmin()) + half // 2
 
 
 def load_model(args: argparse.Namespace) -> Any:
     """The Whisper model, from its folder, the hub's cache or the hub. Raises UserError."""
     try:
-        import av  # noqa: F401  the recordings' decoder, which comes with faster-whisper
-        import onnxruntime  # noqa: F401  for its detector of silence
+        import av  # noqa: F401  comes with faster-whisper, and decodes the recordings
+        import onnxruntime  # noqa: F401  for its voice activity detection
         from faster_whisper import WhisperModel, available_models
     except ImportError as error:
         raise UserError(
@@ -188,16 +179,16 @@ def load_model(args: argparse.Namespace) -> Any:
         ) from None
     folder = args.model
     if not os.path.isdir(folder):
-        if folder not in available_models() and not re.fullmatch(r"[\w-]+/[\w.-]+", folder):
-            sizes = available_models()
+        sizes = available_models()
+        if folder not in sizes and not re.fullmatch(r"[\w-]+/[\w.-]+", folder):
             near = difflib.get_close_matches(folder, sizes, n=1)
             hint = f"did you mean {near[0]}?" if near else f"give a folder or one of {', '.join(sizes)}"
-            raise UserError(f"--model {folder} is no folder that is there, and no size; {hint}")
-        folder = fetched(folder)
-    asked = {"device": args.device, "compute_type": args.compute_type, "cpu_threads": max(1, args.workers)}
+            raise UserError(f"--model {folder} is neither a folder nor a size; {hint}")
+        folder = download(folder)
+    options = {"device": args.device, "compute_type": args.compute_type, "cpu_threads": max(1, args.workers)}
     try:
-        model = WhisperModel(folder, local_files_only=True, **asked)
-    except Exception as error:  # a damaged file, a device that is not there: of any kind
+        model = WhisperModel(folder, local_files_only=True, **options)
+    except Exception as error:  # of any kind: a damaged file, a missing device
         if is_out_of_memory(error):
             raise
         raise UserError(
@@ -210,175 +201,136 @@ def load_model(args: argparse.Namespace) -> Any:
     return model
 
 
-def fetched(name: str) -> str:
-    """The folder of a model of the hub, downloaded where the cache has it not. Raises UserError."""
+def download(name: str) -> str:
+    """The folder of a model in the hub's cache, downloaded if it is not there. Raises UserError."""
     from faster_whisper import download_model
     from huggingface_hub import constants
 
-    try:
+    with suppress(Exception):  # it is not there: the hub's client has several errors for that
         folder = download_model(name, local_files_only=True)
         if os.path.isfile(os.path.join(folder, "model.bin")):
             return folder
-    except Exception:  # it is not there, which the hub's client says in several ways
-        pass
     try:
-        if not constants.HF_HUB_OFFLINE:
-            try:  # the hub's client would try for long
-                urllib.request.urlopen(constants.ENDPOINT, timeout=10).close()
-            except urllib.error.HTTPError:
-                pass  # it answers
-            print(f"downloads the Whisper model {name}", flush=True)
+        if constants.HF_HUB_OFFLINE:
+            raise OSError("HF_HUB_OFFLINE is set")
+        with suppress(urllib.error.HTTPError):  # the hub answers
+            urllib.request.urlopen(constants.ENDPOINT, timeout=10).close()  # its client tries for long
+        print(f"downloads the Whisper model {name}", flush=True)
         return download_model(name)
     except Exception as error:
-        offline = constants.HF_HUB_OFFLINE
-        reason = "HF_HUB_OFFLINE is set" if offline else str(getattr(error, "reason", error))[:100]
+        reason = str(getattr(error, "reason", error))[:100]
         raise UserError(
-            f"the Whisper model {name} is not in the cache, and there is no download ({reason}); "
+            f"the Whisper model {name} is not in the cache and cannot be downloaded ({reason}); "
             "fetch it elsewhere and give its folder: --model FOLDER"
         ) from None
 
 
-def transcribe(recording: Recording, model: Any, language: str | None, tell: Callable[[float], None]) -> str:
-    """The text of a recording, which is written where it belongs; `tell` hears the seconds done.
+def transcribe(parts: Iterable[np.ndarray], path: Path, model: Any, language: str | None) -> Iterator[float]:
+    """Write the transcript of a recording's parts to `path`; yields the seconds that are done.
 
-    Each part's text waits in a file of its own until all are there. Raises Broken and UserError.
+    Each part's text waits in a file of its own, so that a call after a kill continues there.
     """
-    texts, begin = [], 0.0
-    recording.text.parent.mkdir(exist_ok=True)
-    for number, sound in enumerate(parts_of(recording.path)):
-        part = recording.text.with_suffix(f".{number}.part")
-        if not part.exists():
-            write_text(part, text_of(model, sound, language, lambda seconds, b=begin: tell(b + seconds)))
-        texts.append(part.read_text(encoding="utf-8"))
-        begin += len(sound) / RATE
-        tell(begin)
-    text = joined(texts)
-    write_text(recording.text, text + "\n" if text else "")
-    for number in range(len(texts)):
-        recording.text.with_suffix(f".{number}.part").unlink()
-    return text
+    paths, begin = [], 0.0
+    path.parent.mkdir(exist_ok=True)
+    for number, audio in enumerate(parts):
+        paths.append(path.with_suffix(f".{number}.part"))
+        if not paths[-1].exists():
+            segments, words = model.transcribe(audio, language=language, **WHISPER)[0], []
+            for segment in segments:
+                words += segment.words
+                yield begin + segment.end
+            write_text(paths[-1], text_of_words(words))
+        begin += len(audio) / SAMPLE_RATE
+        yield begin
+    text = "".join(part.read_text(encoding="utf-8") for part in paths).strip()
+    write_text(path, text + "\n" if text else "")
+    for part in paths:
+        part.unlink()
 
 
-def text_of(model: Any, sound: np.ndarray, language: str | None, tell: Callable[[float], None]) -> str:
-    """What is said in a sound, (N,). Raises UserError."""
-    words = []
-    try:
-        segments, _ = model.transcribe(sound, language=language, **WHISPER)
-        for segment in segments:
-            words += segment.words
-            tell(segment.end)
-    except RuntimeError as error:
-        if is_out_of_memory(error):
-            raise
-        raise UserError(
-            f"the model cannot run ({error}); try --device cpu or another --compute_type"
-        ) from None
-    return in_lines(words)
-
-
-def in_lines(words: Iterable[Any]) -> str:
-    """The words as text: after the end of a sentence and a pause, a new line."""
+def text_of_words(words: Iterable[Any]) -> str:
+    """The words as text, with a new line after a sentence and a pause; what follows continues an unfinished
+    sentence."""
     lines, end = [""], 0.0
     for word in words:
         if word.start - end >= PAUSE and ends_sentence(lines[-1]):
             lines.append("")
         lines[-1] += word.word
         end = word.end
-    return "\n".join(line.strip() for line in lines)
+    text = "\n".join(line.strip() for line in lines)
+    if text:
+        text += "\n" if ends_sentence(text) else " "
+    return text
 
 
 def ends_sentence(text: str) -> bool:
-    """Whether a sentence ends here."""
     return bool(re.search(r"[.?!…\u3002\uff1f\uff01][\"'\u2019”») ]*\Z", text))
 
 
-def joined(texts: Iterable[str]) -> str:
-    """The texts of a recording's parts as one: a sentence that was cut goes on in its line."""
-    whole = ""
-    for text in filter(None, texts):
-        whole += ("\n" if ends_sentence(whole) else " " if whole else "") + text
-    return whole
-
-
-@contextmanager
-def hours_bar(recordings: list[Recording]) -> Iterator[tuple[Callable[[str], None], Callable[..., None]]]:
-    """Yields say(line) and at(recording, seconds): what is done, how much faster than speech, time left.
-
-    There is no bar for less than a minute of sound, or where nobody sees it.
-    """
+def progress_bar(seconds: float) -> Any:
+    """A bar for recordings of this length; none below a minute, or if stderr is not a terminal."""
     from tqdm import tqdm
 
-    lengths = {recording.path: seconds_of(recording.path) for recording in recordings}
-    total, before = sum(lengths.values()), dict.fromkeys(lengths, 0.0)
-    form = "{percentage:3.0f}%|{bar}| {desc}, {remaining} left"
-    unseen = total < 60 or not sys.stderr.isatty()
-    with tqdm(
-        total=total, desc=share_of(0, total), bar_format=form, disable=unseen, dynamic_ncols=True
-    ) as bar:
-
-        def at(recording: Recording, seconds: float) -> None:
-            if unseen:
-                return
-            before[recording.path] = min(seconds, lengths[recording.path])
-            bar.n = sum(before.values())
-            speed = bar.n / max(1e-9, bar.format_dict["elapsed"])
-            about = f"{share_of(bar.n, total)}, {speed:.1f} times as fast as speech"
-            bar.set_description_str(about, refresh=False)
-            bar.update(0)
-
-        yield lambda line: bar.write(line, file=sys.stderr), at
+    form = "{percentage:3.0f}%|{bar}| {n:.2f} of {total:.2f} h{postfix}, {remaining} left"
+    hidden = seconds < 60 or not sys.stderr.isatty()
+    return tqdm(total=seconds / 3600, bar_format=form, disable=hidden, dynamic_ncols=True)
 
 
-def share_of(seconds: float, total: float) -> str:
-    """How much of the sound is done, in hours, or below one in minutes and seconds."""
-    if total >= 3600:
-        return f"{seconds / 3600:.2f} of {total / 3600:.2f} h"
-    return " of ".join(f"{int(time) // 60:02}:{int(time) % 60:02}" for time in (seconds, total))
-
-
-def transcribe_all(recordings: list[Recording], args: argparse.Namespace) -> None:
-    """Make the transcripts that are not there yet. Raises UserError; with broken recordings at the end."""
-    todo = [recording for recording in recordings if not recording.text.exists()]
-    if not todo:
+def transcribe_all(recordings: dict[Path, Path], args: argparse.Namespace) -> None:
+    """Write the transcripts that are missing. Raises UserError, at the end if recordings are broken."""
+    missing = [path for path, transcript in recordings.items() if not transcript.exists()]
+    if not missing:
         return
-    model, broken = load_model(args), []
-    if len(todo) < len(recordings):
-        there = len(recordings) - len(todo)
-        print(f"{there} of {len(recordings)} recordings have their transcripts", flush=True)
-    with hours_bar(todo) as (say, at):
-        for recording in todo:
-            name = printable(recording.path.name)
+    model, broken, done = load_model(args), [], 0.0
+    if finished := len(recordings) - len(missing):
+        print(f"{finished} of {len(recordings)} recordings have their transcripts", flush=True)
+    lengths = [audio_seconds(path) for path in missing]
+    with progress_bar(sum(lengths)) as bar:
+        for path, length in zip(missing, lengths, strict=True):
+            name, transcript = os.fsencode(path.name).decode("utf-8", "replace"), recordings[path]
             try:
-                text = transcribe(recording, model, args.language, lambda s, r=recording: at(r, s))
-                say(f"{name}: {len(text.split()):,} words" if text else f"note: {name}: no speech was found")
-            except Broken as error:
+                for seconds in transcribe(read_parts(path), transcript, model, args.language):
+                    show_progress(bar, done + min(seconds, length))
+                count = len(transcript.read_text(encoding="utf-8").split())
+                line = f"{name}: {count:,} words" if count else f"note: {name}: no speech was found"
+            except BrokenRecording as error:
                 broken.append(name)
-                say(f"note: {name} cannot be decoded ({error})")
+                line = f"note: {name} cannot be decoded ({error})"
+            except RuntimeError as error:
+                if is_out_of_memory(error):
+                    raise
+                hint = "try --device cpu or another --compute_type"
+                raise UserError(f"the model cannot run ({error}); {hint}") from None
+            done += length
+            bar.write(line, file=sys.stderr)
     if broken and not args.skip_broken:
         raise UserError(
             f"{len(broken)} of {len(recordings)} recordings cannot be decoded: {', '.join(broken)[:300]}; "
-            "mend them, or go without by --skip_broken (the transcripts of the others are kept)"
+            "repair them, or continue without them by --skip_broken (the other transcripts are kept)"
         )
 
 
-def printable(name: str) -> str:
-    """A file's name without what UTF-8 cannot write."""
-    return os.fsencode(name).decode("utf-8", "replace")
+def show_progress(bar: Any, seconds: float) -> None:
+    """Advance the bar to this position."""
+    if not bar.disable:
+        speed = seconds / max(1e-9, bar.format_dict["elapsed"])
+        bar.set_postfix_str(f"{speed:.1f} times as fast as speech", refresh=False)
+        bar.update(seconds / 3600 - bar.n)
 
 
-def gather(recordings: list[Recording], path: Path) -> None:
-    """Write all transcripts into one file, in their order. Raises UserError where there is none."""
-    paths = [recording.text for recording in recordings if recording.text.exists()]
-    texts = [text for path in paths if (text := path.read_text(encoding="utf-8")).strip()]
+def gather(transcripts: Iterable[Path], path: Path) -> None:
+    """Write all transcripts into one file, in their order. Raises UserError if there are none."""
+    existing = [transcript for transcript in transcripts if transcript.exists()]
+    texts = [text for transcript in existing if (text := transcript.read_text(encoding="utf-8")).strip()]
     if not texts:
         raise UserError("no speech was found in any recording; listen to them, or try a larger --model")
     write_text(path, END_OF_TEXT.join(texts))
-    for left in paths[0].parent.glob("*.part"):  # by calls that were killed
-        left.unlink()
+    for part in existing[0].parent.glob("*.part"):  # of calls that were killed
+        part.unlink()
     print(f"{path}: {sum(len(text.split()) for text in texts):,} words of {len(texts):,} recordings")
 
 
-def options(description: str) -> argparse.Namespace:
+def parse_args(description: str) -> argparse.Namespace:
     """The command line, checked before hours of work. Raises UserError."""
     parser = argument_parser(sys.argv[0], description)
     add = parser.add_argument
@@ -387,7 +339,7 @@ def options(description: str) -> argparse.Namespace:
     add("--language", metavar="CODE", help="en, de, ...; by default what is heard first")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="default: auto")
     add("--compute_type", default="auto", choices=COMPUTE_TYPES, help="default: auto, the fastest")
-    add("--skip_broken", action="store_true", help="go without recordings that cannot be decoded")
+    add("--skip_broken", action="store_true", help="leave out recordings that cannot be decoded")
     add_text_options(parser)
     args = parse_options(parser)
     strip_patterns(args)
@@ -396,12 +348,14 @@ def options(description: str) -> argparse.Namespace:
 
 
 def main(description: str) -> None:
-    """What data/audio/prepare.py does."""
-    args = options(description)
+    """The command of data/audio/prepare.py."""
+    args = parse_args(description)
     with new_folder(args):
         folder = args.output / "transcripts"
         recordings = find_recordings(args.input, folder, args.model, args.language)
-        with interruptible():  # Whisper is minutes in one call where it is large; what is written is whole
+        with (
+            interruptible()
+        ):  # a large Whisper computes for minutes in one call; files are written atomically
             transcribe_all(recordings, args)
-        gather(recordings, args.output / "transcripts.txt")
+        gather(recordings.values(), args.output / "transcripts.txt")
         make_dataset(args, Corpus([args.output / "transcripts.txt"], strip=strip_patterns(args)))

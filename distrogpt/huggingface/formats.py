@@ -1,25 +1,28 @@
-"""What Hugging Face's formats call our networks, both ways: the keys of config.json, the names of weights.
+"""Hugging Face's formats, in both directions: the keys of config.json, and the names and layout of weights.
 
-A network is written in the first format that computes the same, with no code of ours where there is one:
+A network is written in the first format that computes exactly it:
 
-gpt2       GPT-2's shape, also with another activation, without biases, or untied
-llama      RMSNorm, rotary positions, SwiGLU: Llama (arXiv 2302.13971)
-qwen3      the same with qk_norm: Qwen3 (arXiv 2505.09388)
-arcee      RMSNorm, rotary positions, an activation without gate: Arcee's AFM
-distrogpt  all others: by hf/modeling_distrogpt.py, which lies in the folder then
+gpt2       GPT-2, also with another activation, without biases, or untied
+llama      RMSNorm, rotary positions and SwiGLU (arXiv 2302.13971)
+qwen3      Llama with qk_norm (arXiv 2505.09388)
+arcee      RMSNorm, rotary positions and an activation without a gate (Arcee's AFM)
+distrogpt  all others; the folder then has its code, modeling_distrogpt.py
 """
 
 import json
 import os
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict
+from contextlib import suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
+from urllib.request import urlopen
 
 import torch
 
-from distrogpt.checkpoint import build_model, config_of
+from distrogpt.checkpoint import build_model, check_weights, make_config, meta_model
 from model import EPS, GPT, GPTConfig
 
 ARCHITECTURES = {
@@ -29,18 +32,20 @@ ARCHITECTURES = {
     "arcee": "ArceeForCausalLM",
     "distrogpt": "DistroGPTForCausalLM",
 }
-CODE = "modeling_distrogpt"  # of hf/, for the last of them
+CODE = "modeling_distrogpt"  # the module that computes the last of them
 ACTIVATIONS = {"gelu_tanh": "gelu_new", "gelu": "gelu", "relu2": "relu2", "swiglu": "silu"}
 OUR_ACTIVATIONS = {theirs: ours for ours, theirs in ACTIVATIONS.items()}
 OUR_ACTIVATIONS |= {"gelu_pytorch_tanh": "gelu_tanh", "swish": "swiglu"}
-CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # in gpt2's files (in, out), not (out, in)
-MASKS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # constants that old files keep
+CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # (in, out) in gpt2's files, not (out, in)
+NORMS = {"attn.c_attn": "input_layernorm", "mlp.c_fc": "post_attention_layernorm"}  # what they read
+ROTATED = ("self_attn.q_proj", "self_attn.k_proj")
+CONSTANTS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # in old files, beside the weights
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 Weights = dict[str, torch.Tensor]
 
 
 def model_type_of(config: GPTConfig) -> str:
-    """The format that this network is written in: a key of ARCHITECTURES."""
+    """The format in which this network is written: a key of ARCHITECTURES."""
     gated = config.activation == "swiglu"
     if config.logit_softcap or config.embedding_skip:
         return "distrogpt"
@@ -54,51 +59,47 @@ def model_type_of(config: GPTConfig) -> str:
     return "distrogpt"
 
 
-def to_settings(config: GPTConfig, dtype: torch.dtype, begin: int, end: int | None) -> dict[str, Any]:
-    """What config.json says of a network; `begin` and `end` are the ids that begin and end a text."""
+def to_settings(config: GPTConfig, dtype: str, bos: int, eos: int | None) -> dict[str, Any]:
+    """config.json; `bos` and `eos` are the ids that begin and end a text."""
     kind = model_type_of(config)
     common = {
         "architectures": [ARCHITECTURES[kind]],
         "model_type": kind,
         "vocab_size": config.vocab_size,
         "tie_word_embeddings": config.tied,
-        "bos_token_id": begin,
-        "eos_token_id": end,
-        "pad_token_id": end,
+        "bos_token_id": bos,
+        "eos_token_id": eos,
+        "pad_token_id": eos,
         "initializer_range": 0.02,
         "use_cache": True,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype,
     }
     if kind == "gpt2":
         return common | {
             "n_positions": config.block_size,
-            "n_ctx": config.block_size,  # where llama.cpp looks
-            "n_embd": config.n_embd,
-            "n_layer": config.n_layer,
-            "n_head": config.n_head,
+            "n_ctx": config.block_size,  # for llama.cpp
+            **{name: getattr(config, name) for name in ("n_embd", "n_layer", "n_head")},
             "n_inner": 4 * config.n_embd,
             "activation_function": ACTIVATIONS[config.activation],
             "layer_norm_epsilon": 1e-5,
-            "resid_pdrop": config.dropout,
-            "embd_pdrop": config.dropout,
-            "attn_pdrop": config.dropout,
-            "bias": config.bias,  # theirs always have them; False: they are zero, and ours has none
+            **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout),
+            "bias": config.bias,  # theirs always has biases; False: they are zero
         }
     if kind == "distrogpt":
-        files = {
-            "AutoConfig": f"{CODE}.DistroGPTConfig",
-            "AutoModelForCausalLM": f"{CODE}.{ARCHITECTURES[kind]}",
-        }
+        classes = {"AutoConfig": "DistroGPTConfig", "AutoModelForCausalLM": ARCHITECTURES[kind]}
+        auto_map = {auto: f"{CODE}.{name}" for auto, name in classes.items()}
         shape = {name: value for name, value in asdict(config).items() if name not in ("tied", "zero_init")}
-        return common | shape | {"n_kv_head": config.kv_heads, "auto_map": files}
-    biases = {"attention_bias": config.bias} | ({} if kind == "qwen3" else {"mlp_bias": config.bias})
+        return common | shape | {"n_kv_head": config.kv_heads, "auto_map": auto_map}
+    biases = {"attention_bias": config.bias}
+    if kind != "qwen3":
+        biases["mlp_bias"] = config.bias
     return common | {
         "hidden_size": config.n_embd,
         "intermediate_size": config.mlp_width,
         "num_hidden_layers": config.n_layer,
         "num_attention_heads": config.n_head,
         "num_key_value_heads": config.kv_heads,
-        "head_dim": config.n_embd // config.n_head,
+        "head_dim": config.head_dim,
         "hidden_act": ACTIVATIONS[config.activation],
         "max_position_embeddings": config.block_size,
         "rms_norm_eps": EPS,
@@ -110,186 +111,212 @@ def to_settings(config: GPTConfig, dtype: torch.dtype, begin: int, end: int | No
 
 
 def to_weights(config: GPTConfig, weights: Mapping[str, torch.Tensor]) -> Weights:
-    """The weights of a network in the names and layout of its format; vocab_size rows of the tables."""
-    tables = ("transformer.wte.weight", "lm_head.weight")
-    ours = {name: w[: config.vocab_size] if name in tables else w for name, w in weights.items()}
+    """The weights of a network in its format. Embeddings from config.vocab_size on are cut off."""
+    embeddings = ("transformer.wte.weight", "lm_head.weight")
+    ours = {name: w[: config.vocab_size] if name in embeddings else w for name, w in weights.items()}
     if config.tied:
         del ours["lm_head.weight"]
     kind = model_type_of(config)
-    theirs = ours
-    if kind == "gpt2":
+    if kind == "distrogpt":
+        theirs = ours
+    elif kind == "gpt2":
         theirs = {name: w.t() if name.endswith(CONV1D) else w for name, w in ours.items()}
         if not config.bias:
             names = [name for name in ours if ".h." in name or ".ln_f." in name]
             theirs |= {f"{name.removesuffix('weight')}bias": torch.zeros(len(ours[name])) for name in names}
-    elif kind != "distrogpt":
+    else:
         theirs = to_llama(config, ours)
     return {name: w.contiguous() for name, w in theirs.items()}
 
 
+def llama_parts(config: GPTConfig) -> dict[str, dict[str, int]]:
+    """For each of our layers in a block, llama's that compute it together, and their output channels."""
+    C, K, D, width = config.n_embd, config.kv_heads, config.head_dim, config.mlp_width
+    gate = {"mlp.gate_proj": width} if config.activation == "swiglu" else {}
+    return {
+        "attn.c_attn": {"self_attn.q_proj": C, "self_attn.k_proj": K * D, "self_attn.v_proj": K * D},
+        "attn.c_proj": {"self_attn.o_proj": C},
+        "mlp.c_fc": {**gate, "mlp.up_proj": width},
+        "mlp.c_proj": {"mlp.down_proj": C},
+    }
+
+
 def to_llama(config: GPTConfig, ours: Weights) -> Weights:
-    """Our weights as llama, qwen3 and arcee have them: a matrix for each purpose; norms of weight 1."""
-    C, D, H, K = config.n_embd, config.n_embd // config.n_head, config.n_head, config.kv_heads
-    up = ("gate_proj", "up_proj") if config.activation == "swiglu" else ("up_proj",)
+    """Our weights as llama, qwen3 and arcee have them; the weights of their norms are 1."""
+    C, D = config.n_embd, config.head_dim
     theirs = {"model.embed_tokens.weight": ours["transformer.wte.weight"], "model.norm.weight": torch.ones(C)}
     if not config.tied:
         theirs["lm_head.weight"] = ours["lm_head.weight"]
-    for number in range(config.n_layer):
-        h, there = f"transformer.h.{number}", f"model.layers.{number}"
-        for what in ("weight", "bias") if config.bias else ("weight",):
-            q, k, v = ours[f"{h}.attn.c_attn.{what}"].split((H * D, K * D, K * D))  # (rows, C) or (rows,)
-            theirs[f"{there}.self_attn.q_proj.{what}"] = in_halves(q, D)
-            theirs[f"{there}.self_attn.k_proj.{what}"] = in_halves(k, D)
-            theirs[f"{there}.self_attn.v_proj.{what}"] = v
-            theirs[f"{there}.self_attn.o_proj.{what}"] = ours[f"{h}.attn.c_proj.{what}"]
-            parts = ours[f"{h}.mlp.c_fc.{what}"].chunk(len(up))
-            theirs |= {f"{there}.mlp.{name}.{what}": part for name, part in zip(up, parts, strict=True)}
-            theirs[f"{there}.mlp.down_proj.{what}"] = ours[f"{h}.mlp.c_proj.{what}"]
-        theirs[f"{there}.input_layernorm.weight"] = torch.ones(C)
-        theirs[f"{there}.post_attention_layernorm.weight"] = torch.ones(C)
+    for n in range(config.n_layer):
+        layer = f"model.layers.{n}"
+        for our_name, parts in llama_parts(config).items():
+            for kind in ("weight", "bias") if config.bias else ("weight",):
+                split = ours[f"transformer.h.{n}.{our_name}.{kind}"].split(list(parts.values()))
+                for name, w in zip(parts, split, strict=True):
+                    theirs[f"{layer}.{name}.{kind}"] = in_halves(w, D) if name in ROTATED else w
+        for name in NORMS.values():
+            theirs[f"{layer}.{name}.weight"] = torch.ones(C)
         if config.qk_norm:
-            theirs[f"{there}.self_attn.q_norm.weight"] = torch.full((D,), score_factor(D))
-            theirs[f"{there}.self_attn.k_norm.weight"] = torch.ones(D)
+            theirs[f"{layer}.self_attn.q_norm.weight"] = torch.full((D,), qk_norm_weight(D))
+            theirs[f"{layer}.self_attn.k_norm.weight"] = torch.ones(D)
     return theirs
 
 
-def score_factor(D: int) -> float:
-    """What Qwen3's scale of scores, 1/√D, is to be multiplied with to be that of our qk_norm, 12/D."""
+def from_llama(config: GPTConfig, theirs: Weights) -> tuple[GPTConfig, Weights]:
+    """The weights of llama, qwen3 or arcee as ours; each norm's are multiplied into the layer that reads it.
+
+    If those of the last norm are not 1, lm_head cannot stay tied, and the config says so. Raises ValueError.
+    """
+    if config.tied:
+        theirs = {name: w for name, w in theirs.items() if name != "lm_head.weight"}
+    with torch.device("meta"):
+        check_weights(theirs, to_weights(config, meta_model(config, len(theirs)).state_dict()))
+    D, last_norm = config.head_dim, theirs["model.norm.weight"]
+    embeddings = theirs["model.embed_tokens.weight"]
+    head = theirs.get("lm_head.weight", embeddings)
+    ours = {"transformer.wte.weight": embeddings, "lm_head.weight": head * last_norm}
+    for n in range(config.n_layer):
+        layer = f"model.layers.{n}"
+        for our_name, parts in llama_parts(config).items():
+            for kind in ("weight", "bias") if config.bias else ("weight",):
+                split = {name: theirs[f"{layer}.{name}.{kind}"] for name in parts}
+                w = torch.cat([in_pairs(w, D) if name in ROTATED else w for name, w in split.items()])
+                if kind == "weight" and our_name in NORMS:
+                    w = w * theirs[f"{layer}.{NORMS[our_name]}.weight"]
+                ours[f"transformer.h.{n}.{our_name}.{kind}"] = w
+        if config.qk_norm:
+            q_norm, k_norm = (theirs[f"{layer}.self_attn.{name}_norm.weight"] for name in "qk")
+            if not is_qk_norm_weight(q_norm * k_norm, D):
+                raise ValueError(f"{layer}.self_attn.q_norm has learned weights, which ours cannot have")
+    return replace(config, tied=config.tied and bool((last_norm == 1).all())), ours
+
+
+def qk_norm_weight(D: int) -> float:
+    """The weight of q_norm that turns Qwen3's scale of attention scores, 1/√D, into ours, 12/D."""
     return 12 / D**0.5
 
 
-def is_score_factor(found: torch.Tensor, D: int) -> bool:
-    """Whether these numbers (D,) are all score_factor(D), in whatever type they were stored."""
-    exact = torch.tensor(score_factor(D))
-    kinds = (torch.float32, torch.bfloat16, torch.float16)
-    return any(bool(torch.allclose(found, exact.to(kind).float(), rtol=1e-6, atol=0)) for kind in kinds)
+def is_qk_norm_weight(weight: torch.Tensor, D: int) -> bool:
+    """Whether each of weight (D,) is qk_norm_weight(D), in whatever type it was stored."""
+    exact, dtypes = torch.tensor(qk_norm_weight(D)), (torch.float32, torch.bfloat16, torch.float16)
+    return any(torch.allclose(weight, exact.to(dtype).float(), rtol=1e-6, atol=0) for dtype in dtypes)
 
 
 def in_halves(rows: torch.Tensor, D: int) -> torch.Tensor:
-    """Rows of queries or keys (N·D, ...), of which our rotary positions turn neighbours, in the order of
-    transformers', which turn the i-th of a head's first half with the i-th of its second."""
+    """Reorder rows (N·D, ...) of queries or keys: ours rotates neighbouring channels of a head, transformers
+    the i-th channels of its first and its second half."""
     return rows.unflatten(0, (-1, D // 2, 2)).transpose(1, 2).flatten(0, 2)
 
 
 def in_pairs(rows: torch.Tensor, D: int) -> torch.Tensor:
-    """in_halves backwards."""
+    """The inverse of in_halves."""
     return rows.unflatten(0, (-1, 2, D // 2)).transpose(1, 2).flatten(0, 2)
 
 
 def find_folder(name: str) -> Path:
-    """The folder of that name, or that of the hub's files, downloaded once. Raises OSError, ImportError."""
+    """The folder of that name, or of the hub's files, downloaded once. Raises OSError or ImportError."""
     if os.path.isdir(name):
         return Path(name)
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
 
+    if not isinstance(try_to_load_from_cache(name, "config.json"), str):
+        with suppress(HTTPError):  # the hub answers; if it is unreachable, its own client retries for 30 s
+            urlopen(constants.ENDPOINT, timeout=10).close()
     folder = Path(snapshot_download(name, allow_patterns=["config.json", "meta.json", "model*.safetensors*"]))
-    if not list(folder.glob("model*.safetensors*")):  # an old one
+    if not list(folder.glob("model*.safetensors*")):  # an old model
         snapshot_download(name, allow_patterns=["pytorch_model*.bin*"])
     return folder
 
 
 def read_pretrained(folder: Path, dropout: float = 0.0) -> GPT:
-    """The network, in fp32, of a folder in one of the formats, of any origin.
+    """The network, in fp32, of a folder in one of the formats, of any origin; none of its code is run.
 
-    Runs no code of it. Raises OSError where a file cannot be read, ValueError where it is not such a network.
+    Raises OSError if a file cannot be read, ValueError if it is another network.
     """
-    settings = read_object(folder / "config.json")
+    settings = read_json_object(folder / "config.json")
     kind = settings.get("model_type")
     if kind not in ARCHITECTURES:
         raise ValueError(f"model_type={kind} in config.json is none of {', '.join(ARCHITECTURES)}")
-    of_kind = {"gpt2": from_gpt2_settings, "distrogpt": from_own_settings}.get(kind, from_llama_settings)
-    config = config_of({**of_kind(settings), "dropout": dropout})
-    theirs = {name: w for name, w in read_weights(folder).items() if not name.endswith(MASKS)}
-    if config.n_layer > len(theirs):
-        raise ValueError(f"n_layer={config.n_layer}, but there are {len(theirs)} weights")
+    shape_of = {"gpt2": from_gpt2_settings, "distrogpt": from_own_settings}.get(kind, from_llama_settings)
+    config = make_config({**shape_of(settings), "dropout": dropout})
+    if config.n_kv_head == config.n_head:
+        config = replace(config, n_kv_head=None)
+    weights = {name: w for name, w in read_weights(folder).items() if not name.endswith(CONSTANTS)}
     if kind == "gpt2":
-        weights = from_gpt2(config, theirs, settings.get("bias") is False)
-    elif kind == "distrogpt":
-        weights = theirs
-    else:
-        weights = from_llama(config, theirs)
+        config, weights = from_gpt2(config, weights, settings.get("bias") is False)
+    elif kind != "distrogpt":
+        config, weights = from_llama(config, weights)
     if config.tied:
         weights["lm_head.weight"] = weights["transformer.wte.weight"]
     return build_model(config, weights)
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """The object in a file of JSON. Raises OSError, ValueError."""
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Raises OSError or ValueError."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except RecursionError:  # deeply nested brackets
-        found = None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path.name} is no object")
-    return found
+        value = None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path.name} is not an object")
+    return value
 
 
 def read_weights(folder: Path) -> Weights:
-    """All tensors of model.safetensors, or else pytorch_model.bin, be they in several files, in fp32."""
+    """All tensors of model.safetensors, or else pytorch_model.bin, in one file or several, in fp32."""
     for name in WEIGHT_FILES:
-        files, index = [name], folder / f"{name}.index.json"
-        if not (folder / name).is_file() and index.is_file():
-            files = sorted({str(file) for file in read_object(index).get("weight_map", {}).values()})
-        elif not (folder / name).is_file():
-            continue
-        tensors: Weights = {}
-        for file in files:
-            if Path(file).name != file:
-                raise ValueError(f"{index.name} names what is no file beside it: {file[:40]}")
-            tensors |= read_tensors(folder / file)
-        for key, tensor in tensors.items():
-            if not torch.is_tensor(tensor) or not tensor.is_floating_point():
-                raise ValueError(f"{str(key)[:60]} is no tensor of fractions")
-        return {key: tensor.float().contiguous() for key, tensor in tensors.items()}
+        index = folder / f"{name}.index.json"
+        if (folder / name).is_file():
+            return read_tensors([folder / name])
+        if index.is_file():
+            files = {str(file) for file in read_json_object(index).get("weight_map", {}).values()}
+            if elsewhere := [file for file in files if Path(file).name != file]:
+                raise ValueError(f"{index.name} names a file that is not beside it: {elsewhere[0][:40]}")
+            return read_tensors([folder / file for file in sorted(files)])
     raise ValueError(f"there is neither {' nor '.join(WEIGHT_FILES)}")
 
 
-def read_tensors(path: Path) -> Weights:
-    """The tensors of one file."""
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
+def read_tensors(paths: list[Path]) -> Weights:
+    """The tensors of these files, in fp32."""
+    tensors: Weights = {}
+    for path in paths:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
 
-        return load_file(path)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's guesses at what is wrong
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(found, dict):
-        raise ValueError(f"{path.name} holds no weights")
-    return found
+            tensors |= load_file(path)
+        else:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch guesses what is wrong
+                tensors |= torch.load(path, map_location="cpu", weights_only=True)
+    for name, tensor in tensors.items():
+        if not torch.is_tensor(tensor) or not tensor.is_floating_point():
+            raise ValueError(f"{str(name)[:60]} is not a floating-point tensor")
+    return {name: tensor.float().contiguous() for name, tensor in tensors.items()}
 
 
-def asked(settings: dict[str, Any], **wanted: Any) -> None:
-    """Raises ValueError where a setting is there and is not the only value that our networks have."""
-    for key, value in wanted.items():
-        found = settings.get(key, value)
-        if found is not None and found != value:
-            raise ValueError(f"{key}={str(found)[:40]} is not {value}, which is all that this network can be")
+def require(settings: dict[str, Any], **expected: Any) -> None:
+    """Raises ValueError if a setting is present and has another value, which our networks do not support."""
+    for key, value in expected.items():
+        given = settings.get(key)
+        if given is not None and given != value:
+            raise ValueError(f"{key}={str(given)[:40]} is not supported; only {value} is")
 
 
 def activation_of(settings: dict[str, Any], key: str, default: str, gated: bool) -> str:
-    """Our name of an activation. Raises ValueError where we have it not."""
+    """Our name of an activation. Raises ValueError if it is not supported."""
     theirs = settings.get(key, default)
     ours = OUR_ACTIVATIONS.get(theirs) if isinstance(theirs, str) else None
     if ours is None or (ours == "swiglu") != gated:
-        raise ValueError(f"{key}={str(theirs)[:40]} is not among the activations of such a network here")
+        raise ValueError(f"{key}={str(theirs)[:40]} is not supported in such a network")
     return ours
 
 
 def from_gpt2_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """Our shape of a GPT2Config, given or by its defaults. Raises ValueError where it is another network."""
-    asked(
-        settings,
-        layer_norm_epsilon=1e-5,
-        scale_attn_weights=True,
-        scale_attn_by_inverse_layer_idx=False,
-        add_cross_attention=False,
-    )
+    """The arguments of GPTConfig for a GPT2Config. Raises ValueError if ours computes another network."""
     defaults = {"vocab_size": 50257, "n_layer": 12, "n_head": 12, "n_embd": 768}
     shape = {name: settings.get(name, default) for name, default in defaults.items()}
-    if settings.get("n_inner") not in (None, 4 * shape["n_embd"]):
-        raise ValueError(
-            f"n_inner={str(settings['n_inner'])[:40]} is not four times n_embd={shape['n_embd']}"
-        )
+    require(settings, layer_norm_epsilon=1e-5, scale_attn_weights=True, n_inner=4 * shape["n_embd"])
+    require(settings, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
     return shape | {
         "block_size": settings.get("n_positions", 1024),
         "activation": activation_of(settings, "activation_function", "gelu_new", gated=False),
@@ -297,113 +324,61 @@ def from_gpt2_settings(settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def from_gpt2(config: GPTConfig, theirs: Weights, no_biases: bool) -> Weights:
-    """gpt2's weights as ours, which have no biases where all are zero and were not there before; then
-    config.bias becomes False."""
+def from_gpt2(config: GPTConfig, theirs: Weights, no_biases: bool) -> tuple[GPTConfig, Weights]:
+    """gpt2's weights as ours. With no_biases, biases that are all zero go, and the config says so."""
     weights = {}
     for name, w in theirs.items():
         name = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
         weights[name] = w.t().contiguous() if name.endswith(CONV1D) and w.dim() == 2 else w
     biases = [name for name in weights if name.endswith(".bias")]
     if no_biases and not any(weights[name].any() for name in biases):
-        config.bias = False
+        config = replace(config, bias=False)
         weights = {name: w for name, w in weights.items() if name not in biases}
-    return weights
+    return config, weights
 
 
 def from_own_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """Our shape of a config.json of our own format. Raises ValueError."""
+    """The arguments of GPTConfig for our own config.json. Raises ValueError."""
     names = [name for name in asdict(GPTConfig()) if name not in ("tied", "zero_init", "dropout")]
     missing = [name for name in names if name not in settings]
     if missing:
         raise ValueError(f"config.json lacks {missing[0]}")
-    shape = {name: settings[name] for name in names} | {"tied": settings.get("tie_word_embeddings", True)}
-    return shape | {"n_kv_head": fewer(shape["n_kv_head"], shape["n_head"])}
-
-
-def fewer(kv_heads: Any, heads: Any) -> Any:
-    """n_kv_head as it is by default where there are no fewer than heads."""
-    return None if kv_heads == heads else kv_heads
+    return {name: settings[name] for name in names} | {"tied": settings.get("tie_word_embeddings", True)}
 
 
 def from_llama_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """Our shape of a LlamaConfig, Qwen3Config or ArceeConfig. Raises ValueError where ours is another."""
-    kind, gated = settings["model_type"], settings["model_type"] != "arcee"
+    """The arguments of GPTConfig for a LlamaConfig, Qwen3Config or ArceeConfig. Raises ValueError if ours
+    computes another network."""
     needed = ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size", "intermediate_size")
     for name in (*needed, "max_position_embeddings", "rms_norm_eps"):
         value = settings.get(name)
         if not isinstance(value, (int, float)) or value <= 0:
-            raise ValueError(f"{name}={str(value)[:40]} is no positive number")
+            raise ValueError(f"{name}={str(value)[:40]} is not a positive number")
     rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
     if not isinstance(rope, dict):
-        raise ValueError("rope_parameters is no object")
-    asked(settings, rms_norm_eps=EPS, rope_theta=10000.0, use_sliding_window=False)
-    asked(rope, rope_type="default", type="default", rope_theta=10000.0, partial_rotary_factor=1.0)
-    D = settings["hidden_size"] // settings["num_attention_heads"]
-    asked(settings, pretraining_tp=1, head_dim=D)
+        raise ValueError("rope_parameters is not an object")
+    require(rope, rope_type="default", type="default", rope_theta=10000.0, partial_rotary_factor=1.0)
+    require(settings, rms_norm_eps=EPS, rope_theta=10000.0, use_sliding_window=False, pretraining_tp=1)
+    require(settings, head_dim=settings["hidden_size"] // settings["num_attention_heads"])
+    is_qwen, gated = settings["model_type"] == "qwen3", settings["model_type"] != "arcee"
     bias = bool(settings.get("attention_bias"))
-    asked(settings, **({"attention_bias": False} if kind == "qwen3" else {"mlp_bias": bias}))
+    if is_qwen:
+        require(settings, attention_bias=False)
+    else:
+        require(settings, mlp_bias=bias)
     shape = {
         "block_size": settings["max_position_embeddings"],
         "vocab_size": settings["vocab_size"],
         "n_layer": settings["num_hidden_layers"],
         "n_head": settings["num_attention_heads"],
         "n_embd": settings["hidden_size"],
-        "n_kv_head": fewer(settings.get("num_key_value_heads"), settings["num_attention_heads"]),
+        "n_kv_head": settings.get("num_key_value_heads"),
         "bias": bias,
         "norm": "rmsnorm",
         "rotary": True,
-        "qk_norm": kind == "qwen3",
+        "qk_norm": is_qwen,
         "activation": activation_of(settings, "hidden_act", "silu" if gated else "relu2", gated),
         "tied": settings.get("tie_word_embeddings", False),
     }
-    asked(settings, intermediate_size=config_of(shape).mlp_width)
+    require(settings, intermediate_size=make_config(shape).mlp_width)
     return shape
-
-
-def from_llama(config: GPTConfig, theirs: Weights) -> Weights:
-    """Weights of llama, qwen3 or arcee as ours; those of norms go into the layers that read from them. Where
-    the last norm has any, lm_head becomes a table of its own: config.tied is False then. ValueError."""
-    D, C = config.n_embd // config.n_head, config.n_embd
-    left = dict(theirs)
-
-    def take(name: str, *shape: int) -> torch.Tensor:
-        if name not in left:
-            raise ValueError(f"{name} is missing")
-        if shape and left[name].shape != shape:
-            raise ValueError(f"{name} is not of shape {shape}")
-        return left.pop(name)
-
-    up = ("gate_proj", "up_proj") if config.activation == "swiglu" else ("up_proj",)
-    kinds = ("weight", "bias") if config.bias else ("weight",)
-    rows = {"q_proj": C, "k_proj": config.kv_heads * D, "v_proj": config.kv_heads * D}
-    ours = {"transformer.wte.weight": take("model.embed_tokens.weight", config.vocab_size, C)}
-    head, last = left.pop("lm_head.weight", None), take("model.norm.weight", C)
-    if config.tied and not bool((last == 1).all()):
-        config.tied, head = False, ours["transformer.wte.weight"]
-    if not config.tied:
-        if head is None:
-            raise ValueError("lm_head.weight is missing")
-        ours["lm_head.weight"] = head * last
-    for number in range(config.n_layer):
-        h, there = f"transformer.h.{number}", f"model.layers.{number}"
-        norms = [take(f"{there}.{name}_layernorm.weight", C) for name in ("input", "post_attention")]
-        for what in kinds:
-            shape = (C,) if what == "weight" else ()
-            qkv = [take(f"{there}.self_attn.{name}.{what}", n, *shape) for name, n in rows.items()]
-            qkv = torch.cat([in_pairs(qkv[0], D), in_pairs(qkv[1], D), qkv[2]])
-            fc = torch.cat([take(f"{there}.mlp.{name}.{what}", config.mlp_width, *shape) for name in up])
-            weight = what == "weight"
-            ours[f"{h}.attn.c_attn.{what}"] = qkv * norms[0] if weight else qkv
-            ours[f"{h}.mlp.c_fc.{what}"] = fc * norms[1] if weight else fc
-            ours[f"{h}.attn.c_proj.{what}"] = take(f"{there}.self_attn.o_proj.{what}")
-            ours[f"{h}.mlp.c_proj.{what}"] = take(f"{there}.mlp.down_proj.{what}")
-        if config.qk_norm:
-            factor = take(f"{there}.self_attn.q_norm.weight", D) * take(f"{there}.self_attn.k_norm.weight", D)
-            if not is_score_factor(factor, D):
-                raise ValueError(
-                    f"{there}.self_attn.q_norm has weights of its own, for which ours has no place"
-                )
-    if left:
-        raise ValueError(f"{min(left)[:60]} has no place in this network")
-    return ours

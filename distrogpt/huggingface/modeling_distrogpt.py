@@ -1,13 +1,12 @@
 """distroGPT's network for Hugging Face's transformers (5.0 and newer), in one file and plain torch.
 
-export.py copies it beside a model whose settings no architecture of transformers computes. The names of the
-weights are distroGPT's. Shapes: B sequences, T positions, S of them with those read before, C = n_embd
-channels, V = vocab_size; H = n_head heads of D = C/H numbers, K = n_kv_head of keys and values.
+export.py copies it beside a model that no architecture of transformers computes. The names of the weights are
+distroGPT's. Shapes: B sequences, T new positions, S positions with those in the cache, C = n_embd channels,
+V = vocab_size; H = n_head query heads of D = C/H channels, K = n_kv_head key/value heads.
 """
 
 import inspect
 import math
-from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
@@ -20,19 +19,35 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 EPS = 1e-6  # of RMSNorm
-
-# the name of the cache in what forward returns, where generate looks for it: cache since transformers 5.24
+DEFAULTS: dict[str, Any] = {
+    "block_size": 1024,
+    "vocab_size": 50257,
+    "n_layer": 12,
+    "n_head": 12,
+    "n_embd": 768,
+    "dropout": 0.0,
+    "bias": True,
+    "activation": "gelu_tanh",  # or gelu, relu2, swiglu
+    "norm": "layernorm",  # or rmsnorm, without weights
+    "rotary": False,  # rotary position embeddings instead of a table
+    "qk_norm": False,  # RMSNorm on queries and keys
+    "n_kv_head": None,  # None: n_head
+    "logit_softcap": 0.0,  # 0 is off
+    "embedding_skip": False,  # each block reads a learned mix of the residual stream and the embeddings
+    "initializer_range": 0.02,
+    "use_cache": True,
+}
+# forward returns the cache by the name that generate reads: "cache" since transformers 5.24
 CACHE = "cache" if "cache" in [field.name for field in fields(CausalLMOutputWithPast)] else "past_key_values"
-# before transformers 5.4, a cache of fixed size writes where it is told to
+# before transformers 5.4, a cache of fixed size must be given the positions to write at
 CACHE_TAKES_POSITIONS = "cache_kwargs" in inspect.signature(Cache.update).parameters
-# further arguments of forward: those that only the loss reads
-FOR_THE_LOSS = ("num_items_in_batch", "shift_labels", "ignore_index")
-# and those that have one value here, so that to give it changes nothing
-ONLY = {"output_attentions": False, "output_router_logits": False, "is_causal": True}
+LOSS_ARGUMENTS = ("num_items_in_batch", "shift_labels", "ignore_index")
+# further arguments of forward that may be given with the one value that is computed
+FIXED_ARGUMENTS = {"output_attentions": False, "output_router_logits": False, "is_causal": True}
 
 
 class DistroGPTConfig(PretrainedConfig):
-    """The shape of a network; the defaults are GPT-2's."""
+    """The shape of a network: DEFAULTS, which are GPT-2's, and the settings of any PretrainedConfig."""
 
     model_type = "distrogpt"
     keys_to_ignore_at_inference = ["past_key_values", "cache"]
@@ -44,72 +59,37 @@ class DistroGPTConfig(PretrainedConfig):
         "max_position_embeddings": "block_size",
     }
 
-    def __init__(
-        self,
-        block_size: int = 1024,
-        vocab_size: int = 50257,
-        n_layer: int = 12,
-        n_head: int = 12,
-        n_embd: int = 768,
-        dropout: float = 0.0,
-        bias: bool = True,
-        activation: str = "gelu_tanh",  # or gelu, relu2, swiglu
-        norm: str = "layernorm",  # or rmsnorm, without weights
-        rotary: bool = False,  # positions turn queries and keys, and are in no table
-        qk_norm: bool = False,  # queries and keys of equal length
-        n_kv_head: int | None = None,  # None: n_head
-        logit_softcap: float = 0.0,  # 0 is off
-        embedding_skip: bool = False,  # each block reads the embeddings, too
-        initializer_range: float = 0.02,
-        use_cache: bool = True,
-        tie_word_embeddings: bool = True,
-        **kwargs: Any,
-    ) -> None:
-        self.block_size, self.vocab_size = block_size, vocab_size
-        self.n_layer, self.n_head, self.n_embd = n_layer, n_head, n_embd
-        if activation not in ("gelu_tanh", "gelu", "relu2", "swiglu") or norm not in ("layernorm", "rmsnorm"):
-            raise ValueError(f"activation={activation}, norm={norm}: one of them is not known here")
-        self.dropout, self.bias, self.activation = dropout, bias, activation
-        self.norm, self.rotary, self.qk_norm = norm, rotary, qk_norm
-        self.n_kv_head = n_kv_head or n_head
-        self.logit_softcap, self.embedding_skip = logit_softcap, embedding_skip
-        self.initializer_range, self.use_cache = initializer_range, use_cache
+    def __init__(self, tie_word_embeddings: bool = True, **kwargs: Any) -> None:
+        for name, default in DEFAULTS.items():
+            setattr(self, name, kwargs.pop(name, default))
+        self.n_kv_head = self.n_kv_head or self.n_head
+        known = self.activation in ("gelu_tanh", "gelu", "relu2", "swiglu")
+        if not known or self.norm not in ("layernorm", "rmsnorm"):
+            raise ValueError(f"activation={self.activation}, norm={self.norm}: one of them is not known here")
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
 
 
-def rms_norm(x: torch.Tensor) -> torch.Tensor:
-    """x over the root of the mean of its squares, over the last dimension, in fp32."""
-    x = x.float()
-    return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + EPS)
+def rotary_cos_sin(positions: torch.Tensor, D: int) -> torch.Tensor:
+    """cos and sin of the rotation angles at positions (B, T): (2, B, 1, T, D/2)."""
+    inv_freq = 1 / 10_000.0 ** (torch.arange(0, D, 2, device=positions.device) / D)  # (D/2,)
+    angles = positions[:, None, :, None] * inv_freq
+    return torch.stack((angles.cos(), angles.sin()))
 
 
-def rotation(positions: torch.Tensor, D: int) -> torch.Tensor:
-    """Cosine and sine of the angles of rotary positions (B, T): (2, B, 1, T, D/2)."""
-    speed = 1 / 10_000.0 ** (torch.arange(0, D, 2, device=positions.device) / D)  # (D/2,)
-    angle = positions[:, None, :, None] * speed
-    return torch.stack((angle.cos(), angle.sin()))
-
-
-def rotate(x: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
-    """Turn each pair of neighbours in the last dimension of x (B, H, T, D), in fp32."""
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # (B, H, T, D/2)
-    cos, sin = turn
+def apply_rotary(x: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:
+    """Rotate each pair of neighbouring channels of x (B, heads, T, D), in fp32."""
+    (a, b), (cos, sin) = x.float().unflatten(-1, (-1, 2)).unbind(-1), cos_sin  # (B, heads, T, D/2)
     return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2)
 
 
-class RMSNorm(nn.Module):
-    """rms_norm as a module, in the type of its input."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return rms_norm(x).to(x.dtype)
-
-
 def norm_layer(config: DistroGPTConfig) -> nn.Module:
-    return RMSNorm() if config.norm == "rmsnorm" else nn.LayerNorm(config.n_embd, bias=config.bias)
+    if config.norm == "rmsnorm":
+        return nn.RMSNorm(config.n_embd, eps=EPS, elementwise_affine=False)
+    return nn.LayerNorm(config.n_embd, bias=config.bias)
 
 
 class Attention(nn.Module):
-    """Every position reads from itself and those before it, as far as visible(S) lets it."""
+    """Causal self-attention. `masks` are those that earlier blocks have made, by the number of keys."""
 
     def __init__(self, config: DistroGPTConfig, layer: int) -> None:
         super().__init__()
@@ -122,32 +102,36 @@ class Attention(nn.Module):
     def forward(
         self,
         x: torch.Tensor,
-        turn: torch.Tensor | None,
-        visible: Callable[[int], torch.Tensor],
+        cos_sin: torch.Tensor | None,
         cache: Cache | None,
-        *written: dict[str, torch.Tensor],
+        new: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        masks: dict[int, torch.Tensor],
     ) -> torch.Tensor:
         B, T, C = x.shape
         H, K = self.H, self.K
         heads = self.c_attn(x).view(B, T, H + 2 * K, self.D).transpose(1, 2)  # (B, H + 2K, T, D)
         qk, v = heads.split((H + K, K), dim=1)
         if self.qk_norm:
-            qk = rms_norm(qk)
-        if turn is not None:
-            qk = rotate(qk, turn)
+            qk = F.rms_norm(qk.float(), (self.D,), eps=EPS)
+        if cos_sin is not None:
+            qk = apply_rotary(qk, cos_sin)
         q, k = qk.to(v.dtype).split((H, K), dim=1)
         if cache is not None:
-            k, v = cache.update(k, v, self.layer, *written)  # (B, K, S, D)
+            written_at = [{"cache_position": new}] if CACHE_TAKES_POSITIONS else []
+            k, v = cache.update(k, v, self.layer, *written_at)  # (B, K, S, D)
         if H != K:
-            k, v = (each.repeat_interleave(H // K, dim=1) for each in (k, v))
-        p = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, visible(k.size(2)), p, scale=self.scale)
+            k, v = (heads.repeat_interleave(H // K, dim=1) for heads in (k, v))  # (B, H, S, D)
+        S, p = k.size(2), self.dropout if self.training else 0.0
+        if S not in masks:
+            masks[S] = make_mask(attention_mask, new, S)
+        y = F.scaled_dot_product_attention(q, k, v, masks[S], p, scale=self.scale)  # (B, H, T, D)
         y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))
         return F.dropout(y, self.dropout, self.training)
 
 
 class MLP(nn.Module):
-    """Every position thinks for itself."""
+    """Two matrices with a nonlinearity between them, applied to each position alone."""
 
     def __init__(self, config: DistroGPTConfig) -> None:
         super().__init__()
@@ -170,7 +154,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then MLP: each reads the residual stream, normalised, and adds to it."""
+    """Attention, then MLP: each reads the normalised residual stream and adds to it."""
 
     def __init__(self, config: DistroGPTConfig, layer: int) -> None:
         super().__init__()
@@ -178,15 +162,15 @@ class Block(nn.Module):
         self.ln_2, self.mlp = norm_layer(config), MLP(config)
         self.skip = nn.Parameter(torch.tensor([1.0, 0.0])) if config.embedding_skip else None
 
-    def forward(self, x: torch.Tensor, x0: torch.Tensor, *reads: Any) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, x0: torch.Tensor, *context: Any) -> torch.Tensor:
         if self.skip is not None:
             x = self.skip[0] * x + self.skip[1] * x0
-        x = x + self.attn(self.ln_1(x), *reads)
+        x = x + self.attn(self.ln_1(x), *context)
         return x + self.mlp(self.ln_2(x))
 
 
 class DistroGPTForCausalLM(PreTrainedModel, GenerationMixin):
-    """Token ids in, a score for each possible next token out."""
+    """Token ids in, logits of the next token out."""
 
     config_class = DistroGPTConfig
     base_model_prefix = ""
@@ -198,17 +182,17 @@ class DistroGPTForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: DistroGPTConfig) -> None:
         super().__init__(config)
         if config.tie_word_embeddings and transformers.__version__ == "5.3.0":
-            # which, of models that bring their code, takes the tied weight for one that was loaded
+            # for models that bring their code, this version takes a tied weight for a loaded one
             raise ImportError("transformers 5.3.0 leaves lm_head.weight of this model empty: use another")
-        parts = {
+        layers = {
             "wte": nn.Embedding(config.vocab_size, config.n_embd),
             "wpe": nn.Embedding(config.block_size, config.n_embd),
             "h": nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
             "ln_f": norm_layer(config),
         }
         if config.rotary:
-            del parts["wpe"]
-        self.transformer = nn.ModuleDict(parts)
+            del layers["wpe"]
+        self.transformer = nn.ModuleDict(layers)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.post_init()
 
@@ -217,12 +201,6 @@ class DistroGPTForCausalLM(PreTrainedModel, GenerationMixin):
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.transformer["wte"] = value
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
-
-    def set_output_embeddings(self, value: nn.Module) -> None:
-        self.lm_head = value
 
     def forward(
         self,
@@ -241,89 +219,78 @@ class DistroGPTForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Logits (B, T, V), or of the last logits_to_keep positions, of input_ids (B, T).
 
-        attention_mask (B, S) is 0 where a token is padding; positions count from the first that is none.
-        With labels (B, T), which may be the input_ids themselves: the mean loss of the next token, where
-        they are not -100. `cache` and past_key_values are two names of one argument. Raises ValueError where
-        the arguments contradict each other, or where more tokens come than there are positions in a table;
-        TypeError where one is not supported.
+        attention_mask (B, S) is 0 for padding; positions count from the first token that is not padding.
+        With labels (B, T), which may be input_ids: the mean loss of the next token, without labels of -100.
+        Raises ValueError for arguments that contradict each other, TypeError for unsupported ones.
         """
-        config, more = self.config, self.known(kwargs)
+        config, loss_arguments = self.config, self.loss_arguments(kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         x = self.transformer["wte"](input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, C)
-        T, cache = x.size(1), one_cache(past_key_values, cache)
-        if cache is None and chosen(use_cache, config.use_cache and not self.training):
+        if past_key_values is not None and cache is not None and past_key_values is not cache:
+            raise ValueError("past_key_values and cache are two names of one argument; give one")
+        cache = past_key_values if cache is None else cache
+        if use_cache is None:
+            use_cache = config.use_cache and not self.training
+        if cache is None and use_cache:
             cache = DynamicCache(config=config)
-        before = 0 if cache is None else int(cache.get_seq_length())
-        now = torch.arange(before, before + T, device=x.device)  # (T,)
-        check_positions(attention_mask, position_ids, before, T)
+        past, T = 0 if cache is None else int(cache.get_seq_length()), x.size(1)
+        check_positions(attention_mask, position_ids, past, T)
+        new = torch.arange(past, past + T, device=x.device)  # (T,)
         if position_ids is None:
-            position_ids = default_positions(attention_mask, now)
-        x, turn = self.placed(x, position_ids, before)
-        written = [{"cache_position": now}] if CACHE_TAKES_POSITIONS else []
-        reads = (turn, visibility(attention_mask, now), cache, *written)
-        x = F.dropout(x, config.dropout, self.training)
-        states, keep_states = [x], chosen(output_hidden_states, config.output_hidden_states)
+            position_ids = default_positions(attention_mask, new)
+        x, cos_sin = self.add_positions(x, position_ids, past)
+        x = x0 = F.dropout(x, config.dropout, self.training)
+        if output_hidden_states is None:
+            output_hidden_states = config.output_hidden_states
+        hidden_states, masks = [], {}
         for block in self.transformer["h"]:
-            x = block(x, states[0], *reads)
-            if keep_states:
-                states.append(x)
+            if output_hidden_states:
+                hidden_states.append(x)
+            x = block(x, x0, cos_sin, cache, new, attention_mask, masks)
         x = self.transformer["ln_f"](x)
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits, cap, loss = self.lm_head(x[:, kept]), config.logit_softcap, None
+        positions = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits, cap, loss = self.lm_head(x[:, positions]), config.logit_softcap, None
         if cap:
             logits = cap * torch.tanh(logits.float() / cap)
-        if labels is not None or "shift_labels" in more:
-            loss = self.loss_function(logits, labels, vocab_size=config.vocab_size, **more)
-        hidden = (*states[:-1], x) if keep_states else None
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=hidden, **{CACHE: cache})
-        return output if chosen(return_dict, config.return_dict) else output.to_tuple()
+        if labels is not None or "shift_labels" in loss_arguments:
+            loss = self.loss_function(logits, labels, vocab_size=config.vocab_size, **loss_arguments)
+        states = (*hidden_states, x) if output_hidden_states else None
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=states, **{CACHE: cache})
+        if return_dict is None:
+            return_dict = config.return_dict
+        return output if return_dict else output.to_tuple()
 
-    def known(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Those of the further arguments of forward that it reads. Raises TypeError where another one would
-        change the result, or asks for more than is computed."""
-        given = {name: value for name, value in arguments.items() if value is not None}
-        read = {}
+    def loss_arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Those of forward's further arguments that the loss reads. Raises TypeError for any other that would
+        change the result."""
+        given = {name: value for name, value in kwargs.items() if value is not None}
         for name, value in {"output_attentions": bool(self.config.output_attentions), **given}.items():
-            # a cache counts its tokens: cache_position, which comes before transformers 5.4, says no more
-            harmless = name == "cache_position" or (name in ONLY and value is ONLY[name])
-            if name in FOR_THE_LOSS:
-                read[name] = value
-            elif not harmless:
+            is_fixed = name in FIXED_ARGUMENTS and value is FIXED_ARGUMENTS[name]
+            # cache_position (before transformers 5.4) repeats what the cache knows
+            if name not in (*LOSS_ARGUMENTS, "cache_position") and not is_fixed:
                 raise TypeError(
                     f"distroGPT's network does not support {name}: leave it out, or, if transformers adds "
                     "it, take modeling_distrogpt.py from a newer distroGPT"
                 )
-        return read
+        return {name: value for name, value in given.items() if name in LOSS_ARGUMENTS}
 
-    def placed(
-        self, x: torch.Tensor, position_ids: torch.Tensor, before: int
+    def add_positions(
+        self, x: torch.Tensor, position_ids: torch.Tensor, past: int
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Embeddings x (B, T, C) with their positions added; or as they are, and the rotation."""
+        """x (B, T, C) with position embeddings added; or x as it is, and the rotary cos_sin."""
         config = self.config
         if config.rotary:
-            return x, rotation(position_ids, config.n_embd // config.n_head)
-        if before + x.size(1) > config.block_size and int(position_ids.max()) >= config.block_size:
+            return x, rotary_cos_sin(position_ids, config.n_embd // config.n_head)
+        if past + x.size(1) > config.block_size and int(position_ids.max()) >= config.block_size:
             raise ValueError(f"this model reads {config.block_size} tokens at most; shorten the text")
         return x + self.transformer["wpe"](position_ids), None
 
 
-def chosen(value: Any, default: Any) -> Any:
-    """An argument, or what holds where it is None."""
-    return default if value is None else value
-
-
-def one_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
-    """The cache, given by either of its names. Raises ValueError where there are two."""
-    if past_key_values is not None and cache is not None and past_key_values is not cache:
-        raise ValueError("past_key_values and cache are two names of one argument; give one")
-    return chosen(cache, past_key_values)
-
-
 def check_positions(
-    attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None, before: int, T: int
+    attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None, past: int, T: int
 ) -> None:
-    """Raises ValueError where T new tokens behind `before` others could not read what the caller means."""
+    """Raises ValueError if T new tokens after `past` others would not attend as the arguments mean it."""
     if attention_mask is None:
         if position_ids is not None and T > 1 and bool((position_ids.diff(dim=-1) < 1).any()):
             raise ValueError(
@@ -333,43 +300,29 @@ def check_positions(
         return
     if getattr(attention_mask, "ndim", None) not in (2, 4):
         raise ValueError("attention_mask is no tensor of 2 or 4 dimensions")
-    if attention_mask.ndim == 2 and attention_mask.size(1) != before + T:
+    if attention_mask.ndim == 2 and attention_mask.size(1) != past + T:
         size = attention_mask.size(1)
-        raise ValueError(f"attention_mask is for {size} tokens; {before} are in the cache, {T} are new")
+        raise ValueError(f"attention_mask is for {size} tokens; {past} are in the cache, {T} are new")
 
 
-def default_positions(attention_mask: torch.Tensor | None, now: torch.Tensor) -> torch.Tensor:
-    """Positions (1 or B, T), counted from the first token that is no padding."""
+def default_positions(attention_mask: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:
+    """Positions (1 or B, T), counted from the first token that is not padding."""
     if attention_mask is None or attention_mask.ndim == 4:
-        return now[None]
-    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -len(now) :]
+        return new[None]
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -len(new) :]
 
 
-def visibility(attention_mask: torch.Tensor | None, now: torch.Tensor) -> Callable[[int], torch.Tensor]:
-    """visible_positions of S keys, made by the first block for all: S is known only when a cache gives its
-    keys, as one of fixed size gives more than were read."""
-    masks: dict[int, torch.Tensor] = {}
+def make_mask(attention_mask: torch.Tensor | None, new: torch.Tensor, S: int) -> torch.Tensor:
+    """Whether each new position (T,) reads each of the S keys that attention has: (1 or B, 1, T, S).
 
-    def visible(S: int) -> torch.Tensor:
-        if S not in masks:
-            masks[S] = visible_positions(attention_mask, now, S)
-        return masks[S]
-
-    return visible
-
-
-def visible_positions(attention_mask: torch.Tensor | None, now: torch.Tensor, S: int) -> torch.Tensor:
-    """Whether each new token, in the cache at `now` (T,), reads each of S, as many as there are or a cache of
-    fixed size has room for: (1 or B, 1, T, S).
-
-    Padding is read by none but itself, which keeps its row from being empty. A mask of four dimensions is
-    what the caller wants it to be.
+    S is larger than what was read if the cache has a fixed size. Padding is read by itself alone, so that no
+    row is empty. A mask of four dimensions is used as it is.
     """
     if attention_mask is not None and attention_mask.ndim == 4:
         return attention_mask
-    there = torch.arange(S, device=now.device)  # (S,)
-    visible = (there <= now[:, None])[None, None]
+    keys = torch.arange(S, device=new.device)  # (S,)
+    mask = (keys <= new[:, None])[None, None]  # (1, 1, T, S)
     if attention_mask is not None:
-        mask = F.pad(attention_mask.bool(), (0, S - attention_mask.size(1)))  # (B, S)
-        visible = visible & (mask[:, None, None] | (there == now[:, None]))
-    return visible
+        is_text = F.pad(attention_mask.bool(), (0, S - attention_mask.size(1)))  # (B, S)
+        mask = mask & (is_text[:, None, None] | (keys == new[:, None]))
+    return mask

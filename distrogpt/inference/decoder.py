@@ -19,8 +19,8 @@ from model import GPT, KVCache
 
 
 def prefill(model: GPT, idx: torch.Tensor, last: torch.Tensor, cache: KVCache) -> torch.Tensor:
-    """Read prompts idx (N, T) from position 0 on into the cache; logits (N, V) of what follows position `last`
-    (N,) of each. What is behind it has no effect."""
+    """Read prompts idx (N, T) from position 0 on into the cache; logits (N, V) of what follows each position
+    `last` (N,). Tokens behind it have no effect."""
     x = model.hidden_states(idx, cache=cache)
     return model.logits(x[torch.arange(len(x), device=x.device), last])
 
@@ -81,7 +81,7 @@ class DecodingBatch:
         self.last_tokens, self.lengths, self.positions = self.last_tokens[:last], self.lengths[:last], None
 
     def next_logits(self) -> torch.Tensor:
-        """Read what is new in all sequences; logits (B, V) of what follows, which the next call overwrites."""
+        """Read what is new; logits (B, V) of what follows each sequence, which the next call overwrites."""
         B, prompts = len(self.lengths), self.prompts
         full = np.flatnonzero(self.lengths > self.block_size)  # no position is left for the last token
         self.prompts = []
@@ -125,7 +125,7 @@ class DecodingBatch:
         return self.graphs[shapes](*inputs)[:B]
 
     def prefill(self, rows: np.ndarray, index: torch.Tensor, n: int) -> torch.Tensor:
-        """Logits (len(rows), V) after the whole texts of these rows (`index` on the device), n of them equal."""
+        """Logits (len(rows), V) after the texts of these rows, n of them equal; `index` is rows, on the device."""
         lengths = self.lengths[rows[::n]]
         width = int(lengths.max())
         width = min(width + -width % 16, self.block_size)  # the same numbers as in another batch

@@ -12,7 +12,7 @@ import torch
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How a token is sampled, by default from the model's own distribution. The limits apply in this order."""
+    """How a token is sampled, by default from the model's distribution. The limits apply in this order."""
 
     temperature: float = 1.0  # 0 takes the most likely token
     top_k: int | None = None  # only the k most likely tokens

@@ -1,198 +1,177 @@
-"""OpenAI's /v1/completions, without the network of wires: what a body asks for, and what is answered."""
+"""OpenAI's /v1/completions without HTTP: from a request's body to prompts and settings, and back to JSON."""
 
 import difflib
 import secrets
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 from configurator import check_settings, setting, shorten
 from distrogpt.errors import UserError
+from distrogpt.inference.sampler import Sampler
 from distrogpt.serving.engine import RequestOutput
-from distrogpt.settings import SampleConfig
+from distrogpt.settings import SampleConfig, ServeConfig
 
-NOT_SERVED = ("logit_bias", "suffix", "presence_penalty", "frequency_penalty")
-ALIKE = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "stop", "stop_at_end")
+NOT_SUPPORTED = ("logit_bias", "suffix", "presence_penalty", "frequency_penalty")
+OF_SAMPLE_CONFIG = (  # fields of a body that sample.py has, too
+    *("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop", "stop_at_end"),
+)
 
 
 @dataclass
 class CompletionConfig:
-    """What may stand in a body beside its prompt. The defaults are OpenAI's; the second half is our own."""
+    """The other fields of a body beside its prompt. All but `truncate` are OpenAI's."""
 
-    model: str = setting("", "any: there is one")
+    model: str = setting("", "not read: the server has one")
     max_tokens: int = setting(16, "of each sample", at_least=1)
     n: int = setting(1, "samples of each prompt", at_least=1)
-    best_of: int | None = setting(None, "so many are written, and the n likeliest of them told", at_least=1)
-    temperature: float = setting(1.0, "as in sample.py, whose limits hold for this and the others")
-    top_p: float = setting(1.0, "as in sample.py")
-    seed: int | None = setting(None, "None is another one each time")
-    stop: tuple[str, ...] = setting((), "texts before which a sample ends")
-    logprobs: int | None = setting(
-        None, "the chance of each token, and so many of the likeliest in its place", at_least=0, at_most=20
-    )
-    echo: bool = setting(False, "the prompt before the text")
-    stream: bool = setting(False, "what is certain as soon as it is")
-    user: str = setting("", "who asks; not read")
-
-    top_k: int | None = setting(None, "as in sample.py")
-    min_p: float = setting(0.0, "as in sample.py")
-    repetition_penalty: float = setting(1.0, "as in sample.py")
-    stop_at_end: bool = setting(True, "a sample ends at the end-of-text token")
-    truncate: bool = setting(False, "a prompt that is too long loses its begin, and is not refused")
+    best_of: int | None = setting(None, "samples to generate, of which the n likeliest return", at_least=1)
+    logprobs: int | None = setting(None, "N: also those of the N likeliest tokens", at_least=0, at_most=20)
+    echo: bool = setting(False, "return the prompt, too")
+    stream: bool = setting(False, "send server-sent events")
+    user: str = setting("", "not read")
+    truncate: bool = setting(False, "drop the beginning of a prompt that is too long")
 
     def __post_init__(self) -> None:
         check_settings(self)
-        if self.copies < self.n:
-            raise ValueError(f"best_of={self.copies} is below n={self.n}; make it as many or more")
-        if self.stream and self.copies > self.n:
-            raise ValueError("a stream cannot tell the best while all are written; leave out best_of")
-        if len(self.stop) > 16 or any(len(stop) > 200 for stop in self.stop):
-            raise ValueError(
-                "stop has over 16 texts, or one of over 200 characters; send fewer or shorter ones"
-            )
+        self.num_samples = self.best_of or self.n
+        if self.num_samples < self.n:
+            raise ValueError(f"best_of={self.best_of} is below n={self.n}; make it as many or more")
+        if self.stream and self.num_samples > self.n:
+            raise ValueError("the best samples are known at the end only; leave out best_of or stream")
         if self.echo and self.logprobs is not None:
-            raise ValueError("chances of a prompt's own tokens are not served; leave out echo")
-
-    @property
-    def copies(self) -> int:
-        """Samples that are written of each prompt."""
-        return self.best_of or self.n
+            raise ValueError("logprobs of a prompt's tokens are not supported; leave out echo")
 
 
 class Prompt(NamedTuple):
     text: str
     ids: list[int]
+    settings: SampleConfig
 
 
 class Completion(NamedTuple):
-    """A body that was read."""
+    """A body that was checked."""
 
     config: CompletionConfig
     prompts: list[Prompt]
-    asked: SampleConfig  # what is written of each; of its num_samples, the config.n likeliest are told
-    tells_usage: bool  # at the end of a stream
+    include_usage: bool  # at the end of a stream
 
 
-def read_body(body: Any, sampler: Any, most_tokens: int, most_samples: int, most_prompts: int) -> Completion:
-    """What a body asks for, where null is as if it were not there. Raises UserError."""
+def parse_completion(body: Any, sampler: Sampler, limits: ServeConfig) -> Completion:
+    """Check the JSON of a body, in which null is the same as a missing field. Raises UserError."""
     if not isinstance(body, dict):
-        raise UserError('the body is no JSON object; send {"prompt": "..."}')
+        raise UserError('the body is not a JSON object; send {"prompt": "..."}')
     body = {name: value for name, value in body.items() if value is not None}
-    given, options = body.pop("prompt", ""), body.pop("stream_options", {})
+    prompts, options = body.pop("prompt", ""), body.pop("stream_options", {})
     if not isinstance(options, dict):
-        raise UserError("stream_options is no JSON object; leave it out")
-    for name in NOT_SERVED:
+        raise UserError("stream_options is not a JSON object; leave it out")
+    has_seed = "seed" in body
+    config, settings = parse_settings(body, limits)
+    if not isinstance(prompts, list) or is_ids(prompts):
+        prompts = [prompts]
+    most = limits.batch_size + limits.queue
+    if not 1 <= len(prompts) <= most:
+        raise UserError(f"{len(prompts)} prompts; send 1 to {most} at once")
+    parsed = []
+    for number, prompt in enumerate(prompts):
+        name = f"prompt {number + 1}" if len(prompts) > 1 else "the prompt"
+        text, ids = parse_prompt(prompt, name, sampler, config.truncate)
+        if number and not has_seed:  # equal prompts get different texts
+            settings = replace(settings, seed=settings.seed + 1)
+        parsed.append(Prompt(text, ids, settings))
+    return Completion(config, parsed, bool(options.get("include_usage")))
+
+
+def parse_settings(body: dict[str, Any], limits: ServeConfig) -> tuple[CompletionConfig, SampleConfig]:
+    """The fields beside the prompt. Raises UserError."""
+    for name in NOT_SUPPORTED:
         if body.pop(name, None):
-            raise UserError(f"{name} is not served; leave it out")
-    names = ["prompt", *(field.name for field in fields(CompletionConfig))]
+            raise UserError(f"{name} is not supported; leave it out")
+    names = ["prompt", *(field.name for field in fields(CompletionConfig)), *OF_SAMPLE_CONFIG]
     for name in set(body) - set(names):
-        near = "max_tokens" if name == "max_new_tokens" else nearest(name, names)
-        hint = f"did you mean {near}?" if near else f"known are {', '.join(names)}"
-        raise UserError(f"{shorten(name)} is no setting of a completion; {hint}")
+        near = ["max_tokens"] if name == "max_new_tokens" else difflib.get_close_matches(name, names, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(names)}"
+        raise UserError(f"{shorten(name)} is not a field of a completion; {hint}")
+    params = {name: body.pop(name) for name in OF_SAMPLE_CONFIG if name in body}
+    defaults = {"temperature": 1.0, "top_k": None, "seed": secrets.randbits(31)}
     try:
         config = CompletionConfig(**body)
-        asked = SampleConfig(
-            **{name: getattr(config, name) for name in ALIKE},
-            num_samples=config.copies,
-            max_new_tokens=config.max_tokens,
-            seed=secrets.randbits(31) if config.seed is None else config.seed,
-            show_probs=config.logprobs is not None or config.copies > config.n,
-        )
+        show_probs = config.logprobs is not None or config.num_samples > config.n
+        more = {"num_samples": config.num_samples, "max_new_tokens": config.max_tokens}
+        settings = SampleConfig(**defaults | params, **more, show_probs=show_probs)
     except ValueError as error:
         raise UserError(error) from None
-    if config.max_tokens > most_tokens:
-        raise UserError(f"max_tokens={config.max_tokens} is too many; ask for {most_tokens} or fewer")
-    if config.copies > most_samples:
-        raise UserError(f"{config.copies} samples of a prompt are too many; ask for {most_samples} or fewer")
-    several = given if isinstance(given, list) and not is_ids(given) else [given]
-    if not 1 <= len(several) <= most_prompts:
-        raise UserError(f"{len(several)} prompts; send 1 to {most_prompts} at once")
-    names = [f"prompt {n}" for n in range(1, len(several) + 1)] if len(several) > 1 else ["the prompt"]
-    prompts = [
-        prompt_of(one, name, sampler, config.truncate) for one, name in zip(several, names, strict=True)
-    ]
-    return Completion(config, prompts, asked, bool(options.get("include_usage")))
-
-
-def nearest(name: str, names: list[str]) -> str | None:
-    return next(iter(difflib.get_close_matches(name, names, n=1)), None)
+    if len(settings.stop) > 16 or any(len(stop) > 200 for stop in settings.stop):
+        raise UserError("stop has over 16 texts, or one of over 200 characters; send fewer or shorter ones")
+    if config.max_tokens > (most := limits.max_new_tokens):
+        raise UserError(f"max_tokens={config.max_tokens} is too many; ask for {most} or fewer")
+    if config.num_samples > (most := limits.batch_size):
+        raise UserError(f"{config.num_samples} samples of a prompt are too many; ask for {most} or fewer")
+    return config, settings
 
 
 def is_ids(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(type(part) is int for part in value)
 
 
-def prompt_of(given: Any, name: str, sampler: Any, truncate: bool) -> Prompt:
-    """A prompt that is text or a list of ids. Raises UserError."""
+def parse_prompt(prompt: Any, name: str, sampler: Sampler, truncate: bool) -> tuple[str, list[int]]:
+    """The text and the ids of a prompt that is either of them. Raises UserError."""
     block_size, vocab_size = sampler.model.config.block_size, sampler.tokenizer.vocab_size
-    if isinstance(given, str):
-        text, ids = given, sampler.ids_of(given, name, whole=False)
-    elif not is_ids(given):
+    if isinstance(prompt, str):
+        text, ids = prompt, sampler.ids_of(prompt, name, whole=False)
+    elif not is_ids(prompt):
         raise UserError(f"{name} is neither text nor a list of ids; send one of these")
-    elif not all(0 <= id < vocab_size for id in given):
-        raise UserError(f"{name} has an id that is none of the model's; send ids from 0 to {vocab_size - 1}")
+    elif not all(0 <= id < vocab_size for id in prompt):
+        raise UserError(f"{name} has an id outside of the vocabulary; send ids from 0 to {vocab_size - 1}")
     else:
-        text, ids = sampler.tokenizer.decode(given), given
+        text, ids = sampler.tokenizer.decode(prompt), prompt
     if len(ids) > block_size and not truncate:
         raise UserError(
             f"{name} has {len(ids)} tokens, the model reads {block_size}; shorten it, or send truncate=true"
         )
-    return Prompt(text, ids[-block_size:])
+    return text, ids[-block_size:]
 
 
-def joined(parts: list[RequestOutput]) -> RequestOutput:
-    """All news of a sample as one."""
-    tokens = [token for part in parts for token in part.tokens]
-    likeliest = [place for part in parts for place in part.likeliest]
-    return parts[-1]._replace(text="".join(part.text for part in parts), tokens=tokens, likeliest=likeliest)
-
-
-def choice_json(
-    number: int, news: RequestOutput, config: CompletionConfig, sampler: Any, begin: str = "", offset: int = 0
-) -> dict[str, Any]:
-    """What became certain of a sample, as OpenAI's clients know it. `begin` stands before it; its tokens
-    follow `offset` characters."""
-    logprobs = None
+def choice_json(index: int, output: RequestOutput, completion: Completion, tokenizer: Any) -> dict[str, Any]:
+    """One of an answer's choices, or of an event. The first output of a choice follows the echoed prompt."""
+    config, text, logprobs = completion.config, output.text, None
+    if config.echo and output.first:
+        text = completion.prompts[index // config.n].text + text
     if config.logprobs is not None:
-        offsets = []
-        for token in news.tokens:
-            offsets.append(offset)
-            offset += len(token.text)
+        texts = [token.text for token in output.tokens]
         logprobs = {
-            "tokens": [token.text for token in news.tokens],
-            "token_logprobs": [token.logprob for token in news.tokens],
+            "tokens": texts,
+            "token_logprobs": [token.logprob for token in output.tokens],
             "top_logprobs": [
-                {name_of(id, sampler): logprob for id, logprob in place} for place in news.likeliest
+                {token_name(id, tokenizer): logprob for id, logprob in top} for top in output.top_logprobs
             ],
-            "text_offset": offsets,
+            "text_offset": list(accumulate(map(len, texts), initial=output.text_offset))[:-1],
         }
-    return {"index": number, "text": begin + news.text, "logprobs": logprobs, "finish_reason": news.ended}
+    return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": output.finish_reason}
 
 
-def name_of(id: int, sampler: Any) -> str:
-    """A token's text, or as in OpenAI's answers its bytes where these are no whole characters."""
-    data = sampler.tokenizer.decode_bytes([id])
+def token_name(id: int, tokenizer: Any) -> str:
+    """A token's text or, if it is not whole characters, its bytes as in OpenAI's answers."""
+    data = tokenizer.decode_bytes([id])
     try:
         return data.decode()
     except UnicodeDecodeError:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
-def answer(
-    id: str, model: str, choices: list[dict[str, Any]], usage: dict[str, int] | None = None
-) -> dict[str, Any]:
-    """The body of an answer, or a part of a streamed one."""
+def completion_json(id: str, model: str, choices: list[Any], usage: Any = None) -> dict[str, Any]:
+    """The body of an answer, or an event of a stream."""
     head = {"id": id, "object": "text_completion", "created": int(time.time()), "model": model}
     return {**head, "choices": choices, "usage": usage}
 
 
-def usage(done: Completion, made: int) -> dict[str, int]:
-    """How many tokens were read and made."""
-    read = sum(len(prompt.ids) for prompt in done.prompts)
-    return {"prompt_tokens": read, "completion_tokens": made, "total_tokens": read + made}
+def usage_json(completion: Completion, num_tokens: int) -> dict[str, int]:
+    read = sum(len(prompt.ids) for prompt in completion.prompts)
+    return {"prompt_tokens": read, "completion_tokens": num_tokens, "total_tokens": read + num_tokens}
 
 
-def failure(status: int, why: str) -> dict[str, Any]:
+def error_json(status: int, message: str) -> dict[str, Any]:
     """The body of an answer that is an error."""
     kind = "invalid_request_error" if status < 500 else "server_error"
-    return {"error": {"message": why, "type": kind, "param": None, "code": status}}
+    return {"error": {"message": message, "type": kind, "param": None, "code": status}}

@@ -1,13 +1,15 @@
-"""One network, many who ask: their samples are written together, and each begins and ends when it will.
+"""Continuous batching: requests join and leave a running batch.
 
-One thread reads the network, and tells in pieces what became certain of each sample; others ask.
+`Engine.run` decodes in one thread and emits each sample's text; other threads submit requests.
 """
 
 import threading
 import time
 import traceback
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import accumulate, groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -18,255 +20,249 @@ from distrogpt.inference.detokenizer import Detokenizer, Token
 from distrogpt.inference.sampling import SamplingParams, sample_token, uniform_noise
 from distrogpt.settings import SampleConfig
 
-TELL_EVERY = 0.05  # seconds: eyes hardly want more, and each telling wakes others on the same cores
+EMIT_INTERVAL = 0.05  # seconds: readers hardly want more, and each output wakes a thread on the same cores
+TopLogprobs = list[tuple[int, float]]  # the likeliest ids of a position with their log-probabilities
 
 
 class QueueFull(Exception):
-    """As many wait as may."""
+    """Too many requests wait."""
 
 
 class EngineClosed(Exception):
-    """Nothing is written any more."""
+    """The engine takes no more requests."""
 
 
 class RequestOutput(NamedTuple):
-    """What became certain of a sample since the last news of it."""
+    """What a sample gained since its last output."""
 
-    sample: int  # its number in the request
+    index: int  # of the sample among those of its completion
     text: str = ""
     tokens: list[Token] = []
-    likeliest: list[list[tuple[int, float]]] = []  # for each of these, ids and log-probabilities at its place
-    made: int = 0  # tokens so far, with the one that ended it
-    ended: str | None = None  # why: stop, length, or error, which `text` says then
-    score: float = 0.0  # the mean log-likelihood of its tokens, when it has ended
+    top_logprobs: list[TopLogprobs] = []  # of each of these tokens
+    text_offset: int = 0  # characters of all tokens before these
+    num_tokens: int = 0  # so far, with the one that ended the sample
+    finish_reason: str | None = None  # stop, length, or error with its message in `text`
+    score: float = 0.0  # mean log-likelihood of its tokens so far
+    first: bool = False  # nothing of the sample was emitted before
 
 
-class Request:
-    """A prompt that is to go on in asked.num_samples samples."""
+@dataclass(eq=False)
+class EngineRequest:
+    """A prompt to be continued in settings.num_samples samples."""
 
-    def __init__(
-        self,
-        prompt: list[int],
-        asked: SampleConfig,
-        tell: Callable[[RequestOutput], None],
-        likeliest: int = 0,
-    ) -> None:
-        """`tell` is called in the engine's thread. With asked.show_probs, chances are told too, and those of
-        so many `likeliest` tokens at each place."""
-        self.prompt, self.asked, self.tell, self.likeliest = prompt, asked, tell, likeliest
-        self.choice = SamplingParams.from_settings(asked)
-        self.draws = uniform_noise(asked.seed, asked.num_samples, asked.max_new_tokens).numpy()
-        self.gone = False  # nobody waits for it any more
+    prompt: list[int]
+    settings: SampleConfig  # outputs have log-probabilities if show_probs is set
+    emit: Callable[[RequestOutput], None]  # called in the engine's thread
+    stream: bool = False  # emit text while it is written
+    top_logprobs: int = 0  # N: also those of the N likeliest tokens
+    first_index: int = 0  # of its samples among those of its completion
+    cancelled: bool = False
+
+    def __post_init__(self) -> None:
+        self.n = self.settings.num_samples
+        self.params = SamplingParams.from_settings(self.settings)
+        self.uniforms = uniform_noise(self.settings.seed, self.n, self.settings.max_new_tokens).numpy()
 
 
 class Sample:
-    """A row of the batch: who asked for it, what is written there, and how much of that was told."""
+    """A row of the batch: the text that its request has got so far."""
 
-    def __init__(self, request: Request, number: int, tokenizer: Any) -> None:
-        asked = request.asked
-        self.request, self.number, self.draws = request, number, request.draws[number]  # (max_new_tokens,)
-        self.writer = Detokenizer(tokenizer, asked.stop, tokenizer.end_of_text if asked.stop_at_end else None)
-        self.likeliest: list[list[tuple[int, float]]] = []  # as the writer's tokens
-        self.told, self.told_at = 0, 0.0
-        self.ended: str | None = None
-        self.over = False  # and that was told
-        self.seen = set(request.prompt)  # ids that a penalty of repetition is for
+    def __init__(self, request: EngineRequest, number: int, tokenizer: Any) -> None:
+        settings = request.settings
+        end = tokenizer.end_of_text if settings.stop_at_end else None
+        self.request, self.index = request, request.first_index + number
+        self.uniforms = request.uniforms[number]  # (max_new_tokens,)
+        self.detokenizer = Detokenizer(tokenizer, settings.stop, end)
+        self.seen = set(request.prompt)  # ids that a repetition penalty applies to
+        self.top_logprobs: list[TopLogprobs] = []  # of the tokens that were not emitted yet
+        self.text_offset, self.emitted_at = 0, 0.0
+        self.finish_reason: str | None = None
 
     @property
-    def made(self) -> int:
-        """Tokens so far, with the one that ended it."""
-        return len(self.writer.logprobs)
+    def num_tokens(self) -> int:
+        """Tokens so far, with the one that ended the sample."""
+        return len(self.detokenizer.logprobs)
 
-    def add(self, id: int, logprob: float, likeliest: list[tuple[int, float]]) -> None:
-        """Take the next token."""
-        before = len(self.writer.tokens)
-        self.writer.add(id, logprob)
-        self.likeliest += [likeliest] * (len(self.writer.tokens) - before)  # none of <|endoftext|>
+    def append(self, id: int, logprob: float, top_logprobs: TopLogprobs) -> None:
+        """Append the next token."""
+        if id != self.detokenizer.end:
+            self.top_logprobs.append(top_logprobs)
+        self.detokenizer.add(id, logprob)
         self.seen.add(id)
-        if self.writer.ended:
-            self.ended = "stop"
-        elif self.made == len(self.draws):
-            self.writer.close()
-            self.ended = "length"
+        if self.detokenizer.ended:
+            self.finish_reason = "stop"
+        elif self.num_tokens == len(self.uniforms):
+            self.detokenizer.close()
+            self.finish_reason = "length"
 
-    def news(self) -> RequestOutput:
-        """What became certain since the last call."""
-        tokens = self.writer.take_tokens()
-        likeliest = self.likeliest[self.told : self.told + len(tokens)]
-        self.told += len(tokens)
-        score = self.writer.score if self.ended else 0.0
-        text = self.writer.take_text()
-        return RequestOutput(self.number, text, tokens, likeliest, self.made, self.ended, score)
+    def emit(self) -> None:
+        """Emit what became certain since the last call."""
+        tokens, text = self.detokenizer.take_tokens(), self.detokenizer.take_text()
+        top, self.top_logprobs = self.top_logprobs[: len(tokens)], self.top_logprobs[len(tokens) :]
+        progress = (self.text_offset, self.num_tokens, self.finish_reason, self.detokenizer.score)
+        first = not self.emitted_at
+        self.text_offset += sum(len(token.text) for token in tokens)
+        self.emitted_at = time.monotonic()
+        self.request.emit(RequestOutput(self.index, text, tokens, top, *progress, first))
+
+    def fail(self, message: str) -> None:
+        """Finish with an error."""
+        self.finish_reason = "error"
+        self.request.emit(RequestOutput(self.index, message, finish_reason="error"))
 
 
 class Engine:
-    """A queue, first come, first served, of which `work` writes up to `rows` samples at once.
+    """A queue of requests, first come, first served, and a batch of at most `rows` samples.
 
-    A sample's text is that of sample.py with the same settings, whatever is written beside it.
+    A sample's text is that of sample.py with the same settings, whatever else is in the batch.
     """
 
-    def __init__(self, sampler: Any, rows: int, queue: int) -> None:
-        """`sampler` is a sample.Sampler; `queue` requests may wait."""
+    def __init__(
+        self,
+        sampler: Any,
+        rows: int,
+        queue: int,
+        make_batch: Callable[[Any, int], DecodingBatch] = DecodingBatch,
+    ) -> None:
+        """`sampler` is a Sampler; at most `queue` requests wait."""
         self.model, self.tokenizer, self.rows, self.queue = sampler.model, sampler.tokenizer, rows, queue
-        self.waiting: deque[Request] = deque()
+        self.make_batch, self.emit_interval = make_batch, EMIT_INTERVAL
+        self.waiting: deque[EngineRequest] = deque()
         self.samples: list[Sample] = []  # as the rows of the batch
-        self.batch = DecodingBatch(self.model, rows)
-        self.changed, self.closed, self.told_all = threading.Condition(), False, threading.Event()
+        self.batch: DecodingBatch | None = make_batch(self.model, rows)
+        self.changed, self.closed = threading.Condition(), False
 
-    def submit(self, requests: list[Request]) -> None:
-        """Take them all, or none and raise Full; Closed. The samples of each have to fit into the rows."""
+    def submit(self, requests: list[EngineRequest]) -> None:
+        """Queue all requests, or none and raise QueueFull or EngineClosed. Each one has to fit the batch."""
         with self.changed:
             if self.closed:
                 raise EngineClosed
-            self.waiting = deque(request for request in self.waiting if not request.gone)
-            free = max(0, self.rows - len(self.samples))
-            begins = 0  # of those that come, at once
-            for request in [*self.waiting, *requests]:
-                free -= request.asked.num_samples
-                begins += free >= 0
-            if len(self.waiting) + len(requests) > self.queue + begins:
+            self.waiting = deque(request for request in self.waiting if not request.cancelled)
+            free = self.rows - len(self.samples)
+            totals = accumulate(request.n for request in [*self.waiting, *requests])
+            starting = sum(total <= free for total in totals)  # requests that need not wait
+            if len(self.waiting) + len(requests) > self.queue + starting:
                 raise QueueFull
             self.waiting.extend(requests)
             self.changed.notify()
 
     def close(self) -> None:
-        """Let `work` end, and wait until it has told whoever waits."""
+        """Let `run` end; a signal handler may call this, too."""
         with self.changed:
             self.closed = True
             self.changed.notify()
-        self.told_all.wait()
 
-    def work(self) -> None:
-        """Until the engine is closed: a token more of each sample, as long as there is something to write."""
+    def run(self) -> None:
+        """Decode until the engine is closed; then fail all unfinished requests."""
         while not self.closed:
             with self.changed:
-                # not for ever, as Windows lets no Ctrl-C through meanwhile
+                # with a timeout, as Windows lets no Ctrl-C through otherwise
                 self.changed.wait_for(lambda: self.samples or self.waiting or self.closed, timeout=1)
-            wrong = None
+            message = None
             try:
                 with torch.no_grad():
-                    self.remove_ended()
-                    self.begin()
+                    self.remove_finished()
+                    self.admit()
                     if self.samples:
-                        self.write_on()
-                self.tell()
-            except Exception as error:  # those who wait must know, and others can still be served
-                wrong = reason_of(error)
-            if wrong:  # here nothing holds the old batch any more
-                self.start_anew(wrong)
+                        self.step()
+            except Exception as error:  # clients must learn of it, and others can still be served
+                message = error_message(error)
+            if message:  # outside of the except block, which refers to the old batch
+                self.restart(message)
         for request in self.waiting:
-            self.samples += [Sample(request, n, self.tokenizer) for n in range(request.asked.num_samples)]
-        self.end(self.samples, "the server ends")
-        self.told_all.set()
+            self.samples += [Sample(request, number, self.tokenizer) for number in range(request.n)]
+        self.fail_all("the server ends")
 
-    def start_anew(self, wrong: str) -> None:
-        """End what is being written, for a reason, and be ready for more; or end, where that cannot be."""
-        self.end(self.samples, wrong)
+    def restart(self, message: str) -> None:
+        """Fail all running samples and make a new batch; without memory for one, close."""
+        self.fail_all(message)
         self.samples, self.batch = [], None
         try:
-            self.batch = DecodingBatch(self.model, self.rows)
+            self.batch = self.make_batch(self.model, self.rows)
         except Exception as error:
-            reason_of(error)
-            with self.changed:
-                self.closed = True
+            error_message(error)
+            self.close()
 
-    def end(self, samples: list[Sample], wrong: str) -> None:
-        """Tell whoever waits for these samples what is wrong."""
-        for sample in samples:
-            if not sample.over:
-                sample.ended, sample.over = "error", True
-                sample.request.tell(RequestOutput(sample.number, wrong, ended="error"))
+    def fail_all(self, message: str) -> None:
+        for sample in self.samples:
+            if not sample.finish_reason:
+                sample.fail(message)
 
-    def remove_ended(self) -> None:
+    def remove_finished(self) -> None:
         for row in reversed(range(len(self.samples))):
-            if self.samples[row].ended or self.samples[row].request.gone:
+            if self.samples[row].finish_reason or self.samples[row].request.cancelled:
                 self.batch.remove_sequence(row)
-                last = self.samples.pop()
-                if row < len(self.samples):
-                    self.samples[row] = last
+                self.samples[row] = self.samples[-1]  # the last one takes its place
+                self.samples.pop()
 
-    def begin(self) -> None:
-        """Let in those whose turn it is, as far as there is room."""
-        begun: list[Request] = []
+    def admit(self) -> None:
+        """Start the requests that are next, as far as there is room."""
+        admitted: list[EngineRequest] = []
         with self.changed:
-            room = self.rows - len(self.samples)
-            while self.waiting and (self.waiting[0].gone or self.waiting[0].asked.num_samples <= room):
+            free = self.rows - len(self.samples)
+            while self.waiting and (self.waiting[0].cancelled or self.waiting[0].n <= free):
                 request = self.waiting.popleft()
-                if not request.gone:
-                    begun.append(request)
-                    room -= request.asked.num_samples
-            begun.sort(key=lambda request: request.asked.num_samples)
-            self.samples += [
-                Sample(request, n, self.tokenizer)
-                for request in begun
-                for n in range(request.asked.num_samples)
-            ]
-        for copies in sorted({request.asked.num_samples for request in begun}):
-            alike = [request.prompt for request in begun if request.asked.num_samples == copies]
-            self.batch.add_sequences([torch.tensor(prompt) for prompt in alike], copies)
+                if not request.cancelled:
+                    admitted.append(request)
+                    free -= request.n
+            admitted.sort(key=lambda request: request.n)
+            for request in admitted:
+                self.samples += [Sample(request, number, self.tokenizer) for number in range(request.n)]
+        for n, requests in groupby(admitted, key=lambda request: request.n):
+            self.batch.add_sequences([torch.tensor(request.prompt) for request in requests], n)
 
-    def write_on(self) -> None:
-        """A token more of each of B samples."""
+    def step(self) -> None:
+        """Decode a token of each of B samples, and emit what is due."""
         logits = self.batch.next_logits()[:, : self.tokenizer.vocab_size]  # (B, V)
-        ids = self.choose(logits)  # (B, 1)
+        ids = self.sample_tokens(logits)  # (B, 1)
         self.batch.append(ids)
-        logprobs, most = [0.0] * len(ids), max(sample.request.likeliest for sample in self.samples)
-        places = values = [()] * len(ids)
-        if any(sample.request.asked.show_probs for sample in self.samples):
-            chances = logits.float().log_softmax(dim=-1)
-            logprobs = chances.gather(1, ids)[:, 0].tolist()
-            if most:
-                best = chances.topk(min(most, chances.size(-1)))  # (B, most)
-                places, values = best.indices.tolist(), best.values.tolist()
-        for row, (sample, id) in enumerate(zip(self.samples, ids[:, 0].tolist(), strict=True)):
-            wanted = sample.request.likeliest
-            likeliest = list(zip(places[row][:wanted], values[row][:wanted], strict=True))
+        steps = zip(ids[:, 0].tolist(), *self.logprobs(logits, ids), strict=True)
+        for sample, step in zip(self.samples, steps, strict=True):
             try:
-                sample.add(id, logprobs[row], likeliest)
-            except Exception as error:  # of this text alone
-                self.end([sample], reason_of(error))
+                sample.append(*step)
+                due = sample.num_tokens == 1 or time.monotonic() - sample.emitted_at >= self.emit_interval
+                if sample.finish_reason or (sample.request.stream and due):
+                    sample.emit()
+            except Exception as error:  # the other samples are not affected
+                sample.fail(error_message(error))
 
-    def choose(self, logits: torch.Tensor) -> torch.Tensor:
-        """The next ids (B, 1), of each sample by its own settings."""
-        groups: dict[SamplingParams, list[int]] = {}
+    def sample_tokens(self, logits: torch.Tensor) -> torch.Tensor:
+        """Choose the next ids (B, 1), of each sample by its own settings."""
+        groups: dict[SamplingParams, list[int]] = defaultdict(list)
         for row, sample in enumerate(self.samples):
-            groups.setdefault(sample.request.choice, []).append(row)
-        draws = torch.tensor([[sample.draws[sample.made]] for sample in self.samples])  # (B, 1)
-        draws = draws.to(logits.device)
-        seen = {choice: self.seen(rows, logits) for choice, rows in groups.items()}
-        if len(groups) == 1:
-            (choice,) = groups
-            return sample_token(logits, choice, draws, seen[choice])
-        ids = torch.empty(draws.shape, dtype=torch.long, device=logits.device)
-        for choice, rows in groups.items():
-            ids[rows] = sample_token(logits[rows], choice, draws[rows], seen[choice])
+            groups[sample.request.params].append(row)
+        uniforms = torch.tensor([[sample.uniforms[sample.num_tokens]] for sample in self.samples])  # (B, 1)
+        uniforms = uniforms.to(logits.device)
+        ids = torch.empty(uniforms.shape, dtype=torch.long, device=logits.device)  # (B, 1)
+        for params, rows in groups.items():
+            seen = None if params.repetition_penalty == 1 else self.seen_ids(rows, logits)
+            if len(groups) == 1:  # spares the copies
+                return sample_token(logits, params, uniforms, seen)
+            ids[rows] = sample_token(logits[rows], params, uniforms[rows], seen)
         return ids
 
-    def seen(self, rows: list[int], logits: torch.Tensor) -> torch.Tensor | None:
-        """Which ids stand in the texts of these samples already, (rows, V); None where it makes no matter."""
-        if self.samples[rows[0]].request.choice.repetition_penalty == 1:
-            return None
+    def seen_ids(self, rows: list[int], logits: torch.Tensor) -> torch.Tensor:
+        """Which ids these samples have already: (rows, V)."""
         seen = torch.zeros(len(rows), logits.size(1), dtype=torch.bool)
-        for number, row in enumerate(rows):
-            seen[number, list(self.samples[row].seen)] = True
+        for mask, row in zip(seen, rows, strict=True):
+            mask[list(self.samples[row].seen)] = True
         return seen.to(logits.device)
 
-    def tell(self) -> None:
-        """News of those that have begun, have ended, or were not told for a while."""
-        now = time.monotonic()
-        for sample in self.samples:
-            due = sample.ended or sample.made == 1 or now - sample.told_at >= TELL_EVERY
-            if due and not sample.over:
-                sample.told_at = now
-                try:
-                    sample.request.tell(sample.news())
-                    sample.over = sample.ended is not None
-                except Exception as error:  # of this text alone
-                    self.end([sample], reason_of(error))
+    def logprobs(self, logits: torch.Tensor, ids: torch.Tensor) -> tuple[list[float], list[TopLogprobs]]:
+        """The log-probability of each sample's id, and of the likeliest ids that its request wants."""
+        requests = [sample.request for sample in self.samples]
+        if not any(request.settings.show_probs for request in requests):
+            return [0.0] * len(ids), [[] for _ in ids]
+        logprobs = logits.float().log_softmax(dim=-1)  # (B, V)
+        most = max(request.top_logprobs for request in requests)
+        values, indices = logprobs.topk(min(most, logprobs.size(-1)))  # (B, most)
+        pairs = [list(zip(*row, strict=True)) for row in zip(indices.tolist(), values.tolist(), strict=True)]
+        top = [row[: request.top_logprobs] for row, request in zip(pairs, requests, strict=True)]
+        return logprobs.gather(1, ids)[:, 0].tolist(), top
 
 
-def reason_of(error: Exception) -> str:
-    """What whoever asked is told of an error; what is a bug stands on stderr, too."""
+def error_message(error: Exception) -> str:
+    """What clients are told of an error; the trace of a bug goes to stderr."""
     if is_out_of_memory(error):
         return "out of memory; ask for fewer samples at once"
     traceback.print_exception(error)

@@ -1,4 +1,4 @@
-"""Speech in and out, with stand-ins for the optional packages; test_audio_circle.py has the real ones."""
+"""Speech in and out, with fakes of the optional packages; test_audio_circle.py has the real ones."""
 
 import sys
 import types
@@ -11,17 +11,24 @@ from conftest import TINY, assert_user_error, prepare_here, sample_here, train_h
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distrogpt.audio import transcription as audio
-from distrogpt.audio.speech import BETWEEN_TEXTS, LONGEST, load_voice, paragraphs, pieces, wav_bytes
+from distrogpt.audio import transcription
+from distrogpt.audio.speech import (
+    MAX_CHARS,
+    TEXT_PAUSE,
+    load_voice,
+    split_chunks,
+    split_paragraphs,
+    wav_bytes,
+)
 from distrogpt.data.meta import read_meta
 from distrogpt.data.tokenizer import END_OF_TEXT, from_description
 from distrogpt.errors import UserError
 
 SCRIPT = "data/audio/prepare.py"
-BOOK = {"chapter10.wav": 30, "Chapter2.wav": 20, "chapter1.wav": 10}  # name and loudness, which tells them
+BOOK = {"chapter10.wav": 30, "Chapter2.wav": 20, "chapter1.wav": 10}  # loudness, by which the fake tells them
 
 
-def write_wav(path: Path, samples: np.ndarray, rate: int = audio.RATE) -> None:
+def write_wav(path: Path, samples: np.ndarray, rate: int = transcription.SAMPLE_RATE) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with wave.open(str(path), "wb") as wav:
         wav.setnchannels(1)
@@ -36,8 +43,8 @@ def read_wav(path: Path) -> tuple[int, np.ndarray]:
         return wav.getframerate(), np.frombuffer(wav.readframes(wav.getnframes()), "<i2")
 
 
-def said(loudness: int) -> str:
-    """The text of a recording: of two lines, as there is a pause between its sentences."""
+def transcript(loudness: int) -> str:
+    """The text of a recording: two lines, as there is a pause between its sentences."""
     return f"Here speaks number {loudness}, and nobody else.\nThat was number {loudness}."
 
 
@@ -47,27 +54,26 @@ class Word(types.SimpleNamespace):
 
 @pytest.fixture
 def whisper(monkeypatch):
-    """faster_whisper and av as far as prepare.py uses them; the list of what was heard. They read .wav alone,
-    and tell recordings by their loudness."""
-    heard: list[int] = []
+    """Fakes of faster_whisper and av, which read .wav alone; the loudness of each transcribed recording."""
+    transcribed: list[int] = []
 
     class Model:
         supported_languages = ("en", "de")
 
-        def __init__(self, folder, **asked):
-            self.asked = asked
+        def __init__(self, folder, **options):
+            self.options = options
 
         def transcribe(self, sound, language, **options):
             assert sound.dtype == np.float32 and options["vad_filter"] and options["word_timestamps"]
             loudness = round(float(np.abs(sound).max()) * 32768)
-            heard.append(loudness)
+            transcribed.append(loudness)
             if loudness == 99:
                 raise KeyboardInterrupt
             at, words = 0.5, []
-            for line in said(loudness).split("\n") if loudness else []:
+            for line in transcript(loudness).split("\n") if loudness else []:
                 for text in line.split():
                     words.append(Word(word=f" {text}", start=at, end=at + 0.2))
-                    at += 0.7  # a pause within a sentence is none
+                    at += 0.7  # no pause within a sentence
                 at += 1.0
             return iter([Word(words=words, end=at)] if words else []), None
 
@@ -116,7 +122,7 @@ def whisper(monkeypatch):
         module = types.ModuleType(name)
         vars(module).update(contents)
         monkeypatch.setitem(sys.modules, name, module)
-    return heard
+    return transcribed
 
 
 @pytest.fixture
@@ -133,15 +139,15 @@ def model(tmp_path) -> Path:
 def book(tmp_path) -> Path:
     """A folder of recordings, of a second each."""
     for name, loudness in BOOK.items():
-        write_wav(tmp_path / "book" / name, np.full(audio.RATE, loudness))
+        write_wav(tmp_path / "book" / name, np.full(transcription.SAMPLE_RATE, loudness))
     (tmp_path / "book" / "cover.jpg").write_bytes(b"no sound")
-    (tmp_path / "book" / "._chapter1.wav").write_bytes(b"what macOS lays beside a file")
+    (tmp_path / "book" / "._chapter1.wav").write_bytes(b"which macOS puts beside a file")
     return tmp_path / "book"
 
 
 @pytest.fixture
 def prepare(tmp_path, model):
-    """prepare(*inputs_and_options): the script, with that model, into one folder."""
+    """prepare(*inputs_and_options): run the script with that model into one folder."""
     return lambda *words: prepare_here(
         SCRIPT, "--output", tmp_path / "out", "--model", model, "--workers=1", "--input", *words
     )
@@ -157,15 +163,15 @@ def test_recordings_become_a_dataset_in_their_natural_order(whisper, book, prepa
     assert done.returncode == 0, done.stderr
     assert whisper == [10, 20, 30, 0] and "note: interval.wav: no speech" in done.stderr
     out = tmp_path / "out"
-    assert documents(out) == [f"{said(loudness)}\n" for loudness in (10, 20, 30)]
+    assert documents(out) == [f"{transcript(loudness)}\n" for loudness in (10, 20, 30)]
     meta = read_meta(out)
-    assert meta["tokenizer"] == {"kind": "byte"}  # what data/text/prepare.py has for options is passed on
+    assert meta["tokenizer"] == {"kind": "byte"}  # the options of data/text/prepare.py work, too
     ids = [np.fromfile(out / f"{split}.bin", "<u2").tolist() for split in ("train", "val")]
     text = "".join(map(from_description(meta["tokenizer"]).decode, ids))
     assert [text.count(f"That was number {loudness}") for loudness in (10, 20, 30)] == [1, 0, 1]
     assert "python train.py config/train_own_text.py --dataset=" in done.stdout
     assert_user_error(prepare(book), "has a dataset already", "--overwrite")
-    assert prepare(book, "--overwrite").returncode == 0 and len(whisper) == 4  # transcripts are not made anew
+    assert prepare(book, "--overwrite").returncode == 0 and len(whisper) == 4  # transcripts are reused
     assert read_meta(out)["tokenizer"]["kind"] == "char"
 
 
@@ -177,9 +183,9 @@ def test_only_what_is_new_is_transcribed(whisper, book, prepare, tmp_path):
     (tmp_path / "out" / "transcripts" / "chapter3.0.part.0123.part").write_text("half a li")  # of the kill
     write_wav(book / "chapter3.wav", np.full(1000, 25))
     assert prepare(book).returncode == 0 and whisper[3:] == [25, 30]
-    assert documents(tmp_path / "out") == [f"{said(loudness)}\n" for loudness in (10, 20, 25, 30)]
+    assert documents(tmp_path / "out") == [f"{transcript(loudness)}\n" for loudness in (10, 20, 25, 30)]
     assert {path.suffix for path in (tmp_path / "out" / "transcripts").iterdir()} == {".txt"}
-    write_wav(book / "chapter1.wav", np.full(audio.RATE, 11))  # of the same size
+    write_wav(book / "chapter1.wav", np.full(transcription.SAMPLE_RATE, 11))  # of the same size
     (mended,) = (tmp_path / "out" / "transcripts").glob("Chapter2.*")
     mended.write_text("I mended this by hand.\n")
     for name in (f"._{mended.name}", "._chapter 1.txt", "notes.txt", "my.notes.txt"):  # of others, and macOS
@@ -188,39 +194,47 @@ def test_only_what_is_new_is_transcribed(whisper, book, prepare, tmp_path):
     (moved / "chapter10.wav").rename(moved / "chapter0.wav")
     assert prepare(moved, "--overwrite").returncode == 0 and whisper[5:] == [11]
     assert documents(tmp_path / "out") == [
-        *(f"{said(30)}\n", f"{said(11)}\n", "I mended this by hand.\n", f"{said(25)}\n")
+        *(f"{transcript(30)}\n", f"{transcript(11)}\n", "I mended this by hand.\n", f"{transcript(25)}\n")
     ]
     assert prepare(moved, "--overwrite", "--language=de").returncode == 0 and len(whisper) == 10
     (tmp_path / "model" / "model.bin").write_text("another one")
     assert prepare(moved, "--overwrite").returncode == 0 and len(whisper) == 14
 
 
-def test_a_long_recording_is_cut_where_it_is_quiet_and_goes_on_after_a_kill(whisper, tmp_path, monkeypatch):
-    monkeypatch.setattr(audio, "PART", 10)
-    monkeypatch.setattr(audio, "CUT_WITHIN", 4)
-    rate = audio.RATE
+def test_a_long_recording_is_cut_where_it_is_quiet_and_resumes_after_a_kill(whisper, tmp_path):
+    rate = transcription.SAMPLE_RATE
     sound = np.full(25 * rate, 40)
     sound[int(7.2 * rate) : int(8.4 * rate)] = 0  # near the end of the first ten seconds
-    sound[10 * rate :] = 99  # the stand-in is killed by this
+    sound[10 * rate :] = 99  # at which the fake is interrupted
     write_wav(tmp_path / "long.wav", sound)
-    parts = list(audio.parts_of(tmp_path / "long.wav"))
+    parts = list(transcription.read_parts(tmp_path / "long.wav", part_seconds=10, cut_seconds=4))
     assert 7.2 <= len(parts[0]) / rate <= 8.4 and max(map(len, parts)) <= 10 * rate + 1000
     np.testing.assert_array_equal(np.concatenate(parts), (sound / 32768).astype(np.float32))
-    recording, model = audio.Recording(tmp_path / "long.wav", tmp_path / "t" / "long.1.txt"), sys.modules
-    model = model["faster_whisper"].WhisperModel("")
+    path, model = tmp_path / "t" / "long.1.txt", sys.modules["faster_whisper"].WhisperModel("")
     with pytest.raises(KeyboardInterrupt):
-        audio.transcribe(recording, model, None, lambda seconds: None)
-    assert whisper == [40, 99] and not recording.text.exists()
+        list(transcription.transcribe(parts, path, model, None))
+    assert whisper == [40, 99] and not path.exists()
     (tmp_path / "t" / "long.1.1.part").write_text("and no pause")  # as if it had come further
     whisper.clear()
-    monkeypatch.setattr(model, "transcribe", lambda *sound, **more: (iter([]), None))
-    text = audio.transcribe(recording, model, None, lambda seconds: None)
-    assert whisper == [] and text == said(40) + "\nand no pause"
+    model.transcribe = lambda *sound, **options: (iter([]), None)
+    seconds = list(transcription.transcribe(parts, path, model, None))
+    assert whisper == [] and path.read_text() == transcript(40) + "\nand no pause\n"
+    assert seconds == sorted(seconds) and seconds[-1] == 25
     assert [path.name for path in (tmp_path / "t").iterdir()] == ["long.1.txt"]
 
 
-def test_broken_recordings_are_told_after_the_others(whisper, book, prepare, tmp_path):
-    (book / "chapter2.mp3").write_text("I am no music")
+def test_a_sentence_that_was_cut_stays_in_its_line():
+    def text(*words):
+        return transcription.text_of_words(
+            Word(word=f" {word}", start=start, end=start + 0.5) for start, word in words
+        )
+
+    assert text((0, "Who"), (3, "waits?"), (3.8, "You."), (9, "Me")) == "Who waits? You.\nMe "
+    assert text((0, "That"), (1, "is"), (2, "all.")) == "That is all.\n" and text() == ""
+
+
+def test_broken_recordings_are_reported_after_the_others(whisper, book, prepare, tmp_path):
+    (book / "chapter2.mp3").write_text("not music")
     write_wav(book / "empty.wav", np.zeros(0))
     done = prepare(book)
     assert_user_error(done, "2 of 5", "chapter2.mp3, empty.wav", "--skip_broken")
@@ -230,10 +244,10 @@ def test_broken_recordings_are_told_after_the_others(whisper, book, prepare, tmp
     assert done.returncode == 0 and len(documents(tmp_path / "out")) == 3 and len(whisper) == 3
 
 
-def test_what_names_other_files_is_no_recording(tmp_path):
+def test_lists_of_other_files_are_not_recordings(tmp_path):
     pytest.importorskip("av", reason="PyAV comes with faster-whisper")
-    write_wav(tmp_path / "secret.wav", np.full(audio.RATE, 50))
-    whole = audio.seconds_of(tmp_path / "secret.wav")
+    write_wav(tmp_path / "secret.wav", np.full(transcription.SAMPLE_RATE, 50))
+    seconds = transcription.audio_seconds(tmp_path / "secret.wav")
     lists = {
         "concat": "ffconcat version 1.0\nfile secret.wav\nfile secret.wav\n",
         "hls": f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nfile://{tmp_path}/secret.wav\n",
@@ -241,33 +255,33 @@ def test_what_names_other_files_is_no_recording(tmp_path):
     }
     for name, text in lists.items():
         (tmp_path / f"{name}.mp3").write_text(text)
-        with pytest.raises(audio.Broken, match="a list of other files" if name == "concat" else "nvalid"):
-            next(audio.samples_of(tmp_path / f"{name}.mp3"))
-    assert whole == 1 and sum(map(len, audio.parts_of(tmp_path / "secret.wav"))) == audio.RATE
+        words = "a list of other files" if name == "concat" else "nvalid"
+        with pytest.raises(transcription.BrokenRecording, match=words):
+            next(transcription.read_samples(tmp_path / f"{name}.mp3"))
+    samples = sum(map(len, transcription.read_parts(tmp_path / "secret.wav")))
+    assert seconds == 1 and samples == transcription.SAMPLE_RATE
 
 
-def test_what_help_says_of_models_is_what_there_is():
+def test_help_lists_the_models_of_the_package():
     package = pytest.importorskip("faster_whisper", reason="optional")
-    assert sorted(audio.MODELS.split(", ")) == sorted(package.available_models())
+    assert sorted(transcription.MODELS.split(", ")) == sorted(package.available_models())
 
 
-def test_there_is_a_bar_only_for_who_sees_it(tmp_path, monkeypatch, capsys):
+def test_the_bar_is_for_long_recordings_on_a_terminal(monkeypatch, capsys):
     pytest.importorskip("tqdm")
-    recordings = [audio.Recording(tmp_path / f"{number}.wav", tmp_path / "none") for number in (1, 2)]
 
-    def told(seconds: float, terminal: bool) -> str:
-        monkeypatch.setattr(audio, "seconds_of", lambda path: seconds / 2)
+    def stderr(seconds: float, terminal: bool) -> str:
         monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
-        with audio.hours_bar(recordings) as (say, at):
-            at(recordings[0], seconds / 2)
-            say("a line")
+        with transcription.progress_bar(seconds) as bar:
+            transcription.show_progress(bar, seconds / 2)
+            bar.write("a line", file=sys.stderr)
         return capsys.readouterr().err
 
-    assert told(40, True) == told(600, False) == "a line\n"
-    assert "05:00 of 10:00, " in told(600, True) and "0.50 of 1.00 h, " in told(3600, True)
+    assert stderr(40, True) == stderr(600, False) == "a line\n"
+    assert "0.08 of 0.17 h, " in stderr(600, True) and "0.50 of 1.00 h, " in stderr(3600, True)
 
 
-def test_mistakes_are_told_before_anything_is_heard(whisper, book, prepare, model, tmp_path, monkeypatch):
+def test_mistakes_are_reported_before_any_transcription(whisper, book, prepare, model, tmp_path, monkeypatch):
     assert_user_error(prepare(tmp_path / "none"), "none is not there", ".m4b")
     assert_user_error(prepare(model), "has none of these files")
     assert_user_error(prepare(book, "--tokenizer=bpe"), "write bpe:4096")
@@ -287,7 +301,7 @@ def test_mistakes_are_told_before_anything_is_heard(whisper, book, prepare, mode
     assert not (tmp_path / "out" / "train.bin").exists()
 
 
-def test_a_model_that_is_not_there_and_no_network(whisper, book, prepare, monkeypatch):
+def test_a_model_that_is_not_in_the_cache_without_a_network(whisper, book, prepare, monkeypatch):
     def nothing(name, local_files_only=False):
         raise OSError("not in the cache")
 
@@ -297,7 +311,7 @@ def test_a_model_that_is_not_there_and_no_network(whisper, book, prepare, monkey
 
 @pytest.fixture
 def piper(monkeypatch, tmp_path) -> str:
-    """A voice that says a tenth of a second for each sentence, as loud as it has characters."""
+    """A fake voice: a tenth of a second for each sentence, as loud as it has characters."""
 
     class PiperVoice:
         config = types.SimpleNamespace(sample_rate=8000)
@@ -339,7 +353,7 @@ def test_samples_are_spoken_one_after_another(run, piper, tmp_path):
     done = sample_here(*words, f"--speak={tmp_path / 'b.wav'}", "--num_samples=2")
     assert done.returncode == 0 and done.stdout.count("abc abc.") == 2
     _, two = read_wav(tmp_path / "b.wav")
-    np.testing.assert_array_equal(two, np.concatenate([one, np.zeros(int(BETWEEN_TEXTS * 8000)), one]))
+    np.testing.assert_array_equal(two, np.concatenate([one, np.zeros(int(TEXT_PAUSE * 8000)), one]))
     assert sorted(path.name for path in tmp_path.glob("*.wav*")) == ["a.wav", "b.wav"]
 
 
@@ -349,10 +363,10 @@ def test_speaking_is_checked_before_the_model_is_loaded(piper, run, tmp_path, mo
     assert_user_error(
         sample_here(nowhere, f"--speak={tmp_path / 'none' / 'o.wav'}", voice), "cannot be written"
     )
-    assert_user_error(sample_here(nowhere, "--speak=notes.txt", voice), "no name of a wav file")
+    assert_user_error(sample_here(nowhere, "--speak=notes.txt", voice), "does not end with .wav")
     (tmp_path / "folder.wav").mkdir()
-    assert_user_error(sample_here(nowhere, f"--speak={tmp_path / 'folder.wav'}", voice), "no file")
-    assert_user_error(sample_here(nowhere, wav, "--voice=nosuch.onnx"), "nosuch.onnx is not there")
+    assert_user_error(sample_here(nowhere, f"--speak={tmp_path / 'folder.wav'}", voice), "cannot be written")
+    assert_user_error(sample_here(nowhere, wav, "--voice=nosuch.onnx"), "nosuch.onnx is not a file")
     monkeypatch.setitem(sys.modules, "piper", None)
     assert_user_error(sample_here(nowhere, wav, voice), "piper-tts", "pip install -r requirements-audio.txt")
     monkeypatch.setitem(sys.modules, "pyttsx3", None)
@@ -362,7 +376,7 @@ def test_speaking_is_checked_before_the_model_is_loaded(piper, run, tmp_path, mo
     assert not (tmp_path / "out.wav").exists()
 
 
-def test_nothing_to_say_leaves_the_old_file(run, piper, tmp_path):
+def test_nothing_to_speak_leaves_the_old_file(run, piper, tmp_path):
     (tmp_path / "o.wav").write_bytes(b"old")
     words = (
         run,
@@ -403,20 +417,20 @@ def test_a_voice_of_the_system_speaks_in_a_process_of_its_own(tmp_path, monkeypa
         load_voice()
 
 
-def test_what_is_for_the_ear():
+def test_the_text_that_is_spoken():
     text = "# A *title*\nSome **bold** [link](http://x.y/z), wrapped\nhere. Dr. No!\n- item\n"
     text += "---\n\x00[[x]] \ud83d?"
-    assert [*paragraphs(text)] == ["A title", "Some bold link , wrapped here. Dr. No!", "item", "x ?"]
+    assert [*split_paragraphs(text)] == ["A title", "Some bold link , wrapped here. Dr. No!", "item", "x ?"]
     long = "One sentence of some length. " * 40
-    assert " ".join(pieces(long)).split() == long.split()
-    assert all(len(piece) <= LONGEST and piece.rstrip().endswith(".") for piece in pieces(long))
-    assert [len(piece) for piece in pieces("x" * 1000)] == [LONGEST, LONGEST, 1000 - 2 * LONGEST]
+    assert " ".join(split_chunks(long)).split() == long.split()
+    assert all(len(chunk) <= MAX_CHARS and chunk.rstrip().endswith(".") for chunk in split_chunks(long))
+    assert [len(chunk) for chunk in split_chunks("x" * 1000)] == [MAX_CHARS, MAX_CHARS, 1000 - 2 * MAX_CHARS]
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.text(st.one_of(st.characters(codec=None), st.sampled_from(".\n -#[]()*x7"))))
 def test_any_text_can_be_spoken(text):
-    for paragraph in paragraphs(text):
-        for piece in pieces(paragraph):
-            assert len(piece) <= LONGEST and any(map(str.isalnum, piece))
-            assert "\0" not in piece.encode("utf-8").decode() and "[[" not in piece
+    for paragraph in split_paragraphs(text):
+        for chunk in split_chunks(paragraph):
+            assert len(chunk) <= MAX_CHARS and any(map(str.isalnum, chunk))
+            assert "\0" not in chunk.encode("utf-8").decode() and "[[" not in chunk

@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 import wave
+from argparse import Namespace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -16,7 +17,8 @@ import numpy as np
 import pytest
 from conftest import REPO, assert_user_error, run, start
 
-from distrogpt.audio import transcription as audio
+from distrogpt.audio import transcription
+from distrogpt.audio.speech import load_voice, speak
 from distrogpt.data.meta import read_meta
 from distrogpt.data.tokenizer import END_OF_TEXT, from_description
 
@@ -55,18 +57,18 @@ When it grew dark he lit the lantern. Far away, low over the water, another ligh
 }
 
 
-def words_of(text: str) -> list[str]:
+def split_words(text: str) -> list[str]:
     return re.findall(r"[a-z']+", text.lower())
 
 
 def word_error_rate(said: str, heard: str) -> float:
     """The fewest words to change, add or leave out (Levenshtein, 1966), per word that was said."""
-    said_words, heard_words = words_of(said), words_of(heard)
+    said_words, heard_words = split_words(said), split_words(heard)
     row = list(range(len(heard_words) + 1))
     for number, word in enumerate(said_words, 1):
-        before, row = row, [number]
-        for place, other in enumerate(heard_words, 1):
-            row.append(min(row[-1] + 1, before[place] + 1, before[place - 1] + (word != other)))
+        above, row = row, [number]
+        for column, other in enumerate(heard_words, 1):
+            row.append(min(row[-1] + 1, above[column] + 1, above[column - 1] + (word != other)))
     return row[-1] / len(said_words)
 
 
@@ -85,8 +87,8 @@ def to_m4a(source: Path, target: Path) -> None:
         stream = writing.add_stream("aac", rate=44100, layout="stereo")
         resampler = av.AudioResampler("fltp", "stereo", 44100)
         for frame in [*reading.decode(audio=0), None]:
-            for made in resampler.resample(frame):
-                writing.mux(stream.encode(made))
+            for resampled in resampler.resample(frame):
+                writing.mux(stream.encode(resampled))
         writing.mux(stream.encode(None))
     source.unlink()
 
@@ -108,8 +110,6 @@ def models() -> tuple[str, Path]:
 @pytest.fixture(scope="module")
 def recordings(models, tmp_path_factory) -> Path:
     """The chapters, read aloud."""
-    from distrogpt.audio.speech import load_voice, speak
-
     folder, begin = tmp_path_factory.mktemp("recordings"), time.perf_counter()
     voice = load_voice(models[0])
     seconds = sum(speak([text], voice, str(folder / f"{name}.wav")) for name, text in CHAPTERS.items())
@@ -118,30 +118,32 @@ def recordings(models, tmp_path_factory) -> Path:
     return folder
 
 
-def heard(folder: Path) -> list[str]:
+def transcripts(folder: Path) -> list[str]:
     return (folder / "transcripts.txt").read_text(encoding="utf-8").split(END_OF_TEXT)
 
 
-def test_the_whole_circle(models, recordings, tmp_path):
+def test_the_circle(models, recordings, tmp_path):
     voice, model = models
     out = tmp_path / "book"
     command = ["data/audio/prepare.py", "--input", recordings, "--output", out, "--model", model]
     killed = start([sys.executable, *map(str, [REPO / command[0], *command[1:]])])
-    made = out / "transcripts"
-    while len(list(made.glob("*.txt"))) < 2 and killed.poll() is None:
+    written = out / "transcripts"
+    while len(list(written.glob("*.txt"))) < 2 and killed.poll() is None:
         time.sleep(0.02)
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
-    first = {path: path.stat().st_mtime_ns for path in made.glob("*.txt")}
+    first = {path: path.stat().st_mtime_ns for path in written.glob("*.txt")}
     assert 2 <= len(first) < len(CHAPTERS) and not (out / "train.bin").exists()
 
     begin = time.perf_counter()
     done = run(*command)
     took = time.perf_counter() - begin
     assert done.returncode == 0, done.stderr
-    assert {path: path.stat().st_mtime_ns for path in first} == first and len(list(made.iterdir())) == 4
-    errors = [word_error_rate(said, text) for said, text in zip(CHAPTERS.values(), heard(out), strict=True)]
-    lines = [text.strip().count("\n") + 1 for text in heard(out)]
+    assert {path: path.stat().st_mtime_ns for path in first} == first and len(list(written.iterdir())) == 4
+    errors = [
+        word_error_rate(said, text) for said, text in zip(CHAPTERS.values(), transcripts(out), strict=True)
+    ]
+    lines = [text.strip().count("\n") + 1 for text in transcripts(out)]
     print(
         f"Whisper: the other {len(CHAPTERS) - len(first)} chapters in {took:.1f} s; word error rate {errors}"
     )
@@ -149,7 +151,7 @@ def test_the_whole_circle(models, recordings, tmp_path):
     assert max(errors) < 0.2 and sum(errors) / 4 < 0.1  # 16 readings had 0.02, the worst 0.07
     assert run(*command).returncode == 2 and run(*command, "--overwrite").returncode == 0  # at once
 
-    # a text this short is learned by heart: what the sample says is known beforehand
+    # a text this short is learned by heart, so that the text of the sample is known beforehand
     begin = time.perf_counter()
     flags = ["config/train_own_text.py", f"--dataset={out}", f"--out_dir={tmp_path / 'run'}", "--n_layer=2"]
     flags += ["--n_head=2", "--n_embd=128", "--block_size=128", "--max_iters=600", "--eval_interval=600"]
@@ -165,33 +167,28 @@ def test_the_whole_circle(models, recordings, tmp_path):
     sampled = run("sample.py", *flags, "--max_new_tokens=400", f"--speak={wav}", f"--voice={voice}")
     assert sampled.returncode == 0, sampled.stderr
     seconds, loudness = seconds_and_loudness(wav)
-    count, took = len(words_of(sampled.stdout)), time.perf_counter() - begin
+    count, took = len(split_words(sampled.stdout)), time.perf_counter() - begin
     print(
         f"sample.py: {count} words, {seconds:.1f} s, loudness {loudness:.3f}, in {took:.1f} s", sampled.stdout
     )
     assert 0.25 < seconds / count < 0.7 and 0.01 < loudness < 0.5  # people say 2 to 3 words a second
     assert word_error_rate(book[:300], sampled.stdout[:300]) < 0.3  # it learned this by heart
 
-    again = run(*("data/audio/prepare.py", "--input", wav, "--output", tmp_path / "again", "--model", model))
-    (text,) = heard(tmp_path / "again")
+    second = run(*("data/audio/prepare.py", "--input", wav, "--output", tmp_path / "again", "--model", model))
+    (text,) = transcripts(tmp_path / "again")
     error = word_error_rate(sampled.stdout, text)
-    print(f"what the sample says, heard again: word error rate {error:.3f}")
-    assert again.returncode == 0 and error < 0.15
+    print(f"the sample, transcribed again: word error rate {error:.3f}")
+    assert second.returncode == 0 and error < 0.15
 
 
-def test_a_long_recording_in_parts(models, recordings, tmp_path, monkeypatch):
-    _, model = models
-    monkeypatch.setattr(audio, "PART", 15)
-    monkeypatch.setattr(audio, "CUT_WITHIN", 5)
+def test_a_long_recording_in_parts(models, recordings, tmp_path):
     path = recordings / "chapter3.m4a"
-    assert len(list(audio.parts_of(path))) >= 2 and abs(audio.seconds_of(path) - 30) < 10
-    args = ["--model", str(model), "--device=cpu", "--language=en"]
-    monkeypatch.setattr(
-        "sys.argv", [str(REPO / "data/audio/prepare.py"), "--input", str(path), "--name=x", *args]
-    )
-    loaded = audio.load_model(audio.options())
-    text = audio.transcribe(audio.Recording(path, tmp_path / "t" / "c.1.txt"), loaded, "en", lambda s: None)
-    assert word_error_rate(CHAPTERS["chapter3"], text) < 0.1
+    parts = list(transcription.read_parts(path, part_seconds=15, cut_seconds=5))
+    assert len(parts) >= 2 and abs(transcription.audio_seconds(path) - 30) < 10
+    args = Namespace(model=str(models[1]), device="cpu", compute_type="auto", language="en", workers=2)
+    text = tmp_path / "t" / "c.1.txt"
+    list(transcription.transcribe(parts, text, transcription.load_model(args), "en"))
+    assert word_error_rate(CHAPTERS["chapter3"], text.read_text()) < 0.1
 
 
 def test_damaged_files_and_models(models, recordings, tmp_path):
@@ -212,4 +209,4 @@ def test_damaged_files_and_models(models, recordings, tmp_path):
     (tmp_path / "voice.onnx").write_bytes(Path(voice).read_bytes()[:100_000])
     (tmp_path / "voice.onnx.json").write_bytes(Path(f"{voice}.json").read_bytes())
     flags = (f"--speak={tmp_path / 'o.wav'}", f"--voice={tmp_path / 'voice.onnx'}")
-    assert_user_error(run("sample.py", f"--out_dir={tmp_path}", *flags), "no Piper voice")
+    assert_user_error(run("sample.py", f"--out_dir={tmp_path}", *flags), "not a Piper voice")

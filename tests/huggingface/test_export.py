@@ -1,4 +1,4 @@
-"""export.py: transformers computes what we do, from the folder alone; --init_from=folder is the way back."""
+"""export.py: transformers computes the same from the folder alone; --init_from=FOLDER loads it back."""
 
 import ast
 import json
@@ -17,6 +17,7 @@ from conftest import REPO, TINY, assert_user_error, run_here, sample_here, train
 
 from distrogpt.checkpoint import atomic_write, load_checkpoint, training_state
 from distrogpt.data.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer, train_bpe
+from distrogpt.errors import UserError
 from distrogpt.huggingface.formats import in_halves, in_pairs
 from distrogpt.inference.decoder import stream
 from distrogpt.inference.sampling import SamplingParams
@@ -30,7 +31,7 @@ SHAPE = {
     "n_layer": 2,
     "n_head": 4,
     "n_embd": 64,
-}  # seven ids are padding
+}  # seven tokens are padding
 LETTERS = CharTokenizer("".join(map(chr, range(32, 127))) + "\n", ends=True)  # 97 of them
 NEW = {"norm": "rmsnorm", "rotary": True}
 GATED = {**NEW, "activation": "swiglu", "n_kv_head": 2}
@@ -52,8 +53,8 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.fixture(scope="module", autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Where transformers copies a model's code to, before it runs it; and no bars."""
+def modules_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A folder for the copies of a model's code that transformers runs; and no progress bars."""
     from transformers import dynamic_module_utils
     from transformers.utils import logging
 
@@ -65,8 +66,8 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
         yield
 
 
-def lively(**shape: Any) -> GPT:
-    """A network whose logits differ by about 1, as a trained one's do; no bias is 0."""
+def random_model(**shape: Any) -> GPT:
+    """A network whose logits have a deviation of about 1, like a trained one's; no bias is 0."""
     torch.manual_seed(1)
     model = GPT(GPTConfig(**{**SHAPE, **shape})).eval()
     with torch.no_grad():
@@ -79,88 +80,89 @@ def lively(**shape: Any) -> GPT:
     return model
 
 
-def a_run(folder: Path, model: GPT, tokenizer: Tokenizer, **more: Any) -> Path:
-    """An out_dir with a checkpoint of it."""
+def make_run(folder: Path, model: GPT, tokenizer: Tokenizer, **extra: Any) -> Path:
+    """An out_dir with a checkpoint of the model."""
     meta = {"tokenizer": tokenizer.describe(), "vocab_size": tokenizer.vocab_size, "dtype": "uint16"}
-    about = {"iter_num": 7, "best_val_loss": 1.5, "val_loss": 1.6, "config": {}, "meta": meta}
-    state = training_state(model, [], **{**about, **more})
+    defaults = {"iter_num": 7, "best_val_loss": 1.5, "val_loss": 1.6, "config": {}, "meta": meta}
+    state = training_state(model, [], **{**defaults, **extra})
     folder.mkdir()
     atomic_write(lambda file: torch.save(state, file), folder / "ckpt.pt")
     return folder
 
 
-def exported(folder: Path, model: GPT, tokenizer: Tokenizer = LETTERS, *flags: str, **more: Any) -> Path:
-    """What export.py makes of it."""
-    out_dir, to = a_run(folder / "out", model, tokenizer, **more), folder / "exported"
+def export_model(folder: Path, model: GPT, tokenizer: Tokenizer = LETTERS, *flags: str, **extra: Any) -> Path:
+    """The folder that export.py writes."""
+    out_dir, to = make_run(folder / "out", model, tokenizer, **extra), folder / "exported"
     done = run_here("export.py", f"--out_dir={out_dir}", f"--to={to}", *flags)
     assert done.returncode == 0, done.stderr
     return to
 
 
-def has_code(folder: Path) -> bool:
+def has_own_code(folder: Path) -> bool:
     return (folder / "modeling_distrogpt.py").is_file()
 
 
-def loaded(folder: Path) -> Any:
-    """It, by transformers, which finds each weight and needs no code of ours unless it is there."""
+def load_in_transformers(folder: Path) -> Any:
+    """The export in transformers, which must find each weight and runs only the folder's code."""
     from transformers import AutoModelForCausalLM
 
-    how = {"trust_remote_code": has_code(folder), "output_loading_info": True}
-    theirs, info = AutoModelForCausalLM.from_pretrained(folder, **how)
+    trust = has_own_code(folder)
+    theirs, info = AutoModelForCausalLM.from_pretrained(
+        folder, trust_remote_code=trust, output_loading_info=True
+    )
     assert not any(info.values()), info
     return theirs.eval()
 
 
-def tokenizer_of(folder: Path) -> Any:
+def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=has_code(folder))
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=has_own_code(folder))
 
 
 def random_ids(*shape: int) -> torch.Tensor:
     return torch.randint(96, shape, generator=torch.Generator().manual_seed(2))
 
 
-def greedy(theirs: Any, ids: torch.Tensor, count: int, **more: Any) -> torch.Tensor:
-    """The likeliest next tokens by transformers."""
-    how = {"do_sample": False, "temperature": None, "top_k": None, "eos_token_id": None, "pad_token_id": None}
-    mask = {"attention_mask": torch.ones_like(ids)}
-    return theirs.generate(ids, max_new_tokens=count, **{**mask, **how, **more})
+def greedy(theirs: Any, ids: torch.Tensor, count: int, **options: Any) -> torch.Tensor:
+    """Greedy generation by transformers."""
+    unset = dict.fromkeys(("temperature", "top_k", "eos_token_id", "pad_token_id"))
+    settings = {"attention_mask": torch.ones_like(ids), "do_sample": False, **unset}
+    return theirs.generate(ids, max_new_tokens=count, **{**settings, **options})
 
 
 def our_greedy(model: GPT, ids: torch.Tensor, count: int, tokenizer: Tokenizer = LETTERS) -> torch.Tensor:
     noise = torch.zeros(len(ids), count)
-    drawn = stream(model, ids, SamplingParams(temperature=0), noise, tokenizer.vocab_size)
-    return torch.cat([ids, *(column for column, _ in drawn)], dim=1)
+    steps = stream(model, ids, SamplingParams(temperature=0), noise, tokenizer.vocab_size)
+    return torch.cat([ids, *(new_ids for new_ids, _ in steps)], dim=1)
 
 
-def assert_same_network(one: GPT, other: GPT) -> None:
-    """Bit for bit, but for the ids that no tokenizer has."""
-    expected = {**asdict(one.config), "vocab_size": 97, "dropout": 0.0}
+def assert_same_network(model: GPT, other: GPT) -> None:
+    """Bit for bit, except for tokens of the padding."""
+    expected = {**asdict(model.config), "vocab_size": 97, "dropout": 0.0}
     assert asdict(other.config) == expected
     weights = other.state_dict()
-    for name, tensor in one.state_dict().items():
-        kept = tensor[:97] if name in ("transformer.wte.weight", "lm_head.weight") else tensor
-        assert torch.equal(weights[name], kept), name
+    for name, tensor in model.state_dict().items():
+        expected = tensor[:97] if name in ("transformer.wte.weight", "lm_head.weight") else tensor
+        assert torch.equal(weights[name], expected), name
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_transformers_computes_the_same_and_the_way_back_is_exact(kind, tmp_path):
+def test_transformers_computes_the_same_and_loading_back_is_exact(kind, tmp_path):
     architecture, settings = KINDS[kind]
-    model = lively(**settings)
-    folder = exported(tmp_path, model)
-    theirs, ids = loaded(folder), random_ids(4, 65)
+    model = random_model(**settings)
+    folder = export_model(tmp_path, model)
+    theirs, ids = load_in_transformers(folder), random_ids(4, 65)
     assert type(theirs).__name__ == architecture
     with torch.no_grad():
         logits, _ = model(ids[:, :-1], ids[:, 1:])
-        found = theirs(ids[:, :-1]).logits
-        loss = (
-            theirs(ids, labels=ids).loss if settings.get("rotary") else None
-        )  # no table for a position more
+        their_logits = theirs(ids[:, :-1]).logits
+        # without rotary positions, there are no embeddings for one more position
+        loss = theirs(ids, labels=ids).loss if settings.get("rotary") else None
     logits = logits[..., : LETTERS.vocab_size]
-    largest = (found - logits).abs().max().item()
+    largest = (their_logits - logits).abs().max().item()
     print(f"{kind}: logits differ by {largest:.1e} at most, with a deviation of {logits.std():.2f}")
-    assert found.shape == logits.shape and logits.std() > 1 and largest <= 1e-5
+    assert their_logits.shape == logits.shape and logits.std() > 1 and largest <= 1e-5
     if loss is not None:
         assert loss.item() == pytest.approx(
             F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).item()
@@ -169,8 +171,8 @@ def test_transformers_computes_the_same_and_the_way_back_is_exact(kind, tmp_path
     back, contents = load_pretrained(str(folder))
     assert_same_network(model, back)
     assert contents["meta"]["tokenizer"] == LETTERS.describe()
-    theirs.save_pretrained(tmp_path / "again")  # as after finetuning elsewhere
-    assert_same_network(model, load_pretrained(str(tmp_path / "again"))[0])
+    theirs.save_pretrained(tmp_path / "saved")  # as after finetuning elsewhere
+    assert_same_network(model, load_pretrained(str(tmp_path / "saved"))[0])
 
 
 def test_rotary_pairs_and_halves():
@@ -194,19 +196,19 @@ def test_tokenizers_give_the_same_ids_and_text(kind, tmp_path, text, request):
         "bpe": lambda: train_bpe([text], 700),
         "gpt2": GPT2Tokenizer,
     }[kind]()
-    model = lively(vocab_size=50304 if kind == "gpt2" else tokenizer.vocab_size, n_layer=1)
-    folder = exported(tmp_path, model, tokenizer)
-    theirs = tokenizer_of(folder)
-    network = loaded(folder)
+    model = random_model(vocab_size=50304 if kind == "gpt2" else tokenizer.vocab_size, n_layer=1)
+    folder = export_model(tmp_path, model, tokenizer)
+    theirs = load_tokenizer(folder)
+    network = load_in_transformers(folder)
     assert len(theirs) == tokenizer.vocab_size == network.config.vocab_size
     assert theirs.eos_token_id == tokenizer.end_of_text
     ids = torch.tensor(tokenizer.encode(text[:2000])[:128]).view(4, 32)
     with torch.no_grad():
         logits = model(ids, ids)[0][..., : tokenizer.vocab_size]
         assert logits.std() > 1 and (network(ids).logits - logits).abs().max() <= 1e-5
-    of_ours = our_greedy(model, ids, 30, tokenizer)
-    assert greedy(network, ids, 30).tolist() == of_ours.tolist()
-    assert theirs.decode(of_ours[0]) == tokenizer.decode(of_ours[0].tolist())
+    expected_ids = our_greedy(model, ids, 30, tokenizer)
+    assert greedy(network, ids, 30).tolist() == expected_ids.tolist()
+    assert theirs.decode(expected_ids[0]) == tokenizer.decode(expected_ids[0].tolist())
     for words in (text[:20_000], ODD, " a", "a ", "\n", " . ,", "", "'S 's  \n \n"):
         words = "".join(char for char in words if char in chars)
         ids = tokenizer.encode(words).tolist()
@@ -215,16 +217,16 @@ def test_tokenizers_give_the_same_ids_and_text(kind, tmp_path, text, request):
     cut = tokenizer.encode("é日").tolist()[:-1]  # within a character
     assert theirs.decode(cut) == tokenizer.decode(cut)
     if kind.startswith("char"):
-        with pytest.raises(Exception, match="Missing"):  # an error, as ours: nothing is dropped in silence
+        with pytest.raises(Exception, match="Missing"):  # no character is dropped silently
             theirs("a§")
     saved = tmp_path / "saved"
     theirs.save_pretrained(saved)
-    assert tokenizer_of(saved)(ODD)["input_ids"] == tokenizer.encode(ODD).tolist()
+    assert load_tokenizer(saved)(ODD)["input_ids"] == tokenizer.encode(ODD).tolist()
 
 
-def test_text_is_the_same_by_sample_py_from_both_and_by_transformers(tmp_path):
-    model = lively(**KINDS["modern"][1])
-    folder = exported(tmp_path, model)
+def test_sample_py_and_transformers_write_the_same_text(tmp_path):
+    model = random_model(**KINDS["modern"][1])
+    folder = export_model(tmp_path, model)
     flags = (
         "--start=The ",
         "--num_samples=1",
@@ -234,23 +236,23 @@ def test_text_is_the_same_by_sample_py_from_both_and_by_transformers(tmp_path):
     )
     ours = sample_here(f"--out_dir={tmp_path / 'out'}", *flags, "--dtype=float32").stdout
     assert sample_here(f"--init_from={folder}", *flags, "--dtype=float32").stdout == ours
-    tokenizer = tokenizer_of(folder)
+    tokenizer = load_tokenizer(folder)
     ids = tokenizer("The ", return_tensors="pt")["input_ids"]
-    assert tokenizer.decode(greedy(loaded(folder), ids, 50)[0]) + "\n" == ours
-    drawn = ("--temperature=1", "--seed=3", "--dtype=float32", *flags[:3])
+    assert tokenizer.decode(greedy(load_in_transformers(folder), ids, 50)[0]) + "\n" == ours
+    sampling = ("--temperature=1", "--seed=3", "--dtype=float32", *flags[:3])
     pair = [
-        sample_here(name, *drawn).stdout
+        sample_here(name, *sampling).stdout
         for name in (f"--out_dir={tmp_path / 'out'}", f"--init_from={folder}")
     ]
     assert pair[0] == pair[1] != ours
 
 
 @pytest.mark.parametrize("kind", ["modern", "own, table of positions"])
-def test_our_code_in_transformers_reads_batches_caches_beams_and_pipelines(kind, tmp_path):
+def test_our_code_in_transformers_supports_batches_caches_beams_and_pipelines(kind, tmp_path):
     from transformers import pipeline
 
-    folder = exported(tmp_path, lively(**KINDS[kind][1]))
-    theirs, tokenizer, ids = loaded(folder), tokenizer_of(folder), random_ids(3, 9)
+    folder = export_model(tmp_path, random_model(**KINDS[kind][1]))
+    theirs, tokenizer, ids = load_in_transformers(folder), load_tokenizer(folder), random_ids(3, 9)
     alone = [greedy(theirs, row[None, :n], 20)[0, n:] for row, n in zip(ids, (9, 4, 6), strict=True)]
     batch, mask = ids.new_full((3, 9), 96), ids.new_zeros(3, 9)
     for row, n in enumerate((9, 4, 6)):
@@ -258,11 +260,11 @@ def test_our_code_in_transformers_reads_batches_caches_beams_and_pipelines(kind,
     together = greedy(theirs, batch, 20, attention_mask=mask)[:, 9:]
     assert together.tolist() == torch.stack(alone).tolist()
     with torch.no_grad():
-        whole = theirs(ids).logits
+        logits = theirs(ids).logits
         past = theirs(ids[:, :5], use_cache=True).to_tuple()[-1]
         rest = theirs(ids[:, 5:], past_key_values=past).logits
-        assert theirs(ids, logits_to_keep=2).logits.equal(whole[:, -2:])
-    torch.testing.assert_close(rest, whole[:, 5:], atol=1e-5, rtol=0)
+        assert theirs(ids, logits_to_keep=2).logits.equal(logits[:, -2:])
+    torch.testing.assert_close(rest, logits[:, 5:], atol=1e-5, rtol=0)
     beams = [greedy(theirs, ids, 12, num_beams=3, use_cache=cache).tolist() for cache in (True, False)]
     assert beams[0] == beams[1] != greedy(theirs, ids, 12).tolist()
     static = greedy(theirs, ids, 12, cache_implementation="static", disable_compile=True)
@@ -280,9 +282,9 @@ def test_our_code_in_transformers_reads_batches_caches_beams_and_pipelines(kind,
 
 @pytest.mark.parametrize("kind", ["GPT-2", "Qwen3", "modern"])
 def test_half_precision(kind, tmp_path):
-    model = lively(**KINDS[kind][1])
-    folder = exported(tmp_path, model, LETTERS, "--dtype=bfloat16")
-    theirs, ids = loaded(folder), random_ids(2, 32)
+    model = random_model(**KINDS[kind][1])
+    folder = export_model(tmp_path, model, LETTERS, "--dtype=bfloat16")
+    theirs, ids = load_in_transformers(folder), random_ids(2, 32)
     assert theirs.dtype == torch.bfloat16
     assert (folder / "model.safetensors").stat().st_size < 2.1 * sum(
         p.numel() for p in theirs.parameters()
@@ -297,12 +299,12 @@ def test_half_precision(kind, tmp_path):
         assert torch.equal(tensor, expected), name
 
 
-def test_the_way_back_trains_on(dataset, tmp_path):
+def test_an_export_can_be_trained_further(dataset, tmp_path):
     trained = tmp_path / "trained"
     train_here(*TINY, f"--dataset={dataset}", f"--out_dir={trained}")
-    done = run_here("export.py", f"--out_dir={trained}", f"--to={tmp_path / 'there'}")
+    done = run_here("export.py", f"--out_dir={trained}", f"--to={tmp_path / 'first'}")
     assert done.returncode == 0 and "GPT2LMHeadModel" in done.stdout
-    where = (f"--dataset={dataset}", f"--out_dir={tmp_path / 'out'}", f"--init_from={tmp_path / 'there'}")
+    where = (f"--dataset={dataset}", f"--out_dir={tmp_path / 'out'}", f"--init_from={tmp_path / 'first'}")
     printed = train_here(*TINY, *where)
     before, after = (load_checkpoint(path / "ckpt.pt") for path in (trained, tmp_path / "out"))
     first = float(printed.split("step 0: train")[1].split("val loss")[1].split()[0].rstrip(","))
@@ -310,28 +312,28 @@ def test_the_way_back_trains_on(dataset, tmp_path):
     assert after["model_args"]["bias"] is before["model_args"]["bias"] is False
     of_run, of_folder = (
         measure(EvalConfig(**name, dataset=str(dataset), device="cpu", dtype="float32"))["loss"]["loss"]
-        for name in ({"out_dir": str(trained)}, {"init_from": str(tmp_path / "there")})
+        for name in ({"out_dir": str(trained)}, {"init_from": str(tmp_path / "first")})
     )
     assert of_run == of_folder
-    again = run_here("export.py", f"--init_from={tmp_path / 'there'}", f"--to={tmp_path / 'again'}")
-    assert again.returncode == 0
+    second = run_here("export.py", f"--init_from={tmp_path / 'first'}", f"--to={tmp_path / 'second'}")
+    assert second.returncode == 0
     for name in ("model.safetensors", "config.json", "tokenizer.json", "meta.json"):
-        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "there" / name).read_bytes()
+        assert (tmp_path / "second" / name).read_bytes() == (tmp_path / "first" / name).read_bytes()
 
 
-def test_the_way_back_knows_its_tokenizer(tmp_path, dataset):
-    folder = exported(tmp_path, lively(vocab_size=257), ByteTokenizer())
+def test_an_export_with_another_tokenizer_than_the_dataset_is_refused(tmp_path, dataset):
+    folder = export_model(tmp_path, random_model(vocab_size=257), ByteTokenizer())
     flags = (f"--init_from={folder}", f"--dataset={dataset}", f"--out_dir={tmp_path / 'new'}")
     assert_user_error(run_here("train.py", *TINY, *flags), "another tokenizer")
 
 
-def test_a_llama_of_others_comes_back_exactly(tmp_path):
+def test_a_foreign_llama_is_loaded_exactly(tmp_path):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     shape = {"hidden_size": 48, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    more = {"num_key_value_heads": 2, "vocab_size": 96, "max_position_embeddings": 32}
+    shape |= {"num_key_value_heads": 2, "vocab_size": 96, "max_position_embeddings": 32}
     torch.manual_seed(3)
-    theirs = LlamaForCausalLM(LlamaConfig(**shape, **more, tie_word_embeddings=True)).eval()
+    theirs = LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=True)).eval()
     with torch.no_grad():
         for p in theirs.parameters():
             p.normal_(mean=1.0, std=0.3) if p.dim() < 2 else p.normal_(std=0.15)  # norms learn weights
@@ -347,12 +349,12 @@ def test_a_llama_of_others_comes_back_exactly(tmp_path):
     assert_user_error(sample_here(f"--init_from={tmp_path / 'llama'}"), "names no characters")
 
 
-def change(folder: Path, file: str = "config.json", **settings: Any) -> None:
-    found = json.loads((folder / file).read_text())
-    (folder / file).write_text(json.dumps({**found, **settings}))
+def change_settings(folder: Path, file: str = "config.json", **settings: Any) -> None:
+    old = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps({**old, **settings}))
 
 
-def weights_changed(folder: Path, **changed: torch.Tensor | None) -> None:
+def change_weights(folder: Path, **changed: torch.Tensor | None) -> None:
     from safetensors.torch import load_file, save_file
 
     weights = {**load_file(folder / "model.safetensors"), **changed}
@@ -360,22 +362,22 @@ def weights_changed(folder: Path, **changed: torch.Tensor | None) -> None:
 
 
 NORM = "model.layers.0.self_attn.q_norm.weight"
-WRONG = {
-    "no number": (lambda f: change(f, hidden_size="64"), "hidden_size=64 is no positive"),
-    "too many layers": (lambda f: change(f, num_hidden_layers=10**9), "n_layer=1000000000"),
-    "too many heads": (lambda f: change(f, num_attention_heads=0), "num_attention_heads=0"),
-    "an epsilon": (lambda f: change(f, rms_norm_eps=1e-5), "rms_norm_eps=1e-05"),
-    "scaled positions": (lambda f: change(f, rope_parameters={"type": "linear"}), "type=linear"),
-    "another base": (lambda f: change(f, rope_parameters={"rope_theta": 5e5}), "rope_theta=500000"),
-    "another width": (lambda f: change(f, intermediate_size=100), "intermediate_size=100"),
-    "heads of another width": (lambda f: change(f, head_dim=32), "head_dim=32"),
-    "another activation": (lambda f: change(f, hidden_act="relu"), "hidden_act=relu"),
-    "an unknown kind": (lambda f: change(f, model_type="mamba"), "model_type=mamba"),
-    "norms of their own": (lambda f: weights_changed(f, **{NORM: torch.rand(16)}), "q_norm"),
-    "a weight too few": (lambda f: weights_changed(f, **{NORM: None}), "q_norm.weight is missing"),
-    "a weight too many": (lambda f: weights_changed(f, more=torch.ones(2)), "more has no place"),
-    "another shape": (lambda f: weights_changed(f, **{NORM: torch.ones(8)}), "weight is not of shape"),
-    "whole numbers": (lambda f: weights_changed(f, **{NORM: torch.ones(16).long()}), "of fractions"),
+BROKEN = {
+    "no number": (lambda f: change_settings(f, hidden_size="64"), "hidden_size=64 is not a positive"),
+    "too many layers": (lambda f: change_settings(f, num_hidden_layers=10**9), "n_layer=1000000000"),
+    "too many heads": (lambda f: change_settings(f, num_attention_heads=0), "num_attention_heads=0"),
+    "an epsilon": (lambda f: change_settings(f, rms_norm_eps=1e-5), "rms_norm_eps=1e-05"),
+    "scaled positions": (lambda f: change_settings(f, rope_parameters={"type": "linear"}), "type=linear"),
+    "another base": (lambda f: change_settings(f, rope_parameters={"rope_theta": 5e5}), "rope_theta=500000"),
+    "another width": (lambda f: change_settings(f, intermediate_size=100), "intermediate_size=100"),
+    "heads of another width": (lambda f: change_settings(f, head_dim=32), "head_dim=32"),
+    "another activation": (lambda f: change_settings(f, hidden_act="relu"), "hidden_act=relu"),
+    "an unknown kind": (lambda f: change_settings(f, model_type="mamba"), "model_type=mamba"),
+    "norms of their own": (lambda f: change_weights(f, **{NORM: torch.rand(16)}), "q_norm"),
+    "a weight too few": (lambda f: change_weights(f, **{NORM: None}), f"such as {NORM}"),
+    "a weight too many": (lambda f: change_weights(f, extra=torch.ones(2)), "extra has no place"),
+    "another shape": (lambda f: change_weights(f, **{NORM: torch.ones(8)}), f"{NORM} is not a dense"),
+    "whole numbers": (lambda f: change_weights(f, **{NORM: torch.ones(16).long()}), "not a floating-point"),
     "half a file": (lambda f: (f / "model.safetensors").write_bytes(b"\x10\0\0\0"), "cannot be loaded"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "neither model.safetensors"),
     "no object": (lambda f: (f / "config.json").write_text("[" * 10**5), "cannot be loaded"),
@@ -388,28 +390,38 @@ WRONG = {
 
 @pytest.fixture(scope="module")
 def qwen(tmp_path_factory) -> Path:
-    return exported(tmp_path_factory.mktemp("qwen"), lively(**KINDS["Qwen3"][1]))
+    return export_model(tmp_path_factory.mktemp("qwen"), random_model(**KINDS["Qwen3"][1]))
 
 
-@pytest.mark.parametrize("what", WRONG)
-def test_a_folder_that_does_not_fit_is_told_in_one_line(what, qwen, tmp_path):
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_folder_that_does_not_fit_is_reported_in_one_line(case, qwen, tmp_path):
     for path in qwen.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    spoil, words = WRONG[what]
-    spoil(tmp_path)
+    damage, words = BROKEN[case]
+    damage(tmp_path)
     assert_user_error(sample_here(f"--init_from={tmp_path}", "--num_samples=1", "--max_new_tokens=1"), words)
 
 
-def test_weights_in_parts_lie_beside_their_index(qwen, tmp_path):
+@pytest.mark.parametrize(
+    "settings", [{"activation_function": "relu"}, {"n_inner": 100}, {"scale_attn_by_inverse_layer_idx": True}]
+)
+def test_a_gpt2_that_is_another_network_is_refused(settings, tmp_path):
+    folder = export_model(tmp_path, random_model())
+    change_settings(folder, **settings)
+    with pytest.raises(UserError, match=f"{next(iter(settings))}=.* is not"):
+        load_pretrained(str(folder))
+
+
+def test_files_of_sharded_weights_must_lie_beside_their_index(qwen, tmp_path):
     (tmp_path / "config.json").write_bytes((qwen / "config.json").read_bytes())
     index = {"weight_map": {"x": str(qwen / "model.safetensors")}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert_user_error(sample_here(f"--init_from={tmp_path}"), "no file beside it")
+    assert_user_error(sample_here(f"--init_from={tmp_path}"), "not beside it")
 
 
-def test_a_name_of_the_hub(tmp_path, monkeypatch):
-    model = lively(**KINDS["Arcee"][1])
-    exported(tmp_path, model).rename(tmp_path / "snapshot")
+def test_a_name_on_the_hub(tmp_path, monkeypatch):
+    model = random_model(**KINDS["Arcee"][1])
+    export_model(tmp_path, model).rename(tmp_path / "snapshot")
     cache = tmp_path / "models--me--mine"
     (cache / "refs").mkdir(parents=True)
     (cache / "refs" / "main").write_text("a" * 40)
@@ -423,10 +435,10 @@ def test_a_name_of_the_hub(tmp_path, monkeypatch):
     assert_user_error(sample_here("--init_from=me/other"), "me/other cannot be loaded")
 
 
-def test_old_files_of_torch_are_read_and_run_no_code(tmp_path):
-    model = lively()
-    folder = exported(tmp_path, model)
-    theirs = loaded(folder)
+def test_pytorch_model_bin_is_read_and_runs_no_code(tmp_path):
+    model = random_model()
+    folder = export_model(tmp_path, model)
+    theirs = load_in_transformers(folder)
     old = {name.removeprefix("transformer."): w for name, w in theirs.state_dict().items()}
     old = {**old, "h.0.attn.bias": torch.ones(1, 1, 64, 64), "h.1.attn.masked_bias": torch.tensor(-1e4)}
     torch.save(old, folder / "pytorch_model.bin")
@@ -437,7 +449,7 @@ def test_old_files_of_torch_are_read_and_run_no_code(tmp_path):
 
 
 def test_mistakes(tmp_path):
-    out_dir = a_run(tmp_path / "out", lively(), LETTERS)
+    out_dir = make_run(tmp_path / "out", random_model(), LETTERS)
     to = tmp_path / "to"
     nothing = run_here("export.py", f"--out_dir={tmp_path / 'nothing'}", f"--to={to}")
     assert_user_error(nothing, "ckpt.pt is missing")
@@ -463,7 +475,7 @@ def test_mistakes(tmp_path):
 
 
 @pytest.mark.parametrize("package", ["safetensors", "tokenizers"])
-def test_a_missing_package_is_told(package, tmp_path, monkeypatch):
+def test_a_missing_package_is_reported(package, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
     missing = run_here("export.py", f"--to={tmp_path / 'to'}")
     assert_user_error(missing, f"needs {package}; run: pip install {package}")
@@ -471,33 +483,33 @@ def test_a_missing_package_is_told(package, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory) -> Path:
-    """A run that is exported at once, and has no token that ends a text."""
+    """A run with a small network, whose tokenizer has no token that ends a text."""
     tokenizer = CharTokenizer("\n ,:abc?")
     folder = tmp_path_factory.mktemp("small") / "out"
-    return a_run(folder, lively(vocab_size=8, n_layer=1, **NEW), tokenizer)
+    return make_run(folder, random_model(vocab_size=8, n_layer=1, **NEW), tokenizer)
 
 
-def write_to(out_dir: Path, to: object, *flags: str, cwd: Path | None = None) -> Any:
+def export_run(out_dir: Path, to: object, *flags: str, cwd: Path | None = None) -> Any:
     return run_here("export.py", f"--out_dir={out_dir}", f"--to={to}", *flags, cwd=cwd)
 
 
-def everything(folder: Path) -> dict[str, bytes]:
-    """What is below a folder."""
+def read_tree(folder: Path) -> dict[str, bytes]:
+    """The files below a folder."""
     files = [path for path in folder.rglob("*") if path.is_file()]
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
-def test_what_lies_beside_is_nobodys_business(small, tmp_path):
+def test_neighbouring_folders_are_left_alone(small, tmp_path):
     mine = {"to.old/config.json": "{}", "to.old/README.md": "mine", "to.tmp/model.safetensors": "mine"}
     for name, words in mine.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(words)
-    before = everything(tmp_path)
+    before = read_tree(tmp_path)
     for flags in ((), ("--overwrite=True",), ("--overwrite=True",)):
-        done = write_to(small, tmp_path / "to", *flags)
+        done = export_run(small, tmp_path / "to", *flags)
         assert done.returncode == 0 and not done.stderr
         assert sorted(path.name for path in tmp_path.iterdir()) == ["to", "to.old", "to.tmp"]
-    assert before.items() < everything(tmp_path).items()
+    assert before.items() < read_tree(tmp_path).items()
     modes = {path.stat().st_mode for path in (tmp_path / "to").iterdir()}
     assert modes == {(tmp_path / "to.old" / "README.md").stat().st_mode}
     assert (tmp_path / "to").stat().st_mode == (tmp_path / "to.old").stat().st_mode
@@ -516,48 +528,48 @@ def test_only_an_export_is_replaced(what, small, tmp_path):
         (to / "config.json").rename(to / "README.md")
     else:
         (to / "mine").mkdir()
-    before = everything(tmp_path)
-    wrong = write_to(small, "to", "--overwrite=True", cwd=tmp_path)
+    before = read_tree(tmp_path)
+    wrong = export_run(small, "to", "--overwrite=True", cwd=tmp_path)
     assert_user_error(wrong, "to has ", "which is of no export")
-    assert str(tmp_path) not in wrong.stderr and everything(tmp_path) == before  # called as the user did
+    assert str(tmp_path) not in wrong.stderr and read_tree(tmp_path) == before  # called as the user did
 
 
-def test_a_link_stays_one(small, tmp_path):
+def test_a_link_to_a_folder_stays_a_link(small, tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")
-    assert write_to(small, tmp_path / "link").returncode == 0
-    assert write_to(small, tmp_path / "link", "--overwrite=True", "--dtype=bfloat16").returncode == 0
+    assert export_run(small, tmp_path / "link").returncode == 0
+    assert export_run(small, tmp_path / "link", "--overwrite=True", "--dtype=bfloat16").returncode == 0
     assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "config.json").is_file()
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_what_came_into_the_old_export_meanwhile_is_kept(small, tmp_path, monkeypatch):
+def test_a_file_added_to_the_old_export_while_writing_is_kept(small, tmp_path, monkeypatch):
     to = tmp_path / "to"
-    assert write_to(small, to).returncode == 0
+    assert export_run(small, to).returncode == 0
     save = sys.modules["safetensors.torch"].save_file
 
-    def save_slowly(*args: Any, **more: Any) -> None:
-        save(*args, **more)
+    def save_slowly(*args: Any, **kwargs: Any) -> None:
+        save(*args, **kwargs)
         (to / "notes.txt").write_text("mine")
 
     monkeypatch.setattr("safetensors.torch.save_file", save_slowly)
-    done = write_to(small, to, "--overwrite=True")
+    done = export_run(small, to, "--overwrite=True")
     assert done.returncode == 0 and "notes.txt" in done.stderr and len(done.stderr.splitlines()) == 1
     assert not (to / "notes.txt").exists() and (to / "model.safetensors").is_file()
-    kept = Path(done.stderr.split("note: ")[1].split(" is what was")[0])
-    assert (kept / "notes.txt").read_text() == "mine" and (kept / "model.safetensors").is_file()
+    old = Path(done.stderr.split("note: ")[1].split(" is what was")[0])
+    assert (old / "notes.txt").read_text() == "mine" and (old / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("to", ["/", "two\nlines", "two\u2028lines", "bell\a"])
-def test_a_name_that_none_can_print_is_refused(to, small, tmp_path):
-    assert_user_error(write_to(small, to, cwd=tmp_path), "no name of a folder")
+def test_an_unprintable_name_is_refused(to, small, tmp_path):
+    assert_user_error(export_run(small, to, cwd=tmp_path), "no name of a folder")
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such names")
-def test_any_other_name_can_be_printed_and_read_again(small, tmp_path):
+def test_any_printable_name_is_quoted_correctly(small, tmp_path):
     name = 'it\'s *my* "model" 😀 `x` #1'
-    done = write_to(small, name, cwd=tmp_path)
+    done = export_run(small, name, cwd=tmp_path)
     assert done.returncode == 0 and [path.name for path in tmp_path.iterdir()] == [name]
     card = (tmp_path / name / "README.md").read_text(encoding="utf-8")
     assert '\n# it\'s \\*my\\* "model" 😀 \\`x\\` #1\n' in card
@@ -569,32 +581,32 @@ def test_any_other_name_can_be_printed_and_read_again(small, tmp_path):
     assert all(line in done.stdout.splitlines() for line in lines)
 
 
-def test_weights_too_large_for_a_type_are_told(tmp_path):
-    model = lively(n_layer=1)
+def test_weights_too_large_for_a_type_are_reported(tmp_path):
+    model = random_model(n_layer=1)
     model.transformer.wte.weight.data[3, 4] = 70_000
-    out_dir = a_run(tmp_path / "out", model, LETTERS)
-    wrong = write_to(out_dir, tmp_path / "to", "--dtype=float16")
+    out_dir = make_run(tmp_path / "out", model, LETTERS)
+    wrong = export_run(out_dir, tmp_path / "to", "--dtype=float16")
     assert_user_error(wrong, "wte.weight has weights that are not finite in float16", "--dtype=bfloat16")
     assert not (tmp_path / "to").exists()
-    assert write_to(out_dir, tmp_path / "to", "--dtype=bfloat16").returncode == 0
+    assert export_run(out_dir, tmp_path / "to", "--dtype=bfloat16").returncode == 0
 
 
-def test_batches_are_filled_up_where_a_token_can_do_it(tmp_path):
-    folder = exported(tmp_path, lively(n_layer=1, **NEW))
-    tokenizer, theirs = tokenizer_of(folder), loaded(folder)
+def test_batches_are_padded_if_a_token_can_do_it(tmp_path):
+    folder = export_model(tmp_path, random_model(n_layer=1, **NEW))
+    tokenizer, theirs = load_tokenizer(folder), load_in_transformers(folder)
     batch = tokenizer(["The", "A longer one"], padding=True, return_tensors="pt")
     together = greedy(theirs, batch["input_ids"], 9, attention_mask=batch["attention_mask"], pad_token_id=97)
     alone = greedy(theirs, tokenizer("The", return_tensors="pt")["input_ids"], 9)
     assert tokenizer.decode(together[0], skip_special_tokens=True) == tokenizer.decode(alone[0])
 
 
-def test_a_model_of_characters_tells_its_limits_and_drops_none(small, tmp_path):
-    done = write_to(small, tmp_path / "to")
+def test_a_model_of_characters_reports_its_limits_and_drops_none(small, tmp_path):
+    done = export_run(small, tmp_path / "to")
     card = (tmp_path / "to" / "README.md").read_text()
     for words in ("Characters outside of its 8 are an error.", "No token ends a text", "prefix_token_id=0",
-                  " --tasks choice --include_path hf "):  # fmt: skip
+                  " --tasks choice --include_path distrogpt/huggingface "):  # fmt: skip
         assert words in done.stdout and words in card
-    tokenizer = tokenizer_of(tmp_path / "to")
+    tokenizer = load_tokenizer(tmp_path / "to")
     assert tokenizer.decode(tokenizer("\na b\n\n")["input_ids"], skip_special_tokens=True) == "\na b\n\n"
 
 
@@ -602,7 +614,7 @@ def test_a_model_of_characters_tells_its_limits_and_drops_none(small, tmp_path):
 def test_a_full_disk_leaves_what_was_there(tmp_path):
     import resource
 
-    out_dir, to = a_run(tmp_path / "out", lively(), LETTERS), tmp_path / "to"
+    out_dir, to = make_run(tmp_path / "out", random_model(), LETTERS), tmp_path / "to"
     flags = ("export.py", f"--out_dir={out_dir}", f"--to={to}", "--overwrite=True")
     assert run_here(*flags).returncode == 0
     before = {path.name: path.read_bytes() for path in to.iterdir()}
@@ -618,18 +630,18 @@ def test_a_full_disk_leaves_what_was_there(tmp_path):
     assert {path.name: path.read_bytes() for path in to.iterdir()} == before
 
 
-def test_the_model_card_tells_where_the_model_comes_from(tmp_path):
+def test_the_model_card_reports_where_the_model_comes_from(tmp_path):
     from huggingface_hub import ModelCard
 
     meta = {"tokenizer": LETTERS.describe(), "vocab_size": 100, "dtype": "uint16", "sha256": "ab" * 32}
     meta |= {"tokens": {"train": 900, "val": 100}, "bytes": {"train": 1800, "val": 200}}
     meta |= {"source": f"{tmp_path}/notes.txt, https://example.org/book.txt"}
     config = {"dataset": f"{tmp_path}/mybook", "learning_rate": 1e-3, "optimizer": "muon", "device": "cpu"}
-    folder = exported(tmp_path, lively(**KINDS["modern"][1]), meta=meta, config=config)
+    folder = export_model(tmp_path, random_model(**KINDS["modern"][1]), meta=meta, config=config)
     card = ModelCard.load(folder / "README.md", ignore_metadata_errors=False)
-    told = card.data.to_dict()
-    assert told["library_name"] == "transformers" and told["pipeline_tag"] == "text-generation"
-    assert "license" not in told and "whoever owns" in card.text
+    metadata = card.data.to_dict()
+    assert metadata["library_name"] == "transformers" and metadata["pipeline_tag"] == "text-generation"
+    assert "license" not in metadata and "whoever owns" in card.text
     bits = 1.6 / math.log(2) * 100 / 200
     for row in (
         "| name | mybook |", "| train tokens | 900 |", f"| sha256 | {'ab' * 32} |", "| step | 7 |",
@@ -648,31 +660,32 @@ def test_the_model_card_tells_where_the_model_comes_from(tmp_path):
     assert names["tokenizer"].decode(names["model"].generate(max_new_tokens=3)[0]).startswith("<|endoftext|>")
 
 
-def test_a_plain_card_needs_no_trust(qwen):
+def test_a_card_without_own_code_needs_no_trust(qwen):
     card = (qwen / "README.md").read_text()
     assert "trust_remote_code" not in card and "vllm serve exported" in card
     assert "llama.cpp does not know this tokenizer" in card and "convert_hf" not in card
     assert "outside of its 96" in card and "prefix_token_id" not in card and "No token ends" not in card
 
 
-def test_lm_evaluation_harness_asks_the_same_questions(tmp_path, text, questions_file, monkeypatch):
+def test_lm_evaluation_harness_measures_the_same_accuracy(tmp_path, text, questions_file, monkeypatch):
     lm_eval = pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not there: pip install lm-eval")
     pytest.importorskip("accelerate", reason="lm-evaluation-harness needs it: pip install accelerate")
     import datasets
     from lm_eval.tasks import TaskManager
 
-    tokenizer = CharTokenizer("".join(sorted({*text, *ODD})))  # which no token ends
-    folder = exported(tmp_path, lively(**KINDS["modern"][1], vocab_size=tokenizer.vocab_size), tokenizer)
-    asked = [json.loads(line) for line in questions_file.read_text().splitlines()]
-    asked = [one for one in asked if one["ctx"].strip() and len(set(one["endings"])) == 4]  # without ties
-    write_lines(tmp_path / "questions.jsonl", asked)
+    tokenizer = CharTokenizer("".join(sorted({*text, *ODD})))  # without an end of text
+    model = random_model(**KINDS["modern"][1], vocab_size=tokenizer.vocab_size)
+    folder = export_model(tmp_path, model, tokenizer)
+    questions = [json.loads(line) for line in questions_file.read_text().splitlines()]
+    questions = [q for q in questions if q["ctx"].strip() and len(set(q["endings"])) == 4]  # no ties
+    write_lines(tmp_path / "questions.jsonl", questions)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     command = next(line for line in (folder / "README.md").read_text().splitlines() if "lm_eval" in line)
     args = command.split("--model_args ")[1].split()[0].replace("pretrained=", f"pretrained={tmp_path}/")
     tasks = TaskManager(include_path=str(REPO / "distrogpt" / "huggingface"), include_defaults=False)
-    how = {"task_manager": tasks, "device": "cpu", "batch_size": 8, "bootstrap_iters": 0}
-    theirs = lm_eval.simple_evaluate("hf", model_args=f"{args},dtype=float32", tasks=["choice"], **how)
-    place = {"out_dir": str(tmp_path / "out"), "input": "questions.jsonl"}
-    ours = measure(EvalConfig(**place, tasks="choice", device="cpu", dtype="float32"))["choice"]
-    assert theirs["results"]["choice"]["acc,none"] == ours["acc"] and ours["questions"] == len(asked) > 30
+    options = {"task_manager": tasks, "device": "cpu", "batch_size": 8, "bootstrap_iters": 0}
+    theirs = lm_eval.simple_evaluate("hf", model_args=f"{args},dtype=float32", tasks=["choice"], **options)
+    run = {"out_dir": str(tmp_path / "out"), "input": "questions.jsonl"}
+    ours = measure(EvalConfig(**run, tasks="choice", device="cpu", dtype="float32"))["choice"]
+    assert theirs["results"]["choice"]["acc,none"] == ours["acc"] and ours["questions"] == len(questions) > 30

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not at all, harmless to read, and nanoGPT's own."""
+"""Checkpoints: written atomically, read without running code; and nanoGPT's own."""
 
 import math
 import os
@@ -28,8 +28,8 @@ CPU = Runtime(torch.device("cpu"), torch.float32)
 SHAPE = {"block_size": 8, "vocab_size": 16, "n_layer": 1, "n_head": 2, "n_embd": 8}
 
 
-def make_state() -> dict:
-    model = GPT(GPTConfig(**SHAPE))
+def make_state(**settings) -> dict:
+    model = GPT(GPTConfig(**SHAPE, **settings))
     optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
     _, loss = model(torch.arange(8)[None], torch.arange(1, 9)[None])
     loss.backward()
@@ -41,7 +41,7 @@ def save_checkpoint(path, contents) -> None:
     atomic_write(lambda file: torch.save(contents, file), path)
 
 
-def test_what_is_saved_is_loaded(tmp_path):
+def test_save_and_load(tmp_path):
     state = make_state()
     save_checkpoint(tmp_path / "ckpt.pt", state)
     loaded = load_checkpoint(tmp_path / "ckpt.pt")
@@ -52,23 +52,38 @@ def test_what_is_saved_is_loaded(tmp_path):
     assert os.listdir(tmp_path) == ["ckpt.pt"]
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_restored_network_has_its_own_trainable_weights(tied, tmp_path):
+    contents = make_state(tied=tied)
+    contents["model"] = {name: tensor.half() for name, tensor in contents["model"].items()}
+    model = restore_model(contents, tmp_path)
+    assert model.training and (model.lm_head.weight is model.transformer.wte.weight) == tied
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad and parameter.is_contiguous() and parameter.dtype == torch.float32, (
+            name
+        )
+        saved = contents["model"][name].clone()
+        parameter.data.add_(1)
+        assert torch.equal(contents["model"][name], saved), name
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "ckpt.pt"
     save_checkpoint(path, {"old": 1})
     before = path.read_bytes()
 
-    def full(*_):
+    def write_to_full_disk(file) -> None:
+        file.write(b"begun")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(MachineError, match="No space left"):
-        save_checkpoint(path, {"new": 2})
+        atomic_write(write_to_full_disk, path)
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["ckpt.pt"]
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full on this system")
-def test_a_full_disk_is_told(tmp_path):
-    (tmp_path / "ckpt.pt.tmp").symlink_to("/dev/full")  # what is written there meets a full disk
+def test_a_full_disk_is_reported(tmp_path):
+    (tmp_path / "ckpt.pt.tmp").symlink_to("/dev/full")  # a full disk
     with pytest.raises(MachineError, match="cannot be written"):
         save_checkpoint(tmp_path / "ckpt.pt", make_state())
     assert os.listdir(tmp_path) == []
@@ -96,9 +111,9 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
     with pytest.raises(UserError, match="is missing"):
         load_checkpoint(path)
     save_checkpoint(path, make_state())
-    whole = path.read_bytes()
-    for end in (0, 10, len(whole) // 2, len(whole) - 1):
-        path.write_bytes(whole[:end])
+    data = path.read_bytes()
+    for end in (0, 10, len(data) // 2, len(data) - 1):
+        path.write_bytes(data[:end])
         with pytest.raises(UserError, match="damaged or not a checkpoint"):
             load_checkpoint(path)
     for foreign in (
@@ -134,8 +149,8 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
         {"model_args": {"n_layer": 1}},
         {"model": {}},
         {"model": {"transformer.wte.weight": "text"}},
-        {"model_args": {**SHAPE, "n_layer": 10**9}},  # a day's work
-        {"model_args": {**SHAPE, "n_embd": 2**30}},  # petabytes
+        {"model_args": {**SHAPE, "n_layer": 10**9}},  # would take a day to build
+        {"model_args": {**SHAPE, "n_embd": 2**30}},  # would take petabytes
         {"model_args": {**SHAPE, "n_layer": True}},
         {"model_args": {**SHAPE, "logit_softcap": math.nan}},
         {"model": {"transformer.wte.weight": torch.zeros(1).expand(16, 8)}},
@@ -164,7 +179,7 @@ def test_an_optimizer_state_that_does_not_fit_is_refused(tmp_path):
         {"step": 1.0, "exp_avg": torch.zeros(1).expand(16, 8), "exp_avg_sq": torch.zeros(16, 8)},
     ],
 )
-def test_averages_that_the_first_step_would_stumble_over_are_refused(averages, tmp_path):
+def test_an_optimizer_state_that_fails_at_the_first_step_is_refused(averages, tmp_path):
     optimizer = GPT(GPTConfig(**SHAPE)).configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
     contents = make_state()
     contents["optimizer"]["state"][0] = averages
@@ -173,7 +188,7 @@ def test_averages_that_the_first_step_would_stumble_over_are_refused(averages, t
 
 
 @pytest.mark.parametrize(("name", "tag"), [("ckpt.pt", "plain"), ("ckpt_compiled.pt", "compiled")])
-def test_nanogpts_checkpoint_gives_its_logits_and_trains_on(name, tag):
+def test_nanogpts_checkpoints_give_its_logits_and_losses(name, tag):
     contents = load_checkpoint(NANOGPT / name)
     assert any(key.startswith("_orig_mod.") for key in contents["model"]) == (tag == "compiled")
     assert contents["iter_num"] == 40 and math.isfinite(float(contents["best_val_loss"]))

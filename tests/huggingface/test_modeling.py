@@ -1,5 +1,5 @@
-"""modeling_distrogpt.py in transformers, the oldest supported and the newest: what forward is given, it
-reads or refuses; text comes out the same in all ways to generate it."""
+"""modeling_distrogpt.py in transformers: forward uses each of its arguments or refuses it, and every way to
+generate writes the same text."""
 
 import sys
 from typing import Any
@@ -9,14 +9,14 @@ import torch
 from conftest import REPO
 from test_export import (
     KINDS,
-    change,
-    exported,
+    change_settings,
+    export_model,
     greedy,
-    lively,
-    loaded,
+    load_in_transformers,
+    modules_cache,  # noqa: F401  the fixture
     our_greedy,
-    own_cache,  # noqa: F401  the fixture
     random_ids,
+    random_model,
 )
 
 from model import GPT
@@ -27,8 +27,8 @@ OURS = ("modern", "own, table of positions")
 @pytest.fixture(scope="module", params=OURS)
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[GPT, Any]:
     """A network of ours, and its export in transformers."""
-    model = lively(**KINDS[request.param][1])
-    return model, loaded(exported(tmp_path_factory.mktemp("hf"), model))
+    model = random_model(**KINDS[request.param][1])
+    return model, load_in_transformers(export_model(tmp_path_factory.mktemp("hf"), model))
 
 
 @pytest.fixture
@@ -36,12 +36,12 @@ def theirs(pair: tuple[GPT, Any]) -> Any:
     return pair[1]
 
 
-def close(found: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
 
 
-def cache_of(output: Any) -> Any:
-    """Of what forward returns; the names of this field differ."""
+def returned_cache(output: Any) -> Any:
+    """The cache in what forward returns; the name of its field depends on the version."""
     return output.to_tuple()[-1]
 
 
@@ -54,21 +54,21 @@ def new_cache(theirs: Any, kind: str) -> Any:
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 @pytest.mark.parametrize("name", ["cache", "past_key_values"])
-def test_a_cache_is_read_by_either_name(name, kind, pair):
+def test_a_cache_is_read_under_either_name(name, kind, pair):
     model, theirs = pair
     ids, cache = random_ids(2, 9), new_cache(theirs, kind)
     parts = [theirs(part, **{name: cache}) for part in ids.split([4, 1, 1, 3], dim=1)]
-    close(torch.cat([part.logits for part in parts], dim=1), model(ids, ids)[0][..., :97])
+    assert_close(torch.cat([part.logits for part in parts], dim=1), model(ids, ids)[0][..., :97])
     assert int(cache.get_seq_length()) == 9
-    assert all(cache_of(part) is cache for part in parts)
+    assert all(returned_cache(part) is cache for part in parts)
 
 
 @torch.no_grad()
-def test_two_caches_are_one_too_many(theirs):
+def test_two_different_caches_are_refused(theirs):
     ids, (one, other) = random_ids(1, 4), (new_cache(theirs, "dynamic") for _ in range(2))
     with pytest.raises(ValueError, match="two names of one argument"):
         theirs(ids, cache=one, past_key_values=other)
-    assert cache_of(theirs(ids, cache=one, past_key_values=one)) is one
+    assert returned_cache(theirs(ids, cache=one, past_key_values=one)) is one
 
 
 UNKNOWN = {
@@ -90,7 +90,7 @@ def test_an_argument_that_would_change_the_result_is_refused(name, theirs):
 
 
 @torch.no_grad()
-def test_an_argument_that_changes_nothing_is_taken(theirs):
+def test_an_argument_that_changes_nothing_is_accepted(theirs):
     ids = random_ids(1, 4)
     same = {**dict.fromkeys(UNKNOWN), "output_attentions": False, "is_causal": True}
     same |= {"num_items_in_batch": 3, "cache_position": torch.arange(4)}
@@ -100,7 +100,7 @@ def test_an_argument_that_changes_nothing_is_taken(theirs):
 @torch.no_grad()
 def test_arguments_that_contradict_each_other_are_refused(theirs):
     ids, table = random_ids(1, 4), theirs.get_input_embeddings()
-    past = cache_of(theirs(ids))
+    past = returned_cache(theirs(ids))
     for wrong, words in (
         ({"input_ids": ids, "inputs_embeds": table(ids)}, "either input_ids or inputs_embeds"),
         ({}, "either input_ids or inputs_embeds"),
@@ -115,16 +115,16 @@ def test_arguments_that_contradict_each_other_are_refused(theirs):
 
 
 @torch.no_grad()
-def test_hidden_states_and_tuples_are_given_where_they_are_asked_for(theirs):
+def test_hidden_states_and_tuples_are_returned_if_requested(theirs):
     ids = random_ids(2, 4)
-    plain, found = theirs(ids), theirs(ids, output_hidden_states=True)
-    assert plain.hidden_states is None and len(found.hidden_states) == theirs.config.n_layer + 1
+    plain, output = theirs(ids), theirs(ids, output_hidden_states=True)
+    assert plain.hidden_states is None and len(output.hidden_states) == theirs.config.n_layer + 1
     embedded = theirs.get_input_embeddings()(ids)
     if not theirs.config.rotary:
         embedded = embedded + theirs.transformer["wpe"].weight[:4]
-    assert found.hidden_states[0].equal(embedded)
-    logits, cap = theirs.lm_head(found.hidden_states[-1]), theirs.config.logit_softcap
-    close(cap * torch.tanh(logits / cap) if cap else logits, plain.logits)
+    assert output.hidden_states[0].equal(embedded)
+    logits, cap = theirs.lm_head(output.hidden_states[-1]), theirs.config.logit_softcap
+    assert_close(cap * torch.tanh(logits / cap) if cap else logits, plain.logits)
     loss, logits, _ = theirs(ids, labels=ids, return_dict=False)
     assert loss.equal(theirs(ids, labels=ids).loss) and logits.equal(plain.logits)
     with pytest.raises(TypeError, match="output_attentions"):
@@ -133,7 +133,7 @@ def test_hidden_states_and_tuples_are_given_where_they_are_asked_for(theirs):
     assert [step[-1].shape[1] for step in steps] == [4, 1, 1]
 
 
-WAYS: dict[str, dict[str, Any]] = {
+GENERATION_OPTIONS: dict[str, dict[str, Any]] = {
     "as it comes": {},
     "without a cache": {"use_cache": False},
     "a cache of fixed size": {"cache_implementation": "static", "disable_compile": True},
@@ -145,21 +145,21 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("way", WAYS)
-def test_text_is_ours_in_each_way_to_generate_it(way, pair):
+@pytest.mark.parametrize("way", GENERATION_OPTIONS)
+def test_each_way_to_generate_writes_our_text(way, pair):
     model, theirs = pair
-    ids, how = random_ids(1, 9).repeat(1, 2), WAYS[way]
+    ids, options = random_ids(1, 9).repeat(1, 2), GENERATION_OPTIONS[way]
     expected = our_greedy(model, ids, 30)
     never = min(set(range(97)) - set(expected.flatten().tolist()))  # of transformers 5.0, guesses need an end
     if way == "a prompt of embeddings":
-        how = {"inputs_embeds": theirs.get_input_embeddings()(ids)}
+        options = {"inputs_embeds": theirs.get_input_embeddings()(ids)}
     elif way == "the cache of an earlier call":
         earlier = theirs(ids[:, :7])
-        how = {list(earlier)[-1]: cache_of(earlier)}
-    assert greedy(theirs, ids, 30, eos_token_id=never, **how).tolist() == expected.tolist()
+        options = {list(earlier)[-1]: returned_cache(earlier)}
+    assert greedy(theirs, ids, 30, eos_token_id=never, **options).tolist() == expected.tolist()
 
 
-def test_a_smaller_model_may_guess(pair):
+def test_assisted_generation(pair):
     model, theirs = pair
     ids = random_ids(1, 9)
     assert greedy(theirs, ids, 20, assistant_model=theirs).tolist() == our_greedy(model, ids, 20).tolist()
@@ -172,45 +172,45 @@ def test_transformers_trainer(theirs, tmp_path):
     labels = ids.clone()
     labels[:, 0] = -100  # which no position predicts; transformers 5.0 counts it otherwise
     rows = [{"input_ids": row, "labels": label} for row, label in zip(ids, labels, strict=True)]
-    place = {"output_dir": str(tmp_path), "report_to": [], "use_cpu": True, "disable_tqdm": True}
+    paths = {"output_dir": str(tmp_path), "report_to": [], "use_cpu": True, "disable_tqdm": True}
     sizes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 2}
     rate = {"learning_rate": 0.0, "logging_steps": 1, "save_strategy": "no"}
-    trainer = Trainer(theirs, TrainingArguments(**place, **sizes, **rate), train_dataset=rows)
+    trainer = Trainer(theirs, TrainingArguments(**paths, **sizes, **rate), train_dataset=rows)
     with torch.no_grad():
         expected = theirs.eval()(ids, labels=labels)
-    theirs.config.use_cache = True  # as the trainer may have unset it
-    told = trainer.predict(rows)
-    close(torch.from_numpy(told.predictions), expected.logits)  # and no cache beside them
-    assert told.metrics["test_loss"] == pytest.approx(expected.loss.item(), abs=1e-4)
+    theirs.config.use_cache = True  # the trainer may have changed it
+    prediction = trainer.predict(rows)
+    assert_close(torch.from_numpy(prediction.predictions), expected.logits)  # and no cache beside them
+    assert prediction.metrics["test_loss"] == pytest.approx(expected.loss.item(), abs=1e-4)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert sum(losses) / 2 == pytest.approx(expected.loss.item(), abs=1e-3)
     theirs.eval()
 
 
-def test_the_version_of_transformers_that_ties_no_weights_is_refused(tmp_path, monkeypatch):
-    folder = exported(tmp_path, lively(**KINDS["own, LayerNorm"][1]))
-    code = sys.modules[type(loaded(folder)).__module__]
+def test_transformers_5_3_is_refused(tmp_path, monkeypatch):
+    folder = export_model(tmp_path, random_model(**KINDS["own, LayerNorm"][1]))
+    code = sys.modules[type(load_in_transformers(folder)).__module__]
     monkeypatch.setattr(code.transformers, "__version__", "5.3.0")
     with pytest.raises(ImportError, match=r"5\.3\.0 leaves lm_head.weight of this model empty"):
-        loaded(folder)
+        load_in_transformers(folder)
 
 
 @pytest.mark.parametrize("name", ["activation", "norm"])
-def test_a_network_that_the_file_does_not_compute_is_refused(name, tmp_path):
-    folder = exported(tmp_path, lively(**KINDS["own, LayerNorm"][1]))
-    change(folder, **{name: "newer"})
+def test_unknown_settings_are_refused(name, tmp_path):
+    folder = export_model(tmp_path, random_model(**KINDS["own, LayerNorm"][1]))
+    change_settings(folder, **{name: "newer"})
     with pytest.raises(ValueError, match=f"{name}=newer"):
-        loaded(folder)
+        load_in_transformers(folder)
 
 
 def test_the_file_alone_refreshes_a_folder(tmp_path):
-    model = lively(**KINDS["modern"][1])
-    folder = exported(tmp_path, model)
+    model = random_model(**KINDS["modern"][1])
+    folder = export_model(tmp_path, model)
     code = folder / "modeling_distrogpt.py"
     fresh = code.read_text(encoding="utf-8")
     code.write_text(fresh.replace("def forward", "def backward"), encoding="utf-8")
-    loaded(folder)
+    load_in_transformers(folder)
     code.write_bytes((REPO / "distrogpt" / "huggingface" / code.name).read_bytes())  # README's cp
     ids = random_ids(1, 9)
-    assert greedy(loaded(folder), ids, 20).tolist() == our_greedy(model, ids, 20).tolist()
+    assert greedy(load_in_transformers(folder), ids, 20).tolist() == our_greedy(model, ids, 20).tolist()

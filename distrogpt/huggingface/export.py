@@ -1,0 +1,142 @@
+"""The files of an export, and the folder that they are written to, which may replace an earlier export."""
+
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+from shutil import copymode, rmtree
+from tempfile import mkdtemp
+from typing import Any
+from unicodedata import category
+
+from distrogpt.checkpoint import first_line
+from distrogpt.data.tokenizer import END_OF_TEXT, Tokenizer, start_token, tokenizer_json
+from distrogpt.errors import MachineError, UserError, warn
+from distrogpt.huggingface.formats import CODE, Weights, model_type_of, to_settings
+from distrogpt.huggingface.model_card import model_card, public_meta
+from distrogpt.settings import SampleConfig
+from model import GPTConfig
+
+FILES = (
+    *("config.json", "model.safetensors", f"{CODE}.py", "tokenizer.json", "tokenizer_config.json"),
+    *("generation_config.json", "meta.json", "README.md"),
+)
+
+
+def text_files(
+    name: str, shape: GPTConfig, tokenizer: Tokenizer, contents: dict[str, Any], count: int, dtype: str
+) -> dict[str, str]:
+    """The text of each file but the weights; the arguments are model_card's."""
+    texts = settings_files(shape, tokenizer, dtype) | {
+        "tokenizer.json": tokenizer_json(tokenizer),
+        "meta.json": to_json(public_meta(contents.get("meta"), tokenizer)),
+        "README.md": model_card(name, shape, tokenizer, contents, count, dtype),
+    }
+    if model_type_of(shape) == "distrogpt":
+        texts[f"{CODE}.py"] = Path(__file__).with_name(f"{CODE}.py").read_text(encoding="utf-8")
+    return texts
+
+
+def settings_files(shape: GPTConfig, tokenizer: Tokenizer, dtype: str) -> dict[str, str]:
+    """config.json, generation_config.json with the defaults of sample.py, and tokenizer_config.json."""
+    bos, eos = start_token(tokenizer), tokenizer.end_of_text
+    generation: dict[str, Any] = {"bos_token_id": bos}
+    tokenizer_config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,  # decoded text stays as it is
+        "model_max_length": shape.block_size,
+        "padding_side": "left",  # of prompts of several lengths in a batch
+    }
+    if eos is not None:  # transformers would drop a character in its place from decoded text
+        generation |= {"eos_token_id": eos, "pad_token_id": eos}
+        tokenizer_config |= dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT)
+    generation |= {"do_sample": True, "temperature": SampleConfig.temperature, "top_k": SampleConfig.top_k}
+    return {
+        "config.json": to_json(to_settings(shape, dtype, bos, eos)),
+        "generation_config.json": to_json(generation),
+        "tokenizer_config.json": to_json(tokenizer_config),
+    }
+
+
+def to_json(value: Any) -> str:
+    return json.dumps(value, indent=1) + "\n"
+
+
+def check_target(to: Path, shown: str, overwrite: bool) -> None:
+    """Raises UserError if an export cannot be written to `to`, called `shown` by the user, or would replace
+    anything else than an export."""
+    if not to.name or any(category(char) in ("Cc", "Zl", "Zp") for char in shown):
+        raise UserError(f"to={shown} is no name of a folder that fits into a line; name another")
+    if not os.path.lexists(to):
+        return
+    if not to.is_dir():
+        raise UserError(f"{shown} is a file; name a folder for --to")
+    try:
+        foreign, is_empty = foreign_file(to), not any(to.iterdir())
+    except OSError as error:
+        raise UserError(f"{shown} cannot be read ({error.strerror}); name another folder") from None
+    if foreign:
+        raise UserError(f"{shown} has {foreign[:60]}, which is of no export; name another folder")
+    if not is_empty and not overwrite:
+        raise UserError(f"{shown} is there already; name another folder, or set --overwrite=True")
+
+
+def foreign_file(folder: Path) -> str | None:
+    """The first name in a folder that is not of an export; any name if there is no config.json."""
+    with os.scandir(folder) as entries:
+        ours = {entry.name: entry.name in FILES and entry.is_file(follow_symlinks=False) for entry in entries}
+    is_export = ours.get("config.json", False)
+    return min((name for name, is_ours in ours.items() if not (is_ours and is_export)), default=None)
+
+
+def write_folder(to: Path, shown: str, texts: dict[str, str], weights: Weights) -> None:
+    """Write the files into a folder beside `to`, then rename it: `to` is complete, or what it was before.
+
+    Raises MachineError if the disk fails, UserError if the folder cannot be made.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        to.parent.mkdir(parents=True, exist_ok=True)
+        workspace = Path(mkdtemp(prefix=f".{to.name[:40]}.", dir=to.parent))
+        new, old = workspace / "new", workspace / "old"
+        new.mkdir()  # with the permissions of the umask; mkdtemp's are for the owner alone
+    except OSError as error:
+        raise UserError(f"{shown} cannot be made ({error.strerror}); name another folder") from None
+    try:
+        write_files(new, texts, weights)
+        if to.is_dir():
+            os.rename(to, old)
+        os.rename(new, to)
+    except BaseException as error:
+        with suppress(OSError):
+            if old.is_dir() and not os.path.lexists(to):
+                os.rename(old, to)
+        rmtree(new, ignore_errors=True)
+        with suppress(OSError):
+            workspace.rmdir()
+        if not isinstance(error, OSError | SafetensorError):
+            raise
+        reason = getattr(error, "strerror", None) or first_line(error)
+        before = f"what was there is {old}" if old.is_dir() else "and is what it was before"
+        raise MachineError(f"{shown} cannot be written ({reason}), {before}") from None
+    try:
+        if old.is_dir() and (foreign := foreign_file(old)):  # added to the old export in the meantime
+            raise OSError(f"{foreign[:60]} is of no export")
+        rmtree(workspace)
+    except OSError as error:
+        reason = error.strerror or error
+        warn(f"note: {old} is what was in {shown}; delete it yourself ({reason})")
+
+
+def write_files(folder: Path, texts: dict[str, str], weights: Weights) -> None:
+    """Write the files, and flush them to disk."""
+    from safetensors.torch import save_file
+
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})  # transformers needs "format"
+    copymode(folder / "config.json", folder / "model.safetensors")  # save_file's is for the owner alone
+    for path in folder.iterdir():
+        with open(path, "rb+") as file:
+            os.fsync(file.fileno())

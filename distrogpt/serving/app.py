@@ -1,0 +1,285 @@
+"""The web application: a page to write with, OpenAI's /v1/completions and /v1/audio/speech."""
+
+import asyncio
+import hmac
+import json
+import re
+import secrets
+import socket
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from distrogpt.audio.speech import Voice, wav_bytes
+from distrogpt.errors import UserError
+from distrogpt.inference.sampler import Sampler, read_prompt
+from distrogpt.serving import completions
+from distrogpt.serving.completions import Completion, choice_json, completion_json, error_json
+from distrogpt.serving.engine import Engine, EngineClosed, EngineRequest, QueueFull, RequestOutput
+from distrogpt.settings import ServeConfig
+
+UVICORN = {"ws": "none", "lifespan": "off", "timeout_graceful_shutdown": 1, "log_level": "warning"}
+UVICORN |= {"access_log": False, "server_header": False}
+PAGE = Path(__file__).with_name("page.html")
+MAX_BODY_BYTES, MAX_BODY_SECONDS = 1 << 20, 30
+MAX_SPEECH_CHARS, MAX_SPEECH_QUEUE = 10_000, 4  # some ten minutes of speech; texts that wait
+MAX_UNREAD = 2_000  # outputs that wait for a client: some ten seconds of four samples
+LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
+PAGE_HEADERS = {  # the page loads nothing from elsewhere, and no other page may frame it
+    "Content-Security-Policy": "default-src 'none'; connect-src 'self'; media-src blob:; img-src data:; "
+    "style-src 'unsafe-inline'; script-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'",
+    "Cache-Control": "no-store",
+}
+Outputs = AsyncIterator[RequestOutput]
+
+
+class App(Starlette):
+    """The routes, which one engine and, if there is one, one voice serve."""
+
+    def __init__(
+        self, config: ServeConfig, sampler: Sampler, engine: Engine, key: str | None, voice: Voice | None
+    ) -> None:
+        self.config, self.sampler, self.engine, self.key, self.voice = config, sampler, engine, key, voice
+        self.speech_lock, self.speech_queue, self.max_unread = asyncio.Lock(), 0, MAX_UNREAD
+        self.name = Path(config.out_dir if config.init_from == "resume" else config.init_from).resolve().name
+        routes = [
+            Route("/", self.page),
+            Route("/health", self.health),
+            Route("/v1/models", self.models),
+            Route("/v1/models/{name:path}", self.models),
+            Route("/v1/completions", self.completions, methods=["POST"]),
+            Route("/v1/audio/speech", self.speech, methods=["POST"]),
+        ]
+        # without a key, only by these names: other websites could point a name of theirs at this address
+        hosts = ["*"] if key else [*LOCAL_HOSTS, "[::1]", config.host]
+        guard = Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)
+        handlers = dict.fromkeys((HTTPException, UserError, Exception), handle_error)
+        super().__init__(routes=routes, middleware=[guard], exception_handlers=handlers)
+        self.router.redirect_slashes = False
+
+    async def page(self, request: Request) -> Response:
+        about = {
+            "model": self.name,
+            "source": self.name if self.key else self.sampler.source,  # paths are for those with a key
+            "max_tokens": self.config.max_new_tokens,
+            "max_samples": min(8, self.config.batch_size),
+            "needs_key": self.key is not None,
+            "speaks": self.voice is not None,
+        }
+        text = json.dumps(about).replace("<", "\\u003c")  # a name must not end the script around it
+        return HTMLResponse(PAGE.read_text(encoding="utf-8").replace("{{about}}", text), headers=PAGE_HEADERS)
+
+    async def health(self, request: Request) -> Response:
+        waiting = sum(not request.cancelled for request in list(self.engine.waiting))
+        return JSONResponse({"writes": len(self.engine.samples), "waits": waiting})
+
+    async def models(self, request: Request) -> Response:
+        self.check_key(request)
+        model = {"id": self.name, "object": "model", "created": 0, "owned_by": "distrogpt"}
+        return JSONResponse(model if request.path_params else {"object": "list", "data": [model]})
+
+    async def completions(self, request: Request) -> Response:
+        self.check_key(request)
+        completion = completions.parse_completion(await read_json(request), self.sampler, self.config)
+        outputs = read_outputs(request, *self.submit(completion))
+        if completion.config.stream:
+            return StreamingResponse(self.events(completion, outputs), media_type="text/event-stream")
+        return await self.answer(completion, outputs)
+
+    def submit(self, completion: Completion) -> tuple[list[EngineRequest], asyncio.Queue]:
+        """Submit the prompts to the engine; its requests, and the queue of their outputs, which None ends.
+        Raises HTTPException."""
+        loop, queue = asyncio.get_running_loop(), asyncio.Queue()
+        config, requests = completion.config, []
+
+        def emit(output: RequestOutput) -> None:
+            with suppress(RuntimeError):  # the loop has ended, and all connections with it
+                if queue.qsize() > self.max_unread:  # the client does not read
+                    cancel(requests)
+                    loop.call_soon_threadsafe(queue.put_nowait, None)
+                loop.call_soon_threadsafe(queue.put_nowait, output)
+
+        for number, (_, ids, settings) in enumerate(completion.prompts):
+            requests.append(EngineRequest(ids, settings, emit, config.stream, config.logprobs or 0))
+            requests[-1].first_index = number * config.num_samples
+        try:
+            self.engine.submit(requests)
+        except QueueFull:
+            message = f"{self.config.queue} requests may wait, and do; try again"
+            raise HTTPException(429, message, {"Retry-After": "1"}) from None
+        except EngineClosed:
+            raise HTTPException(503, "the server ends, or is out of memory; start it again") from None
+        return requests, queue
+
+    async def answer(self, completion: Completion, outputs: Outputs) -> Response:
+        """One answer when all samples have finished."""
+        samples: dict[int, RequestOutput] = {}
+        async for output in outputs:
+            if output.finish_reason == "error":
+                return error_response(503 if self.engine.closed else 500, output.text)
+            samples[output.index] = output
+        n, num_samples, best = completion.config.n, completion.config.num_samples, []
+        if len(samples) < len(completion.prompts) * num_samples:
+            return Response(status_code=499)  # the client has disconnected
+        for first in range(0, len(samples), num_samples):
+            group = [samples[index] for index in range(first, first + num_samples)]
+            if num_samples > n:
+                group.sort(key=lambda sample: sample.score, reverse=True)
+            best += group[:n]
+        choices = [choice_json(i, one, completion, self.sampler.tokenizer) for i, one in enumerate(best)]
+        usage = completions.usage_json(completion, sum(sample.num_tokens for sample in samples.values()))
+        return JSONResponse(completion_json(new_id(), self.name, choices, usage))
+
+    async def events(self, completion: Completion, outputs: Outputs) -> AsyncIterator[str]:
+        """A server-sent event for each output."""
+        id, num_tokens = new_id(), {}  # of each choice
+        async for output in outputs:
+            if output.finish_reason == "error":
+                yield event(error_json(500, output.text))
+                return
+            num_tokens[output.index] = output.num_tokens
+            choice = choice_json(output.index, output, completion, self.sampler.tokenizer)
+            yield event(completion_json(id, self.name, [choice]))
+        if completion.include_usage:
+            usage = completions.usage_json(completion, sum(num_tokens.values()))
+            yield event(completion_json(id, self.name, [], usage))
+        yield "data: [DONE]\n\n"
+
+    async def speech(self, request: Request) -> Response:
+        """OpenAI's /v1/audio/speech for wav files, one text at a time."""
+        self.check_key(request)
+        if self.voice is None:
+            raise HTTPException(404, "this server has no voice; start it with --voice=NAME.onnx or system")
+        body = await read_json(request)
+        text = body.get("input") if isinstance(body, dict) else None
+        if not isinstance(text, str):
+            raise UserError('the body has no text to speak; send {"input": "..."}')
+        for name, only in {"response_format": "wav", "speed": 1}.items():
+            if body.get(name, only) != only:
+                raise UserError(f"{name}={body[name]!r:.40} is not supported; send {only}")
+        if len(text) > MAX_SPEECH_CHARS:
+            raise UserError(f"{len(text)} characters are too many; send {MAX_SPEECH_CHARS} or fewer")
+        if self.speech_queue > MAX_SPEECH_QUEUE:
+            raise HTTPException(429, f"{self.speech_queue} texts are to be spoken already; try again")
+        self.speech_queue += 1
+        try:
+            async with self.speech_lock:
+                if await request.is_disconnected():
+                    return Response(status_code=499)
+                wav = await asyncio.to_thread(wav_bytes, text, self.voice)
+        finally:
+            self.speech_queue -= 1
+        return Response(wav, media_type="audio/wav")
+
+    def check_key(self, request: Request) -> None:
+        """Raises HTTPException if the client did not send the API key."""
+        given = request.headers.get("authorization", "").removeprefix("Bearer ")
+        if self.key is not None and not hmac.compare_digest(given.encode(), self.key.encode()):
+            message = "the API key is missing or wrong; send Authorization: Bearer KEY"
+            raise HTTPException(401, message, {"WWW-Authenticate": "Bearer"})
+
+
+def find_key(config: ServeConfig) -> str | None:
+    """The API key. Raises UserError if other machines could connect without one."""
+    try:
+        key = None if config.api_key is None else read_prompt(config.api_key).strip()
+    except UserError:
+        raise UserError(f"api_key={config.api_key} is not a text file; write the key into one") from None
+    if key is not None and not re.fullmatch("[!-~]+", key):
+        raise UserError("api_key is not one word of ASCII characters; choose a long one")
+    if key is None and config.host not in LOCAL_HOSTS:
+        raise UserError(f"host={config.host} lets other machines connect; set --api_key=SECRET or FILE:path")
+    return key
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens at this address. Raises UserError."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=512)
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"host={host} with port={port} cannot be used ({reason}); choose another") from None
+
+
+def new_id() -> str:
+    return f"cmpl-{secrets.token_hex(12)}"
+
+
+def event(data: dict[str, Any]) -> str:
+    return f"data: {json.dumps(data)}\n\n"
+
+
+def error_response(status: int, message: str, headers: Any = None) -> Response:
+    return JSONResponse(error_json(status, " ".join(message.split())), status, headers)
+
+
+async def handle_error(request: Request, error: Exception) -> Response:
+    if isinstance(error, UserError):
+        return error_response(400, str(error))
+    if not isinstance(error, HTTPException):
+        return error_response(500, "internal error")
+    message = error.detail
+    if message in ("Not Found", "Method Not Allowed"):
+        route = f"{request.method} {request.url.path[:100]}"
+        message = f"{route} is not served; POST /v1/completions is, with a prompt"
+    return error_response(error.status_code, message, error.headers)
+
+
+async def read_json(request: Request) -> Any:
+    """The JSON of a request's body. Raises HTTPException and UserError."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":  # other websites can have browsers send other types without asking
+        raise HTTPException(415, "the body is not declared as JSON; send Content-Type: application/json")
+    try:
+        return json.loads(await asyncio.wait_for(read_body(request), MAX_BODY_SECONDS))
+    except ClientDisconnect:
+        raise HTTPException(499, "the client has disconnected") from None
+    except asyncio.TimeoutError:
+        raise HTTPException(408, f"the body took over {MAX_BODY_SECONDS} s; send it faster") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"the body is not JSON ({error}); send an object") from None
+
+
+async def read_body(request: Request) -> bytes:
+    data = b""
+    async for part in request.stream():
+        data += part
+        if len(data) > MAX_BODY_BYTES:
+            raise HTTPException(413, f"the body has over {MAX_BODY_BYTES} bytes; send fewer")
+    return data
+
+
+async def read_outputs(request: Request, requests: list[EngineRequest], queue: asyncio.Queue) -> Outputs:
+    """The outputs of some of the engine's requests until their samples have finished. A client that
+    disconnects cancels them."""
+
+    async def watch_connection() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        queue.put_nowait(None)
+
+    watcher, running = asyncio.create_task(watch_connection()), sum(one.n for one in requests)
+    try:
+        while running and (output := await queue.get()) is not None:
+            if output.finish_reason:
+                running -= 1
+            yield output
+    finally:
+        watcher.cancel()
+        cancel(requests)
+
+
+def cancel(requests: list[EngineRequest]) -> None:
+    for request in requests:
+        request.cancelled = True
