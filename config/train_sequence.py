@@ -1,4 +1,4 @@
-# Counting on by steps to be found out (17,20,23=26,29,32): a minute on 2 CPU cores.
+# Arithmetic sequences to continue (17,20,23=26,29,32): a minute on 2 CPU cores.
 # python data/sequence/prepare.py; python train.py train_sequence; python eval.py --out_dir=out-sequence
 
 out_dir = "out-sequence"

@@ -1,4 +1,4 @@
-"""Counting on, by steps to be found out (17,20,23=26,29,32): 7,290 train and 810 val lines.
+"""Arithmetic sequences to continue (17,20,23=26,29,32): 7,290 train and 810 val lines.
 
 A line has three numbers and the three that follow them. The first is from 0 to 899 (--highest), the step
 from 1 to 9 (--steps). No download.
@@ -15,7 +15,7 @@ from distrogpt.errors import cli_errors
 
 def sequence(first: int, step: int) -> str:
     """Three numbers, and the three that follow, without the newline."""
-    numbers = [str(first + step * place) for place in range(6)]
+    numbers = [str(first + step * i) for i in range(6)]
     return f"{','.join(numbers[:3])}={','.join(numbers[3:])}"
 
 
