@@ -126,6 +126,8 @@ def test_the_readme_names_files_and_folders_that_exist():
     names = [name for row in rows for name in row.split("`")[1::2]]
     assert names and [name for name in names if not list(REPO.glob(name))] == []
     assert {path.name for path in ROOT_FILES} <= set(names)
+    package = [path for path in (REPO / "distrogpt").glob("[!_]*") if path.is_dir() or path.suffix == ".py"]
+    assert {f"distrogpt/{path.name}{'/' if path.is_dir() else ''}" for path in package} <= set(names)
 
 
 @pytest.mark.parametrize("path", (*ROOT_FILES, *PACKAGE_FILES), ids=lambda path: str(path.relative_to(REPO)))

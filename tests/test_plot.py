@@ -1,4 +1,4 @@
-"""Curves read from log.csv and drawn: by the command, by a run, in a notebook, in TensorBoard."""
+"""Curves read from log.csv and drawn: by the command, and in a notebook."""
 
 import sys
 import types
@@ -158,21 +158,21 @@ def test_a_notebook_shows_the_run_in_place(tmp_path, dataset, monkeypatch):
         shown.append(("display", picture.data))
         return Handle()
 
-    there = types.SimpleNamespace(display=display, Image=lambda data: types.SimpleNamespace(data=data))
-    shell = types.SimpleNamespace(display=there, get_ipython=lambda: cell, version_info=(9, 0))
+    module = types.SimpleNamespace(display=display, Image=lambda data: types.SimpleNamespace(data=data))
+    shell = types.SimpleNamespace(display=module, get_ipython=lambda: cell, version_info=(9, 0))
     monkeypatch.setitem(sys.modules, "IPython", shell)
-    monkeypatch.setitem(sys.modules, "IPython.display", there)
+    monkeypatch.setitem(sys.modules, "IPython.display", module)
     flags = [*TINY, f"--dataset={dataset}", f"--out_dir={tmp_path}"]
     steps = []
 
     def live(losses) -> None:
-        steps.append([found["step"] for found in losses])
+        steps.append([evaluation["step"] for evaluation in losses])
         assert read_log(tmp_path / "log.csv")["step"][-1] == steps[-1][-1]
         show(tmp_path)
 
     train(read_settings(TrainConfig, flags), on_evaluation=live)
     assert steps == [[0], [0, 10], [0, 10, 20]]
-    assert [how for how, _ in shown] == ["display", "update", "update"]
+    assert [call for call, _ in shown] == ["display", "update", "update"]
     assert all(data.startswith(PNG) for _, data in shown) and len({data for _, data in shown}) == 3
     cell.execution_count = 2  # run again
     show(tmp_path)

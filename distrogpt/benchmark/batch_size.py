@@ -25,7 +25,7 @@ from distrogpt.errors import UserError, is_out_of_memory
 from distrogpt.runtime import Runtime
 from distrogpt.settings import BenchConfig
 from distrogpt.training.batches import BatchLoader
-from distrogpt.training.startup import new_model_config
+from distrogpt.training.startup import new_model_config, samples_per_step
 
 LARGEST = 1 << 15  # sequences; GPU kernels cannot index more
 SLOW = 5.0  # seconds of a step after which larger batches, twice as slow or more, are not timed
@@ -106,8 +106,7 @@ class BatchTrials:
 
     def accumulates(self, batch: int) -> bool:
         """Whether the run would add this micro-batch to earlier gradients."""
-        sequences = self.config.gradient_accumulation_steps * self.config.batch_size
-        return self.config.n_gpus > 1 or batch < sequences
+        return self.config.n_gpus > 1 or batch < samples_per_step(self.config)
 
     def computed(self, batch: int) -> Trial:
         micro_steps = 2 if self.accumulates(batch) else 1
@@ -126,7 +125,7 @@ class BatchTrials:
             if self.accumulates(batch):
                 for p in self.trainer.model.parameters():
                     p.grad = torch.zeros_like(p)
-            seconds.append(seconds_of(self.trainer, len(seconds), runtime=self.runtime))
+            seconds.append(seconds_of(self.trainer, runtime=self.runtime))
         return statistics.median(seconds[1:])
 
     def attempt(self, batch: int) -> Trial:
@@ -163,14 +162,14 @@ def bench_batch(
     trials = BatchTrials(config, runtime, training_step, room)
     first = trials.computed(1)
     if first.fits or trials.on_gpu:
-        found = search(trials.attempt, trials.computed, not trials.on_gpu, time_all)
-        first = found[1]
+        results = search(trials.attempt, trials.computed, not trials.on_gpu, time_all)
+        first = results[1]
     if not first.fits:
         raise UserError(
             f"one sequence needs {first.memory / 2**30:,.2f} GiB, {trials.room / 2**30:,.2f} can be used; "
             "lower --block_size or --n_embd, or set --activation_checkpointing=True"
         )
-    result = results_of(list(found.values()), config)
+    result = results_of(list(results.values()), config)
     print("\n".join(table(result, config)))
     return result
 
@@ -178,7 +177,7 @@ def bench_batch(
 def step_with(config: BenchConfig, largest: int) -> dict[str, Any]:
     """Micro-batches of at most `largest` sequences, and at least half as many, that make a step nearest to
     that of the settings."""
-    sequences = config.gradient_accumulation_steps * config.batch_size
+    sequences = samples_per_step(config)
     largest = max(1, min(largest, sequences // config.n_gpus))
     B, micro_steps = plan.share_out(sequences, config.n_gpus, largest, largest // 2 + 1)
     steps = config.n_gpus * micro_steps
@@ -207,7 +206,7 @@ def table(result: dict[str, Any], config: BenchConfig) -> list[str]:
         if row["seconds"]:
             speed, note = f"{row['seconds'] * 1000:12,.2f}  {row['tokens_per_second']:12,.0f}", ""
         lines.append(f"{row['batch']:8,}{speed}  {row['memory'] / 2**30:7,.2f} GiB  {note}".rstrip())
-    sequences = config.gradient_accumulation_steps * config.batch_size
+    sequences = samples_per_step(config)
     for name in ("largest", "fastest"):
         row = result[name]
         or_more = " or more" if name == "largest" and row["batch"] == LARGEST else ""

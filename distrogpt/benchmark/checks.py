@@ -21,15 +21,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from distrogpt.benchmark import timing
 from distrogpt.benchmark.plan import Split, count, find_hardware, memory
-from distrogpt.benchmark.timing import (
-    alternate,
-    dtype_name,
-    float32_precision,
-    open_data,
-    peak_memory,
-    spread,
-)
 from distrogpt.benchmark.training import Trainer, TrainingStep
 from distrogpt.checkpoint import NEWEST, load_checkpoint
 from distrogpt.errors import UserError
@@ -86,9 +79,11 @@ def not_finite(model: torch.nn.Module) -> float:
     return 0.0 if finite else 1.0
 
 
-def small_model(network: dict[str, Any], device: torch.device) -> GPT:
+def small_model(network: dict[str, Any], device: torch.device | None = None) -> GPT:
+    """On its device with its device's layers; None: as model.py has it."""
     torch.manual_seed(0)
-    return to_device(GPT(GPTConfig(**SMALL, **network)), device)
+    model = GPT(GPTConfig(**SMALL, **network))
+    return model if device is None else to_device(model, device)
 
 
 def make_batch(seed: int, device: torch.device, length: int = SMALL["block_size"]) -> MicroBatch:
@@ -116,7 +111,7 @@ def check_machine(config: BenchConfig, runtime: Runtime, _: TrainingStep) -> lis
     rows = [Row("processor", processor_name()), Row("system", system), Row("Python, torch", versions)]
     for dtype in sorted({runtime.dtype, torch.float32}, key=str):
         product = measured_flops(runtime.device, dtype, seconds=1.0)
-        rows.append(Row(f"matrix product, {dtype_name(dtype)}", f"{product / 1e12:,.2f} TFLOP/s"))
+        rows.append(Row(f"matrix product, {timing.dtype_name(dtype)}", f"{product / 1e12:,.2f} TFLOP/s"))
     if runtime.device.type == "cuda":
         gpu, peak = (
             torch.cuda.get_device_properties(runtime.device),
@@ -141,23 +136,23 @@ def processor_name() -> str:
 
 
 def check_network(config: BenchConfig, runtime: Runtime, _: TrainingStep) -> list[Row]:
-    """Logits, loss and gradients against fp32 on the CPU."""
+    """Logits, loss and gradients against model.py's plain layers in fp32 on the CPU."""
 
     def run(model: GPT, dtype: torch.dtype) -> tuple[torch.Tensor, float, torch.Tensor]:
         on = replace(runtime, device=next(model.parameters()).device, dtype=dtype)
         x, y, *_ = make_batch(0, on.device)
-        with float32_precision("highest"), on.autocast():
+        with timing.float32_precision("highest"), on.autocast():
             logits, loss = model(x, y)
-        with float32_precision("highest"):
+        with timing.float32_precision("highest"):
             loss.backward()
         return logits, loss.item(), torch.cat([p.grad.flatten() for p in model.parameters()])
 
     rows = []
     for name, network in NETWORKS.items():
-        logits, loss, gradients = run(small_model(network, torch.device("cpu")), torch.float32)
+        logits, loss, gradients = run(small_model(network), torch.float32)
         for dtype, limit in ((torch.float32, 1e-4), (torch.bfloat16, 3e-2)):
             result = run(small_model(network, runtime.device), dtype)
-            kind = f"{name}, {dtype_name(dtype)}"
+            kind = f"{name}, {timing.dtype_name(dtype)}"
             rows += [
                 Row(f"{kind}: logits", distance(result[0], logits), limit),
                 Row(f"{kind}: loss", abs(result[1] / loss - 1), limit / 10),
@@ -180,9 +175,9 @@ def check_greedy(config: BenchConfig, runtime: Runtime, _: TrainingStep) -> list
             p.mul_(3.0)  # with random weights of usual size, one token repeats forever
         prompts = [make_batch(seed, runtime.device).x[0, : 8 + 5 * seed] for seed in range(8)]
         for dtype in (torch.float32, torch.bfloat16):
-            kind, exact = f"{name}, {dtype_name(dtype)}", dtype == torch.float32
+            kind, exact = f"{name}, {timing.dtype_name(dtype)}", dtype == torch.float32
             ready = optimize_for_inference(copy.deepcopy(model), dtype)
-            with float32_precision("highest"):
+            with timing.float32_precision("highest"):
                 alone = torch.cat([greedy(ready, [prompt]) for prompt in prompts])
                 together = greedy(ready, prompts)
                 if exact:
@@ -242,7 +237,7 @@ def check_fp16(config: BenchConfig, runtime: Runtime, training_step: TrainingSte
         trainer = Trainer(training_step, config, None, replace(runtime, dtype=dtype), model)
         losses = losses_of(trainer, length)
         learned[dtype] = losses[0] - losses[-1]
-        rows.append(Row(f"{dtype_name(dtype)}: losses", f"{losses[0]:.4f} to {losses[-1]:.4f}"))
+        rows.append(Row(f"{timing.dtype_name(dtype)}: losses", f"{losses[0]:.4f} to {losses[-1]:.4f}"))
     missing = 1 - learned[torch.float16] / learned[torch.float32]
     row = Row("fp16: share of what fp32 learns that is missing", missing, 0.25)
     return [row, Row("fp16: weights that are not finite", not_finite(model), 0.0), *rows]
@@ -288,7 +283,7 @@ def training_flags(folder: Path, runtime: Runtime) -> list[str]:
     flags = "--max_iters=20 --eval_interval=20 --eval_iters=2 --warmup_iters=5 --batch_size=4 --block_size=64"
     flags += " --gradient_accumulation_steps=8 --dropout=0.1 --compile=False --loss_plot=False"
     flags += "".join(f" --{name}={SMALL[name]}" for name in ("n_layer", "n_head", "n_embd"))
-    flags += f" --device={runtime.device} --dtype={dtype_name(runtime.dtype)}"
+    flags += f" --device={runtime.device} --dtype={timing.dtype_name(runtime.dtype)}"
     return [f"--dataset={folder}", *flags.split()]
 
 
@@ -333,15 +328,15 @@ def check_ranks(config: BenchConfig, runtime: Runtime, training_step: TrainingSt
 def check_synchronize(config: BenchConfig, runtime: Runtime, training_step: TrainingStep) -> list[Row]:
     """What a step pays for reading loss and gradient norm from the device before it updates weights."""
     config = replace(config, batch_size=config.batch_size or 8, compile=config.compile is True)
-    trainer = Trainer(training_step, config, open_data(config), runtime)
+    trainer = Trainer(training_step, config, timing.open_data(config), runtime)
     batches = trainer.batches.current[:1]
     x, y, *_ = batches[0]
 
-    def reading(number: int) -> None:
+    def reading() -> None:
         for _ in range(5):
             trainer.train(batches)
 
-    def without_reading(number: int) -> None:
+    def without_reading() -> None:
         for _ in range(5):
             with runtime.autocast():
                 _, loss = trainer.model(x, y, return_logits=False)
@@ -352,8 +347,8 @@ def check_synchronize(config: BenchConfig, runtime: Runtime, training_step: Trai
                 optimizer.zero_grad(set_to_none=True)
 
     steps = {"reading": reading, "without": without_reading}
-    times = alternate(steps, 1, max(3, config.bench_steps // 5), runtime)
-    slow, fast = (spread(seconds)["median"] / 5 * 1000 for seconds in times.values())
+    times = timing.alternate(steps, 1, max(3, config.bench_steps // 5), runtime)
+    slow, fast = (timing.spread(seconds)["median"] / 5 * 1000 for seconds in times.values())
     return [
         Row("step, loss and norm read before the update", f"{slow:.2f} ms"),
         Row("step that reads nothing", f"{fast:.2f} ms"),
@@ -364,10 +359,10 @@ def check_synchronize(config: BenchConfig, runtime: Runtime, training_step: Trai
 def check_memory(config: BenchConfig, runtime: Runtime, training_step: TrainingStep) -> list[Row]:
     """The peak memory of three training steps, next to the planner's figure."""
     config = replace(config, batch_size=config.batch_size or 1, gradient_accumulation_steps=1, compile=False)
-    trainer = Trainer(training_step, config, open_data(config), runtime)
-    for number in range(3):
-        trainer(number)
-    measured = peak_memory(runtime)  # before the planner counts, which needs memory of its own
+    trainer = Trainer(training_step, config, timing.open_data(config), runtime)
+    for _ in range(3):
+        trainer()
+    measured = timing.peak_memory(runtime)  # before the planner counts, which needs memory of its own
     on_gpu, half = runtime.device.type != "cpu", runtime.dtype != torch.float32
     counts = count(trainer.model.config, config, half, on_gpu)
     split = Split(1, config.batch_size, 1, recompute=config.activation_checkpointing)

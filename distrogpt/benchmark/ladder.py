@@ -11,21 +11,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from distrogpt.benchmark.timing import (
-    Step,
-    alternate,
-    dtype_name,
-    float32_precision,
-    open_data,
-    ratio,
-    spread,
-)
+from distrogpt.benchmark import timing
 from distrogpt.benchmark.training import Trainer, TrainingStep, new_model
 from distrogpt.data.dataset import Dataset
-from distrogpt.errors import writable
 from distrogpt.kernels import replace_layers
 from distrogpt.kernels.cpu import CPUAttention, CPUDropout
-from distrogpt.plotting import new_figure
+from distrogpt.plotting import new_figure, write_figure
 from distrogpt.runtime import Runtime, start_runtime
 from distrogpt.settings import BenchConfig
 from model import Attention
@@ -39,7 +30,7 @@ def ladder_rungs(config: BenchConfig, meta: dict, runtime: Runtime) -> dict[str,
     first = {"dropout": True} if on_gpu else {"padded": True}  # no rungs there
     rungs = {"fp32, plain": first, "TF32" if on_gpu else "oneDNN products": {"products": True}}
     if runtime.dtype != torch.float32:
-        rungs[dtype_name(runtime.dtype)] = {"dtype": runtime.dtype}
+        rungs[timing.dtype_name(runtime.dtype)] = {"dtype": runtime.dtype}
     rungs["attention kernel"] = {"attention": True}
     if config.dropout and not on_gpu:
         rungs["dropout by bytes"] = {"dropout": True}
@@ -63,7 +54,7 @@ class PlainAttention(Attention):
 
 def rung_step(
     training_step: TrainingStep, config: BenchConfig, data: Dataset, runtime: Runtime, on: dict[str, Any]
-) -> Step:
+) -> timing.Step:
     """GPT-2's training step with the improvements `on` alone."""
     gpt2 = {"activation": on.get("activation", "gelu_tanh"), "optimizer": "adamw", "n_kv_head": None}
     config = replace(config, compile=on.get("compile", False), **gpt2)
@@ -79,7 +70,7 @@ def rung_step(
         groups = [{key: group[key] for key in keys} for group in trainer.optimizers[0].param_groups]
         trainer.optimizers = [torch.optim.AdamW(groups, config.learning_rate, betas, fused=False)]
     precision = torch.get_float32_matmul_precision() if on.get("products") else "highest"
-    return float32_precision(precision)(trainer)
+    return timing.float32_precision(precision)(trainer)
 
 
 def bench_ladder(config: BenchConfig, runtime: Runtime, training_step: TrainingStep) -> dict[str, Any]:
@@ -88,16 +79,16 @@ def bench_ladder(config: BenchConfig, runtime: Runtime, training_step: TrainingS
     A rung's ms are the first one's divided by all gains so far: measured later, on a busier machine, it would
     seem slower.
     """
-    data, on = open_data(config), {}
+    data, on = timing.open_data(config), {}
     rungs, below, total = [], None, 1.0
     for name, improvement in ladder_rungs(config, data.meta, runtime).items():
         on |= improvement
         step = rung_step(training_step, config, data, runtime, on)
-        pair: dict[str, Step] = {name: step} if below is None else {"below": below, name: step}
-        times = alternate(pair, config.warmup_steps, config.bench_steps, runtime)
-        gain = ratio(times["below"], times[name])["median"] if below else 1.0
+        pair: dict[str, timing.Step] = {name: step} if below is None else {"below": below, name: step}
+        times = timing.alternate(pair, config.warmup_steps, config.bench_steps, runtime)
+        gain = timing.ratio(times["below"], times[name])["median"] if below else 1.0
         total *= gain
-        ms = rungs[0]["ms"] / total if below else spread(times[name])["median"] * 1000
+        ms = rungs[0]["ms"] / total if below else timing.spread(times[name])["median"] * 1000
         rungs.append({"rung": name, "ms": ms, "gain": gain, "total": total})
         print(f"{name:18} {ms:10.2f} ms   x {gain:.2f}   {total:6.2f} times the first", flush=True)
         below = step
@@ -105,7 +96,7 @@ def bench_ladder(config: BenchConfig, runtime: Runtime, training_step: TrainingS
         cpu = start_runtime("cpu")
         small = replace(config, batch_size=1, compile=False)
         trainer = Trainer(training_step, small, data, cpu)
-        ms = statistics.median(alternate({"": trainer}, 1, 2, cpu)[""]) * 1000 * config.batch_size
+        ms = statistics.median(timing.alternate({"": trainer}, 1, 2, cpu)[""]) * 1000 * config.batch_size
         print(f"{'CPU, all but compile':18} {ms:10.2f} ms for as many sequences")
         rungs.append({"rung": "CPU", "ms": ms, "gain": rungs[-1]["ms"] / ms, "total": rungs[0]["ms"] / ms})
     plot_ladder(rungs, f"{config.n_layer}/{config.n_head}/{config.n_embd}, {runtime.describe()}")
@@ -124,6 +115,5 @@ def plot_ladder(rungs: list[dict[str, Any]], title: str) -> None:
     axes.invert_yaxis()
     axes.margins(x=0.32)
     axes.set(xlabel="ms per training step; in brackets the gain over the rung above", title=title)
-    with writable(PLOT) as file:
-        figure.savefig(file, dpi=150)
+    write_figure(figure, Path(PLOT), dpi=150)
     print(f"plot     {Path(PLOT).resolve()}")

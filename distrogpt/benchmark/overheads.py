@@ -23,18 +23,15 @@ from distrogpt.training.logger import TrainLogger
 from distrogpt.training.run_directory import RunDirectory
 from distrogpt.training.state import TrainState
 
+OUT_DIR = {"dir": ".", "prefix": "out-bench-"}
 ALL_LOGS = {"log_interval": 1, "tensorboard_log": True, "loss_plot": True}
-
-
-def temporary_out_dir() -> tempfile.TemporaryDirectory:
-    return tempfile.TemporaryDirectory(dir=".", prefix="out-bench-")
 
 
 def bench_checkpoint(config: BenchConfig, runtime: Runtime, training_step: TrainingStep) -> dict[str, Any]:
     """What a checkpoint costs: the step that waits for the copy, and slower steps while it is written."""
     trainer = Trainer(training_step, config, open_data(config), runtime)
     times = alternate({"ours": trainer}, config.warmup_steps, config.bench_steps, runtime)["ours"]
-    step, number = statistics.median(times), config.bench_steps
+    step = statistics.median(times)
     costs: dict[str, list[float]] = {"wait": [], "lost": [], "write": []}
     print(f"step     {step * 1000:,.1f} ms median, {trainer.model.get_num_params(False):,} parameters")
 
@@ -48,26 +45,25 @@ def bench_checkpoint(config: BenchConfig, runtime: Runtime, training_step: Train
     state.val_loss = 3.0  # as after an evaluation
     with (
         contextlib.redirect_stdout(io.StringIO()),
-        temporary_out_dir() as out_dir,
+        tempfile.TemporaryDirectory(**OUT_DIR) as out_dir,
         RunDirectory(replace(config, out_dir=out_dir), runtime) as run,
     ):
         for _ in range(config.rounds):
-            begin, first = time.perf_counter(), number
+            begin, n_steps = time.perf_counter(), 0
             run.save(trainer.model, trainer.optimizers, trainer.scaler, state)
             costs["wait"].append(time.perf_counter() - begin)
             while run.saving():
-                trainer(number)
+                trainer()
                 synchronize(runtime)
-                number += 1
-            costs["lost"].append(time.perf_counter() - begin - (number - first) * step)
+                n_steps += 1
+            costs["lost"].append(time.perf_counter() - begin - n_steps * step)
             costs["write"].append(seconds_of(write_alone, Path(out_dir) / "alone.pt", runtime=runtime))
         size = (Path(out_dir) / NEWEST).stat().st_size
     result: dict[str, Any] = {name: spread(values) for name, values in costs.items()}
     wait, lost, write = (result[name]["median"] for name in costs)
     print(f"writes   {size / 1e6:,.0f} MB; the step waits {wait:.2f} s for the copy")
-    print(
-        f"lost     {lost:.2f} s a checkpoint, slower steps included: {lost / (250 * step):.2%} of 250 steps"
-    )
+    share = f"{lost / (250 * step):.2%} of 250 steps"
+    print(f"lost     {lost:.2f} s a checkpoint, slower steps included: {share}")
     print(f"         {write:.2f} s, or {write / (250 * step):.2%}, if steps waited for the disk")
     return {**result, "bytes": size, "step": step}
 
@@ -85,14 +81,14 @@ def bench_logs(config: BenchConfig, runtime: Runtime, training_step: TrainingSte
 
     with (
         contextlib.redirect_stdout(io.StringIO()),
-        temporary_out_dir() as out_dir,
+        tempfile.TemporaryDirectory(**OUT_DIR) as out_dir,
         RunDirectory(replace(config, out_dir=out_dir), runtime) as run,
         TrainLogger(run.config, runtime, run, state, trainer.model) as logger,
     ):
-        for number in range(config.warmup_steps):
-            trainer(number)
-        for number in range(config.bench_steps):
-            steps.append(seconds_of(trainer, number, runtime=runtime))
+        for _ in range(config.warmup_steps):
+            trainer()
+        for _ in range(config.bench_steps):
+            steps.append(seconds_of(trainer, runtime=runtime))
             lines.append(seconds_of(log, None, runtime=runtime))
         begin = os.times()
         log({"train": 3.0, "val": 3.0})

@@ -31,7 +31,7 @@ from distrogpt.kernels import replace_layers
 from distrogpt.kernels.cpu import causal_mask, use_cpu_kernels
 from distrogpt.runtime import Runtime
 from distrogpt.settings import BenchConfig
-from distrogpt.training.startup import new_model_config, resolve_max_iters
+from distrogpt.training.startup import new_model_config, resolve_max_iters, samples_per_step
 from model import GPT, Attention, GPTConfig
 
 MFU = 0.4  # if none is known: llm.c's on H100
@@ -132,19 +132,19 @@ def planned_shape(config: BenchConfig) -> tuple[BenchConfig, GPTConfig, bool]:
         config = replace(config, init_from="scratch", n_layer=layers, n_head=heads, n_embd=width, bias=True)
     elif config.init_from not in ("scratch", "resume", "auto"):
         raise UserError(f"plan cannot see into init_from={config.init_from}; give its shape in the settings")
-    meta, found = GPT2_META, False
+    meta, has_data = GPT2_META, False
     if config.real_data:
         try:
             parts = find_parts(config.dataset)
-            found = all(any(folder.glob("train*.bin")) for _, _, folder, _ in parts)
-            meta = parts[0][-1] if found else meta
+            has_data = all(any(folder.glob("train*.bin")) for _, _, folder, _ in parts)
+            meta = parts[0][-1] if has_data else meta
         except UserError:
             pass
     if config.max_epochs is not None:
-        if not found:
+        if not has_data:
             raise UserError("max_epochs is counted on the dataset, which is not here; give --max_iters alone")
         config = resolve_max_iters(config, open_dataset(config, ("train",)))
-    return config, new_model_config(config, meta), found
+    return config, new_model_config(config, meta), has_data
 
 
 class MaskedDropout(nn.Dropout):
@@ -303,7 +303,7 @@ def share_out(sequences: int, n: int, largest: int, smallest: int = 1) -> tuple[
 
 def settle(config: BenchConfig, counts: Counts, hardware: Hardware, split: Split) -> Split:
     """`split`, with the batch and micro-steps nearest to the settings that fit; B is 1 if none do."""
-    sequences = config.gradient_accumulation_steps * config.batch_size
+    sequences = samples_per_step(config)
 
     def of_at_most(largest: int) -> Split:
         B, micro_steps = share_out(sequences, split.n, largest)
@@ -331,7 +331,7 @@ def run_on(
 ) -> dict[str, Any]:
     """The whole run, for the tokens that its settings ask for, split in this way."""
     step = step_time(counts, hardware, split, mfu)
-    sequences, rate = config.gradient_accumulation_steps * config.batch_size, step["tokens_per_second"]
+    sequences, rate = samples_per_step(config), step["tokens_per_second"]
     days = config.max_iters * sequences * config.block_size / rate / 86400
     run = {
         "n": split.n,
@@ -348,7 +348,7 @@ def run_on(
 
 def flags_of(config: BenchConfig, split: Split) -> str:
     """The flags that turn the settings into those of `split`, for the same number of tokens; "" for none."""
-    longer = config.gradient_accumulation_steps * config.batch_size / split.sequences
+    longer = samples_per_step(config) / split.sequences
     wanted = {"batch_size": split.B, "gradient_accumulation_steps": split.n * split.micro_steps}
     for name in ("max_iters", "lr_decay_iters"):
         steps = getattr(config, name)
@@ -362,20 +362,22 @@ def bench_plan(config: BenchConfig, runtime: Runtime, training_step: TrainingSte
     """What the run would take: on this machine from a few steps measured now, else from data sheets alone."""
     if config.gpu != "here" or config.mfu:
         return plan(config, runtime)
-    shape, _, found = planned_shape(config)
+    shape, _, has_data = planned_shape(config)
     batch_size = shape.batch_size
     if runtime.device.type != "cuda":  # a step of a thousand tokens is enough; a full one may take an hour
         batch_size = min(batch_size, max(1, 1024 // shape.block_size))
     few = {"bench_steps": min(5, shape.bench_steps), "warmup_steps": 1, "gradient_accumulation_steps": 1}
     print("measure  a few steps here:")
-    step = bench_step(replace(shape, batch_size=batch_size, real_data=found, **few), runtime, training_step)
+    step = bench_step(
+        replace(shape, batch_size=batch_size, real_data=has_data, **few), runtime, training_step
+    )
     return plan(config, runtime, step["steps"]["ours"]["mfu"], step["peak_flops"])
 
 
 def plan(config: BenchConfig, runtime: Runtime, mfu: float | None = None, peak: float | None = None) -> dict:
     """Print what the run would take, and return it. `mfu` and `peak`: measured on this machine."""
     hardware = find_hardware(config, runtime, peak)
-    config, shape, found = planned_shape(config)
+    config, shape, has_data = planned_shape(config)
     half = (runtime.dtype != torch.float32) if config.gpu == "here" else config.dtype != "float32"
     counts = count(shape, config, half, not hardware.is_cpu)
     source = "measured here"
@@ -401,7 +403,7 @@ def plan(config: BenchConfig, runtime: Runtime, mfu: float | None = None, peak: 
     result |= {"run": run, "flags": flags_of(config, split), "variants": variants}
     result["checkpoint_bytes"] = 4 * counts.parameters + counts.averages
     result["scaling"] = [run_on(config, counts, hardware, one, mfu) for one in splits]
-    if config.real_data and not found:
+    if config.real_data and not has_data:
         print(f"data     no dataset {config.dataset} here: planned with GPT-2's vocabulary")
     print_memory(config, hardware, counts, result)
     if run["memory"]["fits"]:
@@ -486,7 +488,7 @@ def print_scaling(config: BenchConfig, rows: list[dict[str, Any]]) -> None:
     fitting = [row for row in rows if row["memory"]["fits"]]
     if not fitting:
         return
-    most, sequences = rows[-1]["n"], config.gradient_accumulation_steps * config.batch_size
+    most, sequences = rows[-1]["n"], samples_per_step(config)
 
     def since(limited: list[dict[str, Any]]) -> str:
         return f"from {limited[0]['n']:,} GPUs on" if limited else f"not up to {most:,} GPUs"
@@ -499,5 +501,5 @@ def print_scaling(config: BenchConfig, rows: list[dict[str, Any]]) -> None:
         print(f"         batch: {sequences:,} sequences are too few for {few:,} GPUs; {why}")
     reading = since([row for row in fitting if row["data"]["disk"] >= DISK])
     rate = max(row["data"]["disk"] for row in fitting) / 1e6
-    more = f"a node reads more than an SSD's {DISK / 1e6:,.0f} MB/s ({rate:,.1f} at most)"
-    print(f"         data: {reading}, {more}")
+    why = f"a node reads more than an SSD's {DISK / 1e6:,.0f} MB/s ({rate:,.1f} at most)"
+    print(f"         data: {reading}, {why}")

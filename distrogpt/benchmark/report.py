@@ -4,7 +4,6 @@ Parts run one after another, most important first, each in its own processes wit
 that fails or hangs does not affect the others. report/report.md and report.json are rewritten after each.
 """
 
-import csv
 import itertools
 import json
 import os
@@ -21,9 +20,11 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import numpy as np
 import torch
 
 from distrogpt.benchmark.timing import dtype_name
+from distrogpt.plotting import points, read_log
 from distrogpt.runtime import Runtime
 from distrogpt.settings import BenchConfig
 
@@ -276,13 +277,9 @@ def read_tests(path: Path) -> Result:
 
 def read_curve(name: str, _: Path | None = None) -> Result:
     """Step, seconds and val loss of each evaluation of the run of config/NAME.py."""
-    curve, seconds = [], 0.0
-    with open(FOLDER / name / "log.csv", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            seconds = float(row["seconds"] or seconds)  # an evaluation alone has none
-            if row["val_loss"]:
-                curve.append((int(row["step"]), seconds, float(row["val_loss"])))
-    return {"config": name, "curve": curve}
+    log = read_log(FOLDER / name / "log.csv")
+    (steps, losses), (seconds, _) = points(log, "val_loss"), points(log, "val_loss", by="seconds")
+    return {"config": name, "curve": np.stack((steps, seconds, losses), axis=1).tolist()}
 
 
 def draw_curves() -> None:
@@ -315,7 +312,7 @@ def headline(result: Result) -> str:
         reached = next(
             (f"after {row[1]:.1f} s" for row in result["curve"] if row[2] <= target), "not reached"
         )
-        text = f"best val loss {best:.4f} at step {step}, after {seconds:.0f} s"
+        text = f"best val loss {best:.4f} at step {step:.0f}, after {seconds:.0f} s"
         return f"{text}; {target} ({source}) {reached}"
     return ""
 

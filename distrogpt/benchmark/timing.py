@@ -17,7 +17,7 @@ from distrogpt.errors import UserError
 from distrogpt.runtime import Runtime
 from distrogpt.settings import BenchConfig
 
-Step = Callable[[int], Any]  # one training step; its argument is the step's number
+Step = Callable[[], Any]  # one training step
 
 
 class RandomStream:
@@ -80,14 +80,14 @@ def seconds_of(function: Callable[..., Any], *args: Any, runtime: Runtime) -> fl
 def alternate(steps: dict[str, Step], warmup: int, count: int, runtime: Runtime) -> dict[str, list[float]]:
     """Seconds of `count` steps of each, in turns of a tenth of them: a busy machine slows all alike."""
     for step in steps.values():
-        for number in range(warmup):
-            step(number)
+        for _ in range(warmup):
+            step()
     times: dict[str, list[float]] = {name: [] for name in steps}
     turn = math.ceil(count / 10)  # several steps: the first one after another model finds cold caches
     for first in range(0, count, turn):
         for name, step in steps.items():
-            for number in range(first, min(first + turn, count)):
-                times[name].append(seconds_of(step, number, runtime=runtime))
+            for _ in range(first, min(first + turn, count)):
+                times[name].append(seconds_of(step, runtime=runtime))
     return times
 
 

@@ -8,17 +8,8 @@ from typing import Any
 
 import torch
 
+from distrogpt.benchmark import timing
 from distrogpt.benchmark.baselines import baseline_model, baseline_name, baseline_step
-from distrogpt.benchmark.timing import (
-    Step,
-    alternate,
-    open_data,
-    peak_memory,
-    quartiles,
-    ratio,
-    spread,
-    synchronize,
-)
 from distrogpt.data.dataset import Dataset
 from distrogpt.errors import writable
 from distrogpt.hardware import measured_flops, peak_flops
@@ -28,7 +19,7 @@ from distrogpt.runtime import Runtime
 from distrogpt.settings import BenchConfig
 from distrogpt.training.batches import BatchLoader, MicroBatch
 from distrogpt.training.optim import make_optimizers
-from distrogpt.training.startup import initial_model, resolve_max_iters
+from distrogpt.training.startup import initial_model, resolve_max_iters, samples_per_step
 from model import GPT
 
 TRACE = "bench_trace.json"
@@ -62,7 +53,7 @@ class Trainer:
         settings = (self.config.grad_clip, self.runtime)
         return self.training_step(self.model, self.optimizers, self.scaler, batches, *settings)
 
-    def __call__(self, number: int) -> Any:
+    def __call__(self) -> Any:
         return self.train(self.batches)
 
 
@@ -94,7 +85,7 @@ def new_model(config: BenchConfig, data: Dataset, runtime: Runtime, padded: bool
     return to_device(model, runtime.device).train()
 
 
-def profile(step: Step, runtime: Runtime) -> None:
+def profile(step: timing.Step, runtime: Runtime) -> None:
     """Print the most expensive operations of three steps, and write all of them as a trace for a browser."""
     from torch.profiler import ProfilerActivity
 
@@ -102,9 +93,9 @@ def profile(step: Step, runtime: Runtime) -> None:
     if runtime.device.type == "cuda":
         activities, order = [*activities, ProfilerActivity.CUDA], "self_cuda_time_total"
     with torch.profiler.profile(activities=activities) as profiler:
-        for number in range(3):
-            step(number)
-        synchronize(runtime)
+        for _ in range(3):
+            step()
+        timing.synchronize(runtime)
     print(profiler.key_averages().table(sort_by=order, row_limit=15, max_name_column_width=40))
     with writable(TRACE) as file:
         profiler.export_chrome_trace(file)
@@ -113,19 +104,19 @@ def profile(step: Step, runtime: Runtime) -> None:
 
 def bench_step(config: BenchConfig, runtime: Runtime, training_step: TrainingStep) -> dict[str, Any]:
     """Time, speed, MFU and memory of the training step; in turns with the baseline's if there is one."""
-    data = open_data(config)
+    data = timing.open_data(config)
     trainer = Trainer(training_step, config, data, runtime)
     model, steps, memory = trainer.model, {"ours": trainer}, None
     if config.against:
-        for number in range(2):  # the peak of our model alone, before the baseline is built
-            trainer(number)
-        memory = peak_memory(runtime)
+        for _ in range(2):  # the peak of our model alone, before the baseline is built
+            trainer()
+        memory = timing.peak_memory(runtime)
         name = baseline_name(config.against)
         steps[name] = baseline_trainer(config, data, model.config.vocab_size, runtime)
-    times = alternate(steps, config.warmup_steps, config.bench_steps, runtime)
-    memory = memory or peak_memory(runtime)  # before peak_flops, which takes memory of its own
+    times = timing.alternate(steps, config.warmup_steps, config.bench_steps, runtime)
+    memory = memory or timing.peak_memory(runtime)  # before peak_flops, which takes memory of its own
     peak = peak_flops(runtime.device, runtime.dtype)
-    sequences = config.batch_size * config.gradient_accumulation_steps
+    sequences = samples_per_step(config)
     tokens, shape = sequences * config.block_size, model.config
     size = f"{shape.n_layer}/{shape.n_head}/{shape.n_embd}"
     print(f"model    {size}, {model.get_num_params(False):,} parameters")
@@ -144,8 +135,8 @@ def bench_step(config: BenchConfig, runtime: Runtime, training_step: TrainingSte
         mfu = results["ours"]["flops"] / product
         print(f"         {mfu:.1%} of the {product / 1e9:,.0f} GFLOP/s that a matrix product reaches here")
     if config.against:
-        result["ratio"] = gain = ratio(times[name], times["ours"])
-        print(f"ratio    {gain['median']:.2f} times {name}'s {quartiles(gain)}")
+        result["ratio"] = gain = timing.ratio(times[name], times["ours"])
+        print(f"ratio    {gain['median']:.2f} times {name}'s {timing.quartiles(gain)}")
     if memory:
         where = "on the GPU" if runtime.device.type == "cuda" else "resident"
         print(f"memory   {memory / 2**30:.2f} GiB {where}")
@@ -156,7 +147,7 @@ def bench_step(config: BenchConfig, runtime: Runtime, training_step: TrainingSte
 
 def step_results(model: GPT, sequences: int, seconds: list[float], peak: float) -> dict[str, float]:
     """What the seconds of a step mean."""
-    result = spread(seconds)
+    result = timing.spread(seconds)
     tokens_per_second = sequences * model.config.block_size / result["median"]
     flops = model.flops_per_token() * tokens_per_second
     return {**result, "tokens_per_second": tokens_per_second, "flops": flops, "mfu": flops / peak}

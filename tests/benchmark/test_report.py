@@ -143,10 +143,10 @@ def test_results_that_other_commands_write(tmp_path, monkeypatch):
     assert not any(row["passes"] for row in rows[3:])
     (tmp_path / "report/train_shakespeare_char").mkdir(parents=True)
     log = tmp_path / "report/train_shakespeare_char/log.csv"
-    log.write_text("step,seconds,val_loss\n0,,4.5\n10,1.5,\n20,3.0,1.4\n20,,1.3\n")
+    log.write_text("step,seconds,loss,val_loss\n0,,,4.5\n10,1.5,2.0,\n20,3.0,1.9,1.4\n30,4.0,1.8,1.3\n")
     monkeypatch.chdir(tmp_path)
     result = read_curve("train_shakespeare_char")
-    assert result["curve"] == [(0, 0.0, 4.5), (20, 3.0, 1.4), (20, 3.0, 1.3)]
+    assert result["curve"] == [[0, 0.0, 4.5], [20, 3.0, 1.4], [30, 4.0, 1.3]]
     line = headline(result)
-    assert line.startswith("best val loss 1.3000 at step 20, after 3 s; 1.4697 (")
+    assert line.startswith("best val loss 1.3000 at step 30, after 4 s; 1.4697 (")
     assert line.endswith("after 3.0 s")
