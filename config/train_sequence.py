@@ -1,4 +1,4 @@
-# Continuing arithmetic sequences (17,20,23=26,29,32): a minute on 2 CPU cores.
+# Arithmetic sequences to continue (17,20,23=26,29,32): a minute on 2 CPU cores.
 # python data/sequence/prepare.py; python train.py train_sequence; python eval.py --out_dir=out-sequence
 
 from config.train_addition import *
