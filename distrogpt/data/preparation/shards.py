@@ -95,9 +95,7 @@ def write_shards(folder: Path, source: Corpus, tokenizer: Tokenizer, settings: S
     if is_complete(folder):
         print(f"{folder} is complete; --overwrite writes it anew")
         return
-    with report_full_disk(
-        folder, "the shards so far are kept: free some space and run the same command again"
-    ):
+    with report_full_disk(folder, "the shards so far are kept: free some space, run the same command again"):
         (folder / "meta.json").unlink(missing_ok=True)  # a shard is missing
         writer = ShardWriter(folder, part, progress, id_dtype(tokenizer).itemsize)
         try:
