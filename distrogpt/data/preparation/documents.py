@@ -101,7 +101,7 @@ def find_files(
     Of a folder, the files of these kinds, by default those that READERS reads. Raises UserError.
     """
     wanted = set(kinds or READERS) - {".json"}
-    found: dict[str, Path] = {}
+    files_by_path: dict[str, Path] = {}
     for word in inputs:
         path = Path(word)
         if os.path.isdir(path):
@@ -117,8 +117,8 @@ def find_files(
             these = ", ".join(kinds or (*READERS, f"also with {' or '.join(PACKED)}"))
             raise UserError(f"--input {word[:200]} {what}; give a file, folder or glob with {these}")
         for file in files:
-            found.setdefault(os.path.realpath(file), file)
-    return list(found.values())
+            files_by_path.setdefault(os.path.realpath(file), file)
+    return list(files_by_path.values())
 
 
 def kind_of(path: Path) -> str:
