@@ -3,6 +3,7 @@
 From Python: `Sampler("out-shakespeare-char")`, then its `generate` and `stream` as often as needed.
 """
 
+import logging
 import sys
 
 from configurator import configure
@@ -10,7 +11,6 @@ from distrogpt.settings import SampleConfig
 
 if __name__ == "__main__":
     CONFIG = configure(SampleConfig)  # before torch is loaded, so that --help and mistakes answer at once
-
 
 from configurator import unescape
 from distrogpt.audio.speech import check_wav, load_voice, speak
@@ -21,6 +21,8 @@ from distrogpt.inference.sampler import Sampler, read_prompt, read_text
 from distrogpt.runtime import progress_bar
 
 SEPARATOR = "---------------"
+
+log = logging.getLogger("distrogpt")
 
 
 def read_prompts(config: SampleConfig) -> dict[str, str]:
@@ -69,9 +71,9 @@ def print_samples(sampler: Sampler, prompts: dict[str, str], config: SampleConfi
         return [heard[0] + writer.text]
     total = len(ids) * config.num_samples * config.best_of * config.max_new_tokens
     texts = []
-    with progress_bar(0, total, sampler.runtime, print, " tokens") as (say, advance):
+    with progress_bar(0, total, sampler.runtime, " tokens") as advance:
         for number, writer in enumerate(sampler.samples(ids, config, advance)):
-            say(f"{begins[number // config.num_samples]}{shown(writer, form)}{end}{SEPARATOR}")
+            log.info(f"{begins[number // config.num_samples]}{shown(writer, form)}{end}{SEPARATOR}")
             texts.append(heard[number // config.num_samples] + writer.text)
     return texts
 

@@ -4,7 +4,7 @@ import copy
 import itertools
 import math
 import random
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -28,6 +28,7 @@ from distrogpt.training.optim import make_optimizers
 from model import ACTIVATIONS, GPT, NORMS, GPTConfig, KVCache
 from train import training_step
 
+CPU = Runtime(torch.device("cpu"), torch.float32)
 SMALL = {"block_size": 16, "vocab_size": 24, "n_layer": 2, "n_head": 4, "n_embd": 24}
 VALUES = {
     "bias": (False, True),
@@ -176,7 +177,7 @@ def test_each_combination_trains_is_saved_and_goes_on_bit_for_bit(part, tmp_path
         torch.manual_seed(0)
         model = GPT(GPTConfig(**SMALL, **settings))
         begin = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        optimizers = make_optimizers(model, config, "cpu", torch.bfloat16)
+        optimizers = make_optimizers(model, config, replace(CPU, dtype=torch.bfloat16))
         losses = [training_step(model, optimizers, scaler, batches, 1.0, place).loss for _ in range(4)]
         assert losses[3] < losses[0], settings
         if optimizer != "sgd":  # whose steps are as small as the gradients
@@ -188,7 +189,7 @@ def test_each_combination_trains_is_saved_and_goes_on_bit_for_bit(part, tmp_path
         contents = load_checkpoint(path)
         restored = restore_model(contents, path)
         assert restored.config == model.config
-        others = make_optimizers(restored, config, "cpu", torch.bfloat16)
+        others = make_optimizers(restored, config, replace(CPU, dtype=torch.bfloat16))
         restore_optimizers(others, contents, tmp_path)
         for one, its in ((model, optimizers), (restored, others)):
             training_step(one, its, scaler, batches, 1.0, place)

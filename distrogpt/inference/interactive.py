@@ -10,10 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from configurator import checked, shorten
+from configurator import check_value, shorten
 from distrogpt.errors import UserError
 from distrogpt.inference.detokenizer import form_of, legend, shown
-from distrogpt.settings import OF_A_SAMPLE, SampleConfig
+from distrogpt.settings import SAMPLING_FIELDS, SampleConfig
 
 BLOCK = '"""'
 HELP = f"""\
@@ -21,8 +21,8 @@ A line is a prompt. One that ends with \\ goes on in the next; a line of {BLOCK}
 lines, up to the next {BLOCK}. An empty line goes on with the text so far. Ctrl-C stops the text, Ctrl-D
 leaves.
 
-/NAME VALUE   sets {", ".join(OF_A_SAMPLE[:-1])}
-              or {OF_A_SAMPLE[-1]}, which grows by 1 with each text
+/NAME VALUE   sets {", ".join(SAMPLING_FIELDS[:-1])}
+              or {SAMPLING_FIELDS[-1]}, which grows by 1 with each text
 /stop END     the text ends before END, in which \\n is a newline; /stop alone: nowhere
 /settings     shows them
 /help         shows this
@@ -81,13 +81,13 @@ def obey(command: str, config: SampleConfig) -> SampleConfig:
     if name == "help":
         say(HELP)
     elif name == "settings":
-        say("\n".join(f"{name}={getattr(config, name)!r}" for name in OF_A_SAMPLE))
-    elif name in OF_A_SAMPLE:
-        config = replace(config, **{name: checked(SampleConfig, name, value, text=True)})
+        say("\n".join(f"{name}={getattr(config, name)!r}" for name in SAMPLING_FIELDS))
+    elif name in SAMPLING_FIELDS:
+        config = replace(config, **{name: check_value(SampleConfig, name, value, is_text=True)})
         if name == "show_probs" and form_of(config.show_probs) == "colours":
             say(legend())
     else:
-        near = difflib.get_close_matches(name, ("help", "settings", "quit", *OF_A_SAMPLE), n=1)
+        near = difflib.get_close_matches(name, ("help", "settings", "quit", *SAMPLING_FIELDS), n=1)
         hint = f"did you mean /{near[0]}?" if near else "/help lists all"
         raise UserError(f"unknown command /{shorten(name)}; {hint}")
     return config
