@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from distrogpt.checkpoint import best_checkpoint, first_line, load_checkpoint, restore_model
-from distrogpt.data.dataset import read_dataset_meta
+from distrogpt.data.dataset import find_parts
 from distrogpt.data.meta import GPT2_META, read_meta
 from distrogpt.data.tokenizer import Tokenizer, from_description
 from distrogpt.errors import UserError
@@ -80,7 +80,7 @@ def find_tokenizer(contents: dict[str, Any], vocab_size: int, source: str) -> To
     """The tokenizer of a checkpoint: its own, else its dataset's, else GPT-2's. Raises UserError."""
     meta = contents.get("meta")
     if meta is None and "dataset" in contents.get("config", {}):  # nanoGPT saves only the dataset's name
-        meta = read_dataset_meta(contents["config"]["dataset"])
+        *_, meta = find_parts(contents["config"]["dataset"])[0]
     meta = meta or GPT2_META
     if not meta["tokenizer"]:
         raise UserError(f"the vocabulary of {source} names no characters; put its meta.json beside the data")

@@ -6,15 +6,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
+from torch import Tensor
 
-from distrogpt.data.meta import dataset_folder, find_dataset, read_meta
+from distrogpt.data.meta import GPT2_META, dataset_folder, find_dataset, read_meta
 from distrogpt.data.sampling import epoch_order, epoch_starts, interleave, random_starts, windows_per_epoch
 from distrogpt.data.token_stream import TokenStream
 from distrogpt.data.tokenizer import from_description
 from distrogpt.errors import UserError
 from distrogpt.runtime import Runtime
 from distrogpt.settings import TrainConfig
+
+Windows = tuple[np.ndarray, np.ndarray]  # their starts, and how many first targets do not count: (N,), (N,)
 
 
 @dataclass
@@ -45,9 +47,7 @@ class Dataset(NamedTuple):
     def meta(self) -> dict[str, Any]:
         """The meta of a single part, or what all parts have in common: tokenizer, vocab_size, dtype."""
         first = self.parts[0].meta
-        if len(self.parts) == 1:
-            return first
-        return {name: first[name] for name in ("tokenizer", "vocab_size", "dtype")}
+        return first if len(self.parts) == 1 else {name: first[name] for name in GPT2_META}
 
     def windows(self, split: str, which: np.ndarray, starts: np.ndarray, length: int) -> np.ndarray:
         """Ids from starts[i] of part which[i] on: (N, length), int64. Raises UserError."""
@@ -59,17 +59,21 @@ class Dataset(NamedTuple):
         return windows
 
     def loss_mask(self, windows: np.ndarray) -> np.ndarray | None:
-        """Which targets of windows (N, T + 1) the loss counts, (N, T); None if it counts all."""
+        """Which targets of windows (N, T + 1) the loss counts, (N, T): those after the first separator on
+        their line, its newline included. None if it counts all."""
         if self.separator is None:
             return None
-        return mask_after_separator(self.separator, self.newline, windows)
+        positions = np.arange(windows.shape[1])
+        last_separator, last_newline = (  # up to each position, -1 before the first: (N, T + 1)
+            np.maximum.accumulate(np.where(windows == token, positions, -1), axis=1)
+            for token in (self.separator, self.newline)
+        )
+        return (last_separator > last_newline)[:, :-1]
 
 
 def parse_mixture(text: str) -> list[tuple[str, float]]:
-    """Names and weights, 1 in all, from NAME or NAME:WEIGHT,NAME:WEIGHT. Raises UserError.
-
-    Without weights, all are the same. Text after a colon that is not a number belongs to the name.
-    """
+    """Names and weights, 1 in all, from NAME or NAME:WEIGHT,NAME:WEIGHT; without weights, all are the same.
+    Text after a colon that is not a number belongs to the name. Raises UserError."""
     pieces = [text] if "," not in text or dataset_folder(text) else text.split(",")
     names, weights = [], []
     for piece in map(str.strip, pieces):
@@ -96,18 +100,11 @@ def find_parts(text: str) -> list[tuple[str, float, Path, dict[str, Any]]]:
         folder = find_dataset(name)
         parts.append((name, weight, folder, read_meta(folder)))
     first_name, *_, first = parts[0]
-    for key in ("tokenizer", "vocab_size", "dtype"):
-        for name, *_, meta in parts[1:]:
-            if meta[key] != first[key]:
-                raise UserError(
-                    f"{first_name} and {name} have not the same {key}; prepare them with the same tokenizer"
-                )
+    for name, *_, meta in parts[1:]:
+        if different := [key for key in GPT2_META if meta[key] != first[key]]:
+            advice = "prepare them with the same tokenizer"
+            raise UserError(f"{first_name} and {name} have not the same {different[0]}; {advice}")
     return parts
-
-
-def read_dataset_meta(text: str) -> dict[str, Any]:
-    """tokenizer, vocab_size and dtype of a dataset or mixture. Raises UserError."""
-    return find_parts(text)[0][3]
 
 
 def measured_splits(config: TrainConfig) -> tuple[str, ...]:
@@ -116,14 +113,10 @@ def measured_splits(config: TrainConfig) -> tuple[str, ...]:
 
 
 def open_dataset(config: TrainConfig, splits: tuple[str, ...] | None = None) -> Dataset:
-    """Open and check the dataset or mixture of the settings; by default the splits that a run reads.
-
-    Raises UserError.
-    """
+    """Open the settings' dataset or mixture, by default the splits that a run reads. Raises UserError."""
     if splits is None:
-        splits = measured_splits(config)
-        if not config.eval_only:
-            splits = tuple(dict.fromkeys(("train", *splits)))
+        trained_on = () if config.eval_only else ("train",)
+        splits = tuple(dict.fromkeys(trained_on + measured_splits(config)))
     parts = []
     for name, weight, folder, meta in find_parts(config.dataset):
         streams = {split: TokenStream(folder, split, meta, config.block_size) for split in splits}
@@ -147,29 +140,13 @@ def single_token_id(text: str, meta: dict[str, Any], what: str) -> int:
     """The id of a text that is one token. Raises UserError if it is not."""
     if not meta["tokenizer"]:
         raise UserError(f"{what} is to be found, but the vocabulary names no characters; write a meta.json")
-    try:
-        ids = from_description(meta["tokenizer"]).encode(text)
-    except UserError as error:
-        raise UserError(f"{what} has to be one token, but {error}") from None
+    ids = from_description(meta["tokenizer"]).encode(text)
     if len(ids) != 1:
         raise UserError(f"{what} has to be one token, but {text!r} is {len(ids)}; choose another")
     return int(ids[0])
 
 
-def mask_after_separator(separator: int, newline: int, windows: np.ndarray) -> np.ndarray:
-    """Which targets of windows (N, T + 1) come after the first separator on their line, its newline included:
-    (N, T)."""
-    positions = np.arange(windows.shape[1])
-    last_separator, last_newline = (  # up to each position, -1 before the first: (N, T + 1)
-        np.maximum.accumulate(np.where(windows == token, positions, -1), axis=1)
-        for token in (separator, newline)
-    )
-    return (last_separator > last_newline)[:, :-1]
-
-
-def to_xy(
-    windows: np.ndarray, loss_mask: np.ndarray | None, runtime: Runtime
-) -> tuple[torch.Tensor, torch.Tensor]:
+def to_xy(windows: np.ndarray, loss_mask: np.ndarray | None, runtime: Runtime) -> tuple[Tensor, Tensor]:
     """Inputs x (B, T) and next tokens y (B, T) of windows (B, T + 1), on the device; y is -1 where the loss
     does not count a target."""
     tokens = runtime.to_device(windows)
@@ -178,10 +155,8 @@ def to_xy(
 
 
 def step_windows(data: Dataset, config: TrainConfig, step: int) -> tuple[np.ndarray, np.ndarray]:
-    """Part and start of each sample of a step, over all ranks and micro-steps: (N,), (N,).
-
-    They are functions of seed and step alone; ranks and micro-steps divide them among themselves.
-    """
+    """Part and start of each sample of a step, over all ranks and micro-steps, which divide them among
+    themselves: (N,), (N,). They are functions of seed and step alone."""
     count = config.gradient_accumulation_steps * config.batch_size
     which, within = interleave(step * count, count, [part.weight for part in data.parts])
     starts = np.empty(count, np.int64)
@@ -211,7 +186,7 @@ def samples_per_epoch(data: Dataset, config: TrainConfig) -> int:
     return sum(windows_per_epoch(len(part.streams["train"]), config.block_size) for part in data.parts)
 
 
-def strided_windows(length: int, T: int, stride: int) -> tuple[np.ndarray, np.ndarray]:
+def strided_windows(length: int, T: int, stride: int) -> Windows:
     """Starts of windows of T tokens and a target over `length` ids, `stride` apart, and the number of first
     targets of each that an earlier window has: (N,), (N,). So each id but the first is a target once, with
     T - stride ids or more before it."""
@@ -220,9 +195,7 @@ def strided_windows(length: int, T: int, stride: int) -> tuple[np.ndarray, np.nd
     return starts, np.append(0, starts[:-1] + T - starts[1:])
 
 
-def evaluation_windows(
-    part: Part, number: int, split: str, config: TrainConfig, ranks: int = 1
-) -> tuple[np.ndarray, np.ndarray]:
+def evaluation_windows(part: Part, number: int, split: str, config: TrainConfig, ranks: int = 1) -> Windows:
     """Starts of the windows that evaluate part `number`, and the number of first targets of each that do not
     count: (N,), (N,), padded to equal batches on all ranks.
 
@@ -248,7 +221,7 @@ def evaluation_windows(
     return pad_windows(starts, np.zeros_like(starts), T, ranks * B)
 
 
-def pad_windows(starts: np.ndarray, skip: np.ndarray, T: int, multiple: int) -> tuple[np.ndarray, np.ndarray]:
+def pad_windows(starts: np.ndarray, skip: np.ndarray, T: int, multiple: int) -> Windows:
     """The windows, with uncounted ones added up to a multiple: equal batches suit torch.compile."""
     padding = -len(starts) % multiple
     return np.pad(starts, (0, padding)), np.pad(skip, (0, padding), constant_values=T)

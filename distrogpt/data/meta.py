@@ -11,7 +11,6 @@ from distrogpt.errors import UserError
 
 DATA = Path(__file__).resolve().parents[2] / "data"
 GPT2_META = {"tokenizer": {"kind": "gpt2"}, "vocab_size": 50257, "dtype": "uint16"}
-MAX_PICKLE = 1 << 26  # bytes of a meta.pkl; nanoGPT's have some hundred
 
 
 def dataset_folder(name: str) -> Path | None:
@@ -33,10 +32,8 @@ def find_dataset(name: str) -> Path:
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """What is known of a dataset: tokenizer (a description or None), vocab_size, dtype. Raises UserError.
-
-    From meta.json, or else nanoGPT's meta.pkl; without either it is GPT-2's BPE, as in nanoGPT.
-    """
+    """A dataset's tokenizer (a description or None), vocab_size and dtype: from meta.json, or else nanoGPT's
+    meta.pkl; without either it is GPT-2's BPE, as in nanoGPT. Raises UserError."""
     path, pickled = folder / "meta.json", folder / "meta.pkl"
     if not path.is_file() and not pickled.is_file():
         if (folder / "meta.json.tmp").is_file() or next(folder.glob("progress*.json"), None):
@@ -59,10 +56,7 @@ def checked_meta(meta: Any) -> dict[str, Any]:
     tokenizer, vocab_size = meta["tokenizer"], meta["vocab_size"]
     if not isinstance(tokenizer, dict | None) or meta["dtype"] not in ("uint16", "uint32"):
         raise ValueError("tokenizer or dtype is not what this version writes")
-    sizes = [meta.get(name, {}) for name in ("tokens", "bytes")]
-    if not all(isinstance(size, dict) for size in sizes):
-        raise ValueError("tokens or bytes is not a number for each split")
-    counts = [vocab_size, *(count for size in sizes for count in size.values())]
+    counts = [vocab_size, *meta.get("tokens", {}).values(), *meta.get("bytes", {}).values()]
     if any(type(count) is not int or count < 1 for count in counts) or vocab_size >= 1 << 31:
         raise ValueError("vocab_size, tokens, bytes are not positive numbers, or vocab_size is over 31 bits")
     described = described_vocab_size(tokenizer or {})
@@ -103,8 +97,6 @@ class VocabularyUnpickler(pickle._Unpickler):
 
 def read_meta_pickle(path: Path) -> dict[str, Any]:
     """The contents of nanoGPT's meta.pkl in the form of a meta.json. Raises errors of many kinds."""
-    if path.stat().st_size > MAX_PICKLE:
-        raise ValueError(f"it has over {MAX_PICKLE:,} bytes")
     with open(path, "rb") as file:
         meta = VocabularyUnpickler(file).load()
     vocab_size, itos = int(meta["vocab_size"]), meta.get("itos")

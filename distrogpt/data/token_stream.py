@@ -4,7 +4,7 @@ import mmap
 import os
 from bisect import bisect_right
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from io import FileIO
 from pathlib import Path
@@ -44,9 +44,8 @@ class TokenStream:
         self.offsets = [0]  # of each file in the sequence, then the end
         for path, (size, _) in zip(self.paths, self.signatures, strict=True):
             if not size or size % self.dtype.itemsize:
-                raise UserError(
-                    f"{path} has {size:,} bytes, not whole {self.dtype.name} ids; run its prepare.py again"
-                )
+                fault = f"{size:,} bytes, not whole {self.dtype.name} ids"
+                raise UserError(f"{path} has {fault}; run its prepare.py again")
             self.offsets.append(self.offsets[-1] + size // self.dtype.itemsize)
         if len(self) <= block_size:
             raise UserError(
@@ -60,10 +59,8 @@ class TokenStream:
                 pass
         expected = meta.get("tokens", {}).get(split, len(self))
         if expected != len(self):
-            raise UserError(
-                f"{self.name} has {len(self):,} tokens, but its meta.json says {expected:,}; "
-                "it was cut off or changed: run the dataset's prepare.py again"
-            )
+            fault = f"{len(self):,} tokens, but its meta.json says {expected:,}"
+            raise UserError(f"{self.name} has {fault}; it was changed: run the dataset's prepare.py again")
 
     def __len__(self) -> int:
         return self.offsets[-1]
@@ -115,10 +112,8 @@ class TokenStream:
     def check_vocabulary(self, ids: np.ndarray) -> None:
         """Raises UserError if an id is not in the vocabulary."""
         if ids.max() >= self.vocab_size:  # which a GPU could not report
-            raise UserError(
-                f"{self.name} has the id {ids.max()}, but the vocabulary ends at {self.vocab_size - 1}; "
-                "file and vocabulary do not belong together: run the dataset's prepare.py again"
-            )
+            fault = f"the id {ids.max()}, but the vocabulary ends at {self.vocab_size - 1}"
+            raise UserError(f"{self.name} has {fault}; run the dataset's prepare.py again")
 
     def check_unchanged(self, i: int) -> None:
         """Raises UserError if file i was changed, replaced or removed since the start."""
@@ -130,11 +125,10 @@ class TokenStream:
 
 def file_signature(path: Path) -> tuple[int, int]:
     """Size in bytes and modification time of a file, which differ if it was replaced; zeros if missing."""
-    try:
+    with suppress(OSError):
         status = os.stat(path)
-    except OSError:
-        return 0, 0
-    return status.st_size, status.st_mtime_ns
+        return status.st_size, status.st_mtime_ns
+    return 0, 0
 
 
 @lru_cache(MAX_MAPS)

@@ -71,10 +71,8 @@ class CharTokenizer(Tokenizer):
         unknown = ids < 0
         if unknown.any():
             position = int(np.argmax(unknown))
-            raise UserError(
-                f"character {text[position]!r} at position {position} is not in the vocabulary of "
-                f"{self.vocab_size}; leave it out, or replace it"
-            )
+            where = f"{text[position]!r} at position {position}"
+            raise UserError(f"character {where} is not in the vocabulary of {self.vocab_size}; replace it")
         return ids
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
@@ -124,11 +122,8 @@ class TiktokenTokenizer(Tokenizer):
 
 
 class BPETokenizer(TiktokenTokenizer):
-    """A byte-pair encoding of bytes (Sennrich et al., arXiv 1508.07909).
-
-    Ids are the 256 bytes, the tokens that the merges make, and <|endoftext|>. Merges are pairs of tokens in
-    the alphabet of GPT-2's vocab.bpe.
-    """
+    """A byte-pair encoding of bytes (Sennrich et al., arXiv 1508.07909): ids are the 256 bytes, tokens
+    that merges make, and <|endoftext|>. Merges are pairs of tokens in the alphabet of GPT-2's vocab.bpe."""
 
     def __init__(self, merges: Sequence[tuple[str, str]]) -> None:
         """Raises ValueError if a merge joins unknown tokens, or makes a known one."""
@@ -139,9 +134,7 @@ class BPETokenizer(TiktokenTokenizer):
             if left not in tokens or right not in tokens or left + right in tokens:
                 raise ValueError(f"merge {len(tokens) - 256} does not join two tokens to a new one")
             tokens[left + right] = len(tokens)
-        self.merges = merges
-        self.end_of_text = len(tokens)
-        self.vocab_size = len(tokens) + 1
+        self.merges, self.end_of_text, self.vocab_size = merges, len(tokens), len(tokens) + 1
         byte_of = {char: b for b, char in BYTE_CHARS.items()}
         ranks = {bytes(byte_of[char] for char in token): number for token, number in tokens.items()}
         special = {END_OF_TEXT: self.end_of_text}
@@ -163,9 +156,8 @@ class GPT2Tokenizer(TiktokenTokenizer):
             self.bpe = tiktoken.get_encoding("gpt2")
         except Exception as error:  # whatever its downloader meets: no network, a proxy, a broken copy
             raise UserError(
-                f"no download of GPT-2's vocabulary ({type(error).__name__}); fetch vocab.bpe, encoder.json"
-                f" of {GPT2_FILES} elsewhere, name them {' and '.join(GPT2_CACHED)}, and set "
-                "TIKTOKEN_CACHE_DIR to their folder"
+                f"no GPT-2 vocabulary ({type(error).__name__}); fetch vocab.bpe and encoder.json of "
+                f"{GPT2_FILES}, name them {' and '.join(GPT2_CACHED)}, set TIKTOKEN_CACHE_DIR to their folder"
             ) from None
 
     @property
@@ -181,8 +173,6 @@ class GPT2Tokenizer(TiktokenTokenizer):
 
 def code_points(text: str) -> np.ndarray:
     """The Unicode code point of each character, (N,)."""
-    if text.isascii():  # a quarter of the memory
-        return np.frombuffer(text.encode(), dtype=np.uint8)
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
 
 
@@ -217,10 +207,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
 
 
 def tokenizer_json(tokenizer: Tokenizer) -> str:
-    """The text of a tokenizer.json, which Hugging Face's libraries read as the same tokenizer.
-
-    Raises UserError if JSON cannot write the characters.
-    """
+    """The text of a tokenizer.json, which Hugging Face's libraries read as the same tokenizer. Raises
+    UserError if JSON cannot write the characters."""
     from tokenizers import Regex, decoders, models, pre_tokenizers
     from tokenizers import Tokenizer as HuggingFaceTokenizer
 

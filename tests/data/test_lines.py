@@ -11,7 +11,7 @@ import torch
 from conftest import TINY, assert_user_error, run, train_here
 
 from configurator import read_settings
-from distrogpt.data.dataset import evaluation_windows, mask_after_separator, open_dataset, step_windows
+from distrogpt.data.dataset import Dataset, evaluation_windows, open_dataset, step_windows
 from distrogpt.data.preparation.writer import write_dataset
 from distrogpt.data.tokenizer import CharTokenizer
 from distrogpt.errors import UserError
@@ -140,7 +140,8 @@ def test_loss_mask_equals_a_loop_over_characters(lines):
     windows = data.parts[0].streams["train"].windows(np.arange(300), 40)
     expected = [naive_mask("".join(chars[i] for i in window)) for window in windows]
     assert data.loss_mask(windows).tolist() == expected
-    assert mask_after_separator(1, 0, np.array([[5, 1, 6, 0, 7, 1, 1, 0]])).astype(int).tolist() == [
+    data = Dataset([], newline=0, separator=1)
+    assert data.loss_mask(np.array([[5, 1, 6, 0, 7, 1, 1, 0]])).astype(int).tolist() == [
         [0, 1, 1, 0, 0, 1, 1]
     ]
 

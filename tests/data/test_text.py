@@ -294,7 +294,7 @@ MISTAKES = [
     (b"x" * 2_000_000 + b"\xff", [], ["0xff", "offset 2000000"]),
     (b"x" * 1_048_575 + "é".encode() + b"\xe9 x", [], ["offset 1048577"]),  # the character spans two blocks
     (b"cut off: \xc3", [], ["offset 9"]),
-    (b"\x00\x01binary", [], ["binary file", "null character at offset 0"]),
+    (b"\x00\x01binary", [], ["is binary", "a null character"]),
     (b"", [], ["no text", "book.txt"]),
     (b" \n\t\n", [], ["no text"]),
     (b"x", [], ["too short"]),

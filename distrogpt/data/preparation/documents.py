@@ -4,7 +4,6 @@ A document comes in pieces of some ten thousand characters, so that no file is i
 only before white space that follows something else, where no tokenizer joins the two sides.
 """
 
-import codecs
 import csv
 import glob
 import gzip
@@ -13,8 +12,9 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,10 +50,7 @@ class Corpus:
 
     def __post_init__(self) -> None:
         self.bytes_read = 0
-        try:
-            self.sizes = [os.stat(path).st_size for path in self.files]
-        except OSError as error:
-            raise UserError(f"{error.filename} cannot be read ({error.strerror}); leave it out") from None
+        self.sizes = [os.stat(path).st_size for path in self.files]
         self.size = sum(self.sizes)  # in bytes, on disk
 
     def __len__(self) -> int:
@@ -86,20 +83,14 @@ class Corpus:
 def checksum(path: Path) -> int:
     """Of a file's name, size, and its first and last bytes. Raises UserError."""
     with open_file(path) as file:
-        size = file.seek(0, os.SEEK_END)
+        begin, size = file.read(4096), file.seek(0, os.SEEK_END)
         file.seek(max(0, size - 4096))
-        end = file.read()
-        file.seek(0)
-        return zlib.crc32(b"%d" % size + file.read(4096) + end, zlib.crc32(os.fsencode(path.name)))
+        return zlib.crc32(b"%d" % size + begin + file.read(), zlib.crc32(os.fsencode(path.name)))
 
 
-def find_files(
-    inputs: Iterable[str], kinds: Collection[str] = (), order: Callable[[str], Any] = str
-) -> list[Path]:
-    """The files of paths, folders and globs, each once; those of a folder or glob sorted by `order`.
-
-    Of a folder, the files of these kinds, by default those that READERS reads. Raises UserError.
-    """
+def find_files(inputs: Iterable[str], kinds: Sequence[str] = (), order: Callable = str) -> list[Path]:
+    """The files of paths, folders and globs, each once; those of a folder or glob sorted by `order`; of a
+    folder, the files of these kinds, by default those that READERS reads. Raises UserError."""
     wanted = set(kinds or READERS) - {".json"}
     files_by_path: dict[str, Path] = {}
     for word in inputs:
@@ -113,9 +104,8 @@ def find_files(
             files = [Path(name) for name in sorted(glob.glob(word, recursive=True), key=order)]
         files = [file for file in files if file == path or file.is_file()]
         if not files:
-            what = "has none of these files" if os.path.isdir(path) else "is not there"
             these = ", ".join(kinds or (*READERS, f"also with {' or '.join(PACKED)}"))
-            raise UserError(f"--input {word[:200]} {what}; give a file, folder or glob with {these}")
+            raise UserError(f"--input {word[:200]} is not there or has none of these files; give {these}")
         for file in files:
             files_by_path.setdefault(os.path.realpath(file), file)
     return list(files_by_path.values())
@@ -127,8 +117,8 @@ def kind_of(path: Path) -> str:
     return suffixes[-1] if suffixes else ""
 
 
-def read_blocks(path: Path, corpus: Corpus) -> Iterator[bytes]:
-    """The bytes of a file, unpacked, a block at a time."""
+def read_text(path: Path, corpus: Corpus, by_line: bool) -> Iterator[str]:
+    """The text of a file in blocks or lines, unpacked, with \\n for every end of line. Raises UserError."""
     suffix, before = path.suffix.lower(), corpus.bytes_read
     with open(path, "rb") as file:
         unpacked: Any = file
@@ -138,59 +128,45 @@ def read_blocks(path: Path, corpus: Corpus) -> Iterator[bytes]:
             import pyarrow
 
             unpacked = pyarrow.CompressedInputStream(file, "zstd")
-        while block := unpacked.read(BLOCK):
-            corpus.bytes_read = before + file.tell()
-            yield block
-
-
-def decode_blocks(path: Path, corpus: Corpus) -> Iterator[str]:
-    """The text of a file in parts, with \\n for every end of line. Raises UserError."""
-    decoder: Any = codecs.getincrementaldecoder(corpus.encoding)(corpus.errors)
-    newlines = io.IncrementalNewlineDecoder(None, translate=True)
-    offset = 0
-    for block in chain(read_blocks(path, corpus), [b""]):
+        text = io.TextIOWrapper(unpacked, corpus.encoding, corpus.errors)
+        mark = "\ufeff"  # with which Windows begins a file
         try:
-            text = decoder.decode(block, final=not block)
+            for block in iter(text.readline if by_line else partial(text.read, BLOCK), ""):
+                if "\0" in block and corpus.errors == "strict":
+                    raise UserError(f"{path} is binary (a null character); leave it out, or --errors=replace")
+                corpus.bytes_read = before + file.tell()
+                yield block.removeprefix(mark)
+                mark = ""
         except UnicodeDecodeError as error:
-            position = offset + error.start - (len(error.object) - len(block))
+            position = unpacked.tell() - len(error.object) + error.start
             raise UserError(
                 f"{path} is not {corpus.encoding} text: byte 0x{error.object[error.start]:02x} at offset "
                 f"{position}; convert it, name its --encoding, or give --errors=replace"
             ) from None
-        if "\0" in text and corpus.errors == "strict":
-            raise UserError(
-                f"{path} is a binary file: it has a null character at offset "
-                f"{offset + max(0, block.find(0))}; leave it out, or give --errors=replace"
-            )
-        if not offset:
-            text = text.removeprefix("\ufeff")  # the mark with which Windows begins a file
-        offset += len(block)
-        yield newlines.decode(text, final=not block)
 
 
 def text_pieces(path: Path, corpus: Corpus) -> Iterator[Piece]:
     """A file of text: one document, or several with <|endoftext|> between them."""
-    return cut(strip_lines(decode_blocks(path, corpus), corpus.strip), END_OF_TEXT)
+    return cut(strip_lines(read_text(path, corpus, by_line=bool(corpus.strip)), corpus.strip), END_OF_TEXT)
 
 
 def json_pieces(path: Path, corpus: Corpus) -> Iterator[Piece]:
     """A document per line, in a field of its JSON object."""
-    for number, line in enumerate(lines(decode_blocks(path, corpus)), 1):
+    for number, line in enumerate(read_text(path, corpus, by_line=True), 1):
         if line.isspace():
             continue
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}, line {number} is no JSON ({error}); mend it or leave it out") from None
-        if not isinstance(row, dict):
-            raise UserError(f'{path}, line {number} is no JSON object; write {{"text": ...}} on each line')
+            row = {**json.loads(line)}
+        except (ValueError, TypeError, RecursionError) as error:
+            raise UserError(f"{path}, line {number} is no JSON object ({error}); mend it") from None
         yield from row_pieces(row, f"{path}, line {number}", corpus)
 
 
 def csv_pieces(path: Path, corpus: Corpus) -> Iterator[Piece]:
     """A document per row, in a column that the first row names."""
     csv.field_size_limit(2**31 - 1)
-    for number, row in enumerate(csv.DictReader(lines(decode_blocks(path, corpus)), strict=True), 1):
+    rows = csv.DictReader(read_text(path, corpus, by_line=True), strict=True)
+    for number, row in enumerate(rows, 1):
         if None in row or None in row.values():
             raise UserError(f"{path}, row {number} has not the columns of the first; quote text with commas")
         yield from row_pieces(row, f"{path}, row {number}", corpus)
@@ -214,12 +190,8 @@ def parquet_pieces(path: Path, corpus: Corpus) -> Iterator[Piece]:
         raise OSError(str(error)) from None  # the file is not what its name says
 
 
-READERS = {
-    **dict.fromkeys((".txt", ".md"), text_pieces),
-    **dict.fromkeys((".jsonl", ".json"), json_pieces),
-    ".csv": csv_pieces,
-    ".parquet": parquet_pieces,
-}
+READERS = {".txt": text_pieces, ".md": text_pieces, ".jsonl": json_pieces, ".json": json_pieces}
+READERS |= {".csv": csv_pieces, ".parquet": parquet_pieces}
 
 
 def row_pieces(row: dict[str, Any], where: str, corpus: Corpus) -> Iterator[Piece]:
@@ -227,33 +199,19 @@ def row_pieces(row: dict[str, Any], where: str, corpus: Corpus) -> Iterator[Piec
     if corpus.field not in row:
         names = ", ".join(map(str, row))[:200]
         raise UserError(f"{where} has no field {corpus.field!r}, but {names or 'none'}; give --field=NAME")
-    text = row[corpus.field]
-    if not isinstance(text, str | None):
+    text = row[corpus.field] or ""
+    if not isinstance(text, str):
         raise UserError(f"{where}: {corpus.field!r} is no text; give another --field, or convert it")
-    text = text or ""
     if not text.isascii():  # U+FFFD replaces halves of characters, which JSON can write and UTF-8 cannot
         text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-    return cut(strip_lines([text], corpus.strip))
+    return cut(strip_lines(io.StringIO(text), corpus.strip))
 
 
-def lines(texts: Iterable[str]) -> Iterator[str]:
-    """Whole lines, with their newlines."""
-    begun: list[str] = []  # of a line that spans texts
-    for text in texts:
-        first, *others = text.split("\n")
-        begun.append(first)
-        for other in others:
-            yield "".join(begun) + "\n"
-            begun = [other]
-    if last := "".join(begun):
-        yield last
-
-
-def strip_lines(texts: Iterable[str], patterns: tuple[re.Pattern[str], ...]) -> Iterable[str]:
-    """The texts without the lines that match a pattern."""
+def strip_lines(lines: Iterable[str], patterns: tuple[re.Pattern[str], ...]) -> Iterable[str]:
+    """The lines that match none of the patterns; of texts of any length, if there are none."""
     if not patterns:
-        return texts
-    return (line for line in lines(texts) if not any(one.search(line.removesuffix("\n")) for one in patterns))
+        return lines
+    return (line for line in lines if not any(one.search(line.removesuffix("\n")) for one in patterns))
 
 
 def cut(texts: Iterable[str], separator: str | None = None, block: int = BLOCK) -> Iterator[Piece]:

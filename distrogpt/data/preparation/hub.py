@@ -30,10 +30,8 @@ class HubText:
             self.rows = load_dataset(name, config, split=split, streaming=True)
         except Exception as error:  # the hub's client raises many kinds
             url, reason = f"https://huggingface.co/datasets/{name}", " ".join(str(error).split())[:200]
-            raise UserError(
-                f"no dataset {name} ({type(error).__name__}: {reason}); check --dataset, --config, --split, "
-                f"or fetch the files of {url} and give --input PATH"
-            ) from None
+            advice = f"check --dataset, --config, --split, or fetch the files of {url} and give --input PATH"
+            raise UserError(f"no dataset {name} ({type(error).__name__}: {reason}); {advice}") from None
         if self.rows.column_names and field in self.rows.column_names:
             self.rows = self.rows.select_columns([field])
         known = (self.rows.info.splits or {}).get(split)
@@ -47,10 +45,7 @@ class HubText:
         return self.rows.num_shards
 
     def pieces(self, first: int = 0, end: int | None = None) -> Iterator[Piece]:
-        """All documents of the files first..end-1 that are not blank.
-
-        Raises UserError, and MachineError if the connection is lost.
-        """
+        """As Corpus.pieces. Raises UserError, and MachineError if the connection is lost."""
         corpus = Corpus([], field=self.settings["field"])
         for number in range(first, len(self) if end is None else end):
             where = f"{self.settings['dataset']}, file {number}"
@@ -92,8 +87,8 @@ def prepare_shards(about: str, dataset: str | None = None, config: str | None = 
         parser.error("neither --dataset nor --input is given")
     folder = args.output
     if dataset is None and folder == Path(sys.argv[0]).resolve().parent:
-        name = "_".join(filter(None, (args.dataset or Path(args.input[0]).stem, args.config)))
-        name = re.sub(r"\W+", "_", name).strip("_").lower()
+        words = (args.dataset or Path(args.input[0]).stem, args.config or "")
+        name = re.sub(r"\W+", "_", "_".join(words)).strip("_").lower()
         folder = DATA / name
         if not name or (folder / "prepare.py").exists():
             raise UserError("the input names no folder of its own; choose one by --output data/NAME")

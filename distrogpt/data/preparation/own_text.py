@@ -41,8 +41,8 @@ from distrogpt.data.tokenizer import (
 from distrogpt.errors import UserError, cli_errors
 
 BPE_SAMPLE = 50_000_000  # characters that train a tokenizer: its memory grows with the number of words
-# bytes of train up to which these fit: layers, heads, width, block, batch, micro-steps, epochs
-SIZES = (
+SIZE_FLAGS = ("n_layer", "n_head", "n_embd", "block_size", "batch_size", "gradient_accumulation_steps")
+SIZES = (  # bytes of train up to which these SIZE_FLAGS fit, and epochs
     (100_000, 2, 2, 64, 128, 4, 1, 8),
     (5_000_000, 4, 4, 128, 256, 4, 1, 4),
     (50_000_000, 6, 6, 384, 256, 16, 1, 3),
@@ -80,9 +80,7 @@ def hash_to_unit(number: int) -> float:
     return (x ^ x >> 31) / 2**64
 
 
-def choose_validation(
-    sizes: list[int], val_fraction: float, enough: int
-) -> tuple[Callable[[int], bool], int]:
+def choose_validation(sizes: list[int], val_fraction: float, enough: int) -> tuple[Callable, int]:
     """Whether a document is val, by its number; and the character at which the text is cut in two, or 0.
 
     Of many documents, each at random. Of fewer, some at random up to the wanted size, if they are not too
@@ -145,8 +143,8 @@ def make_tokenizer(name: str, chars: str, documents: int, train: Iterable[str]) 
     return tokenizer
 
 
-def write_corpus(args: argparse.Namespace, corpus: Corpus) -> Tokenizer:
-    """Write the dataset of a corpus; returns its tokenizer. Raises UserError and MachineError."""
+def make_dataset(args: argparse.Namespace, corpus: Corpus) -> None:
+    """Write the dataset of parse_options, and print the next commands. Raises UserError and MachineError."""
     enough = math.ceil(10 / args.val_fraction)
     sizes, chars = scan(corpus, enough, want_chars=args.tokenizer == "char")
     is_val, position = choose_validation(sizes, args.val_fraction, enough)
@@ -173,7 +171,15 @@ def write_corpus(args: argparse.Namespace, corpus: Corpus) -> Tokenizer:
             document += piece.ends
     if isinstance(tokenizer, BPETokenizer):  # for other programs; ours read meta.json
         (args.output / "tokenizer.json").write_text(tokenizer_json(tokenizer), encoding="utf-8")
-    return tokenizer
+    text = read_meta(args.output)["bytes"]
+    fraction = text["val"] / max(1, sum(text.values()))
+    if fraction > max(0.2, 1.5 * args.val_fraction):
+        print(
+            f"note: val is {fraction:.0%} of the text, since documents are not divided; more or shorter "
+            f"documents leave more to learn from, or try --val_fraction={min(0.05, args.val_fraction / 2):g}"
+        )
+    name = args.name if args.output == DATA / str(args.name) else os.path.relpath(args.output)
+    print("next:", *next_commands(args.output, name, tokenizer), sep="\n  ")
 
 
 def next_commands(folder: Path, name: str, tokenizer: Tokenizer) -> tuple[str, str]:
@@ -182,23 +188,22 @@ def next_commands(folder: Path, name: str, tokenizer: Tokenizer) -> tuple[str, s
     tokens, text = meta["tokens"], meta["bytes"]["train"]
     longest = 1 << max(0, (min(tokens.values()) - 1).bit_length() - 1)  # a power of two, below both splits
     flags: dict[str, Any] = {"dataset": name, "out_dir": f"out-{Path(name).name}"}
-    config = "train_gpt2_modern"
-    if text < SIZES[-1][0] and isinstance(tokenizer, GPT2Tokenizer):
+    if text >= SIZES[-1][0]:
+        config = "train_gpt2_modern"
+    elif isinstance(tokenizer, GPT2Tokenizer):
         config = "finetune_own_text"
         flags["block_size"] = min(1024, longest)
-    elif text < SIZES[-1][0]:
+    else:
         config = "train_own_text"
-        _, n_layer, n_head, n_embd, block_size, *step, epochs = next(row for row in SIZES if text < row[0])
-        flags |= {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd}
-        flags |= {"block_size": min(block_size, longest), "batch_size": step[0]}
-        flags |= {"gradient_accumulation_steps": step[1]}
-        steps = epochs * tokens["train"] / (flags["block_size"] * math.prod(step))
-        flags |= {"max_iters": max(100, round(steps / 100) * 100)}
-        flags |= {"eval_interval": max(50, round(steps / 100) * 10)}
+        _, *values, epochs = next(row for row in SIZES if text < row[0])
+        flags |= zip(SIZE_FLAGS, values, strict=True)
+        flags["block_size"] = min(flags["block_size"], longest)
+        steps = epochs * tokens["train"] / math.prod(flags[name] for name in SIZE_FLAGS[3:])
+        flags["max_iters"] = max(100, round(steps / 100) * 100)
+        flags["eval_interval"] = max(50, round(steps / 100) * 10)
     defaults = run_path(str(DATA.parent / "config" / f"{config}.py"))
-    words = [
-        f"--{key}={shlex.quote(str(value))}" for key, value in flags.items() if value != defaults.get(key)
-    ]
+    changed = {key: value for key, value in flags.items() if value != defaults.get(key)}
+    words = [f"--{key}={shlex.quote(str(value))}" for key, value in changed.items()]
     sample = f"python sample.py --out_dir={shlex.quote(flags['out_dir'])}"
     if tokenizer.end_of_text is not None:
         sample += " --start="  # a new document
@@ -225,10 +230,7 @@ def parse_options(parser: argparse.ArgumentParser) -> argparse.Namespace:
     if (args.output / "prepare.py").exists():
         raise UserError(f"{args.output} is a dataset of its own; choose another --name")
     if not 0 < args.val_fraction < 1:
-        raise UserError(
-            f"--val_fraction {args.val_fraction} leaves nothing for train or val, which every run measures "
-            "itself on; give one above 0 and below 1, such as 0.1"
-        )
+        raise UserError(f"--val_fraction {args.val_fraction} empties a split; give one above 0 and below 1")
     return args
 
 
@@ -259,20 +261,6 @@ def copy_pipes(inputs: list[str], folder: Path) -> Iterator[list[str]]:
     finally:
         for path in copies.values():
             path.unlink(missing_ok=True)
-
-
-def make_dataset(args: argparse.Namespace, corpus: Corpus) -> None:
-    """Write the dataset of parse_options, and print the next commands. Raises UserError."""
-    tokenizer = write_corpus(args, corpus)
-    text = read_meta(args.output)["bytes"]
-    fraction = text["val"] / max(1, sum(text.values()))
-    if fraction > max(0.2, 1.5 * args.val_fraction):
-        print(
-            f"note: val is {fraction:.0%} of the text, since documents are not divided; more or shorter "
-            f"documents leave more to learn from, or try --val_fraction={min(0.05, args.val_fraction / 2):g}"
-        )
-    name = args.name if args.output == DATA / str(args.name) else os.path.relpath(args.output)
-    print("next:", *next_commands(args.output, name, tokenizer), sep="\n  ")
 
 
 @cli_errors()

@@ -24,13 +24,13 @@ from distrogpt.data.preparation.writer import (
     encode_in_order,
     id_dtype,
     make_folder,
-    new_meta,
     read_json,
     report_full_disk,
     sync,
     text_bytes,
     token_progress,
     write_json,
+    write_meta,
 )
 from distrogpt.data.tokenizer import TiktokenTokenizer, Tokenizer
 from distrogpt.errors import UserError
@@ -71,16 +71,11 @@ class ShardSettings:
 
 
 def write_shards(folder: Path, source: Corpus, tokenizer: Tokenizer, settings: ShardSettings) -> None:
-    """Write the documents of a Corpus, or what has its methods, or one part of them; or resume that.
-
-    Raises UserError if the folder has another dataset, MachineError if the disk is full.
-    """
+    """Write the documents of a Corpus, or what has its methods, or one part of them; or resume that. Raises
+    UserError if the folder has another dataset, MachineError if the disk is full."""
     part = settings.part
     if part.of > len(source):
-        raise UserError(
-            f"the text has {len(source)} files, which {part.of} machines cannot share; give --shard i/n with "
-            f"n up to {len(source)}"
-        )
+        raise UserError(f"the text has only {len(source)} files; give --shard i/n with n up to that")
     identity = {
         "text": source.describe(),
         "tokenizer": zlib.crc32(json.dumps(tokenizer.describe()).encode()),
@@ -101,7 +96,8 @@ def write_shards(folder: Path, source: Corpus, tokenizer: Tokenizer, settings: S
         try:
             writer.write(source, tokenizer, settings.workers)
         finally:
-            writer.close()
+            writer.file.close()
+            writer.temporary.unlink(missing_ok=True)
         finish_dataset(folder, tokenizer, part, settings.about)
 
 
@@ -114,20 +110,15 @@ def default_val_tokens(source: Corpus, tokenizer: Tokenizer, settings: ShardSett
 
 def load_progress(folder: Path, part: Part, identity: dict[str, Any], overwrite: bool) -> dict[str, Any]:
     """The progress of a part: `settings`; for each finished shard, in `shards`, its tokens and their bytes of
-    text; and in `starts` file, document and token at which each of them and the next one begin.
-
-    Raises UserError if the folder has another dataset.
-    """
+    text; and in `starts` file, document and token at which each of them and the next one begin. UserError."""
     files = dataset_files(folder)  # before progress is read, which other machines may begin to write now
     existing = {path.name: read_json(path) for path in folder.glob("progress*.json")}
     same_dataset = {name for name, progress in existing.items() if progress.get("settings") == identity}
     if not overwrite:
         has_shards = any(path.suffix == ".bin" for path in files)
         if has_shards and (not existing or same_dataset != set(existing)):
-            raise UserError(
-                f"{folder} has another dataset, or one made with other options; repeat those, choose another "
-                "--output, or give --overwrite"
-            )
+            options = "repeat its options, choose another --output, or give --overwrite"
+            raise UserError(f"{folder} has another dataset, or one made with other options; {options}")
         if part.progress_name() in same_dataset:
             return existing[part.progress_name()]
     of_others = same_dataset - {part.progress_name()}  # other machines' parts of the same dataset
@@ -173,21 +164,10 @@ class ShardWriter:
         self.tokens = self.text = 0  # bytes of text
         self.file = open(self.temporary, "wb")
 
-    def close(self) -> None:
-        self.file.close()
-        self.temporary.unlink(missing_ok=True)
-
     def room(self) -> int:
         """The number of ids that the shard still takes; 0 if the part has all of its tokens."""
         name = "val_tokens" if self.part.number == 1 and not self.shards else "shard_tokens"
         return min(self.progress["settings"][name] - self.tokens, self.left)
-
-    def add(self, ids: np.ndarray, text: int) -> None:
-        """Append ids that encode `text` bytes."""
-        self.file.write(np.ascontiguousarray(ids).data)
-        self.tokens += len(ids)
-        self.left -= len(ids)
-        self.text += text
 
     def finish_shard(self, *next_start: list[int]) -> None:
         """Finish the shard, if it has any ids; `next_start` is where the next one begins, if any."""
@@ -219,7 +199,10 @@ class ShardWriter:
                 at = min(skipped, len(ids))  # ids that an earlier shard has
                 skipped -= at
                 while at < len(ids) and (count := min(len(ids) - at, self.room())):
-                    self.add(ids[at : at + count], bytes_of(tokenizer, piece, ids, at, count))
+                    self.file.write(np.ascontiguousarray(ids[at : at + count]).data)
+                    self.tokens += count
+                    self.left -= count
+                    self.text += bytes_of(tokenizer, piece, ids, at, count)
                     at += count
                     advance(count)
                     if not self.room():
@@ -260,12 +243,10 @@ def finish_dataset(folder: Path, tokenizer: Tokenizer, part: Part, about: str) -
     tokens = {"train": all_tokens - val_tokens, "val": val_tokens}
     for split, count in tokens.items():
         if not count:
-            raise UserError(
-                f"nothing of {all_tokens:,} tokens is left for {split}; give a smaller --val_tokens, or more "
-                "text, with --overwrite"
-            )
+            advice = "give a smaller --val_tokens, or more text, with --overwrite"
+            raise UserError(f"nothing of {all_tokens:,} tokens is left for {split}; {advice}")
     text = {"train": all_text - val_text, "val": val_text}
-    write_json(folder / "meta.json", new_meta(tokenizer, tokens, text, source=about))
+    write_meta(folder / "meta.json", tokenizer, tokens, text, source=about)
     for split, count in tokens.items():
         files = len(list(folder.glob(f"{split}_*.bin")))
         print(f"{folder}: {count:,} tokens of {split} in {files} file{'s' if files > 1 else ''}")

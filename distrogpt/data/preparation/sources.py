@@ -5,6 +5,7 @@ import hashlib
 import http.client
 import os
 import re
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -90,10 +91,10 @@ def prepare_shakespeare(about: str, make_tokenizer: Callable[[str], Tokenizer]) 
     path = args.input or download(url, sha256, args.output / "input.txt")
     try:
         text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--input {path} cannot be read ({error.strerror}); give a text file") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start}); convert it") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{path} cannot be read as text ({error}); give another --input, or convert it"
+        ) from None
     actual = hash_of(path)
     if actual != sha256:
         print(f"note: {path} is not tiny Shakespeare as published, but another text; it is used as it is")
@@ -110,12 +111,16 @@ def download(url: str, sha256: str, path: Path) -> Path:
         from torch.hub import download_url_to_file
 
         print(f"downloads {url}")
+        timeout = socket.getdefaulttimeout()
         try:
+            socket.setdefaulttimeout(30)  # seconds without an answer; torch's downloader has none of its own
             path.parent.mkdir(parents=True, exist_ok=True)
             download_url_to_file(url, str(path), hash_prefix=sha256, progress=sys.stderr.isatty())
         except (OSError, http.client.HTTPException, RuntimeError) as error:  # RuntimeError: another hash
             reason = getattr(error, "reason", error)
             raise UserError(f"no download ({reason}); fetch {url} elsewhere and give --input PATH") from None
+        finally:
+            socket.setdefaulttimeout(timeout)
     if hash_of(path) != sha256:
         raise UserError(f"{path} is not as expected (sha256 {sha256}); fetch {url}, give --input PATH")
     return path

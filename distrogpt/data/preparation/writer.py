@@ -10,7 +10,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
@@ -45,15 +45,14 @@ def encode_in_order(pieces: Iterable[Piece], tokenizer: Tokenizer, workers: int)
             encoded.append((piece, ids.astype(dtype)))
         return encoded
 
+    pieces, waiting = iter(pieces), deque()
     with ThreadPoolExecutor(workers) as pool:
-        waiting: deque[Future[list[Encoded]]] = deque()
-        pieces = iter(pieces)
         while batch := list(islice(pieces, BATCH)):
             waiting.append(pool.submit(encode, batch))
             if len(waiting) > 2 * workers:
                 yield from waiting.popleft().result()
-        while waiting:
-            yield from waiting.popleft().result()
+        for future in waiting:
+            yield from future.result()
 
 
 def id_dtype(tokenizer: Tokenizer) -> np.dtype:
@@ -89,19 +88,11 @@ def make_folder(folder: Path) -> None:
         raise UserError(f"{folder} cannot be written ({error.strerror}); choose another --output") from None
 
 
-def new_meta(
-    tokenizer: Tokenizer, tokens: dict[str, int], text: dict[str, int], **about: Any
-) -> dict[str, Any]:
-    """The contents of meta.json: tokens and bytes of text of each split, and `about`."""
-    return {
-        "version": 1,
-        "tokenizer": tokenizer.describe(),
-        "vocab_size": tokenizer.vocab_size,
-        "dtype": id_dtype(tokenizer).name,
-        "tokens": tokens,
-        "bytes": text,
-        **about,
-    }
+def write_meta(path: Path, tokenizer: Tokenizer, tokens: dict, text: dict, **about: Any) -> None:
+    """Write a meta.json: tokens and bytes of text of each split, and `about`."""
+    vocabulary = {"vocab_size": tokenizer.vocab_size, "dtype": id_dtype(tokenizer).name}
+    meta = {"version": 1, "tokenizer": tokenizer.describe(), **vocabulary, "tokens": tokens, "bytes": text}
+    write_json(path, meta | about)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -137,10 +128,8 @@ def sync(file: IO[Any]) -> None:
 
 @contextmanager
 def token_progress(done: Callable[[], float], delay: float = 0) -> Iterator[Callable[[int], None]]:
-    """Yields advance(tokens) of a progress bar; the time left is by `done`, the fraction that is done.
-
-    There is no bar for work of less than `delay` seconds.
-    """
+    """Yields advance(tokens) of a progress bar, if the work takes `delay` seconds; it shows the time left by
+    `done`, the fraction that is done."""
     from tqdm import tqdm
 
     interval = 0.1 if sys.stderr.isatty() else 5
@@ -167,13 +156,9 @@ def report_full_disk(folder: Path, kept: str) -> Iterator[None]:
 @contextmanager
 def write_dataset(
     folder: Path, tokenizer: Tokenizer, overwrite: bool = False, **about: Any
-) -> Iterator[Callable[[str, np.ndarray | list[int], int], None]]:
+) -> Iterator[Callable]:
     """Yields add(split, ids, text_bytes), which appends to "train" or "val"; the files appear if the block
-    ends well.
-
-    `about` goes into meta.json. Raises UserError if the folder has a dataset about something else, unless
-    `overwrite`.
-    """
+    ends well. Raises UserError if the folder has a dataset `about` something else, unless `overwrite`."""
     existing = read_json(folder / "meta.json")
     claim_folder(folder, overwrite or bool(about and about.items() <= existing.items()))
     dtype, tokens, text = id_dtype(tokenizer), {"train": 0, "val": 0}, {"train": 0, "val": 0}
@@ -195,18 +180,17 @@ def write_dataset(
         with report_full_disk(folder, UNCHANGED):
             for file in files.values():
                 sync(file)
-            write_json(folder / "meta.json.tmp", new_meta(tokenizer, tokens, text, **about))
-    except BaseException:
+            write_meta(folder / "meta.json.tmp", tokenizer, tokens, text, **about)
+        for path in dataset_files(folder):
+            if path.name not in names[:2]:  # such as the shards of a dataset that was here before
+                path.unlink()
+        for name in names:  # until the last one is renamed, the dataset is not complete
+            os.replace(folder / f"{name}.tmp", folder / name)
+    finally:
         for file in files.values():
             with suppress(OSError):  # what a full disk did not take, it does not take now
                 file.close()
         for name in names:
             (folder / f"{name}.tmp").unlink(missing_ok=True)
-        raise
-    for path in dataset_files(folder):
-        if path.name not in names[:2]:  # such as the shards of a dataset that was here before
-            path.unlink()
-    for name in names:  # until the last one is renamed, the dataset is not complete
-        os.replace(folder / f"{name}.tmp", folder / name)
     for split, count in tokens.items():
         print(f"{folder / f'{split}.bin'}: {count:,} tokens")
