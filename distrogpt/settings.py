@@ -287,7 +287,7 @@ class PlotConfig:
 
 
 # what a sample's text depends on, beside its model and prompt, and how it is shown
-OF_A_SAMPLE = (
+SAMPLING_SETTINGS = (
     *("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"),
     *("stop", "stop_at_end", "best_of", "show_probs", "seed"),
 )

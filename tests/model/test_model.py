@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from distrogpt.inference.decoder import optimize_for_inference, stream
+from distrogpt.inference.decoder import stream
 from distrogpt.inference.sampling import SamplingParams, sample_token, uniform_noise
 from model import GPT, GPTConfig
 
@@ -358,25 +358,3 @@ def test_the_loss_alone():
     model, idx, targets = small(), random_ids(2, 7), random_ids(2, 7)
     assert model(idx, targets, return_logits=False)[0] is None
     assert torch.equal(model(idx, targets, return_logits=False)[1], model(idx, targets)[1])
-
-
-@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="plain products depend on the batch")
-@pytest.mark.parametrize(
-    "int8, dtype", [(False, torch.float32), (False, torch.bfloat16), (True, torch.bfloat16)]
-)
-def test_a_sequences_numbers_are_the_same_alone_and_beside_others(int8, dtype):
-    """To the last bit: wide layers, a large vocabulary, prompts of all lengths, past the end of the block."""
-    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        pytest.skip("no bf16 in this chip")
-    torch.manual_seed(0)
-    shape = {"block_size": 32, "vocab_size": 3000, "n_layer": 2, "n_head": 6, "n_embd": 384, "n_kv_head": 2}
-    model = optimize_for_inference(GPT(GPTConfig(**shape)), dtype, int8)
-    prompts = [torch.randint(3000, (length,)).tolist() for length in (1, 5, 17, 32)]
-    uniforms, prompts = uniform_noise(0, 2, 40), list(map(torch.tensor, prompts))
-    together = list(stream(model, prompts, SamplingParams(), uniforms.repeat(4, 1)))
-    for number, prompt in enumerate(prompts):
-        for copy_number in range(2):
-            alone = stream(model, [prompt], SamplingParams(), uniforms[copy_number][None])
-            for (ids, logits), (all_ids, all_logits) in zip(alone, together, strict=True):
-                row = 2 * number + copy_number
-                assert torch.equal(ids[0], all_ids[row]) and torch.equal(logits[0], all_logits[row])
