@@ -39,6 +39,5 @@ def test_8_bit_weights_are_rounded_to_the_nearest_step():
     packed = Int8Linear(linear)
     back = packed.weight.float() * packed.scale.float()[:, None]
     assert packed.weight.dtype == torch.int8
-    assert bool(
-        ((back - linear.weight).abs() <= packed.scale.float()[:, None] * 0.75).all()
-    )  # 127 is cut off
+    error = (back - linear.weight).abs() / packed.scale.float()[:, None]  # in steps
+    assert error.max() <= 0.75  # above 0.5, as values over 127 steps are clamped
