@@ -1,11 +1,9 @@
 """What each ingredient of a recipe gains: python ablate.py config/train_shakespeare_cpu_modern.py
 
-Trains the recipe, the recipe without each of its ingredients, GPT-2, and GPT-2 with each of them: for as many
-steps, with the same seeds. What is no ingredient (learning rates, warm-up, weight decay, batch) is the
-recipe's in all. It prints a table and draws ablate.png.
+Trains the recipe, the recipe without each ingredient, GPT-2, and GPT-2 with each ingredient: for the same
+number of steps, with the same seeds. Everything else (learning rates, warm-up, weight decay, batch) is the
+recipe's in all of them. Prints a table and draws ablate.png.
 """
-
-import sys
 
 from configurator import configure
 from distrogpt.settings import AblateConfig
@@ -16,18 +14,20 @@ if __name__ == "__main__":
 import contextlib
 import json
 import math
-import os
 import statistics
+import sys
 import tempfile
 import time
 from dataclasses import fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from distrogpt.checkpoint import atomic_write
 from distrogpt.errors import Diverged, UserError, cli_errors, writable
-from distrogpt.runtime import find_pyplot
+from distrogpt.plotting import new_figure, write_figure
 from distrogpt.settings import TrainConfig
 from train import train
 
@@ -35,37 +35,36 @@ INGREDIENTS = (
     "norm", "rotary", "qk_norm", "activation", "n_kv_head", "tied", "logit_softcap", "embedding_skip",
     "zero_init", "optimizer", "lr_schedule", "sampling", "dropout",
 )  # fmt: skip
-# What a study decides itself, whatever the recipe says.
+# the same in every study, whatever the recipe says
 FIXED = {
     "init_from": "scratch", "eval_iters": 0, "eval_splits": "val", "eval_only": False, "seed": 0,
     "out_dir": "-", "log_interval": 1000, "wandb_log": False, "wandb_project": "-", "wandb_run_name": "-",
     "tensorboard_log": False, "loss_plot": False, "eval_hellaswag": False, "eval_accuracy": False,
     "eval_samples": 0,
 }  # fmt: skip
-Run = dict[str, float]  # seed, val (inf: it diverged), seconds
+Run = dict[str, float]  # seed, val (inf if it diverged), seconds
 
 
 def variants(config: AblateConfig) -> dict[str, dict[str, Any]]:
-    """What to train, by name: settings that differ from the recipe's. Raises UserError where it has none."""
-    plain = {name: getattr(TrainConfig, name) for name in INGREDIENTS}  # a dataclass keeps its defaults there
-    recipe = {name: getattr(config, name) for name in INGREDIENTS if getattr(config, name) != plain[name]}
+    """Variants to train, by name: the settings in which each differs from the recipe. Raises UserError."""
+    gpt2 = {name: getattr(TrainConfig, name) for name in INGREDIENTS}  # a dataclass keeps its defaults there
+    recipe = {name: getattr(config, name) for name in INGREDIENTS if getattr(config, name) != gpt2[name]}
     if not recipe:
         raise UserError(
             f"this recipe is GPT-2's; set one of {', '.join(INGREDIENTS)}, or take a config named modern"
         )
-    of = {name: f"{name}={value}" for name, value in recipe.items()}
-    without = {f"recipe without {of[name]}": {name: plain[name]} for name in recipe}
-    added = {f"GPT-2 with {of[name]}": {**plain, name: value} for name, value in recipe.items()}
-    return {"recipe": {}, **without, "GPT-2": plain, **added}
+    without = {f"recipe without {name}={recipe[name]}": {name: gpt2[name]} for name in recipe}
+    added = {f"GPT-2 with {name}={value}": {**gpt2, name: value} for name, value in recipe.items()}
+    return {"recipe": {}, **without, "GPT-2": gpt2, **added}
 
 
 def train_once(settings: dict[str, Any], seed: int) -> Run:
-    """Train in a folder that vanishes; the best loss over the whole val split, and the seconds of all."""
-    torch.compiler.reset()  # it compiles a few variants of a network only, and goes on without
+    """Train in a temporary folder; the best loss over the whole val split, and the seconds of everything."""
+    torch.compiler.reset()  # it compiles only a few variants of a network, then runs the others uncompiled
     begin, val = time.perf_counter(), math.inf
     with tempfile.TemporaryDirectory() as folder:
         with contextlib.redirect_stdout(None), contextlib.suppress(Diverged):
-            result = train(TrainConfig(**{**settings, "seed": seed, "out_dir": folder}))
+            result = train(TrainConfig(**settings | {"seed": seed, "out_dir": folder}))
             if result.stopped_by:
                 sys.exit(128 + result.stopped_by)
             val = result.best_val_loss
@@ -73,15 +72,15 @@ def train_once(settings: dict[str, Any], seed: int) -> Run:
 
 
 def read_results(path: Path, settings: dict[str, Any]) -> dict[str, list[Run]]:
-    """The runs of an earlier call, {} if none. Raises UserError where they are of another study."""
+    """The runs of an interrupted study, {} if none. Raises UserError if they are of another study."""
     if not path.stat().st_size:
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        theirs, runs = found["settings"], found["runs"]
-        changed = [name for name, value in settings.items() if theirs.get(name) != value]
+        study = json.loads(path.read_text(encoding="utf-8"))
+        changed = [name for name, value in settings.items() if study["settings"].get(name) != value]
+        runs = study["runs"]
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{path} is no study's; name another --json, or move it away") from None
+        raise UserError(f"{path} is not a study; name another --json, or move it away") from None
     if changed:
         raise UserError(
             f"{path} has a study with another {', '.join(changed)}; name another --json, or move it away"
@@ -89,38 +88,30 @@ def read_results(path: Path, settings: dict[str, Any]) -> dict[str, list[Run]]:
     return runs
 
 
-def write_results(path: Path, settings: dict[str, Any], runs: dict[str, list[Run]]) -> None:
-    """The whole file or the old one: a study killed while it writes loses no run that was made."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps({"settings": settings, "runs": runs}, indent=1), encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def table(runs: dict[str, list[Run]]) -> list[str]:
-    """A line for each variant: median loss and time, and what they are more than the recipe's or GPT-2's."""
+    """A line for each variant: medians of loss and time, compared with the recipe's or GPT-2's."""
     lines = [f"{'':44} {'val loss':>8} {'(lowest to highest)':>20} {'change':>8} {'seconds':>8} {'ratio':>6}"]
-    medians = {
-        name: [statistics.median(run[key] for run in found) for key in ("val", "seconds")]
-        for name, found in runs.items()
-    }
-    for name, (val, seconds) in medians.items():
-        vals = [run["val"] for run in runs[name]]
-        base_val, base_seconds = medians["recipe" if name.startswith("recipe") else "GPT-2"]
+    for name, variant in runs.items():
+        baseline = runs["recipe" if name.startswith("recipe") else "GPT-2"]
+        vals = [run["val"] for run in variant]
+        val, seconds = statistics.median(vals), statistics.median(run["seconds"] for run in variant)
+        change = val - statistics.median(run["val"] for run in baseline)
+        ratio = seconds / statistics.median(run["seconds"] for run in baseline)
         spread = f"({min(vals):.4f} to {max(vals):.4f})"
-        compared = f"{val - base_val:+8.4f} {seconds:8.1f} {seconds / base_seconds:6.2f}"
-        lines.append(f"{name:44} {val:8.4f} {spread:>20} {compared}")
+        lines.append(f"{name:44} {val:8.4f} {spread:>20} {change:+8.4f} {seconds:8.1f} {ratio:6.2f}")
     return lines
 
 
-def plot(runs: dict[str, list[Run]], path: str) -> None:
-    """A dot for each run: its loss, a row for each variant."""
-    pyplot = find_pyplot(path)
-    if pyplot is None:
+def plot(runs: dict[str, list[Run]], path: Path) -> None:
+    """A row for each variant, with a dot for the loss of each run. Raises UserError."""
+    if find_spec("matplotlib") is None:
+        print(f"note     no {path}: pip install matplotlib")
         return
-    figure, axes = pyplot.subplots(figsize=(9, 0.32 * len(runs) + 1.2), layout="constrained")
-    for row, (name, found) in enumerate(runs.items()):
+    figure = new_figure(9, 0.32 * len(runs) + 1.2)
+    axes = figure.subplots()
+    for row, (name, variant) in enumerate(runs.items()):
         color = "#4477aa" if name.startswith("recipe") else "#cc6677"
-        vals = [run["val"] for run in found if math.isfinite(run["val"])]
+        vals = [run["val"] for run in variant if math.isfinite(run["val"])]
         axes.plot(vals, [row] * len(vals), "o", color=color, alpha=0.7)
         if vals:
             axes.plot(statistics.median(vals), row, "|", color=color, markersize=16)
@@ -129,18 +120,17 @@ def plot(runs: dict[str, list[Run]], path: str) -> None:
     axes.set_yticks(range(len(runs)), list(runs))
     axes.invert_yaxis()
     axes.set(xlabel="best loss over the whole val split; a dot for each seed, a bar at the median")
-    with writable(path) as file:
-        figure.savefig(file, dpi=150)
-    print(f"plot     {Path(path).resolve()}")
+    write_figure(figure, path, dpi=150)
+    print(f"plot     {path.resolve()}")
 
 
 def ablate(config: AblateConfig) -> dict[str, list[Run]]:
-    """Train all variants with all seeds, tell each, and return the runs. They are kept in config.json."""
+    """Train all variants with all seeds, print and return the results, which are kept in config.json."""
     path, todo = Path(config.json), variants(config)
     settings = {field.name: getattr(config, field.name) for field in fields(TrainConfig)} | FIXED
     with writable(config.json):  # before hours of training
         runs = read_results(path, settings)
-    seeds = [config.seed + number for number in range(config.seeds)]
+    seeds = range(config.seed, config.seed + config.seeds)
     length = f"{config.max_epochs:g} epochs" if config.max_epochs else f"{config.max_iters} steps"
     print(f"study    {len(todo)} variants x {config.seeds} seeds of {length}, kept in {path}")
     for seed in seeds:  # in turns, so that a busy hour slows all variants alike
@@ -150,10 +140,11 @@ def ablate(config: AblateConfig) -> dict[str, list[Run]]:
             run = train_once(settings | changes, seed)
             runs[name].append(run)
             print(f"{name}, seed {seed}: val loss {run['val']:.4f}, {run['seconds']:.1f} s", flush=True)
-            write_results(path, settings, runs)
+            study = json.dumps({"settings": settings, "runs": runs}, indent=1)
+            atomic_write(lambda file, study=study: file.write(study.encode()), path)
     runs = {name: [run for run in runs[name] if run["seed"] in seeds] for name in todo}
     print("\n".join(table(runs)))
-    plot(runs, config.plot)
+    plot(runs, Path(config.plot))
     return runs
 
 

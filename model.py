@@ -76,7 +76,7 @@ class GPTConfig:
         if self.n_kv_head is not None and (self.n_kv_head < 1 or self.n_head % self.n_kv_head):
             raise ValueError(f"n_kv_head={self.n_kv_head} does not divide n_head={self.n_head}; change one")
         if self.rotary and self.head_dim % 2:
-            raise ValueError(f"rotary rotates pairs: n_embd/n_head={self.head_dim} must be even")
+            raise ValueError(f"rotary rotates pairs: n_embd/n_head={self.head_dim} must be even; change one")
         self.logit_softcap = float(self.logit_softcap)
         if not 0 <= self.logit_softcap < math.inf:
             raise ValueError(f"logit_softcap={self.logit_softcap}; it must be at least 0 and finite")
@@ -359,7 +359,7 @@ class GPT(nn.Module):
         """
         size = self.config.block_size
         length = min(idx.size(1) + max_new_tokens, size)
-        cache = KVCache(self.config, len(idx), length, idx.device, self.lm_head.weight.dtype)
+        cache = KVCache(self.config, len(idx), length, idx.device, self.transformer.wte.weight.dtype)
         new, positions = idx[:, -size:], None  # the tokens to read next, and their positions
         for _ in range(max_new_tokens):
             logits = self.logits(self.hidden_states(new, positions, cache=cache)[:, -1])  # (B, V)

@@ -3,6 +3,7 @@
 From Python: `Sampler("out-shakespeare-char")`, then its `generate` and `stream` as often as needed.
 """
 
+import logging
 import sys
 
 from configurator import configure
@@ -10,7 +11,6 @@ from distrogpt.settings import SampleConfig
 
 if __name__ == "__main__":
     CONFIG = configure(SampleConfig)  # before torch is loaded, so that --help and mistakes answer at once
-
 
 from configurator import unescape
 from distrogpt.audio.speech import check_wav, load_voice, speak
@@ -21,6 +21,8 @@ from distrogpt.inference.sampler import Sampler, read_prompt, read_text
 from distrogpt.runtime import progress_bar
 
 SEPARATOR = "---------------"
+
+log = logging.getLogger("distrogpt")
 
 
 def read_prompts(config: SampleConfig) -> dict[str, str]:
@@ -63,10 +65,10 @@ def print_samples(sampler: Sampler, prompts: dict[str, str], config: SampleConfi
     if config.prompts is None and config.num_samples == 1:
         return [echoed[0] + print_stream(sampler.stream_sample(ids[0], config), echoed[0], style)]
     total = len(ids) * config.num_samples * config.best_of * config.max_new_tokens
-    with progress_bar(0, total, sampler.runtime, print, " tokens") as (say, advance):
+    with progress_bar(0, total, sampler.runtime, " tokens") as advance:
         for number, sample in enumerate(sampler.samples(ids, config, advance)):
             prompt = echoed[number // config.num_samples]
-            say(format_sample(sample, prompt, style) + SEPARATOR)
+            log.info(format_sample(sample, prompt, style) + SEPARATOR)
             texts.append(prompt + sample.text)
     return texts
 

@@ -4,23 +4,16 @@
 # python train.py config/finetune_hitchhikers.py
 # python sample.py --out_dir=out-hitchhikers --start= --num_samples=1 --speak=out.wav --voice=voice.onnx
 
+from config.finetune_own_text import *
+
 out_dir = "out-hitchhikers"
 dataset = "hitchhikers"
-init_from = "auto:gpt2"  # the same command goes on where it was interrupted; gpt2-medium and larger know more
 
-eval_interval = 10  # about once in each reading of the text
+eval_interval = 10  # about once per epoch
 eval_iters = 0  # all of val, each token once: it is a chapter or two
-log_interval = 1
-always_save_checkpoint = False  # it overfits soon: keep the best on val
-patience = 3  # evaluations without a lower val loss: a book is learned by heart in few readings
+patience = 3  # evaluations without a lower val loss: a book is memorised in few epochs
 
-# 16 sequences of 512 tokens a step, so that an epoch is 9 steps; where memory is short, batch_size=1
+# 16 sequences of 512 tokens a step, so that an epoch is 9 steps; if memory is short, batch_size=1
 batch_size = 4
-gradient_accumulation_steps = 4
 block_size = 512  # two or three minutes of speech; val must be longer
-sampling = "epochs"
-max_iters = 100  # eleven readings at most
-
-learning_rate = 3e-5  # a twentieth of pretraining's: the weights are nearly right
-decay_lr = False
-dropout = 0.1
+max_iters = 100  # eleven epochs at most

@@ -5,14 +5,14 @@
 
 out_dir = "out-own-text"
 dataset = "mybook"
-init_from = "auto:gpt2"  # the same command goes on where it was interrupted; gpt2-medium and larger know more
+init_from = "auto:gpt2"  # the same command resumes an interrupted run; gpt2-medium and larger know more
 
 eval_interval = 20
 eval_iters = 20
 log_interval = 1
 always_save_checkpoint = False  # it overfits soon: keep the best on val
 
-# 8 sequences of 1,024 tokens a step; where memory is short, batch_size=1 and twice the micro-steps
+# 8 sequences of 1,024 tokens a step; if memory is short, batch_size=1 and twice the micro-steps
 batch_size = 2
 gradient_accumulation_steps = 4
 block_size = 1024

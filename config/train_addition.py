@@ -1,13 +1,15 @@
 # Sums of numbers of up to two digits, learned from 9,000 of the 10,000: 40 seconds on 2 CPU cores.
 # python data/addition/prepare.py; python train.py train_addition; python eval.py --out_dir=out-addition
 
+from config.modern import *
+
 out_dir = "out-addition"
 dataset = "addition"
 device = "cpu"
 compile = False  # compiling takes as long as the run
 
-sampling = "lines"  # a line at the begin of each window, as eval.py's prompts are, and each once per epoch
-loss_after = "="  # problems are random, so what is before it cannot be predicted: learn the answers alone
+sampling = "lines"  # each window begins with a line, as eval.py's prompts do, and each line once per epoch
+loss_after = "="  # problems are random and cannot be predicted: learn the answers alone
 
 eval_interval = 500
 eval_iters = 0  # a window for each held-out line
@@ -22,20 +24,9 @@ n_head = 4
 n_embd = 64  # 0.1 M parameters suffice
 dropout = 0.0
 
-# the recipe, explained in train_shakespeare_cpu_modern.py
-norm = "rmsnorm"
-rotary = True
-qk_norm = True
 activation = "relu2"  # faster than swiglu
-tied = False
-embedding_skip = True
-zero_init = True
-optimizer = "muon"
+logit_softcap = 0.0
 muon_lr = 0.02
-learning_rate = 3e-3
-lr_schedule = "wsd"
-cooldown = 0.5  # the loss jumps while the rate is high; the last errors go while it falls
-min_lr = 0.0
-warmup_iters = 0
-weight_decay = 0.1
-max_iters = 4000  # what errs at last are the few sums of two numbers below 10
+momentum = 0.95
+cooldown = 0.5  # the loss jumps while the rate is high; the last errors go in the cooldown
+max_iters = 4000  # the last errors are the few sums of two numbers below 10

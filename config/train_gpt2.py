@@ -19,6 +19,6 @@ eval_interval = 1000
 eval_iters = 200
 log_interval = 10
 
-# published for GPT-2 124M: nanoGPT's README, on OpenWebText; acc_norm by build-nanogpt's method
+# published for GPT-2 124M: the loss on OpenWebText in nanoGPT's README, acc_norm by build-nanogpt's method
 baseline_loss = 3.12
 baseline_hellaswag = 0.2955

@@ -1,11 +1,13 @@
 # The modern recipe on tiny Shakespeare at nanoGPT's GPU shape, in a fraction of its steps.
 # python data/shakespeare_char/prepare.py; python train.py config/train_shakespeare_char_modern.py
-# Chosen by a smaller network on a tenth of the text (BENCHMARKS.md), and not yet run at this size.
+# Chosen with a smaller network on a tenth of the text (BENCHMARKS.md), and not yet run at this size.
+
+from config.modern import *
 
 out_dir = "out-shakespeare-char-modern"
 dataset = "shakespeare_char"
 
-eval_interval = 100  # often: what is kept is the best, and the model overfits soon after it
+eval_interval = 100  # often, as the model overfits soon after its best
 eval_iters = 0  # all of val, each token once
 log_interval = 10
 always_save_checkpoint = False  # stop at the best: ckpt.pt is it
@@ -19,23 +21,9 @@ sampling = "epochs"
 n_layer = 6
 n_head = 6
 n_embd = 384  # 10.7 M parameters
-dropout = 0.0  # ten times more parameters than characters; but weight decay does it better (BENCHMARKS.md)
+dropout = 0.0  # ten times more parameters than characters, but weight decay works better (BENCHMARKS.md)
 
-# the recipe, explained in train_shakespeare_cpu_modern.py
-norm = "rmsnorm"
-rotary = True
-qk_norm = True
-activation = "swiglu"
-tied = False
-logit_softcap = 15.0
-embedding_skip = True
-zero_init = True
-optimizer = "muon"
-muon_lr = 0.01
-learning_rate = 3e-3
 weight_decay = 2.0  # Muon's updates never shrink by themselves: this bounds the weights
-lr_schedule = "wsd"
-cooldown = 0.5
-min_lr = 0.0
+momentum = 0.95
 warmup_iters = 100
-max_iters = 1000  # sixteen times through the text; nanoGPT's run, 5000 steps, goes through it 80 times
+max_iters = 1000  # sixteen epochs; nanoGPT's run of 5000 steps makes 80

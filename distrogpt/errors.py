@@ -1,4 +1,4 @@
-"""How a command ends when something is wrong: one line on stderr, and an exit status."""
+"""How a command ends if something is wrong: one line on stderr, and an exit status."""
 
 import errno
 import os
@@ -14,7 +14,7 @@ class UserError(Exception):
 
 
 class Diverged(UserError):
-    """The loss is no number any more: a learning rate is too high."""
+    """The loss is not finite: a learning rate is too high."""
 
 
 class MachineError(Exception):
@@ -28,7 +28,7 @@ OOM_HINT = "lower --batch_size (and raise --gradient_accumulation_steps), --bloc
 def cli_errors(out_of_memory: str = OOM_HINT) -> Iterator[None]:
     """Turn errors that are not bugs into one line and an exit status; bugs keep their traceback.
 
-    `out_of_memory` is what to do where memory does not suffice.
+    `out_of_memory` is the advice if memory does not suffice.
     """
     try:
         yield
@@ -38,13 +38,13 @@ def cli_errors(out_of_memory: str = OOM_HINT) -> Iterator[None]:
         exit_with_error(1, error)
     except KeyboardInterrupt:
         exit_process(130)  # 128 + SIGINT, as shells expect
-    except BrokenPipeError:  # the reader of our output left (`| head`), which is no error of ours
+    except BrokenPipeError:  # the reader of our output left (`| head`)
         sys.stderr.close()
         sys.exit(141)  # 128 + SIGPIPE
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still to be printed would end likewise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that buffered output does not fail again
         exit_with_error(1, f"no space left for {error.filename or 'the output'}; free some")
     except (RuntimeError, MemoryError) as error:
         text = str(error).lower()
@@ -56,23 +56,23 @@ def cli_errors(out_of_memory: str = OOM_HINT) -> Iterator[None]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch or Python says by it that memory does not suffice, a GPU's or the machine's."""
-    text = str(error).lower()
-    said = "out of memory" in text or "t allocate memory" in text or "not enough memory" in text
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and said)
+    """Whether it is torch's or Python's error for too little memory, a GPU's or the machine's."""
+    messages = ("out of memory", "t allocate memory", "not enough memory")
+    matches = any(message in str(error).lower() for message in messages)
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and matches)
 
 
 def exit_with_error(status: int, error: object) -> NoReturn:
     """Print `error` as one line and exit with `status`."""
     if status == 2 and int(os.environ.get("RANK", 0)):
-        time.sleep(3)  # what all ranks find, the first one says; torchrun then ends the others
+        time.sleep(3)  # rank 0 reports an error of all ranks; then torchrun ends the others
     sys.stdout.flush()
     sys.stderr.write(f"error: {' '.join(str(error).split())}\n")  # in one piece, as ranks share a terminal
     exit_process(status)
 
 
 def exit_process(status: int) -> NoReturn:
-    """End the process. A rank ends at once: torch's threads that talk to others may abort it otherwise."""
+    """End the process. A rank ends at once, as torch's communication threads may abort it otherwise."""
     if "RANK" in os.environ:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -82,9 +82,9 @@ def exit_process(status: int) -> NoReturn:
 
 @contextmanager
 def writable(path: str) -> Iterator[str]:
-    """Raises UserError where the file cannot be written."""
+    """Raises UserError if the file cannot be written."""
     try:
-        with open(path, "a"):  # torch's trace says nothing where it cannot
+        with open(path, "a"):  # torch's profiler does not report it
             pass
         yield path
     except OSError as error:
@@ -94,5 +94,5 @@ def writable(path: str) -> Iterator[str]:
 
 
 def warn(line: str) -> None:
-    """Notes go to stderr, so that stdout has the samples alone."""
+    """Print a note to stderr, so that stdout has the samples alone."""
     print(line, file=sys.stderr)

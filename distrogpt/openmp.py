@@ -1,9 +1,8 @@
 """How OpenMP's threads wait for each other: they spin on a quiet machine and sleep on a busy one.
 
-The threads of a CPU operation meet at a barrier. On a quiet machine spinning there is fastest: sleeping makes
-a small training step almost twice as slow. If other programs use the cores, a spinning thread holds the core
-that the thread it waits for needs, and a step takes 10 to 100 times as long. So a thread in the background
-measures how long this process waits for cores, and switches between the two while the process runs.
+On a quiet machine spinning at a barrier is fastest: sleeping makes a small step almost twice as slow. If other
+programs use the cores, a spinning thread holds the core that the thread it waits for needs, and a step takes
+10 to 100 times as long. So a background thread measures how long this process waits for cores.
 """
 
 import ctypes
@@ -48,8 +47,8 @@ WAITS = ThreadWaits()  # of this process
 
 @cache
 def adapt_waits() -> None:
-    """Start to adapt the waits of this process, once. Nothing changes if the user has chosen how threads
-    wait, if there is one thread only, or if this system or its OpenMP offers no way."""
+    """Start to adapt the waits of this process, unless the user has chosen how threads wait, there is one
+    thread only, or this system or its OpenMP does not support it."""
     if torch.get_num_threads() > 1 and not any(name in os.environ for name in SET_BY_USER):
         functions = find_waited(), find_switch()
         if None not in functions:
@@ -57,43 +56,42 @@ def adapt_waits() -> None:
 
 
 def find_waited() -> Callable[[], float] | None:
-    """A function that returns the seconds for which this process has waited for cores, if there is one."""
+    """A function that returns for how many seconds this process has waited for cores, if there is one."""
     if Path("/proc/self/task").is_dir() and Path("/proc/self/schedstat").is_file():
         return run_delay
     return find_cores_taken()
 
 
+def run_delay() -> float:
+    """Seconds for which threads of this process were ready to run but had no core, as Linux counts them."""
+    nanoseconds = 0
+    for thread in os.listdir("/proc/self/task"):
+        with suppress(OSError, IndexError):  # a thread that has just ended
+            with open(f"/proc/self/task/{thread}/schedstat") as file:
+                nanoseconds += int(file.read().split()[1])
+    return nanoseconds / 1e9
+
+
 def find_cores_taken() -> Callable[[], float] | None:
-    """By psutil: a function that returns the seconds that other programs have used of cores which our threads
-    need, less half a core, which an idle desktop uses."""
+    """By psutil: the seconds that other programs have used of cores which our threads need, less half a core,
+    which an idle desktop uses."""
     try:
         import psutil
     except ImportError:
         return None
-    spare = max(0, (os.cpu_count() or 1) - torch.get_num_threads())
+    spare = max(0, (os.cpu_count() or 1) - torch.get_num_threads()) + 0.5
 
     def cores_taken() -> float:
         used = psutil.cpu_times()
-        others = used.user + used.system - time.process_time()
-        return others - (spare + 0.5) * time.perf_counter()
+        return used.user + used.system - time.process_time() - spare * time.perf_counter()
 
     return cores_taken
 
 
-def run_delay() -> float:
-    """Seconds for which threads of this process were ready to run but had no core, as Linux counts them."""
-    total = 0
-    for thread in os.listdir("/proc/self/task"):
-        with suppress(OSError, IndexError):  # a thread that has just ended
-            with open(f"/proc/self/task/{thread}/schedstat") as file:
-                total += int(file.read().split()[1])
-    return total / 1e9
-
-
 def find_switch() -> Callable[[bool], None] | None:
     """A function that lets OpenMP's threads sleep at barriers (True) or spin (False), if there is one."""
-    beside = sorted((Path(torch.__file__).parent / "lib").glob("lib*omp*.dylib"))
-    for name in ("libiomp5md",) if os.name == "nt" else (None, *beside):
+    bundled = sorted((Path(torch.__file__).parent / "lib").glob("lib*omp*.dylib"))
+    for name in ("libiomp5md",) if os.name == "nt" else (None, *bundled):
         with suppress(OSError):
             library = ctypes.CDLL(name)
             if hasattr(library, "kmp_set_blocktime"):
@@ -104,42 +102,36 @@ def find_switch() -> Callable[[bool], None] | None:
 
 
 def switch_of_llvm(library: ctypes.CDLL) -> Callable[[bool], None]:
-    """LLVM's and Intel's OpenMP: how many milliseconds a thread spins is a property of the computing thread,
-    here the main thread, so it has to set it."""
-    calls = {
-        sleeping: set_blocktime(library, milliseconds)
-        for sleeping, milliseconds in ((False, library.kmp_get_blocktime()), (True, 0))
-    }
+    """LLVM's and Intel's OpenMP: a property of the computing thread, the main thread, which has to set it."""
+    milliseconds, calls = library.kmp_get_blocktime(), {}
+    for sleeping, blocktime in ((False, milliseconds), (True, 0)):
+
+        @ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p)
+        def call(_: None, blocktime: int = blocktime) -> int:
+            library.kmp_set_blocktime(blocktime)
+            return 0
+
+        calls[sleeping] = call
     return lambda sleeping: ctypes.pythonapi.Py_AddPendingCall(calls[sleeping], None)
-
-
-def set_blocktime(library: ctypes.CDLL, milliseconds: int) -> Any:
-    """A C function that sets it in the thread which calls it, for Py_AddPendingCall."""
-
-    @ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p)
-    def call(_: None) -> int:
-        library.kmp_set_blocktime(milliseconds)
-        return 0
-
-    return call
 
 
 def switch_of_gnu(library: ctypes.CDLL) -> Callable[[bool], None]:
     """GNU's OpenMP spins for some microseconds only while it has more threads than there are cores: a second
-    team that never computes adds what is missing to their number."""
-    nothing = ctypes.cast(library.free, ctypes.c_void_p)  # free(NULL), the work of the second team
+    team of threads that never compute makes up the number."""
+    no_work: Any = ctypes.cast(library.free, ctypes.c_void_p)  # free(NULL)
     library.GOMP_parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-    end, more = threading.Event(), max(2, library.omp_get_num_procs() - torch.get_num_threads() + 2)
+    size = max(2, library.omp_get_num_procs() - torch.get_num_threads() + 2)
+    end = threading.Event()
 
     def hold_team() -> None:
-        library.GOMP_parallel(nothing, None, more, 0)
-        end.wait()
+        library.GOMP_parallel(no_work, None, size, 0)
+        end.wait()  # the team ends with its thread
 
     def switch(sleeping: bool) -> None:
         if sleeping:
             end.clear()
             threading.Thread(target=hold_team, daemon=True).start()
         else:
-            end.set()  # the team ends with its thread
+            end.set()
 
     return switch

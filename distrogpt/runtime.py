@@ -1,4 +1,4 @@
-"""Where a run happens: device, arithmetic, ranks; and what the machine can do at most."""
+"""The process of a run: its device, dtype and rank; its log lines, progress bar and signals."""
 
 import ctypes
 import logging
@@ -7,7 +7,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,23 +22,38 @@ from distrogpt.openmp import adapt_waits
 log = logging.getLogger("distrogpt")
 
 
-class PrintHandler(logging.Handler):
-    """Prints each message to sys.stdout at once."""
+class LineHandler(logging.Handler):
+    """Prints messages to sys.stdout at once, above the progress bar if there is one. If the reader of a pipe
+    leaves (`| head`), a run that saves its state on SIGTERM stops as by that signal."""
+
+    bar: Any = None  # tqdm's, on a terminal
 
     def emit(self, record: logging.LogRecord) -> None:
-        speak(record.getMessage())
+        try:
+            if self.bar is None:
+                print(record.getMessage(), flush=True)
+            else:
+                self.bar.write(record.getMessage())
+        except BrokenPipeError:
+            if signal.getsignal(signal.SIGTERM) in (signal.SIG_DFL, None):
+                raise
+            sys.stdout = open(os.devnull, "w")
+            signal.raise_signal(signal.SIGTERM)
+
+
+HANDLER = LineHandler()
 
 
 def start_logging(is_main: bool) -> None:
-    """Print the messages of the logger "distrogpt", in one process."""
-    log.handlers[:] = [PrintHandler()]
+    """Print the messages of the logger "distrogpt", on rank 0 alone."""
+    log.handlers[:] = [HANDLER]
     log.setLevel(logging.INFO if is_main else logging.CRITICAL)
     log.propagate = False
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """One process's place: its device, its arithmetic, and its rank among world_size processes."""
+    """Where one process runs: its device and compute dtype, and its rank among world_size processes."""
 
     device: torch.device
     dtype: torch.dtype
@@ -54,8 +69,8 @@ class Runtime:
         """The context of a forward pass: matrix products in `dtype`, what needs the range in fp32."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
-    def loss_scaler(self) -> torch.amp.GradScaler:
-        """The scaling of the loss that fp16 needs; idle otherwise."""
+    def grad_scaler(self) -> torch.amp.GradScaler:
+        """The scaling of the loss that fp16 needs; does nothing for other dtypes."""
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
 
     def to_device(self, array: np.ndarray) -> torch.Tensor:
@@ -78,24 +93,16 @@ class Runtime:
         return array
 
     def check_equal_on_all_ranks(self, value: float, message: str) -> None:
-        """Raises UserError where the ranks have different values."""
-        lowest, highest = (
-            torch.tensor([value], dtype=torch.float64),
-            torch.tensor([value], dtype=torch.float64),
-        )
+        """Raises UserError if the ranks have different values."""
+        extremes = torch.tensor([value, -value], dtype=torch.float64)
         if self.world_size > 1:
-            dist.all_reduce(lowest, dist.ReduceOp.MIN)
-            dist.all_reduce(highest, dist.ReduceOp.MAX)
-        if lowest != highest:
+            dist.all_reduce(extremes, dist.ReduceOp.MAX)
+        if extremes[0] != -extremes[1]:
             raise UserError(message)
 
     def barrier(self) -> None:
         """Wait for all ranks."""
         self.check_equal_on_all_ranks(0, "")
-
-    def say(self, line: str) -> None:
-        """Print it, in one process."""
-        log.info(line)
 
     def describe(self) -> str:
         """The machine, in words."""
@@ -106,54 +113,56 @@ class Runtime:
 
 
 def start_runtime(device: str = "auto", dtype: str = "auto", backend: str = "auto") -> Runtime:
-    """Take this process's place; under torchrun, join the other ranks. Raises UserError."""
+    """Set up this process; under torchrun, join the other ranks. Raises UserError."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     # torch 2.9 warns of set_float32_matmul_precision, which later versions keep
     warnings.filterwarnings("ignore", "Please use the new API settings")
     start_logging(rank == 0)
-    place = find_device(device)
-    if world_size > 1 and place.type == "cuda":
+    torch_device = find_device(device)
+    if world_size > 1 and torch_device.type == "cuda":
         local_rank = int(os.environ["LOCAL_RANK"])
         if local_rank >= torch.cuda.device_count():
             raise UserError(f"rank {rank} has no GPU of its own; start no more processes than GPUs per node")
-        place = torch.device("cuda", local_rank)
-    if place.type == "cuda":
-        torch.cuda.set_device(place)
+        torch_device = torch.device("cuda", local_rank)
+    if torch_device.type == "cuda":
+        torch.cuda.set_device(torch_device)
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32
-    elif place.type == "cpu":
+    elif torch_device.type == "cpu":
         tune_malloc()
         adapt_waits()
     if world_size > 1 and not dist.is_initialized():
-        on_gpu = "nccl" if backend == "auto" else backend
-        # torchrun's own store still has the addresses of ranks that it had to start again: another page of it
+        # after a restart, torchrun's store still has the addresses of the old ranks: use another prefix
         store, _, _ = next(dist.rendezvous("env://"))
         store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        between = f"cpu:gloo,cuda:{on_gpu}" if place.type == "cuda" else "gloo"
-        dist.init_process_group(between, store=store, rank=rank, world_size=world_size)
-    return Runtime(place, find_dtype(dtype, place), rank, world_size)
+        backends = "gloo"
+        if torch_device.type == "cuda":
+            backends = f"cpu:gloo,cuda:{'nccl' if backend == 'auto' else backend}"
+        dist.init_process_group(backends, store=store, rank=rank, world_size=world_size)
+    return Runtime(torch_device, find_dtype(dtype, torch_device), rank, world_size)
 
 
 def stop_runtime() -> None:
-    """Leave the other ranks."""
+    """Leave the group of ranks."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def tune_malloc() -> None:
-    """Let glibc keep what a step frees: fetched anew by each step, it costs a tenth of its time."""
+    """Let glibc keep the memory that a step frees: to fetch it anew costs a tenth of the step."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # another libc, another system
         return
     mmap_threshold, trim_threshold, top_pad = -3, -1, -2  # their numbers in malloc.h
-    mallopt(mmap_threshold, 2**30) or mallopt(mmap_threshold, 2**25)  # older ones take 32 MiB at most
+    if not mallopt(mmap_threshold, 2**30):
+        mallopt(mmap_threshold, 2**25)  # older versions take 32 MiB at most
     mallopt(trim_threshold, 2**31 - 1)
     mallopt(top_pad, 2**26)
 
 
 @torch.no_grad()
 def enable_onednn_float32(runtime: Runtime) -> None:
-    """Let oneDNN multiply fp32 matrices on a CPU where it does so exactly: on AMD, twice as fast as MKL.
+    """Let oneDNN multiply fp32 matrices on a CPU if it does so exactly: on AMD, twice as fast as MKL.
 
     "medium" allows oneDNN to round to bf16; on chips where it does (AMX), the default stays. Training gains;
     torch's attention of one query, in sampling, becomes slower by it.
@@ -167,78 +176,63 @@ def enable_onednn_float32(runtime: Runtime) -> None:
         torch.set_float32_matmul_precision("highest")
 
 
-def find_pyplot(path: str) -> Any:
-    """matplotlib.pyplot, to draw into the file `path`; None, and a line about it, where it is missing."""
-    try:
-        import matplotlib
-    except ImportError:
-        print(f"note     no {path}: pip install matplotlib")
-        return None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+class StopSignals:
+    """Collects SIGINT, SIGTERM and SIGUSR1 (a cluster's warning) in `received`, so that a step is finished
+    first; a second Ctrl-C ends at once."""
 
-    return pyplot
+    def __init__(self, enabled: bool = True) -> None:
+        self.enabled = enabled
+        self.received: list[int] = []
+        self.previous_handlers: dict[int, Any] = {}
 
+    def requested(self) -> bool:
+        return bool(self.received)
 
-def speak(line: str) -> None:
-    """Print at once, also into a pipe; when its reader leaves (`| head`), the run stops as by SIGTERM."""
-    try:
-        print(line, flush=True)
-    except BrokenPipeError:
-        sys.stdout = open(os.devnull, "w")
-        signal.raise_signal(signal.SIGTERM)
-
-
-@contextmanager
-def signals_caught() -> Iterator[list[int]]:
-    """Collects SIGINT, SIGTERM and SIGUSR1 (a cluster's warning), so that a step is finished first; a second
-    Ctrl-C ends at once.
-    """
-    caught: list[int] = []
-    alone = "TORCHELASTIC_RUN_ID" not in os.environ
-    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
-
-    def collect(number: int, frame: object) -> None:
-        if number == signal.SIGINT and number in caught:
+    def collect(self, number: int, frame: object) -> None:
+        if number == signal.SIGINT and number in self.received:
             raise KeyboardInterrupt
-        caught.append(number)
-        if number == signal.SIGINT and alone:  # print() is not safe within a signal handler
+        self.received.append(number)
+        if number == signal.SIGINT and "TORCHELASTIC_RUN_ID" not in os.environ:
+            # print() is not safe in a signal handler
             os.write(2, b"\nfinishes the step and saves; Ctrl-C again ends at once\n")
 
-    try:
-        before = {number: signal.signal(number, collect) for number in numbers}
-    except ValueError:  # not in the main thread, where Python takes no signals
-        before = {}
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
+    def __enter__(self) -> "StopSignals":
+        with suppress(ValueError):  # not in the main thread, which alone can catch signals
+            for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+                if self.enabled and hasattr(signal, name):
+                    number = getattr(signal, name)
+                    self.previous_handlers[number] = signal.signal(number, self.collect)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.previous_handlers.items():
             signal.signal(number, handler)
 
 
 @contextmanager
 def progress_bar(
-    first: int, last: int, runtime: Runtime, say: Callable[[str], None], unit: str = "step"
-) -> Iterator[tuple[Callable[[str], None], Callable[..., object]]]:
-    """Yields say(line) and advance(units=1, loss=None): tqdm's bar with the loss and the time left under the
-    lines, on a terminal.
+    first: int, last: int, runtime: Runtime, unit: str = "step"
+) -> Iterator[Callable[..., object]]:
+    """Yields advance(units=1, loss=None): on a terminal, it moves tqdm's bar with the loss and the time left.
 
-    In a file, on other ranks and without tqdm: the given `say`, and no bar.
+    In a file, on other ranks and without tqdm, there is no bar. Logged lines are printed above it.
     """
     tqdm = None
     if runtime.is_main and sys.stderr.isatty() and first < last:
-        try:
+        with suppress(ImportError):
             from tqdm import tqdm
-        except ImportError:
-            pass
     if tqdm is None:
-        yield say, lambda units=1, loss=None: None
+        yield lambda units=1, loss=None: None
         return
     with tqdm(total=last, initial=first, unit=unit, dynamic_ncols=True) as bar:
 
         def advance(units: int = 1, loss: float | None = None) -> None:
             if loss is not None:
-                bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)  # shown when the bar next is
+                bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)  # shown at the bar's next update
             bar.update(units)
 
-        yield bar.write, advance
+        HANDLER.bar = bar
+        try:
+            yield advance
+        finally:
+            HANDLER.bar = None

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import os
 import random
@@ -10,7 +11,7 @@ import runpy
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -274,6 +275,26 @@ def trained(tmp_path_factory: pytest.TempPathFactory, dataset: Path) -> Path:
     out_dir = tmp_path_factory.mktemp("trained") / "out"
     train_here(*TINY, f"--dataset={dataset}", f"--out_dir={out_dir}")
     return out_dir
+
+
+@pytest.fixture
+def at_each_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[[Callable[[int, list[torch.Tensor]], None]], None]:
+    """Returns a function that lets training steps of this process call another one, with the number of the
+    step, counted from then on, and the gradients before their norm is taken."""
+    get_total_norm = torch.nn.utils.get_total_norm
+
+    def install(function: Callable[[int, list[torch.Tensor]], None]) -> None:
+        numbers = itertools.count(1)
+
+        def norm(gradients: list[torch.Tensor]) -> torch.Tensor:
+            function(next(numbers), gradients)
+            return get_total_norm(gradients)
+
+        monkeypatch.setattr(torch.nn.utils, "get_total_norm", norm)
+
+    return install
 
 
 @pytest.fixture

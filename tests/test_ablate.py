@@ -1,4 +1,4 @@
-"""The study: what it trains, what it tells, and that it goes on where it was."""
+"""The study: its variants, its table and plot, and that it resumes where it was interrupted."""
 
 import json
 
@@ -13,17 +13,17 @@ STUDY = (*TINY, "--max_iters=4", "--eval_interval=2", "--seeds=2", "--rotary=Tru
 
 def test_each_ingredient_is_taken_from_the_recipe_and_added_to_gpt2():
     config = read_settings(AblateConfig, [*STUDY, "--norm=rmsnorm"])
-    found = variants(config)
-    plain = {name: value for name, value in found["GPT-2"].items() if name in ("rotary", "optimizer", "norm")}
+    study = variants(config)
+    plain = {name: value for name, value in study["GPT-2"].items() if name in ("rotary", "optimizer", "norm")}
     assert plain == {"rotary": False, "optimizer": "adamw", "norm": "layernorm"}
-    assert found["recipe"] == {}
-    assert found["recipe without rotary=True"] == {"rotary": False}
-    assert found["recipe without optimizer=muon"] == {"optimizer": "adamw"}
-    assert found["GPT-2 with norm=rmsnorm"] == {**found["GPT-2"], "norm": "rmsnorm"}
-    assert len(found) == 2 + 3 + 3
+    assert study["recipe"] == {}
+    assert study["recipe without rotary=True"] == {"rotary": False}
+    assert study["recipe without optimizer=muon"] == {"optimizer": "adamw"}
+    assert study["GPT-2 with norm=rmsnorm"] == {**study["GPT-2"], "norm": "rmsnorm"}
+    assert len(study) == 2 + 3 + 3
 
 
-def test_the_table_has_medians_and_what_changes():
+def test_the_table_has_medians_and_their_changes():
     runs = {
         "recipe": [{"seed": i, "val": val, "seconds": 10.0} for i, val in enumerate((1.5, 1.4, 1.45))],
         "recipe without x=1": [{"seed": 0, "val": 1.6, "seconds": 8.0}],
@@ -35,7 +35,7 @@ def test_the_table_has_medians_and_what_changes():
     assert lines[1][-3:] == ["+0.1500", "8.0", "0.80"] and lines[3][-3:] == ["-0.1000", "10.0", "2.00"]
 
 
-def test_a_study_is_told_drawn_kept_and_gone_on_with(dataset, tmp_path):
+def test_a_study_is_printed_drawn_kept_and_resumed(dataset, tmp_path):
     flags = ["ablate.py", *STUDY, f"--dataset={dataset}", f"--out_dir={tmp_path / 'out'}"]
     first = run_warm(*flags, "--seeds=1", cwd=tmp_path)
     assert first.returncode == 0, first.stderr
@@ -44,27 +44,29 @@ def test_a_study_is_told_drawn_kept_and_gone_on_with(dataset, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("seed 1338: val loss") == 6 and "seed 1337: val loss" not in done.stdout
     runs = json.loads((tmp_path / "ablate.json").read_text())["runs"]
-    assert all([run["seed"] for run in found] == [1337, 1338] for found in runs.values()) and len(runs) == 6
-    losses = [run["val"] for found in runs.values() for run in found]
+    assert (
+        all([run["seed"] for run in variant] == [1337, 1338] for variant in runs.values()) and len(runs) == 6
+    )
+    losses = [run["val"] for variant in runs.values() for run in variant]
     assert len(set(losses)) == 8 and all(2 < loss < 5 for loss in losses)
-    for name, found in runs.items():
+    for name, variant in runs.items():
         assert any(
-            line.startswith(name) and f"{found[0]['val']:.4f}" in line for line in done.stdout.splitlines()
+            line.startswith(name) and f"{variant[0]['val']:.4f}" in line for line in done.stdout.splitlines()
         )
     assert (tmp_path / "ablate.png").read_bytes()[:4] == b"\x89PNG"
     assert not (tmp_path / "out").exists()  # the checkpoints of a study are of no use
 
-    kept = (tmp_path / "ablate.json").read_bytes()
+    results = (tmp_path / "ablate.json").read_bytes()
     other = run_here(*flags, "--seeds=1", "--learning_rate=0.02", cwd=tmp_path)
     assert_user_error(other, "another learning_rate", "--json")
     (tmp_path / "text.json").write_text("no study")
-    assert_user_error(run_here(*flags, "--json=text.json", cwd=tmp_path), "is no study's")
-    assert (tmp_path / "ablate.json").read_bytes() == kept
-    again = run_here(*flags, "--plot=other.png", "--eval_only=True", cwd=tmp_path)  # that is no other study
-    assert "seed 1337: val loss" not in again.stdout and (tmp_path / "other.png").is_file()
+    assert_user_error(run_here(*flags, "--json=text.json", cwd=tmp_path), "is not a study")
+    assert (tmp_path / "ablate.json").read_bytes() == results
+    repeated = run_here(*flags, "--plot=other.png", "--eval_only=True", cwd=tmp_path)  # the same study
+    assert "seed 1337: val loss" not in repeated.stdout and (tmp_path / "other.png").is_file()
 
 
-def test_a_variant_that_diverges_is_told_and_the_others_go_on(dataset, tmp_path):
+def test_a_variant_that_diverges_is_reported_and_the_others_are_trained(dataset, tmp_path):
     flags = [*TINY, "--max_iters=4", "--seeds=1", "--qk_norm=True", "--optimizer=sgd", f"--dataset={dataset}"]
     done = run_here(
         "ablate.py", *flags, "--learning_rate=1e30", "--decay_lr=False", "--grad_clip=0", cwd=tmp_path

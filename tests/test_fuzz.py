@@ -12,7 +12,7 @@ from fuzzing import CHARS, META, bombs, changed, fuzz, hostile, mutated, plain, 
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from configurator import kinds_of, limit_broken, read_settings
+from configurator import broken_limit, read_settings, setting_types
 from distrogpt.data.meta import read_meta
 from distrogpt.data.token_stream import TokenStream
 from distrogpt.loading import find_tokenizer
@@ -30,7 +30,7 @@ texts = st.text() | st.sampled_from(NUMBERS) | (st.integers(0, 70) | st.floats()
 def assignments(draw: st.DrawFn, form: str, values: st.SearchStrategy) -> tuple[type, list[str]]:
     """A class of settings, and some of its settings with values, in a form as "{}={}"; some misspelt."""
     cls = draw(st.sampled_from(CLASSES))
-    name = st.sampled_from(sorted(kinds_of(cls)))
+    name = st.sampled_from(sorted(setting_types(cls)))
     misspelt = st.builds(
         lambda name, at, more: name[:at] + more + name[at:], name, st.integers(0, 9), st.text()
     )
@@ -64,13 +64,13 @@ CODE = [
 ]
 
 
-def check_settings_of(cls: type, argv: list[str]) -> None:
+def check_settings(cls: type, argv: list[str]) -> None:
     with succeeds_or_reports():
         config = read_settings(cls, argv)
         for field in config.__dataclass_fields__.values():
             value = getattr(config, field.name)
-            assert type(value) in kinds_of(cls)[field.name]
-            assert limit_broken(value, field.metadata) is None
+            assert type(value) in setting_types(cls)[field.name]
+            assert broken_limit(value, field.metadata) is None
 
 
 @fuzz
@@ -80,7 +80,7 @@ def check_settings_of(cls: type, argv: list[str]) -> None:
 @example((SampleConfig, ["--out_dir=\ud800"]), [])
 @example((BenchConfig, []), ["x" * 5000])
 def test_flags(fuzz_folder, flags, more):
-    check_settings_of(flags[0], flags[1] + more)
+    check_settings(flags[0], flags[1] + more)
 
 
 sources = st.sampled_from(CODE) | st.text(max_size=30)
@@ -94,7 +94,7 @@ sources = st.sampled_from(CODE) | st.text(max_size=30)
 def test_config_files(fuzz_folder, lines, more):
     more = more.encode("utf-8", "surrogatepass") if isinstance(more, str) else more
     (fuzz_folder / "mine.py").write_bytes("\n".join([*lines[1], ""]).encode("utf-8", "surrogatepass") + more)
-    check_settings_of(lines[0], ["mine.py"])
+    check_settings(lines[0], ["mine.py"])
 
 
 # datasets

@@ -43,7 +43,7 @@ BATCH = MicroBatch(torch.arange(8)[None], torch.arange(1, 9)[None], 0)
 
 def make_run(shape: dict[str, Any], optimizer: str) -> tuple[GPT, list[torch.optim.Optimizer]]:
     model = GPT(GPTConfig(**shape))
-    return model, make_optimizers(model, TrainConfig(optimizer=optimizer), "cpu", torch.float32)
+    return model, make_optimizers(model, TrainConfig(optimizer=optimizer), CPU)
 
 
 def make_checkpoint(shape: dict[str, Any], optimizer: str) -> dict[str, Any]:
@@ -69,9 +69,7 @@ def use_checkpoint(data: bytes) -> None:
         model = restore_model(contents, path)
         float(contents.get("best_val_loss", 0)), float(contents.get("val_loss", 0))
         kind = contents.get("config", {}).get("optimizer", "adamw")
-        optimizers = make_optimizers(
-            model, TrainConfig(optimizer=kind if kind == "muon" else "adamw"), "cpu", torch.float32
-        )
+        optimizers = make_optimizers(model, TrainConfig(optimizer=kind if kind == "muon" else "adamw"), CPU)
         scaler = torch.amp.GradScaler("cpu")
         scaler.load_state_dict(contents.get("scaler") or scaler.state_dict())
         tokenizer = find_tokenizer(contents, model.config.vocab_size, "ckpt.pt")

@@ -120,6 +120,16 @@ def test_data_has_dataset_folders_alone():
     assert {(path.parents[1].name, path.name) for path in DATASET_FILES} == {("data", "prepare.py")}
 
 
+def test_the_readme_names_files_and_folders_that_exist():
+    table = (REPO / "README.md").read_text(encoding="utf-8").split("## The files")[1].split("\n## ")[0]
+    rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    names = [name for row in rows for name in row.split("`")[1::2]]
+    assert names and [name for name in names if not list(REPO.glob(name))] == []
+    assert {path.name for path in ROOT_FILES} <= set(names)
+    package = [path for path in (REPO / "distrogpt").glob("[!_]*") if path.is_dir() or path.suffix == ".py"]
+    assert {f"distrogpt/{path.name}{'/' if path.is_dir() else ''}" for path in package} <= set(names)
+
+
 @pytest.mark.parametrize("path", (*ROOT_FILES, *PACKAGE_FILES), ids=lambda path: str(path.relative_to(REPO)))
 def test_functions_are_short_and_take_few_parameters(path):
     for name, node in functions_of(path):

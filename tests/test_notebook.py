@@ -4,7 +4,7 @@ import nbformat
 from conftest import REPO
 from nbclient import NotebookClient
 
-from plot import read_log
+from distrogpt.plotting import read_log
 
 
 def test_the_quickstart_runs_from_its_own_folder(dataset, tmp_path):
@@ -22,12 +22,8 @@ steps = {{"max_iters": 20, "eval_interval": 10, "eval_iters": 2, "log_interval":
     NotebookClient(notebook, timeout=100, kernel_name="python3", resources=where).execute()  # raises errors
     outputs = [cell.outputs for cell in notebook.cells if cell.cell_type == "code"]
     pictures = [[out for out in outs if "image/png" in out.get("data", {})] for outs in outputs]
-    assert [len(found) for found in pictures if found] == [
-        1,
-        1,
-        1,
-        1,
-    ]  # the loss, the chances, the attention; the loss again
+    # the loss, the probabilities, the attention weights; the loss again
+    assert [len(shown) for shown in pictures if shown] == [1, 1, 1, 1]
     assert "nothing left to do" in str(outputs[-1])
     text = "".join(out.get("text", "") for outs in outputs for out in outs)
     assert "step 20: train loss" in text and text.count("def read(") >= 2 and "perplexity" in text

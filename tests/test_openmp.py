@@ -9,10 +9,17 @@ from itertools import accumulate
 from types import SimpleNamespace
 
 import pytest
-from conftest import REPO
+from conftest import REPO, TINY, train_here
 
-from distrogpt.openmp import INTERVAL, ThreadWaits, find_cores_taken, find_switch, find_waited, switch_of_llvm
-from distrogpt.training.guards import crowd_watch
+from distrogpt.openmp import (
+    INTERVAL,
+    WAITS,
+    ThreadWaits,
+    find_cores_taken,
+    find_switch,
+    find_waited,
+    switch_of_llvm,
+)
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -130,12 +137,11 @@ def test_the_main_thread_sets_how_long_llvms_threads_spin():
         calls.clear()
 
 
-def test_a_run_notes_a_busy_machine_once():
-    lines, waits = [], ThreadWaits()
-    watch = crowd_watch(waits, lines.append)
-    watch()
-    assert lines == []
-    waits.sleeping = True
-    watch()
-    watch()
-    assert len(lines) == 1 and "other programs use the cores" in lines[0]
+def test_a_run_notes_a_busy_machine_once(dataset, tmp_path):
+    flags = [*TINY, f"--dataset={dataset}", f"--out_dir={tmp_path}"]
+    assert "other programs use the cores" not in train_here(*flags)
+    WAITS.sleeping = True
+    try:
+        assert train_here(*flags).count("other programs use the cores") == 1
+    finally:
+        WAITS.sleeping = False

@@ -40,13 +40,13 @@ def environment(python: str, platform: str) -> dict[str, str]:
 
 
 def locked(where: dict[str, str]) -> dict[str, list[Version]]:
-    """The versions of each package that hold in an environment: there should be one."""
-    found: dict[str, list[Version]] = {}
+    """The versions of each package that are locked for an environment: there should be one."""
+    versions: dict[str, list[Version]] = {}
     for requirement in requirements_of("constraints.txt"):
         if requirement.marker is None or requirement.marker.evaluate(where):
             (specifier,) = requirement.specifier
-            found.setdefault(canonicalize_name(requirement.name), []).append(Version(specifier.version))
-    return found
+            versions.setdefault(canonicalize_name(requirement.name), []).append(Version(specifier.version))
+    return versions
 
 
 def test_lock_has_names_and_versions_only():
@@ -58,7 +58,7 @@ def test_lock_has_names_and_versions_only():
 def test_every_requirement_is_locked_within_its_range(python, platform):
     where = environment(python, platform)
     versions = locked(where)
-    assert {name: found for name, found in versions.items() if len(found) > 1} == {}
+    assert {name: several for name, several in versions.items() if len(several) > 1} == {}
     for name in FILES:
         for requirement in requirements_of(name):
             if requirement.marker is None or requirement.marker.evaluate(where):
@@ -72,7 +72,7 @@ def test_what_make_installed_is_locked():
         pytest.skip("this is not the environment that make sets up")
     # not all of sys.path: setuptools adds its own copies of other packages to it
     folders = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
-    installed = {canonicalize_name(found.name): found.version for found in distributions(path=folders)}
+    installed = {canonicalize_name(package.name): package.version for package in distributions(path=folders)}
     wrong = {
         name: f"{installed[name]}, locked at {pinned}"
         for name, (pinned,) in locked({}).items()

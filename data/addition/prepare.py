@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from distrogpt.data.preparation.problems import at_least, line_parser, write_problems
+from distrogpt.data.preparation.problems import check_range, line_parser, write_problems
 from distrogpt.errors import cli_errors
 
 
@@ -19,6 +19,7 @@ def addition(a: int, b: int, reverse: bool = False) -> str:
     return f"{a}+{b}={answer[::-1] if reverse else answer}"
 
 
+@cli_errors()
 def main() -> None:
     parser = line_parser(sys.argv[0], __doc__.splitlines()[0])
     parser.add_argument(
@@ -26,11 +27,10 @@ def main() -> None:
     )
     parser.add_argument("--reverse", action="store_true", help="the answer's last digit first")
     args = parser.parse_args()
-    at_least(1, 9, digits=args.digits)
+    check_range(1, 9, digits=args.digits)
     end = 10**args.digits
     write_problems(args, end * end, lambda number: [addition(*divmod(number, end), args.reverse)])
 
 
 if __name__ == "__main__":
-    with cli_errors():
-        main()
+    main()

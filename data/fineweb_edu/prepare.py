@@ -1,8 +1,8 @@
 """FineWeb-Edu, web pages that teach, in GPT-2's byte-pair encoding: 10 billion tokens, 20 GB, as shards.
 
 --config=sample-100BT, sample-350BT or default (1.3 trillion) take more, --max_tokens=1e9 less. Streamed from
-the hub, tokenized on all cores; the disk holds the shards alone. The first one, 10^8 tokens, is val.
-Interrupted, the same command goes on; --shard 3/16 does the third of sixteen parts, for as many machines.
+the hub, tokenized on all cores; only the shards are on disk. The first one, 10^8 tokens, is val.
+If interrupted, the same command resumes; --shard 3/16 writes the third of sixteen parts, one per machine.
 """
 
 import sys
@@ -11,8 +11,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from distrogpt.data.preparation.hub import prepare_shards
-from distrogpt.errors import cli_errors
 
 if __name__ == "__main__":
-    with cli_errors():
-        prepare_shards(__doc__, "HuggingFaceFW/fineweb-edu", "sample-10BT")
+    prepare_shards(__doc__, "HuggingFaceFW/fineweb-edu", "sample-10BT")

@@ -1,8 +1,8 @@
 """Any text dataset of the Hugging Face hub: --dataset=Salesforce/wikitext --config=wikitext-103-raw-v1
 
 It becomes data/salesforce_wikitext_wikitext_103_raw_v1 (or --output) in shards, as data/fineweb_edu does:
-streamed, tokenized on all cores; the first shard, or the first tenth of a small text, is val; interrupted,
-the same command goes on.
+streamed, tokenized on all cores; the first shard, or the first tenth of a small text, is val; if
+interrupted, the same command resumes.
 """
 
 import sys
@@ -11,8 +11,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from distrogpt.data.preparation.hub import prepare_shards
-from distrogpt.errors import cli_errors
 
 if __name__ == "__main__":
-    with cli_errors():
-        prepare_shards(__doc__)
+    prepare_shards(__doc__)

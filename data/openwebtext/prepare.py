@@ -1,7 +1,7 @@
 """OpenWebText, 8 million web pages, in GPT-2's byte-pair encoding: about 9 billion tokens, 18 GB, as shards.
 
-Streamed from the hub, tokenized on all cores; the disk holds the shards alone. Each document ends with
-<|endoftext|>. The first shard, 10^8 tokens, is val. Interrupted, the same command goes on.
+Streamed from the hub, tokenized on all cores; only the shards are on disk. Each document ends with
+<|endoftext|>. The first shard, 10^8 tokens, is val. If interrupted, the same command resumes.
 """
 
 import sys
@@ -10,8 +10,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from distrogpt.data.preparation.hub import prepare_shards
-from distrogpt.errors import cli_errors
 
 if __name__ == "__main__":
-    with cli_errors():
-        prepare_shards(__doc__, "Skylion007/openwebtext")
+    prepare_shards(__doc__, "Skylion007/openwebtext")

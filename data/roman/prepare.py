@@ -25,6 +25,7 @@ def roman(number: int) -> str:
     return text
 
 
+@cli_errors()
 def main() -> None:
     parser = line_parser(sys.argv[0], __doc__.splitlines()[0])
     ways = ("to_roman", "from_roman", "both")
@@ -40,5 +41,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with cli_errors():
-        main()
+    main()

@@ -1,4 +1,4 @@
-"""Counting on, by steps to be found out (17,20,23=26,29,32): 7,290 train and 810 val lines.
+"""Arithmetic sequences to continue (17,20,23=26,29,32): 7,290 train and 810 val lines.
 
 A line has three numbers and the three that follow them. The first is from 0 to 899 (--highest), the step
 from 1 to 9 (--steps). No download.
@@ -9,23 +9,24 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from distrogpt.data.preparation.problems import at_least, line_parser, write_problems
+from distrogpt.data.preparation.problems import check_range, line_parser, write_problems
 from distrogpt.errors import cli_errors
 
 
 def sequence(first: int, step: int) -> str:
     """Three numbers, and the three that follow, without the newline."""
-    numbers = [str(first + step * place) for place in range(6)]
+    numbers = [str(first + step * i) for i in range(6)]
     return f"{','.join(numbers[:3])}={','.join(numbers[3:])}"
 
 
+@cli_errors()
 def main() -> None:
     parser = line_parser(sys.argv[0], __doc__.splitlines()[0])
     parser.add_argument("--highest", type=int, default=899, metavar="N", help="first number; default 899")
     parser.add_argument("--steps", type=int, default=9, metavar="N", help="from 1 to this one; default 9")
     args = parser.parse_args()
-    at_least(0, 10**9, highest=args.highest)
-    at_least(1, 10**9, steps=args.steps)
+    check_range(0, 10**9, highest=args.highest)
+    check_range(1, 10**9, steps=args.steps)
 
     def lines_of(number: int) -> list[str]:
         first, step = divmod(number, args.steps)
@@ -35,5 +36,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with cli_errors():
-        main()
+    main()

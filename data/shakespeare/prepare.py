@@ -7,8 +7,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from distrogpt.data.preparation.sources import prepare_shakespeare
 from distrogpt.data.tokenizer import GPT2Tokenizer
-from distrogpt.errors import cli_errors
 
 if __name__ == "__main__":
-    with cli_errors():
-        prepare_shakespeare(__doc__, lambda text: GPT2Tokenizer())
+    prepare_shakespeare(__doc__, lambda text: GPT2Tokenizer())

@@ -33,6 +33,7 @@ def source_files(folder: Path) -> list[str]:
     return texts
 
 
+@cli_errors()
 def main() -> None:
     parser = argument_parser(sys.argv[0], __doc__.splitlines()[0], "another folder of Python files")
     args = parser.parse_args()
@@ -50,5 +51,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with cli_errors():
-        main()
+    main()

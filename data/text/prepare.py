@@ -2,7 +2,7 @@
 
 Files, folders and globs of .txt, .md, .jsonl, .csv and .parquet, all but the last also as .gz or .zst, and
 stdin by --input -. Each file of text is a document, or several with <|endoftext|> between them; so is each
-row of the others. It writes data/mybook and says which two commands come next.
+row of the others. It writes data/mybook and prints the next two commands.
 """
 
 import sys
@@ -11,8 +11,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from distrogpt.data.preparation.own_text import main
-from distrogpt.errors import cli_errors
 
 if __name__ == "__main__":
-    with cli_errors():
-        main(__doc__.splitlines()[0])
+    main(__doc__.splitlines()[0])

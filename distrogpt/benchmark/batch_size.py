@@ -1,148 +1,239 @@
-"""The largest batch that fits, and the fastest: what bench.py --find_batch=True tries, and how it tells it.
+"""The largest batch that fits, and the fastest: bench.py --find_batch=True
 
-On a GPU, only a trial knows what fits. A CPU shares its memory with the whole system, which ends a process
-that takes too much: there, what a step needs is computed first, and what is more than is left is not tried.
+On a GPU, only a trial shows what fits. On a CPU the system kills a process that takes too much memory: there,
+the memory of a step is computed first, and a batch that does not fit is not tried.
 """
 
 import ctypes
+import gc
 import math
 import os
 import re
+import statistics
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from distrogpt.settings import BenchConfig
+import torch
 
-LARGEST = 1 << 15  # sequences; beyond, GPU kernels run out of numbers
+from distrogpt.benchmark import plan
+from distrogpt.benchmark.timing import open_data, seconds_of
+from distrogpt.benchmark.training import Trainer, TrainingStep
+from distrogpt.errors import UserError, is_out_of_memory
+from distrogpt.runtime import Runtime
+from distrogpt.settings import BenchConfig
+from distrogpt.training.batches import BatchLoader
+from distrogpt.training.startup import new_model_config, samples_per_step
+
+LARGEST = 1 << 15  # sequences; GPU kernels cannot index more
 SLOW = 5.0  # seconds of a step after which larger batches, twice as slow or more, are not timed
 GAIN = 1.02  # of tokens/s; less is noise
-FRAGMENTATION = (
-    0.7  # of what is left on a CPU; the rest is for holes between what is allocated: up to 1.4 measured
-)
+FRAGMENTATION = 0.7  # usable part of a CPU's free memory; the rest is lost between allocations (up to 1.4)
 
 
 class Trial(NamedTuple):
-    """A batch of so many sequences, in a step of one micro-step."""
+    """A step of one micro-batch."""
 
     batch: int
-    memory: float  # bytes of the step's peak: measured on a GPU, else computed
+    memory: float  # peak bytes: measured on a GPU, else computed
     fits: bool
-    seconds: float | None = None  # of a step; None: not timed
+    seconds: float | None = None  # None: not timed
 
 
 def search(
-    attempt: Callable[[int], Trial], computed: Callable[[int], Trial], careful: bool
+    attempt: Callable[[int], Trial], computed: Callable[[int], Trial], careful: bool, time_all: bool = False
 ) -> dict[int, Trial]:
     """Trials of 1, 2, 4... sequences up to the first that does not fit; then between the last two, until the
-    largest that fits is known to an eighth. Sorted by the batch.
+    largest that fits is known to an eighth. Sorted by batch.
 
-    `careful`: what does not fit as `computed` is not attempted; nor are larger batches than are worth it.
+    `careful`: a batch that does not fit as `computed` is not attempted. Unless time_all, only batches that
+    are worth their time are.
     """
     trials: dict[int, Trial] = {}
 
-    def trial(batch: int) -> bool:
-        found = computed(batch)
-        if (found.fits or not careful) and worth_timing(trials.values(), careful):
-            found = attempt(batch)
-        trials[batch] = found
-        return found.fits
+    def fits(batch: int) -> bool:
+        trial = computed(batch)
+        if (trial.fits or not careful) and (time_all or worth_timing(trials.values(), careful)):
+            trial = attempt(batch)
+        trials[batch] = trial
+        return trial.fits
 
-    fits, fails = 0, 1
-    while fails <= LARGEST and trial(fails):
-        fits, fails = fails, 2 * fails
-    while fails in trials and fails - fits > max(1, fits // 8):
-        middle = (fits + fails) // 2
-        if trial(middle):
-            fits = middle
+    low, high = 0, 1  # the largest known to fit, and the smallest that may not
+    while high <= LARGEST and fits(high):
+        low, high = high, 2 * high
+    while high in trials and high - low > max(1, low // 8):
+        middle = (low + high) // 2
+        if fits(middle):
+            low = middle
         else:
-            fails = middle
+            high = middle
     return dict(sorted(trials.items()))
 
 
 def worth_timing(trials: Iterable[Trial], careful: bool) -> bool:
-    """Whether a larger batch is to be timed: no step was slow and, if `careful`, the last three batches made
-    tokens faster."""
+    """Whether to time a larger batch: no step was slow and, if `careful`, the last three batches raised
+    tokens/s."""
     timed = sorted((trial.batch, trial.seconds) for trial in trials if trial.seconds)
     rates = [batch / seconds for batch, seconds in timed]
     flat = careful and len(rates) > 3 and max(rates[-3:]) < GAIN * max(rates[:-3])
     return not flat and all(seconds < SLOW for _, seconds in timed)
 
 
-def shared(config: BenchConfig, largest: int) -> dict[str, Any]:
-    """Micro-steps of at most `largest` sequences, and of half as many at least, that make a step next to that
-    of the settings."""
-    sequences, n = config.gradient_accumulation_steps * config.batch_size, config.n_gpus
-    most = max(1, min(largest, sequences // n))
-    splits = [(B, max(1, round(sequences / (n * B)))) for B in range(most // 2 + 1, most + 1)]
-    B, rounds = min(splits, key=lambda split: (abs(n * split[0] * split[1] - sequences), -split[0]))
-    steps = n * rounds
+@dataclass
+class BatchTrials:
+    """Trials of batch sizes on one model, which is built for the first one."""
+
+    config: BenchConfig
+    runtime: Runtime
+    training_step: TrainingStep
+    room: float | None  # bytes that a step may take; None: what is free
+    trainer: Trainer | None = None
+
+    def __post_init__(self) -> None:
+        self.on_gpu = self.runtime.device.type == "cuda"
+        if self.room is None and self.on_gpu:
+            self.room = plan.USABLE * torch.cuda.mem_get_info()[0]
+        elif self.room is None:
+            self.room = FRAGMENTATION * available_memory()
+        self.data = open_data(self.config)._replace(
+            separator=None
+        )  # a small batch may have no target after it
+        self.hardware = plan.find_hardware(replace(self.config, gpu="here"), self.runtime, peak=1.0)
+        shape, half = new_model_config(self.config, self.data.meta), self.runtime.dtype != torch.float32
+        self.counts = plan.count(shape, self.config, half, not self.hardware.is_cpu)
+
+    def accumulates(self, batch: int) -> bool:
+        """Whether the run would add this micro-batch to earlier gradients."""
+        return self.config.n_gpus > 1 or batch < samples_per_step(self.config)
+
+    def computed(self, batch: int) -> Trial:
+        micro_steps = 2 if self.accumulates(batch) else 1
+        split = plan.Split(1, batch, micro_steps, recompute=self.config.activation_checkpointing)
+        peak = plan.memory(self.counts, self.hardware, split)["peak"]
+        return Trial(batch, peak, peak <= self.room)
+
+    def timed(self, batch: int) -> float:
+        """The median seconds of up to three steps, after a warm-up."""
+        config = replace(self.config, batch_size=batch, gradient_accumulation_steps=1)
+        if self.trainer is None:
+            self.trainer = Trainer(self.training_step, config, self.data, self.runtime)
+        self.trainer.batches = BatchLoader(self.data, config, self.runtime, 0)
+        seconds: list[float] = []
+        while len(seconds) < 4 and sum(seconds[1:]) <= 1:
+            if self.accumulates(batch):
+                for p in self.trainer.model.parameters():
+                    p.grad = torch.zeros_like(p)
+            seconds.append(seconds_of(self.trainer, runtime=self.runtime))
+        return statistics.median(seconds[1:])
+
+    def attempt(self, batch: int) -> Trial:
+        """Time a batch if it fits."""
+        trial = self.computed(batch)
+        try:
+            trial = trial._replace(seconds=self.timed(batch), fits=True)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            trial = trial._replace(fits=False)
+        if self.on_gpu and trial.fits:
+            trial = trial._replace(memory=torch.cuda.max_memory_allocated())
+        if self.trainer:
+            self.trainer.model.zero_grad(set_to_none=True)
+        gc.collect()  # what an unfinished step has left
+        if self.on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+            torch.cuda.empty_cache()
+        with suppress(AttributeError, OSError, TypeError):  # give it back; not with another libc or system
+            ctypes.CDLL(None).malloc_trim(0)
+        return trial
+
+
+def bench_batch(
+    config: BenchConfig,
+    runtime: Runtime,
+    training_step: TrainingStep,
+    room: float | None = None,
+    time_all: bool = False,
+) -> dict[str, Any]:
+    """Find the largest batch that fits and the fastest that was timed; print a table, and flags for both."""
+    config = plan.planned_shape(replace(config, max_epochs=None))[0]  # a few steps need no max_iters
+    trials = BatchTrials(config, runtime, training_step, room)
+    first = trials.computed(1)
+    if first.fits or trials.on_gpu:
+        results = search(trials.attempt, trials.computed, not trials.on_gpu, time_all)
+        first = results[1]
+    if not first.fits:
+        raise UserError(
+            f"one sequence needs {first.memory / 2**30:,.2f} GiB, {trials.room / 2**30:,.2f} can be used; "
+            "lower --block_size or --n_embd, or set --activation_checkpointing=True"
+        )
+    result = results_of(list(results.values()), config)
+    print("\n".join(table(result, config)))
+    return result
+
+
+def step_with(config: BenchConfig, largest: int) -> dict[str, Any]:
+    """Micro-batches of at most `largest` sequences, and at least half as many, that make a step nearest to
+    that of the settings."""
+    sequences = samples_per_step(config)
+    largest = max(1, min(largest, sequences // config.n_gpus))
+    B, micro_steps = plan.share_out(sequences, config.n_gpus, largest, largest // 2 + 1)
+    steps = config.n_gpus * micro_steps
     flags = f"--batch_size={B} --gradient_accumulation_steps={steps}"
     return {"batch_size": B, "gradient_accumulation_steps": steps, "flags": flags, "sequences": B * steps}
 
 
-def found_in(trials: dict[int, Trial], config: BenchConfig) -> dict[str, Any]:
-    """The results for --json: all trials; the largest that fits, and the fastest that was timed."""
-    rows = [
-        {**trial._asdict(), "tokens_per_second": trial.seconds and batch * config.block_size / trial.seconds}
-        for batch, trial in trials.items()
-    ]
+def results_of(trials: list[Trial], config: BenchConfig) -> dict[str, Any]:
+    """All trials; the largest that fits, and the fastest that was timed."""
+    rows = []
+    for trial in trials:
+        rate = trial.batch * config.block_size / trial.seconds if trial.seconds else None
+        rows.append({**trial._asdict(), "tokens_per_second": rate})
     fitting = [row for row in rows if row["fits"]]
-    choices = {
-        "largest": max(fitting, key=lambda row: row["batch"]),
-        "fastest": max(fitting, key=lambda row: row["tokens_per_second"] or 0),
-    }
-    return {
-        "trials": rows,
-        **{name: {**row, **shared(config, row["batch"])} for name, row in choices.items()},
-    }
+    largest = max(fitting, key=lambda row: row["batch"])
+    fastest = max(fitting, key=lambda row: row["tokens_per_second"] or 0)
+    best = {"largest": largest, "fastest": fastest}
+    return {"trials": rows} | {name: row | step_with(config, row["batch"]) for name, row in best.items()}
 
 
-def table(found: dict[str, Any], config: BenchConfig) -> list[str]:
+def table(result: dict[str, Any], config: BenchConfig) -> list[str]:
     """The results as lines."""
     lines = ["   batch          ms      tokens/s       memory"]
-    for row in found["trials"]:
-        speed, told = 26 * " ", "computed" if row["fits"] else "too much"
+    for row in result["trials"]:
+        speed, note = 26 * " ", "computed" if row["fits"] else "too much"
         if row["seconds"]:
-            speed, told = f"{row['seconds'] * 1000:12,.2f}  {row['tokens_per_second']:12,.0f}", ""
-        lines.append(f"{row['batch']:8,}{speed}  {row['memory'] / 2**30:7,.2f} GiB  {told}".rstrip())
-    sequences = config.gradient_accumulation_steps * config.batch_size
+            speed, note = f"{row['seconds'] * 1000:12,.2f}  {row['tokens_per_second']:12,.0f}", ""
+        lines.append(f"{row['batch']:8,}{speed}  {row['memory'] / 2**30:7,.2f} GiB  {note}".rstrip())
+    sequences = samples_per_step(config)
     for name in ("largest", "fastest"):
-        row = found[name]
-        more = " or more" if name == "largest" and row["batch"] == LARGEST else ""
+        row = result[name]
+        or_more = " or more" if name == "largest" and row["batch"] == LARGEST else ""
         nearest = "" if row["sequences"] == sequences else f", {row['sequences']:,} being nearest"
-        lines.append(f"{name}  {row['batch']:,}{more}; a step of {sequences:,}{nearest}: {row['flags']}")
+        lines.append(f"{name}  {row['batch']:,}{or_more}; a step of {sequences:,}{nearest}: {row['flags']}")
     return lines
 
 
-def give_back_memory() -> None:
-    """Let glibc return to the system what is free in its heap: between other sizes, it is of little use."""
-    with suppress(AttributeError, OSError, TypeError):  # another libc, another system
-        ctypes.CDLL(None).malloc_trim(0)
-
-
 def available_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> float:
-    """Bytes that this process may still take without harm to others; inf where the system does not tell.
+    """Bytes that this process may still take without harm to others; inf if the system does not say.
 
-    On Linux what the kernel says, or what is left of a cgroup's limit (a container, a cluster's job); on
-    macOS half of all memory.
+    Linux: the kernel's figure, or what is left of a cgroup's limit. macOS: half of all memory.
     """
     try:
         kilobytes = re.search(r"^MemAvailable: +(\d+) kB", (proc / "meminfo").read_text(), re.M)[1]
         return min(1024 * int(kilobytes), cgroup_room(proc, cgroups))
     except (OSError, TypeError):
         names = getattr(os, "sysconf_names", {})
-        pages = next((name for name in ("SC_AVPHYS_PAGES", "SC_PHYS_PAGES") if name in names), None)
-        share = 1.0 if pages == "SC_AVPHYS_PAGES" else 0.5
-        return share * os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE") if pages else math.inf
+        for name, fraction in {"SC_AVPHYS_PAGES": 1.0, "SC_PHYS_PAGES": 0.5}.items():
+            if name in names:
+                return fraction * os.sysconf(name) * os.sysconf("SC_PAGE_SIZE")
+        return math.inf
 
 
 def cgroup_room(proc: Path, cgroups: Path) -> float:
-    """What is left of the least limit of this process's cgroups of either version, and of those above them.
-
-    Files that the system has read and would drop are not counted as taken.
-    """
+    """What is left of the lowest limit of this process's cgroups (version 1 or 2) and their parents; file
+    caches, which the system would drop, do not count as used."""
     room = math.inf
     for line in (proc / "self" / "cgroup").read_text().splitlines():
         _, kinds, path = line.split(":", 2)
@@ -151,13 +242,11 @@ def cgroup_room(proc: Path, cgroups: Path) -> float:
         top = cgroups / "memory" if kinds else cgroups
         limit, usage = ("limit_in_bytes", "usage_in_bytes") if kinds else ("max", "current")
         folder = top / path.lstrip("/")
-        for place in (folder, *folder.parents):
-            try:
-                left = int((place / f"memory.{limit}").read_text())  # "max": there is none
-                left -= int((place / f"memory.{usage}").read_text())
-                stat = (place / "memory.stat").read_text()
-            except (OSError, ValueError):
-                continue
-            dropped = re.findall(r"^(?:total_)?inactive_file (\d+)$", stat, re.M)
-            room = min(room, left + max(map(int, dropped), default=0))
+        for group in (folder, *folder.parents):
+            with suppress(OSError, ValueError):  # no such file; "max": no limit
+                left = int((group / f"memory.{limit}").read_text())
+                left -= int((group / f"memory.{usage}").read_text())
+                stat = (group / "memory.stat").read_text()
+                caches = re.findall(r"^(?:total_)?inactive_file (\d+)$", stat, re.M)
+                room = min(room, left + max(map(int, caches), default=0))
     return max(room, 0)

@@ -1,22 +1,19 @@
-"""What a run would take, before anything is spent: python bench.py train_gpt2 --plan=True --gpu=h100
+"""What a run would take, before it starts: python bench.py train_gpt2 --plan=True --gpu=h100
 
-Bytes are counted on the model itself. Times are arithmetic, on data sheets and on these assumptions:
+Memory is counted on the model itself; times are computed from data sheets. Compute runs at a given, measured
+or assumed MFU, whatever the batch; recomputing activations adds a third. The optimizer moves 40 bytes per
+parameter (AdamW 28, clipping 12). A ring's slowest link (NVLink, or all network cards of a node) reaches
+LINK_SHARE of its rate, and each message costs LATENCY per doubling of the ranks. DDP reduces fp32 gradients
+once per step, hidden behind the last backward pass except for the last bucket; FSDP2 gathers weights twice
+and scatters gradients in each micro-step, hidden behind all of it.
 
-- Products reach a share of the peak, given, measured here, or MFU below, at any batch size, which
-  is kind to one or two sequences a GPU. Computing activations again adds a third.
-- The optimizer reads and writes 40 bytes a parameter (AdamW 28, clipping 12) at the memory's bandwidth.
-- A ring's slowest link carries LINK_SHARE of its nominal rate: a GPU's to its node, or all network cards of a
-  node together. Each message waits LATENCY for each doubling of the ranks, the network's and the launch's.
-- DDP adds up fp32 gradients once a step, behind the last micro-step's backward pass but for the last bucket.
-  FSDP2 gathers weights twice and scatters gradients in each micro-step, behind all of its arithmetic.
-
-What is published gives the MFU, not the other way round: nanoGPT's 600,000 steps of 0.49 M tokens in about
-4 days on 8 A100 40GB make 0.29; llm.c's 10 B tokens make 0.40 in 45 minutes on 8 H100, and 0.63 in 90 minutes
-on 8 A100 80GB.
+MFUs of published runs: nanoGPT's 600,000 steps of 0.49 M tokens in 4 days on 8 A100 40GB, 0.29; llm.c's 10 B
+tokens in 45 minutes on 8 H100, 0.40, and in 90 minutes on 8 A100 80GB, 0.63.
 """
 
 import math
 import os
+from bisect import bisect_left
 from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
@@ -24,6 +21,7 @@ import torch
 import torch.nn as nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from distrogpt.benchmark.training import TrainingStep, bench_step
 from distrogpt.data.dataset import find_parts, open_dataset
 from distrogpt.data.meta import GPT2_META
 from distrogpt.errors import UserError
@@ -33,16 +31,18 @@ from distrogpt.kernels import replace_layers
 from distrogpt.kernels.cpu import causal_mask, use_cpu_kernels
 from distrogpt.runtime import Runtime
 from distrogpt.settings import BenchConfig
-from distrogpt.training.startup import new_model_config, resolve_max_iters
+from distrogpt.training.startup import new_model_config, resolve_max_iters, samples_per_step
 from model import GPT, Attention, GPTConfig
 
-MFU = 0.4  # where none is known: llm.c's on H100, see above
+MFU = 0.4  # if none is known: llm.c's on H100
 LINK_SHARE, LATENCY = 0.8, 10e-6  # of the nominal bandwidth; seconds
 BUCKET = 25 * 2**20  # bytes of gradients that DDP sends at once
-USABLE = 0.9  # of a memory: the rest is CUDA's, NCCL's, the system's, and gaps between what is allocated
+USABLE = 0.9  # of a memory: the rest is CUDA's, NCCL's, the system's, and gaps between allocations
 LIBRARIES = 40e6  # bytes that the first step on a CPU loads; measured
 COMPILER = 80e6  # bytes of torch's compiler, which DDP, FSDP2 and activation_checkpointing load; measured
 DISK, PAGE = 1e9, 4096  # bytes/s of a node's SSD; bytes that a system reads at once
+# columns of the memory table, and their widths
+MEMORY_COLUMNS = {"weights": 7, "gradients": 9, "averages": 8, "activations": 11, "more": 5, "peak": 5}
 GPT2_SHAPES = {  # layers, heads, width (Radford et al., 2019)
     "gpt2": (12, 12, 768),
     "gpt2-medium": (24, 16, 1024),
@@ -58,24 +58,24 @@ class Hardware(NamedTuple):
     name: str
     peak: float  # FLOP/s, dense, bf16
     memory: float  # bytes
-    memory_bandwidth: float | None  # None: the measured MFU has it in it
+    memory_bandwidth: float | None  # None: included in the measured MFU
     link: float  # to the other GPUs of the node
-    network: float  # of the network card that it has to itself
+    network: float  # of the GPU's own network card
     per_node: int = 8
     is_cpu: bool = False
 
 
 class Counts(NamedTuple):
-    """What is counted on a model: bytes kept for the gradient, by a block and by all else, whatever the batch
-    (`fixed`, copies of weights in 16 bits) and for `each` sequence of it; and numbers of parameters."""
+    """Parameters, and bytes saved for the backward pass by a block and by the rest of the model: `fixed` ones
+    (16-bit copies of weights), and for `each` sequence."""
 
     shape: GPTConfig
     parameters: int
-    tables: int  # of them outside of the blocks
-    matrices: int  # of them that Muon updates
-    averages: int  # bytes of the optimizer's
+    tables: int  # parameters outside the blocks
+    matrices: int  # parameters that Muon updates
+    averages: int  # bytes of the optimizer's state
     flops_per_token: int
-    item: int  # bytes of a weight of the blocks in the run's arithmetic
+    item: int  # bytes of a block's weight in the compute dtype
     block_fixed: int
     block_each: int
     head_fixed: int
@@ -83,125 +83,111 @@ class Counts(NamedTuple):
 
 
 class Split(NamedTuple):
-    """How n ranks share a step: each makes `rounds` micro-steps of B sequences."""
+    """How n ranks share a step: each makes micro_steps of B sequences."""
 
     n: int
     B: int
-    rounds: int
+    micro_steps: int
     shard: bool = False
-    again: bool = False  # activations are computed again for the gradient
+    recompute: bool = False  # activations, in the backward pass
 
     @property
     def sequences(self) -> int:
-        return self.n * self.B * self.rounds
+        return self.n * self.B * self.micro_steps
 
 
-def find_place(config: BenchConfig, runtime: Runtime, peak: float | None = None) -> Hardware:
+def find_hardware(config: BenchConfig, runtime: Runtime, peak: float | None = None) -> Hardware:
     """The GPU of config.gpu, or this machine, whose `peak` may have been measured before."""
-    kind = runtime.device.type
+    kind, gpu, per_node = runtime.device.type, UNKNOWN, 1
     if config.gpu != "here":
         gpu = GPUS[config.gpu]
-        name, size, peak, own = gpu.words, gpu.memory * 2**30, gpu.peak_flops, 8
+        name, size, peak, per_node = gpu.words, gpu.memory * 2**30, gpu.peak_flops, 8
         if config.dtype == "float32":  # TF32 is half as fast as bf16; older chips have none
             peak /= 8 if config.gpu in ("v100", "t4") else 2
     elif kind == "cuda":
-        about = torch.cuda.get_device_properties(runtime.device)
-        name, size, own = about.name, about.total_memory, torch.cuda.device_count()
+        properties = torch.cuda.get_device_properties(runtime.device)
+        name, size, per_node = properties.name, properties.total_memory, torch.cuda.device_count()
         gpu = find_gpu(name) or UNKNOWN
     else:
-        name, gpu, own = f"this {kind}", UNKNOWN, 1
-        pages = os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf  # Windows does not tell
-        size = PAGE * pages if pages == math.inf else os.sysconf("SC_PAGE_SIZE") * pages
-    peak = peak or (
-        peak_flops(runtime.device, runtime.dtype)
-        if kind == "cuda"
-        else measured_flops(runtime.device, runtime.dtype)
-    )
-    return Hardware(
-        name,
-        peak,
-        size,
-        gpu.memory_bandwidth and gpu.memory_bandwidth * 1e9,
-        gpu.link * 1e9,
-        (config.interconnect or gpu.network) * 1e9 / 8,
-        config.gpus_per_node or own,
-        config.gpu == "here" and kind == "cpu",
-    )
+        name, size = f"this {kind}", math.inf
+        if hasattr(os, "sysconf"):  # Windows has none
+            size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if not peak:
+        measure = peak_flops if kind == "cuda" else measured_flops
+        peak = measure(runtime.device, runtime.dtype)
+    bandwidth = gpu.memory_bandwidth * 1e9 if gpu.memory_bandwidth else None
+    network, per_node = config.interconnect or gpu.network, config.gpus_per_node or per_node
+    is_cpu = config.gpu == "here" and kind == "cpu"
+    return Hardware(name, peak, size, bandwidth, gpu.link * 1e9, network * 1e9 / 8, per_node, is_cpu)
 
 
 def planned_shape(config: BenchConfig) -> tuple[BenchConfig, GPTConfig, bool]:
-    """The settings, with GPT-2's shape where init_from names one; the network; whether the dataset is here.
+    """The settings, with GPT-2's shape if init_from names one; the network; whether the dataset is here.
 
-    Without a dataset, the vocabulary is GPT-2's. Raises UserError where the shape is in a file, or max_epochs
-    are to be counted on a dataset that is not here.
+    Without a dataset, the vocabulary is GPT-2's. Raises UserError if the shape is in a file, or if max_epochs
+    needs a dataset that is not here.
     """
     if config.init_from in GPT2_SHAPES:
         layers, heads, width = GPT2_SHAPES[config.init_from]
         config = replace(config, init_from="scratch", n_layer=layers, n_head=heads, n_embd=width, bias=True)
     elif config.init_from not in ("scratch", "resume", "auto"):
         raise UserError(f"plan cannot see into init_from={config.init_from}; give its shape in the settings")
-    meta, found = GPT2_META, False
+    meta, has_data = GPT2_META, False
     if config.real_data:
         try:
             parts = find_parts(config.dataset)
-            found = all(any(folder.glob("train*.bin")) for _, _, folder, _ in parts)
-            meta = parts[0][-1] if found else meta
+            has_data = all(any(folder.glob("train*.bin")) for _, _, folder, _ in parts)
+            meta = parts[0][-1] if has_data else meta
         except UserError:
             pass
     if config.max_epochs is not None:
-        if not found:
+        if not has_data:
             raise UserError("max_epochs is counted on the dataset, which is not here; give --max_iters alone")
         config = resolve_max_iters(config, open_dataset(config, ("train",)))
-    return config, new_model_config(config, meta), found
+    return config, new_model_config(config, meta), has_data
 
 
 class MaskedDropout(nn.Dropout):
-    """Dropout as GPUs do it: a byte is kept for each number."""
+    """Dropout as on GPUs: a byte is saved for each number."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.native_dropout(x, self.p, True)[0] if self.training and self.p else x
 
 
 def as_trained(model: GPT, on_gpu: bool) -> GPT:
-    """The model with the layers of its device. On GPUs, attention keeps no scores, and makes the noise of its
-    dropout again in the backward pass."""
+    """The model with its device's layers. On GPUs, attention recomputes its dropout in the backward pass."""
     if not on_gpu:
         return use_cpu_kernels(model)
-    return replace_layers(
-        model,
-        {
-            nn.Dropout: lambda layer: MaskedDropout(layer.p),
-            Attention: lambda layer: Attention(layer.scale, 0.0),
-        },
-    )
+    layers = {nn.Dropout: lambda layer: MaskedDropout(layer.p)}
+    return replace_layers(model, {**layers, Attention: lambda layer: Attention(layer.scale, 0.0)})
 
 
 def saved_bytes(model: GPT, B: int, half: bool) -> int:
-    """Bytes that a training forward pass of B sequences keeps for the gradient, but for the parameters.
+    """Bytes that a training forward pass of B sequences saves for the backward pass, without the parameters.
 
-    A piece of memory counts once, however many operations keep it. `half`: with autocast to 16 bits.
+    Memory that several operations save counts once. `half`: with autocast to 16 bits.
     """
-    own = {p.untyped_storage()._cdata for p in model.parameters()}
-    kept: dict[int, torch.UntypedStorage] = {}  # held, so that no later one takes an address
+    parameters = {p.untyped_storage()._cdata for p in model.parameters()}
+    saved: dict[int, torch.UntypedStorage] = {}  # held, so that no later storage gets the same address
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = storage
+        if storage._cdata not in parameters:
+            saved[storage._cdata] = storage
         return tensor
 
     idx = torch.zeros(B, model.config.block_size, dtype=torch.long)
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=half)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast:
         model(idx, idx, return_logits=False)
-    return sum(storage.nbytes() for storage in kept.values())
+    return sum(storage.nbytes() for storage in saved.values())
 
 
 def count(shape: GPTConfig, config: BenchConfig, half: bool, on_gpu: bool) -> Counts:
-    """Count a model. One and two layers, and two and three sequences, tell what each of them adds: of one
-    alone, fewer copies are made.
+    """Count a model, on fake tensors: the same code runs, without memory and time.
 
-    On torch's fake tensors, which have all but numbers: the same code runs, without memory and time.
+    What one block and one sequence add is the difference between one and two layers, two and three sequences
+    (a single sequence is not copied in some places).
     """
     saved = {}
     causal_mask.cache_clear()  # true tensors and fake ones do not mix
@@ -212,59 +198,67 @@ def count(shape: GPTConfig, config: BenchConfig, half: bool, on_gpu: bool) -> Co
                 saved[layers, B] = saved_bytes(model, B, half)
     causal_mask.cache_clear()
     block = [saved[2, B] - saved[1, B] for B in (2, 3)]
-    head = [saved[1, 2] - block[0], saved[1, 3] - block[1]]
     with torch.device("meta"):
         model = GPT(shape)
     in_blocks = list(model.transformer.h.parameters())
     N = model.get_num_params(non_embedding=False)
-    matrices = sum(p.numel() for p in in_blocks if p.dim() == 2) if config.optimizer == "muon" else 0
-    averages = 4 * N * (config.momentum > 0) if config.optimizer == "sgd" else 8 * N - 4 * matrices
-    tables = N - sum(p.numel() for p in in_blocks)
-    kept = (3 * block[0] - 2 * block[1], block[1] - block[0], 3 * head[0] - 2 * head[1], head[1] - head[0])
-    return Counts(shape, N, tables, matrices, averages, model.flops_per_token(), 2 if half else 4, *kept)
+    matrices, averages = 0, 8 * N
+    if config.optimizer == "muon":
+        matrices = sum(p.numel() for p in in_blocks if p.dim() == 2)
+        averages = 8 * N - 4 * matrices
+    elif config.optimizer == "sgd":
+        averages = 4 * N if config.momentum else 0
+    head = [saved[1, 2] - block[0], saved[1, 3] - block[1]]
+    fixed_and_each = [size for two, three in (block, head) for size in (3 * two - 2 * three, three - two)]
+    tables, item = N - sum(p.numel() for p in in_blocks), 2 if half else 4
+    return Counts(shape, N, tables, matrices, averages, model.flops_per_token(), item, *fixed_and_each)
 
 
-def memory(counts: Counts, place: Hardware, split: Split) -> dict[str, float]:
+def memory(counts: Counts, hardware: Hardware, split: Split) -> dict[str, float]:
     """Bytes of a rank, without torch.compile, which needs less for activations and loss.
 
-    "more", with `shard`, is what is gathered from others: two blocks in the run's arithmetic, tables in fp32.
-    "peak" is below the sum where not all of it is there at once.
+    "more" is what `shard` gathers from other ranks: two blocks in the compute dtype, tables in fp32. "peak"
+    is below the sum if not all of it is there at once.
     """
     shape, N, B, shard = counts.shape, counts.parameters, split.B, split.shard and split.n > 1
-    layers, share = shape.n_layer, 1 / split.n if shard else 1
-    weights, gradients, averages = 4 * N * share, 4 * N * share, counts.averages * share
-    of_block = (N - counts.tables) // layers
-    more = 2 * counts.item * of_block + 4 * counts.tables if shard else 0
+    layers, fraction = shape.n_layer, 1 / split.n if shard else 1
+    weights, gradients, averages = 4 * N * fraction, 4 * N * fraction, counts.averages * fraction
+    more = 2 * counts.item * ((N - counts.tables) // layers) + 4 * counts.tables if shard else 0
     fixed = 0 if shard else counts.block_fixed  # gathered weights are in 16 bits already
-    stream = 4 * B * shape.block_size * shape.n_embd  # what a block reads: enough to compute it again
-    kept = layers * stream if split.again else layers * B * counts.block_each
     head = counts.head_fixed + B * counts.head_each
     logits = B * shape.block_size * shape.vocab_size
-    # in a first micro-step they come as activations go, but for DDP, whose buckets they lie in
-    before = gradients if split.rounds > 1 or (split.n > 1 and not shard) else 0
+    if split.recompute:  # a block's input is saved, and one block at a time is computed again
+        saved = layers * 4 * B * shape.block_size * shape.n_embd
+        block = fixed + B * counts.block_each
+    else:
+        saved, block = layers * B * counts.block_each, layers * fixed
+    # in a first micro-step gradients come as activations go, except for DDP, which keeps them in buckets
+    before = gradients if split.micro_steps > 1 or (split.n > 1 and not shard) else 0
     # autocast keeps its copies of all weights to the end of the forward pass, which has the logits twice
-    forward = before + layers * fixed + kept + head + 6 * logits
-    one = fixed + B * counts.block_each if split.again else layers * fixed
-    activations = kept + one + head + 8 * logits  # gradients of the logits and of their logarithms
-    # a table that reads and writes has two gradients and their sum before they are its own
-    table, adds = 4 * shape.vocab_size * shape.n_embd, split.rounds > 1 or shard
-    end = gradients + table * (2 + adds if shape.tied else adds * (1 + shard))
-    update = gradients + 8 * counts.matrices * share  # Muon's products
+    forward = before + layers * fixed + saved + head + 6 * logits
+    activations = saved + block + head + 8 * logits  # gradients of the logits and of their logarithms
+    # a tied table has two gradients and their sum before they are added to its own
+    table, adds = 4 * shape.vocab_size * shape.n_embd, int(split.micro_steps > 1 or shard)
+    tables = 2 + adds if shape.tied else adds * (2 if shard else 1)
+    end = gradients + table * tables
+    update = gradients + 8 * counts.matrices * fraction  # Muon's products
     peak = weights + averages + more + max(forward, before + activations, end, update)
-    if place.is_cpu:  # its allocator keeps what a step frees, with holes of about the logits' size; measured
-        peak += 8 * logits + LIBRARIES + COMPILER * (split.again or split.n > 1)
+    if hardware.is_cpu:  # its allocator keeps freed memory, fragmented by about the logits' size; measured
+        peak += 8 * logits + LIBRARIES + (COMPILER if split.recompute or split.n > 1 else 0)
     parts = {"weights": weights, "gradients": gradients, "averages": averages, "activations": activations}
-    return {**parts, "more": more, "peak": peak, "fits": peak <= USABLE * place.memory}
+    return {**parts, "more": more, "peak": peak, "fits": peak <= USABLE * hardware.memory}
 
 
-def ring_bandwidth(place: Hardware, n: int) -> float:
-    """Bytes/s that a ring through n GPUs carries."""
-    cards = min(n, place.per_node) * place.network if n > place.per_node else math.inf
-    return LINK_SHARE * min(place.link, cards)
+def ring_bandwidth(hardware: Hardware, n: int) -> float:
+    """Bytes/s of a ring through n GPUs."""
+    link = hardware.link
+    if n > hardware.per_node:
+        link = min(link, hardware.per_node * hardware.network)
+    return LINK_SHARE * link
 
 
-def exchange(counts: Counts, place: Hardware, n: int, shard: bool) -> tuple[float, float]:
-    """Seconds of an exchange among n ranks, and of its last message, which nothing hides.
+def exchange(counts: Counts, hardware: Hardware, n: int, shard: bool) -> tuple[float, float]:
+    """Seconds of an exchange among n ranks, and of its last message, which cannot overlap.
 
     The all-reduce of fp32 gradients, once a step; with `shard` the gathers and the scatter of a micro-step.
     """
@@ -273,147 +267,160 @@ def exchange(counts: Counts, place: Hardware, n: int, shard: bool) -> tuple[floa
     gradients = 4 * counts.parameters
     weights = 2 * counts.item * (counts.parameters - counts.tables) + 4 * counts.tables  # blocks twice
     sent = (n - 1) / n * (weights + gradients if shard else 2 * gradients)
-    groups = 2 * counts.shape.n_layer + 1  # attention and MLP of each block, and the rest: parallel.py
+    groups = 2 * counts.shape.n_layer + 1  # attention and MLP of each block, and the rest: distributed.py
     messages = 3 * groups if shard else math.ceil(gradients / BUCKET)
-    seconds = sent / ring_bandwidth(place, n) + messages * LATENCY * math.log2(n)
+    seconds = sent / ring_bandwidth(hardware, n) + messages * LATENCY * math.log2(n)
     return seconds, seconds / messages
 
 
-def step_time(counts: Counts, place: Hardware, split: Split, mfu: float) -> dict[str, float]:
-    """Seconds of a step and of its parts; "waits" is the part of "exchange" that arithmetic does not hide."""
+def step_time(counts: Counts, hardware: Hardware, split: Split, mfu: float) -> dict[str, float]:
+    """Seconds of a step and of its parts; "waits" is the part of "exchange" that does not overlap."""
     shard = split.shard and split.n > 1
     tokens = split.B * counts.shape.block_size
-    round_ = counts.flops_per_token * tokens / (place.peak * mfu) * (4 / 3 if split.again else 1)
-    update = 40 * counts.parameters / (split.n if shard else 1) / (place.memory_bandwidth or math.inf)
-    once, last = exchange(counts, place, split.n, shard)
-    # all of a micro-step hides it, or the backward pass, which is 2/3 of one, recomputing 3/4
-    hidden = round_ if shard else round_ * (3 / 4 if split.again else 2 / 3)
-    times = split.rounds if shard else 1
-    waits = times * max(last, once - hidden)
-    seconds = split.rounds * round_ + update + waits
-    parts = {"compute": split.rounds * round_, "update": update, "exchange": times * once, "waits": waits}
-    return {"seconds": seconds, **parts, "tokens_per_second": tokens * split.n * split.rounds / seconds}
+    micro_step = counts.flops_per_token * tokens / (hardware.peak * mfu) * (4 / 3 if split.recompute else 1)
+    update = 40 * counts.parameters / (split.n if shard else 1) / (hardware.memory_bandwidth or math.inf)
+    once, last = exchange(counts, hardware, split.n, shard)
+    # it overlaps with a whole micro-step, or with the backward pass: 2/3 of it, 3/4 when recomputing
+    overlap = 1.0 if shard else 3 / 4 if split.recompute else 2 / 3
+    times = split.micro_steps if shard else 1
+    waits = times * max(last, once - micro_step * overlap)
+    compute = split.micro_steps * micro_step
+    seconds = compute + update + waits
+    parts = {"compute": compute, "update": update, "exchange": times * once, "waits": waits}
+    return {"seconds": seconds, **parts, "tokens_per_second": tokens * split.n * split.micro_steps / seconds}
 
 
-def share_out(sequences: int, n: int, largest: int) -> tuple[int, int]:
-    """B, at most `largest`, and the micro-steps of each of n ranks, so that a step is next to `sequences`."""
-    found = []
-    for B in range(max(1, largest - 4095), largest + 1):  # some of these go, or nearly so
-        for rounds in (max(1, sequences // (n * B)), math.ceil(sequences / (n * B))):
-            found.append((abs(n * B * rounds - sequences), -B, rounds))
-    _, B, rounds = min(found)
-    return -B, rounds
+def share_out(sequences: int, n: int, largest: int, smallest: int = 1) -> tuple[int, int]:
+    """B, between smallest and largest, and the micro-steps of each of n ranks, for a step of nearly
+    `sequences`; the larger B of two."""
+    splits = []
+    for B in range(max(smallest, largest - 4095), largest + 1):  # one of these comes near enough
+        for micro_steps in (max(1, sequences // (n * B)), math.ceil(sequences / (n * B))):
+            splits.append((abs(n * B * micro_steps - sequences), -B, micro_steps))
+    _, B, micro_steps = min(splits)
+    return -B, micro_steps
 
 
-def settle(config: BenchConfig, counts: Counts, place: Hardware, n: int, shard: bool, again: bool) -> Split:
-    """The settings nearest to the given ones that n ranks can share, and that fit; B is 1 where none does."""
-    sequences = config.gradient_accumulation_steps * config.batch_size
+def settle(config: BenchConfig, counts: Counts, hardware: Hardware, split: Split) -> Split:
+    """`split`, with the batch and micro-steps nearest to the settings that fit; B is 1 if none do."""
+    sequences = samples_per_step(config)
 
-    def split(largest: int) -> Split:
-        return Split(n, *share_out(sequences, n, largest), shard, again)
+    def of_at_most(largest: int) -> Split:
+        B, micro_steps = share_out(sequences, split.n, largest)
+        return split._replace(B=B, micro_steps=micro_steps)
 
-    fits, fails = 1, config.batch_size + 1  # and all below, and all above
-    while fails - fits > 1:
-        middle = (fits + fails) // 2 if fails <= config.batch_size else config.batch_size
-        if memory(counts, place, split(middle))["fits"]:
-            fits = middle
-        else:
-            fails = middle
-    return split(fits)
+    def too_large(largest: int) -> bool:
+        return not memory(counts, hardware, of_at_most(largest))["fits"]
+
+    if not too_large(config.batch_size):
+        return of_at_most(config.batch_size)
+    return of_at_most(max(1, bisect_left(range(1, config.batch_size), True, key=too_large)))
 
 
 def data_rates(counts: Counts, tokens_per_second: float, nodes: int) -> dict[str, float]:
-    """Bytes/s of token ids: in all, of a node, and of a node's disk, which reads windows in whole pages."""
-    ids = 4 if counts.shape.vocab_size > 1 << 16 else 2
-    window = (counts.shape.block_size + 1) * ids
-    pages = 1 + (window - ids) / PAGE  # the mean over where a window begins
-    total = tokens_per_second * ids
+    """Bytes/s of token ids: total, of a node, and of a node's disk, which reads windows in whole pages."""
+    itemsize = 4 if counts.shape.vocab_size > 1 << 16 else 2
+    window = (counts.shape.block_size + 1) * itemsize
+    pages = 1 + (window - itemsize) / PAGE  # mean over where a window begins
+    total = tokens_per_second * itemsize
     return {"total": total, "node": total / nodes, "disk": total / nodes * pages * PAGE / window}
 
 
-def run_on(config: BenchConfig, counts: Counts, place: Hardware, split: Split, mfu: float) -> dict[str, Any]:
-    """The whole run, for the tokens that its settings say, shared in this way."""
-    took = step_time(counts, place, split, mfu)
-    step = config.gradient_accumulation_steps * config.batch_size
-    days = config.max_iters * step * config.block_size / took["tokens_per_second"] / 86400
-    return {
-        **split._asdict(),
-        "sequences": split.sequences,
-        "max_iters": round(config.max_iters * step / split.sequences),
-        **took,
-        "share": took["waits"] / took["seconds"],
-        "efficiency": took["compute"] / took["seconds"],
-        "days": days,
-        "gpu_hours": days * 24 * split.n,
-        "memory": memory(counts, place, split),
-        "data": data_rates(counts, took["tokens_per_second"], math.ceil(split.n / place.per_node)),
+def run_on(
+    config: BenchConfig, counts: Counts, hardware: Hardware, split: Split, mfu: float
+) -> dict[str, Any]:
+    """The whole run, for the tokens that its settings ask for, split in this way."""
+    step = step_time(counts, hardware, split, mfu)
+    sequences, rate = samples_per_step(config), step["tokens_per_second"]
+    days = config.max_iters * sequences * config.block_size / rate / 86400
+    run = {
+        "n": split.n,
+        "B": split.B,
+        "rounds": split.micro_steps,
+        "shard": split.shard,
+        "again": split.recompute,
     }
+    run |= {"sequences": split.sequences, "max_iters": round(config.max_iters * sequences / split.sequences)}
+    run |= {**step, "share": step["waits"] / step["seconds"], "efficiency": step["compute"] / step["seconds"]}
+    run |= {"days": days, "gpu_hours": days * 24 * split.n, "memory": memory(counts, hardware, split)}
+    return {**run, "data": data_rates(counts, rate, math.ceil(split.n / hardware.per_node))}
 
 
 def flags_of(config: BenchConfig, split: Split) -> str:
-    """The flags that make the settings those of `split`, for the same number of tokens; "" for none."""
-    longer = config.gradient_accumulation_steps * config.batch_size / split.sequences
-    wanted = {"batch_size": split.B, "gradient_accumulation_steps": split.n * split.rounds}
-    lengths = ("max_iters", "lr_decay_iters") if config.max_epochs is None else ("lr_decay_iters",)
-    steps = {name: getattr(config, name) for name in lengths}
-    wanted |= {name: round(value * longer) for name, value in steps.items() if value is not None}
-    wanted |= {"shard": split.shard, "activation_checkpointing": split.again}
+    """The flags that turn the settings into those of `split`, for the same number of tokens; "" for none."""
+    longer = samples_per_step(config) / split.sequences
+    wanted = {"batch_size": split.B, "gradient_accumulation_steps": split.n * split.micro_steps}
+    for name in ("max_iters", "lr_decay_iters"):
+        steps = getattr(config, name)
+        if steps is not None and not (name == "max_iters" and config.max_epochs):
+            wanted[name] = round(steps * longer)
+    wanted |= {"shard": split.shard, "activation_checkpointing": split.recompute}
     return " ".join(f"--{name}={value}" for name, value in wanted.items() if value != getattr(config, name))
+
+
+def bench_plan(config: BenchConfig, runtime: Runtime, training_step: TrainingStep) -> dict[str, Any]:
+    """What the run would take: on this machine from a few steps measured now, else from data sheets alone."""
+    if config.gpu != "here" or config.mfu:
+        return plan(config, runtime)
+    shape, _, has_data = planned_shape(config)
+    batch_size = shape.batch_size
+    if runtime.device.type != "cuda":  # a step of a thousand tokens is enough; a full one may take an hour
+        batch_size = min(batch_size, max(1, 1024 // shape.block_size))
+    few = {"bench_steps": min(5, shape.bench_steps), "warmup_steps": 1, "gradient_accumulation_steps": 1}
+    print("measure  a few steps here:")
+    step = bench_step(
+        replace(shape, batch_size=batch_size, real_data=has_data, **few), runtime, training_step
+    )
+    return plan(config, runtime, step["steps"]["ours"]["mfu"], step["peak_flops"])
 
 
 def plan(config: BenchConfig, runtime: Runtime, mfu: float | None = None, peak: float | None = None) -> dict:
     """Print what the run would take, and return it. `mfu` and `peak`: measured on this machine."""
-    place = find_place(config, runtime, peak)
-    config, shape, found = planned_shape(config)
+    hardware = find_hardware(config, runtime, peak)
+    config, shape, has_data = planned_shape(config)
     half = (runtime.dtype != torch.float32) if config.gpu == "here" else config.dtype != "float32"
-    counts = count(shape, config, half, not place.is_cpu)
-    whence = (
-        "given" if config.mfu else "measured here" if mfu else "assumed; --mfu= gives it, --gpu=here measures"
-    )
-    if mfu and config.activation_checkpointing:
-        mfu *= 4 / 3  # of arithmetic that was done twice
-    mfu = config.mfu or mfu or MFU
-    asked = (config.shard, config.activation_checkpointing)
-    for how in (asked, (True, asked[1]), (asked[0], True), (True, True)):  # the cheaper ones first
-        split = settle(config, counts, place, config.n_gpus, *how)
-        if memory(counts, place, split)["fits"]:
+    counts = count(shape, config, half, not hardware.is_cpu)
+    source = "measured here"
+    if config.mfu:
+        mfu, source = config.mfu, "given"
+    elif not mfu:
+        mfu, source = MFU, "assumed; --mfu= gives it, --gpu=here measures"
+    elif config.activation_checkpointing:
+        mfu *= 4 / 3  # of compute, a part of which was done twice
+    shard, recompute = config.shard, config.activation_checkpointing
+    for how in ((shard, recompute), (True, recompute), (shard, True), (True, True)):  # cheapest first
+        split = settle(config, counts, hardware, Split(config.n_gpus, 1, 1, *how))
+        if memory(counts, hardware, split)["fits"]:
             break
-    run = run_on(config, counts, place, split, mfu)
-    names = {(0, 0): "plain", (0, 1): "checkpointing", (1, 0): "shard", (1, 1): "shard, checkpointing"}
-    variants = {
-        name: memory(counts, place, split._replace(shard=bool(shard), again=bool(again)))
-        for (shard, again), name in names.items()
-    }
+    run = run_on(config, counts, hardware, split, mfu)
+    variants = {}
+    for name in ("plain", "checkpointing", "shard", "shard, checkpointing"):
+        variant = split._replace(shard="shard" in name, recompute="checkpointing" in name)
+        variants[name] = memory(counts, hardware, variant)
     numbers = sorted({2**i for i in range(max(4096, config.n_gpus).bit_length())} | {config.n_gpus})
-    splits = [settle(config, counts, place, n, split.shard, split.again) for n in numbers]
-    result = {
-        "place": place._asdict(),
-        "counts": {**counts._asdict(), "shape": asdict(shape)},
-        "mfu": mfu,
-        "run": run,
-        "flags": flags_of(config, split),
-        "variants": variants,
-        "checkpoint_bytes": 4 * counts.parameters + counts.averages,
-        "scaling": [run_on(config, counts, place, one, mfu) for one in splits],
-    }
-    if config.real_data and not found:
+    splits = [settle(config, counts, hardware, split._replace(n=n)) for n in numbers]
+    result = {"place": hardware._asdict(), "counts": counts._asdict() | {"shape": asdict(shape)}, "mfu": mfu}
+    result |= {"run": run, "flags": flags_of(config, split), "variants": variants}
+    result["checkpoint_bytes"] = 4 * counts.parameters + counts.averages
+    result["scaling"] = [run_on(config, counts, hardware, one, mfu) for one in splits]
+    if config.real_data and not has_data:
         print(f"data     no dataset {config.dataset} here: planned with GPT-2's vocabulary")
-    print_memory(config, place, counts, result)
+    print_memory(config, hardware, counts, result)
     if run["memory"]["fits"]:
-        print(f"mfu      {mfu:.0%} of the peak, {whence}")
+        print(f"mfu      {mfu:.0%} of the peak, {source}")
         print_run(config, result)
     print_scaling(config, result["scaling"])
     return result
 
 
-def print_memory(config: BenchConfig, place: Hardware, counts: Counts, result: dict[str, Any]) -> None:
-    """The place, the model, and what of it fits with which settings."""
+def print_memory(config: BenchConfig, hardware: Hardware, counts: Counts, result: dict[str, Any]) -> None:
+    """The hardware, the model, and which settings fit."""
     run, n, shape = result["run"], config.n_gpus, counts.shape
-    steps, usable = config.gradient_accumulation_steps, f"{USABLE * place.memory / 2**30:,.1f} GiB"
+    steps, usable = config.gradient_accumulation_steps, f"{USABLE * hardware.memory / 2**30:,.1f} GiB"
     print(
-        f"place    {n:,} x {place.name}, {place.per_node} a node: {place.memory / 2**30:,.0f} GiB, "
-        f"{place.peak / 1e12:,.3g} TFLOP/s, {place.link / 1e9:,.0f} GB/s in a node, "
-        f"{place.network * 8 / 1e9:,.4g} Gbit/s between\n"
+        f"place    {n:,} x {hardware.name}, {hardware.per_node} a node: {hardware.memory / 2**30:,.0f} GiB, "
+        f"{hardware.peak / 1e12:,.3g} TFLOP/s, {hardware.link / 1e9:,.0f} GB/s in a node, "
+        f"{hardware.network * 8 / 1e9:,.4g} Gbit/s between\n"
         f"model    {shape.n_layer}/{shape.n_head}/{shape.n_embd}, {counts.parameters:,} parameters, "
         f"{counts.flops_per_token / 1e9:,.3g} GFLOP a token"
     )
@@ -423,11 +430,10 @@ def print_memory(config: BenchConfig, place: Hardware, counts: Counts, result: d
             f"batch    {steps} micro-steps of {config.batch_size} {why}; nearest: {n * run['rounds']:,} of "
             f"{run['B']}, {run['sequences']:,} sequences a step for {steps * config.batch_size:,}"
         )
-    widths = {"weights": 7, "gradients": 9, "averages": 8, "activations": 11, "more": 5, "peak": 5}
-    heads = "  ".join(f"{key:>{width}}" for key, width in widths.items())
+    heads = "  ".join(f"{key:>{width}}" for key, width in MEMORY_COLUMNS.items())
     print(f"memory   GiB of a rank         {heads}  batch_size {run['B']}, eager")
     for name, parts in result["variants"].items():
-        figures = "  ".join(f"{parts[key] / 2**30:{width}.2f}" for key, width in widths.items())
+        figures = "  ".join(f"{parts[key] / 2**30:{width}.2f}" for key, width in MEMORY_COLUMNS.items())
         print(f"         {name:20}  {figures}  {'fits' if parts['fits'] else 'too much'}")
     if not run["memory"]["fits"]:
         least = min(parts["peak"] for parts in result["variants"].values()) / 2**30
@@ -441,14 +447,15 @@ def print_memory(config: BenchConfig, place: Hardware, counts: Counts, result: d
 
 
 def duration(seconds: float) -> str:
-    """In the unit that suits."""
-    units = {"days": 86400, "hours": 3600, "minutes": 60}
-    name, unit = next((pair for pair in units.items() if seconds >= 2 * pair[1]), ("s", 1))
-    return f"{seconds / unit:,.1f} {name}"
+    """In a readable unit."""
+    for name, unit in {"days": 86400, "hours": 3600, "minutes": 60}.items():
+        if seconds >= 2 * unit:
+            return f"{seconds / unit:,.1f} {name}"
+    return f"{seconds:,.1f} s"
 
 
 def print_run(config: BenchConfig, result: dict[str, Any]) -> None:
-    """How long a step and the run take, what is read and written."""
+    """How long a step and the run take, and how much is read and written."""
     run, size = result["run"], result["checkpoint_bytes"]
     ms = {name: f"{run[name] * 1000:,.1f}" for name in ("seconds", "compute", "update", "exchange", "waits")}
     rates = {name: f"{rate / 1e6:,.1f}" for name, rate in run["data"].items()}
@@ -466,34 +473,33 @@ def print_run(config: BenchConfig, result: dict[str, Any]) -> None:
 
 
 def print_scaling(config: BenchConfig, rows: list[dict[str, Any]]) -> None:
-    """The run on more and more GPUs, and what stops it."""
-    print(
-        "scale      GPUs  batch_size x steps  sequences    GiB     ms/step   waits  efficiency          time"
-    )
+    """The run on more and more GPUs, and what limits it."""
+    heads = "sequences    GiB     ms/step   waits  efficiency          time"
+    print(f"scale      GPUs  batch_size x steps  {heads}")
     for row in rows:
-        start = f"         {row['n']:6,}  {row['B']:10} x {row['rounds']:5}  {row['sequences']:9,}"
-        start += f"  {row['memory']['peak'] / 2**30:5.1f}"
-        figures = (
-            f"  {row['seconds'] * 1000:10,.1f}  {row['share']:6.1%}  {row['efficiency']:10.0%}  "
-            f"{duration(row['days'] * 86400):>12}"
-        )
-        print(start + (figures if row["memory"]["fits"] else "  too much"))
+        line = f"         {row['n']:6,}  {row['B']:10} x {row['rounds']:5}  {row['sequences']:9,}"
+        line += f"  {row['memory']['peak'] / 2**30:5.1f}  "
+        if row["memory"]["fits"]:
+            line += f"{row['seconds'] * 1000:10,.1f}  {row['share']:6.1%}  {row['efficiency']:10.0%}  "
+            line += f"{duration(row['days'] * 86400):>12}"
+        else:
+            line += "too much"
+        print(line)
     fitting = [row for row in rows if row["memory"]["fits"]]
     if not fitting:
         return
-    most, sequences = rows[-1]["n"], config.gradient_accumulation_steps * config.batch_size
-    waiting = [row["n"] for row in fitting if row["share"] >= 0.1]
-    told = f"from {waiting[0]:,} GPUs on" if waiting else f"not up to {most:,} GPUs"
-    print(f"limits   exchange: {told}, a tenth of a step or more waits for it")
+    most, sequences = rows[-1]["n"], samples_per_step(config)
+
+    def since(limited: list[dict[str, Any]]) -> str:
+        return f"from {limited[0]['n']:,} GPUs on" if limited else f"not up to {most:,} GPUs"
+
+    waiting = since([row for row in fitting if row["share"] >= 0.1])
+    print(f"limits   exchange: {waiting}, a tenth of a step or more waits for it")
     if sequences < most:
         few = next(row["n"] for row in rows if row["n"] > sequences)
-        print(
-            f"         batch: {sequences:,} sequences are too few for {few:,} GPUs; "
-            "a larger step learns less from a token"
-        )
-    reading = [row["n"] for row in fitting if row["data"]["disk"] >= DISK]
-    told = f"from {reading[0]:,} GPUs on" if reading else f"not up to {most:,} GPUs"
+        why = "a larger step learns less from a token"
+        print(f"         batch: {sequences:,} sequences are too few for {few:,} GPUs; {why}")
+    reading = since([row for row in fitting if row["data"]["disk"] >= DISK])
     rate = max(row["data"]["disk"] for row in fitting) / 1e6
-    print(
-        f"         data: {told}, a node reads more than an SSD's {DISK / 1e6:,.0f} MB/s ({rate:,.1f} at most)"
-    )
+    why = f"a node reads more than an SSD's {DISK / 1e6:,.0f} MB/s ({rate:,.1f} at most)"
+    print(f"         data: {reading}, {why}")

@@ -1,26 +1,29 @@
-"""What bench.py times with: data for steps, turns of what is compared, medians, memory."""
+"""What all benchmarks share: data, timing in turns, medians, memory."""
 
 import math
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from distrogpt.benchmark.baselines import Step
 from distrogpt.data.dataset import Dataset, Part, open_dataset
 from distrogpt.data.meta import GPT2_META
 from distrogpt.errors import UserError
 from distrogpt.runtime import Runtime
 from distrogpt.settings import BenchConfig
 
+Step = Callable[[], Any]  # one training step
+
 
 class RandomStream:
-    """Stands in for a TokenStream where there is no dataset: `length` uniform ids."""
+    """A TokenStream of `length` uniform ids, for benchmarks without a dataset."""
 
     def __init__(self, vocab_size: int, length: int) -> None:
-        self.vocab_size = vocab_size
         self.tokens = np.random.default_rng(0).integers(0, vocab_size, length)
 
     def __len__(self) -> int:
@@ -31,45 +34,60 @@ class RandomStream:
 
 
 def open_data(config: BenchConfig) -> Dataset:
-    """The train split of the dataset; random ids where real_data=False, or where the default
-    dataset is not there. Raises UserError."""
+    """The train split of the dataset; random ids if real_data=False, or if the default dataset is missing.
+    Raises UserError."""
     if config.real_data:
         try:
             return open_dataset(config, ("train",))
         except UserError as error:
             if config.dataset != BenchConfig.dataset:
-                raise UserError(
-                    f"{error}; or --real_data=False, for random ids of GPT-2's vocabulary"
-                ) from None
+                hint = "or --real_data=False, for random ids of GPT-2's vocabulary"
+                raise UserError(f"{error}; {hint}") from None
     print("data     random ids of GPT-2's vocabulary")
     stream = RandomStream(GPT2_META["vocab_size"], 1_000_000 + config.block_size)
     lines = {"train": np.arange(0, 1_000_000, config.block_size)}
     return Dataset([Part("random ids", 1.0, Path(), GPT2_META, {"train": stream}, lines)])
 
 
+@contextmanager
+def float32_precision(precision: str) -> Iterator[None]:
+    """torch.set_float32_matmul_precision for a while."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def synchronize(runtime: Runtime) -> None:
-    """Wait until the device has done all that it was given."""
-    if runtime.device.type == "cuda":
-        torch.cuda.synchronize()
-    elif runtime.device.type == "mps":
-        torch.mps.synchronize()
+    """Wait until the device has finished all work."""
+    if runtime.device.type in ("cuda", "mps"):
+        getattr(torch, runtime.device.type).synchronize()
+
+
+def seconds_of(function: Callable[..., Any], *args: Any, runtime: Runtime) -> float:
+    """Seconds of one call, including the device's work."""
+    synchronize(runtime)
+    begin = time.perf_counter()
+    function(*args)
+    synchronize(runtime)
+    return time.perf_counter() - begin
 
 
 def alternate(steps: dict[str, Step], warmup: int, count: int, runtime: Runtime) -> dict[str, list[float]]:
-    """Seconds of `count` steps of each, the device's work included. They take turns of a tenth of them."""
+    """Seconds of `count` steps of each, in turns of a tenth of them: a busy machine slows all alike."""
     for step in steps.values():
-        for number in range(warmup):
-            step(number)
+        for _ in range(warmup):
+            step()
     times: dict[str, list[float]] = {name: [] for name in steps}
-    turn = math.ceil(count / 10)  # a step that follows another one's finds the caches cold
+    turn = math.ceil(count / 10)  # several steps: the first one after another model finds cold caches
     for first in range(0, count, turn):
         for name, step in steps.items():
-            for number in range(first, min(first + turn, count)):
-                synchronize(runtime)
-                begin = time.perf_counter()
-                step(number)
-                synchronize(runtime)
-                times[name].append(time.perf_counter() - begin)
+            for _ in range(first, min(first + turn, count)):
+                times[name].append(seconds_of(step, runtime=runtime))
     return times
 
 
@@ -79,13 +97,18 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"median": float(median), "low": float(low), "high": float(high)}
 
 
-def ratio(theirs: list[float], ours: list[float]) -> dict[str, float]:
+def ratio(baseline: list[float], ours: list[float]) -> dict[str, float]:
     """How many times faster ours is: the spread of the ratios of neighbouring measurements."""
-    return spread([slow / fast for slow, fast in zip(theirs, ours, strict=True)])
+    return spread([slow / fast for slow, fast in zip(baseline, ours, strict=True)])
+
+
+def quartiles(values: dict[str, float], digits: int = 2) -> str:
+    """The quartiles of a spread, in words."""
+    return f"({values['low']:.{digits}f} to {values['high']:.{digits}f})"
 
 
 def peak_memory(runtime: Runtime) -> int | None:
-    """Bytes of the largest memory so far: the GPU's allocations, or the process's resident set."""
+    """Peak bytes so far: the GPU's allocations, or the resident set of this process."""
     if runtime.device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     try:

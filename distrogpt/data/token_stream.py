@@ -1,141 +1,157 @@
-"""Token ids from disk: `TokenStream` reads windows of one split, train.bin or train_000000.bin and so on."""
+"""The token ids of a split on disk, memory-mapped: train.bin, or train_000000.bin, train_000001.bin, ..."""
 
+import mmap
 import os
 from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from distrogpt.data.meta import how_to_prepare
 from distrogpt.errors import UserError
 
-CHECKED_AT_START = 1 << 28  # ids of a split; those beyond are checked batch by batch, as they are read
-FILES_AT_START = 64  # of a split, from all over it; the others are opened when a batch is in them
-CHUNK = 1 << 22  # ids read at once where many are
+IDS_CHECKED = 1 << 28  # at the start; the ids beyond are checked batch by batch
+FILES_CHECKED = 64  # at the start, evenly spaced; the others are opened when a batch reads them
+CHUNK = 1 << 22  # ids that a scan reads at once
+MAX_MAPS = 128  # files mapped at the same time; each map holds a file descriptor
 
 
 class TokenStream:
-    """All ids of one split, checked: `len(stream)`, `stream.windows(starts, length)`.
+    """All ids of one split as one sequence: `len(stream)`, `stream.windows(starts, length)`.
 
-    A file is open only while it is read, and it is read, not mapped: so a terabyte in thousands of files
-    takes no more memory than a megabyte in one, and a file that is cut off under the run is an error that
-    can be told, where a map would kill the process.
+    Before a batch reads a file, its size and modification time are compared with those at the start: reading
+    the map of a file that was truncated would kill the process.
     """
 
-    def __init__(self, folder: Path, split: str, meta: dict[str, Any], block_size: int) -> None:
-        """Raises UserError where no window of block_size + 1 ids in meta's vocabulary can be read."""
+    def __init__(
+        self, folder: Path, split: str, meta: dict[str, Any], block_size: int, ids_checked: int = IDS_CHECKED
+    ) -> None:
+        """Raises UserError if no window of block_size + 1 ids can be read, or ids exceed the vocabulary."""
         self.name = str(folder / split)
-        self.meta, self.vocab_size = meta, meta["vocab_size"]
+        self.vocab_size = meta["vocab_size"]
         self.dtype = np.dtype(meta["dtype"]).newbyteorder("<")
-        paths = [folder / f"{split}.bin"]
-        if not paths[0].is_file():
-            paths = sorted(folder.glob(f"{split}_*.bin"))
-        if not paths:
-            raise UserError(f"{folder / split}.bin is missing; {how_to_prepare(folder)}")
-        self.paths = paths
-        self.states = [file_signature(path) for path in paths]
-        self.begins = [0]  # of each file, in the stream; then the end
-        for path, state in zip(paths, self.states, strict=True):
-            self.begins.append(self.begins[-1] + ids_in(path, state, self.dtype))
+        single = folder / f"{split}.bin"
+        self.paths = [single] if single.is_file() else sorted(folder.glob(f"{split}_*.bin"))
+        if not self.paths:
+            script = folder / "prepare.py"
+            advice = f"run: python {script}" if script.is_file() else "write it with a prepare.py"
+            raise UserError(f"{single} is missing; {advice}")
+        self.signatures = [file_signature(path) for path in self.paths]
+        self.offsets = [0]  # of each file in the sequence, then the end
+        for path, (size, _) in zip(self.paths, self.signatures, strict=True):
+            if not size or size % self.dtype.itemsize:
+                raise UserError(
+                    f"{path} has {size:,} bytes, not whole {self.dtype.name} ids; run its prepare.py again"
+                )
+            self.offsets.append(self.offsets[-1] + size // self.dtype.itemsize)
         if len(self) <= block_size:
             raise UserError(
                 f"{self.name} has {len(self):,} tokens, too few for block_size={block_size}; "
                 f"set --block_size={max(len(self) - 1, 1)} or less, or prepare more text"
             )
-        looked_at = np.unique(np.linspace(0, len(paths) - 1, FILES_AT_START).astype(int)).tolist()
-        for i in looked_at:
-            size = min(self.begins[i + 1] - self.begins[i], CHECKED_AT_START // len(looked_at))
-            for _ in self.chunks(self.begins[i], self.begins[i] + size):
+        files = np.unique(np.linspace(0, len(self.paths) - 1, FILES_CHECKED).astype(int)).tolist()
+        for i in files:
+            end = min(self.offsets[i + 1], self.offsets[i] + ids_checked // len(files))
+            for _ in self.chunks(self.offsets[i], end):  # each is checked
                 pass
-        promised = meta.get("tokens", {}).get(split, len(self))
-        if promised != len(self):
+        expected = meta.get("tokens", {}).get(split, len(self))
+        if expected != len(self):
             raise UserError(
-                f"{self.name} has {len(self):,} tokens, but its meta.json says {promised:,}; "
+                f"{self.name} has {len(self):,} tokens, but its meta.json says {expected:,}; "
                 "it was cut off or changed: run the dataset's prepare.py again"
             )
 
     def __len__(self) -> int:
-        return self.begins[-1]
+        return self.offsets[-1]
 
     def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """The ids from each start on: (N, length), int64; after the last id comes the first one.
+        """The ids from each start on, (N, length), int64; the first id follows the last one.
 
-        Raises UserError as `check` and `opened` do.
+        Raises UserError if a file has changed, or an id is not in the vocabulary.
         """
         ids = np.empty((len(starts), length), self.dtype)
-        pieces: dict[int, list[tuple[int, int, int, int]]] = {}  # of each file: row, column, place, count
+        unchanged: set[int] = set()
         for row, start in enumerate(starts.tolist()):
             column = 0
             while column < length:
-                place = (start + column) % len(self)
-                i = bisect_right(self.begins, place) - 1
-                count = min(length - column, self.begins[i + 1] - place)
-                pieces.setdefault(i, []).append((row, column, place - self.begins[i], count))
-                column += count
-        for i, found in pieces.items():
-            with self.opened(i) as file:
-                for row, column, place, count in found:
-                    file.seek(place * self.dtype.itemsize)
-                    read = file.readinto(ids[row, column : column + count])
-                    if read != count * self.dtype.itemsize:
-                        raise self.is_not_what_it_was(i, "changed")
-        self.check(ids)
+                position = (start + column) % len(self)
+                i = bisect_right(self.offsets, position) - 1
+                if i not in unchanged:
+                    self.check_unchanged(i)
+                    unchanged.add(i)
+                tokens = map_file(self.paths[i], self.dtype, self.signatures[i])
+                begin = position - self.offsets[i]
+                piece = tokens[begin : begin + length - column]
+                ids[row, column : column + len(piece)] = piece
+                column += len(piece)
+        self.check_vocabulary(ids)
         return ids.astype(np.int64)
 
     def chunks(self, first: int = 0, end: int | None = None) -> Iterator[tuple[int, np.ndarray]]:
-        """All ids from `first` up to `end`, in pieces (N,) of bounded size, and where each begins."""
+        """The ids from `first` up to `end` in chunks (N,), each with its position. Raises UserError.
+
+        They are read, not mapped: the system reads ahead in files, and not in maps for random access.
+        """
         end = len(self) if end is None else end
-        for begin in range(first, end, CHUNK):
-            yield begin, self.windows(np.array([begin]), min(CHUNK, end - begin))[0]
+        while first < end:
+            i = bisect_right(self.offsets, first) - 1
+            count = min(CHUNK, end - first, self.offsets[i + 1] - first)
+            self.check_unchanged(i)
+            with open_file(self.paths[i]) as file:
+                file.seek((first - self.offsets[i]) * self.dtype.itemsize)
+                ids = np.fromfile(file, self.dtype, count)
+            self.check_vocabulary(ids)
+            yield first, ids
+            first += count
 
     def positions_of(self, token: int) -> np.ndarray:
-        """Where that id stands, in order: (N,)."""
+        """All positions of a token, in order: (N,)."""
         return np.concatenate([begin + np.flatnonzero(ids == token) for begin, ids in self.chunks()])
 
-    @contextmanager
-    def opened(self, i: int) -> Iterator[FileIO]:
-        """File i, open. Raises UserError where it was changed, replaced or removed since the start."""
-        path = self.paths[i]
-        try:
-            file = open(path, "rb", buffering=0)
-        except FileNotFoundError:
-            raise self.is_not_what_it_was(i, "was removed") from None
-        except OSError as error:
-            raise UserError(f"{path} cannot be read ({error.strerror}); see its permissions") from None
-        with file:
-            found = os.fstat(file.fileno())
-            if (found.st_size, found.st_mtime_ns) != self.states[i]:
-                raise self.is_not_what_it_was(i, "changed")
-            yield file
-
-    def is_not_what_it_was(self, i: int, what: str) -> UserError:
-        return UserError(f"{self.paths[i]} {what} under the run; put back what it was, and resume")
-
-    def check(self, ids: np.ndarray) -> None:
-        """Raises UserError where an id is not in the vocabulary, which a GPU could not say."""
-        if ids.max() >= self.vocab_size:
+    def check_vocabulary(self, ids: np.ndarray) -> None:
+        """Raises UserError if an id is not in the vocabulary."""
+        if ids.max() >= self.vocab_size:  # which a GPU could not report
             raise UserError(
                 f"{self.name} has the id {ids.max()}, but the vocabulary ends at {self.vocab_size - 1}; "
                 "file and vocabulary do not belong together: run the dataset's prepare.py again"
             )
 
+    def check_unchanged(self, i: int) -> None:
+        """Raises UserError if file i was changed, replaced or removed since the start."""
+        signature = file_signature(self.paths[i])
+        if signature != self.signatures[i]:
+            event = "was removed" if signature == (0, 0) else "changed"
+            raise UserError(f"{self.paths[i]} {event} under the run; put back what it was, and resume")
+
 
 def file_signature(path: Path) -> tuple[int, int]:
-    """What tells whether a file is still the same: its size in bytes, and when it was changed. UserError."""
+    """Size in bytes and modification time of a file, which differ if it was replaced; zeros if missing."""
     try:
-        found = os.stat(path)
+        status = os.stat(path)
+    except OSError:
+        return 0, 0
+    return status.st_size, status.st_mtime_ns
+
+
+@lru_cache(MAX_MAPS)
+def map_file(path: Path, dtype: np.dtype, signature: tuple[int, int]) -> np.ndarray:
+    """The ids of a file, (N,), memory-mapped; another signature means another file. Raises UserError."""
+    with open_file(path) as file:
+        pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    if hasattr(pages, "madvise"):  # else the system reads megabytes around each window
+        pages.madvise(mmap.MADV_RANDOM)
+    return np.frombuffer(pages, dtype)
+
+
+@contextmanager
+def open_file(path: Path) -> Iterator[FileIO]:
+    """Open a file for reading, unbuffered. Raises UserError."""
+    try:
+        with open(path, "rb", buffering=0) as file:
+            yield file
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); see its permissions") from None
-    return found.st_size, found.st_mtime_ns
-
-
-def ids_in(path: Path, state: tuple[int, int], dtype: np.dtype) -> int:
-    """How many ids a file has. Raises UserError where it is empty or cut off within an id."""
-    size = state[0]
-    if not size or size % dtype.itemsize:
-        raise UserError(f"{path} has {size:,} bytes, not whole {dtype.name} ids; run its prepare.py again")
-    return size // dtype.itemsize

@@ -1,6 +1,6 @@
-"""Text to token ids and back: characters, bytes, GPT-2's byte-pair encoding, or one's own.
+"""Text to token ids and back: characters, bytes, GPT-2's byte-pair encoding, or one trained here.
 
-`describe` says what meta.json and checkpoints hold of a tokenizer; `from_description` rebuilds it from that.
+meta.json and checkpoints store `describe()`; `from_description` rebuilds the tokenizer from it.
 """
 
 import copy
@@ -10,7 +10,6 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from hashlib import sha1
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -19,46 +18,34 @@ from distrogpt.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 GPT2_FILES = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
-GPT2_CACHED = tuple(
-    sha1(f"{GPT2_FILES}{name}".encode()).hexdigest() for name in ("vocab.bpe", "encoder.json")
-)
+GPT2_CACHED = [sha1(f"{GPT2_FILES}{name}".encode()).hexdigest() for name in ("vocab.bpe", "encoder.json")]
 # GPT-2's words: an ending as in 's, or letters, digits or signs with a space before them, or white space
 GPT2_WORDS = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
-BYTE_ORDER = [b for b in range(256) if chr(b).isprintable() and not chr(b).isspace()]
-BYTE_CHARS = {b: chr(b) for b in BYTE_ORDER}  # a visible character for each byte, as in GPT-2's files
+BYTE_CHARS = {b: chr(b) for b in range(256) if chr(b).isprintable() and not chr(b).isspace()}
 BYTE_CHARS |= {b: chr(256 + n) for n, b in enumerate(b for b in range(256) if b not in BYTE_CHARS)}
+# BYTE_CHARS: a visible character for each byte, in the order of GPT-2's ids
 
 
 class Tokenizer:
-    """vocab_size ids; end_of_text is the one that ends a document, None where there is none."""
+    """vocab_size ids; end_of_text is the one that ends a document, None if there is none.
+
+    Subclasses have `encode_text(text)`, to which <|endoftext|> is plain text, `decode_bytes(ids)`, since ids
+    may begin or end within a character, and `describe()`.
+    """
 
     vocab_size: int
     end_of_text: int | None
-
-    def encode_text(self, text: str) -> np.ndarray:
-        """ids (N,) of a text that is read as nothing but text."""
-        raise NotImplementedError
-
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The UTF-8 that the ids stand for, which may begin or end within a character."""
-        raise NotImplementedError
-
-    def describe(self) -> dict[str, Any]:
-        raise NotImplementedError
-
-    def encode_texts(self, texts: list[str]) -> list[np.ndarray]:
-        """encode_text of each."""
-        return [self.encode_text(text) for text in texts]
+    byte_order, merges = range(256), ()  # bytes of the ids 0..255, and what makes the others: of BPE
 
     def for_thread(self) -> "Tokenizer":
-        """The same tokenizer for another thread to use at the same time."""
+        """The same tokenizer, for use in another thread."""
         return self
 
     def encode(self, text: str) -> np.ndarray:
-        """ids (N,); <|endoftext|> in a text is the token that ends a document, where there is one."""
-        parts = text.split(END_OF_TEXT) if self.end_of_text is not None else [text]
-        ids = [self.encode_text(parts[0])]
-        for part in parts[1:]:
+        """ids (N,); <|endoftext|> becomes the token that ends a document, if there is one."""
+        first, *others = text.split(END_OF_TEXT) if self.end_of_text is not None else [text]
+        ids = [self.encode_text(first)]
+        for part in others:
             ids += [np.array([self.end_of_text]), self.encode_text(part)]
         return np.concatenate(ids).astype(np.int64)
 
@@ -67,37 +54,31 @@ class Tokenizer:
 
 
 class CharTokenizer(Tokenizer):
-    """One id for each character of a fixed list, in its order; the last one ends documents, if any does."""
+    """One id for each of some characters, in their order; with `ends`, one more that ends documents."""
 
     def __init__(self, chars: str, ends: bool = False) -> None:
         self.chars = chars
         self.end_of_text = len(chars) if ends else None
-        self.named = [*chars, END_OF_TEXT]
+        self.tokens = [*chars, END_OF_TEXT]
         self.vocab_size = len(chars) + ends
         codes = code_points(chars)  # (V,)
         self.ids = np.full(int(codes.max(initial=0)) + 2, -1, np.int32)  # by code point; the last is unknown
         self.ids[codes] = np.arange(len(chars))
-        by_ascii = self.ids[np.arange(128).clip(max=len(self.ids) - 1)]
-        self.of_ascii = by_ascii.astype(np.uint8).tobytes() + bytes(128) if by_ascii.max() < 255 else None
 
     def encode_text(self, text: str) -> np.ndarray:
         """ids (N,). Raises UserError that names the first character outside of the vocabulary."""
-        if self.of_ascii and text.isascii():  # twice as fast
-            ids = np.frombuffer(text.encode().translate(self.of_ascii), dtype=np.uint8)
-            unknown = ids == 255
-        else:
-            ids = self.ids.take(code_points(text), mode="clip")
-            unknown = ids < 0
+        ids = self.ids.take(code_points(text), mode="clip")
+        unknown = ids < 0
         if unknown.any():
-            place = int(np.argmax(unknown))
+            position = int(np.argmax(unknown))
             raise UserError(
-                f"character {text[place]!r} at position {place} is not in the vocabulary of "
+                f"character {text[position]!r} at position {position} is not in the vocabulary of "
                 f"{self.vocab_size}; leave it out, or replace it"
             )
         return ids
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        return "".join(self.named[i] for i in ids).encode("utf-8", "replace")
+        return "".join(self.tokens[i] for i in ids).encode("utf-8", "replace")
 
     def describe(self) -> dict[str, Any]:
         return {"kind": "char", "chars": self.chars} | ({"ends": True} if self.end_of_text else {})
@@ -129,39 +110,28 @@ class TiktokenTokenizer(Tokenizer):
         except UnicodeEncodeError:  # halves of characters, which UTF-8 cannot write
             return self.bpe.encode_to_numpy(text.encode("utf-8", "replace").decode(), disallowed_special=())
 
-    def encode_texts(self, texts: list[str]) -> list[np.ndarray]:
-        """encode_text of each; in one call, as long as they have no <|endoftext|> of their own, since between
-        calls threads wait for each other."""
-        joined = END_OF_TEXT.join(texts)
-        if joined.count(END_OF_TEXT) >= len(texts):
-            return super().encode_texts(texts)
-        ids = self.bpe.encode_to_numpy(joined, allowed_special={END_OF_TEXT}, disallowed_special=())
-        ends = [*np.flatnonzero(ids == self.end_of_text).tolist(), len(ids)]
-        return [ids[begin:end] for begin, end in zip([0, *(end + 1 for end in ends)], ends, strict=False)]
-
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         return self.bpe.decode_bytes(list(ids))
 
     def for_thread(self) -> "TiktokenTokenizer":
-        """One with an Encoding of its own: the first thread that uses one is a third faster than others,
-        which wait for the scratch memory of its regular expressions."""
+        """With an Encoding of its own: threads that share one wait for its regular expressions."""
         import tiktoken
 
-        made, bpe = copy.copy(self), self.bpe
-        parts = {"mergeable_ranks": bpe._mergeable_ranks, "special_tokens": bpe._special_tokens}
-        made.bpe = tiktoken.Encoding(bpe.name, pat_str=bpe._pat_str, **parts)
-        return made
+        copied, bpe = copy.copy(self), self.bpe
+        tables = {"mergeable_ranks": bpe._mergeable_ranks, "special_tokens": bpe._special_tokens}
+        copied.bpe = tiktoken.Encoding(bpe.name, pat_str=bpe._pat_str, **tables)
+        return copied
 
 
 class BPETokenizer(TiktokenTokenizer):
-    """A byte-pair encoding of bytes (Sennrich et al., arXiv 1508.07909), merged by tiktoken.
+    """A byte-pair encoding of bytes (Sennrich et al., arXiv 1508.07909).
 
-    Made from merges, pairs of tokens in the order of their joining, in the letters of GPT-2's vocab.bpe:
-    ids are the 256 bytes, then what each merge makes, then <|endoftext|>.
+    Ids are the 256 bytes, the tokens that the merges make, and <|endoftext|>. Merges are pairs of tokens in
+    the alphabet of GPT-2's vocab.bpe.
     """
 
     def __init__(self, merges: Sequence[tuple[str, str]]) -> None:
-        """Raises ValueError where a merge joins what is not there yet, or makes what is there already."""
+        """Raises ValueError if a merge joins unknown tokens, or makes a known one."""
         import tiktoken
 
         tokens = {BYTE_CHARS[b]: b for b in range(256)}
@@ -169,7 +139,7 @@ class BPETokenizer(TiktokenTokenizer):
             if left not in tokens or right not in tokens or left + right in tokens:
                 raise ValueError(f"merge {len(tokens) - 256} does not join two tokens to a new one")
             tokens[left + right] = len(tokens)
-        self.merges = list(merges)
+        self.merges = merges
         self.end_of_text = len(tokens)
         self.vocab_size = len(tokens) + 1
         byte_of = {char: b for b, char in BYTE_CHARS.items()}
@@ -182,9 +152,9 @@ class BPETokenizer(TiktokenTokenizer):
 
 
 class GPT2Tokenizer(TiktokenTokenizer):
-    """GPT-2's byte-pair encoding, 50,257 tokens, through tiktoken."""
+    """GPT-2's byte-pair encoding, 50,257 tokens."""
 
-    vocab_size, end_of_text = 50257, 50256
+    vocab_size, end_of_text, byte_order = 50257, 50256, BYTE_CHARS
 
     def __init__(self) -> None:
         import tiktoken
@@ -197,6 +167,13 @@ class GPT2Tokenizer(TiktokenTokenizer):
                 f" of {GPT2_FILES} elsewhere, name them {' and '.join(GPT2_CACHED)}, and set "
                 "TIKTOKEN_CACHE_DIR to their folder"
             ) from None
+
+    @property
+    def merges(self) -> list[tuple[str, str]]:
+        from tiktoken.load import read_file_cached
+
+        _, *lines = read_file_cached(f"{GPT2_FILES}vocab.bpe").decode().splitlines()
+        return [tuple(line.split()) for line in lines]
 
     def describe(self) -> dict[str, Any]:
         return {"kind": "gpt2"}
@@ -211,18 +188,19 @@ def code_points(text: str) -> np.ndarray:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Ctrl-C ends the process at once: a library that computes for minutes would not see it otherwise."""
-    main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGINT, signal.SIG_DFL) if main else None
+    """Let Ctrl-C end the process at once, which a library that computes for minutes would not notice."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         yield
     finally:
-        if main:
-            signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, before)
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
-    """A byte-pair encoding of vocab_size ids or, where the texts do not bear as many, fewer."""
+    """A byte-pair encoding of vocab_size ids, or fewer if the texts have too few pairs to merge."""
     from tokenizers import Tokenizer as HuggingFaceTokenizer
     from tokenizers import models, pre_tokenizers, trainers
 
@@ -232,19 +210,16 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
     trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=False)
     with interruptible():
         bpe.train_from_iterator(texts, trainer)
-    known, merges = set(alphabet), []
+    merges: dict[str, tuple[str, str]] = {}  # by the token that they make: if two do, the first
     for left, right in json.loads(bpe.to_str())["model"]["merges"]:
-        if left + right not in known:  # a token that two merges make is made by the first
-            known.add(left + right)
-            merges.append((left, right))
-    return BPETokenizer(merges)
+        merges.setdefault(left + right, (left, right))
+    return BPETokenizer(list(merges.values()))
 
 
 def tokenizer_json(tokenizer: Tokenizer) -> str:
     """The text of a tokenizer.json, which Hugging Face's libraries read as the same tokenizer.
 
-    A character that a list of characters lacks is an error there, too. Raises UserError where JSON cannot
-    write the characters.
+    Raises UserError if JSON cannot write the characters.
     """
     from tokenizers import Regex, decoders, models, pre_tokenizers
     from tokenizers import Tokenizer as HuggingFaceTokenizer
@@ -254,56 +229,30 @@ def tokenizer_json(tokenizer: Tokenizer) -> str:
             tokenizer.chars.encode()
         except UnicodeEncodeError:
             raise UserError("the vocabulary has halves of characters, which no file can name") from None
-        made = HuggingFaceTokenizer(models.WordLevel({char: i for i, char in enumerate(tokenizer.chars)}))
-        made.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-        made.decoder = decoders.Fuse()
+        exported = HuggingFaceTokenizer(models.WordLevel({char: i for i, char in enumerate(tokenizer.chars)}))
+        exported.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+        exported.decoder = decoders.Fuse()
     else:
-        made = HuggingFaceTokenizer(models.BPE(*bpe_vocabulary(tokenizer)))
-        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        made.decoder = decoders.ByteLevel()
+        alphabet = [BYTE_CHARS[b] for b in tokenizer.byte_order]
+        tokens = [*alphabet, *map("".join, tokenizer.merges)]
+        vocabulary = {token: number for number, token in enumerate(tokens)}
+        exported = HuggingFaceTokenizer(models.BPE(vocabulary, list(tokenizer.merges)))
+        exported.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        exported.decoder = decoders.ByteLevel()
     if tokenizer.end_of_text is not None:
-        made.add_special_tokens([END_OF_TEXT])
-    return made.to_str()
-
-
-def bpe_vocabulary(tokenizer: Tokenizer) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """The id of each token in the letters of GPT-2's files, without <|endoftext|>, and the merges in their
-    order: none where ids are bytes."""
-    if isinstance(tokenizer, GPT2Tokenizer):
-        ranks = tokenizer.bpe._mergeable_ranks
-        merges = [merged_pair(token, ranks) for token in sorted(ranks, key=ranks.get) if len(token) > 1]
-        return {bytes_to_unicode(token): rank for token, rank in ranks.items()}, [
-            (bytes_to_unicode(left), bytes_to_unicode(right)) for left, right in merges
-        ]
-    merges = tokenizer.merges if isinstance(tokenizer, BPETokenizer) else []
-    tokens = [*(BYTE_CHARS[b] for b in range(256)), *map("".join, merges)]
-    return {token: number for number, token in enumerate(tokens)}, merges
-
-
-def bytes_to_unicode(token: bytes) -> str:
-    """A visible character for each byte."""
-    return "".join(BYTE_CHARS[byte] for byte in token)
-
-
-def merged_pair(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
-    """The two tokens that are joined to this one: what the merges before it make of its bytes."""
-    parts = [token[i : i + 1] for i in range(len(token))]
-    while len(parts) > 2:
-        joined = [ranks.get(left + right, len(ranks)) for left, right in pairwise(parts)]
-        i = joined.index(min(joined))
-        parts[i : i + 2] = [parts[i] + parts[i + 1]]
-    return parts
+        exported.add_special_tokens([END_OF_TEXT])
+    return exported.to_str()
 
 
 def start_token(tokenizer: Tokenizer) -> int:
-    """The id that an empty prompt stands for: a new line, or the end of the text before."""
+    """The id that replaces an empty prompt: the end of the document before, or else a newline."""
     if tokenizer.end_of_text is None:
         return max(tokenizer.chars.find("\n"), 0)
     return tokenizer.end_of_text
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """The prompt's ids, one at least: an empty one begins a document. Raises UserError."""
+    """The prompt's ids, at least one. Raises UserError."""
     return tokenizer.encode(prompt).tolist() or [start_token(tokenizer)]
 
 

@@ -1,18 +1,27 @@
 """What train.py measures at an evaluation: losses, and as configured HellaSwag, exact answers, samples."""
 
 import logging
-from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import torch
 from torch.distributed.fsdp import FSDPModule
 
-from distrogpt.data.dataset import Dataset, evaluation_windows, measured_splits
+from distrogpt.data.dataset import (
+    Dataset,
+    evaluation_windows,
+    measured_splits,
+    pad_windows,
+    strided_windows,
+    to_xy,
+)
+from distrogpt.data.token_stream import TokenStream
 from distrogpt.data.tokenizer import encode_prompt, from_description
 from distrogpt.errors import UserError
-from distrogpt.evaluation.loss import EvalWindows, Losses, mean_losses, never, summed_loss
-from distrogpt.evaluation.tasks import answers, check_lengths, choices, held_out_lines, open_questions
+from distrogpt.evaluation.batches import EvaluationStopped, StopCheck
+from distrogpt.evaluation.exact_match import answer_problems, check_prompt_length, load_problems
+from distrogpt.evaluation.loss import Losses, mean_losses
+from distrogpt.evaluation.multiple_choice import answer_multiple_choice, load_questions
 from distrogpt.inference.decoder import stream
 from distrogpt.inference.sampling import SamplingParams, uniform_noise
 from distrogpt.runtime import Runtime
@@ -34,7 +43,7 @@ class Evaluator:
         self.config, self.data, self.runtime = config, data, runtime
         self.monitor = measured_splits(config)[-1]
         self.error: UserError | None = None
-        # the ranks share questions and lines; with sharded weights, they have to call the model equally often
+        # ranks share questions and lines; but if they share the weights, each has to answer all of them
         self.task_runtime = replace(runtime, rank=0, world_size=1) if config.shard else runtime
         if config.eval_hellaswag or config.eval_samples:
             if not data.meta["tokenizer"]:
@@ -42,7 +51,7 @@ class Evaluator:
             self.tokenizer = from_description(data.meta["tokenizer"])
         if config.eval_hellaswag:
             sizes = (config.block_size, config.hellaswag_items)
-            self.questions = open_questions(config.hellaswag_input, self.tokenizer, *sizes, runtime)
+            self.questions = load_questions(config.hellaswag_input, self.tokenizer, *sizes, runtime)
         if config.eval_accuracy:
             if data.separator is None:
                 raise UserError("eval_accuracy asks val's lines up to loss_after; give --loss_after='=', say")
@@ -50,72 +59,93 @@ class Evaluator:
                 raise UserError(
                     "eval_accuracy asks val's lines, eval_splits=train reads none; leave one of them out"
                 )
-            self.problems = held_out_lines(data)
-            check_lengths(self.problems, config.block_size, config.loss_after)
+            self.problems = load_problems(data, config.block_size)
         if config.eval_samples:
             self.prompt = encode_prompt(self.tokenizer, config.sample_start)
-            check_lengths([(self.prompt, [])], config.block_size, "")
+            check_prompt_length(self.prompt, config.block_size)
 
-    def evaluate(self, model: GPT, stop_requested: Callable[[], bool] = never) -> Losses | None:
+    def evaluate(self, model: GPT, stop_requested: StopCheck = lambda: False) -> Losses | None:
         """Losses and, if configured, hellaswag (acc_norm) and accuracy, between 0 and 1; samples are logged.
 
         Returns None on all ranks if one of them requests a stop or finds that its data changed. Raises
         UserError if no target counts. Leaves the model in training mode.
         """
         model.eval()
-        results = self.losses(model, stop_requested)
-        if results is not None:
-            if isinstance(model, FSDPModule):  # the tasks call hidden_states and logits, not forward
+        try:
+            splits = measured_splits(self.config)
+            parts = {split: self.part_losses(model, split, stop_requested) for split in splits}
+            results = mean_losses(self.data, {split: [loss for loss, _ in parts[split]] for split in splits})
+            if isinstance(model, FSDPModule):  # tasks call its methods, not its forward alone
                 model.unshard()
-            scores = self.scores(model, lambda: self.runtime.all_reduce_sum(stop_requested())[0] > 0)
-            results = None if scores is None else results | scores
-            if isinstance(model, FSDPModule):
-                model.reshard()
+            results |= self.accuracies(model, lambda: self.runtime.all_reduce_sum(stop_requested())[0] > 0)
+        except EvaluationStopped:
+            results = None
+        if isinstance(model, FSDPModule):
+            model.reshard()
         model.train()
         return results
 
-    def losses(self, model: GPT, stop_requested: Callable[[], bool]) -> Losses | None:
-        """Mean loss per token of each measured split, in nats; of a mixture, weighted as its parts are."""
-        config = self.config
-        losses: dict[str, list[float]] = {split: [] for split in measured_splits(config)}
+    def part_losses(
+        self, model: GPT, split: str, stop_requested: StopCheck = lambda: False, stride: int | None = None
+    ) -> list[tuple[float, int]]:
+        """Mean loss in nats of each part of a split, and the number of its targets. With a stride, windows
+        that many tokens apart cover the whole split. Raises EvaluationStopped and UserError."""
+        config, ranks, results = self.config, self.runtime.world_size, []
+        T = config.block_size
         for number, part in enumerate(self.data.parts):
-            for split, split_losses in losses.items():
-                starts, skip = evaluation_windows(part, number, split, config, self.runtime.world_size)
-                sizes = (config.batch_size, config.block_size)
-                windows = EvalWindows(part.streams[split], starts, skip, *sizes)
-                try:
-                    result = summed_loss(model, self.data, windows, self.runtime, stop_requested)
-                except UserError as error:
-                    self.error, result = error, None
-                if result is None:
-                    return None
-                loss_sum, count = result
-                if not count:
-                    raise UserError(
-                        f"{part.name}: no target of {split} stands after loss_after={config.loss_after}; "
-                        "choose another"
-                    )
-                split_losses.append(loss_sum / count)
-        return mean_losses(self.data, losses)
+            tokens = part.streams[split]
+            if stride is None:
+                starts, skip = evaluation_windows(part, number, split, config, ranks)
+            else:
+                windows = strided_windows(len(tokens), T, stride)
+                starts, skip = pad_windows(*windows, T, config.batch_size * ranks)
+            loss_sum, count = self.summed_loss(model, tokens, starts, skip, stop_requested)
+            if not count:
+                after = f"the separator {config.loss_after!r}"
+                raise UserError(f"{part.name}: no target of {split} stands after {after}; choose another")
+            results.append((loss_sum / count, int(count)))
+        return results
 
-    def scores(self, model: GPT, stop_requested: Callable[[], bool]) -> dict[str, float] | None:
-        """hellaswag and accuracy. `stop_requested` has to return the same on all ranks."""
-        config, scores = self.config, {}
-        if config.eval_hellaswag:
-            chosen = choices(model, self.questions, self.task_runtime, config.batch_size, stop_requested)
-            if chosen is None:
-                return None
+    @torch.no_grad()
+    def summed_loss(
+        self, model: GPT, tokens: TokenStream, starts: np.ndarray, skip: np.ndarray, stop_requested: StopCheck
+    ) -> tuple[float, float]:
+        """The sum of the losses of windows that start at starts (N,), without the first skip (N,) targets of
+        each, and the number of targets; the ranks share the batches."""
+        B, T, runtime = self.config.batch_size, self.config.block_size, self.runtime
+        firsts = range(runtime.rank * B, len(starts), runtime.world_size * B)
+        sums = torch.zeros(len(firsts), 2, device=runtime.device)  # loss and number of targets of each batch
+        for i, first in enumerate(firsts):
+            try:
+                windows = tokens.windows(starts[first : first + B], T + 1)  # (B, T + 1)
+            except UserError as error:
+                self.error = error
+            if runtime.all_reduce_sum(self.error is not None or stop_requested())[0]:
+                raise EvaluationStopped(str(self.error or "another rank stopped; see its message"))
+            counted = np.arange(T) >= skip[first : first + B, None]  # (B, T)
+            loss_mask = self.data.loss_mask(windows)
+            x, y = to_xy(windows, counted if loss_mask is None else counted & loss_mask, runtime)
+            with runtime.autocast():
+                _, loss = model(x, y, return_logits=False)
+            count = (y >= 0).sum()
+            sums[i, 0] = torch.where(count > 0, loss.float() * count, 0.0)  # the mean of no losses is nan
+            sums[i, 1] = count
+        return tuple(runtime.all_reduce_sum(*sums.cpu().double().sum(dim=0).tolist()))
+
+    def accuracies(self, model: GPT, stop_requested: StopCheck) -> dict[str, float]:
+        """hellaswag and accuracy; `stop_requested` has to return the same on all ranks."""
+        runtime, B, results = self.task_runtime, self.config.batch_size, {}
+        if self.config.eval_hellaswag:
+            chosen = answer_multiple_choice(model, self.questions, runtime, B, stop_requested)
             labels = [question.label for question in self.questions]
-            scores["hellaswag"] = float(np.mean(chosen[:, 1] == labels))
-        if config.eval_accuracy:
-            newline, vocab_size, B = self.data.newline, self.data.meta["vocab_size"], 4 * config.batch_size
-            given = answers(model, self.problems, newline, vocab_size, self.task_runtime, B, stop_requested)
-            if given is None:
-                return None
-            scores["accuracy"] = float(np.mean([answer.given == answer.right for answer in given]))
-        if config.eval_samples:
+            results["hellaswag"] = float(np.mean(chosen[:, 1] == labels))
+        if self.config.eval_accuracy:
+            answers = answer_problems(model, self.data, self.problems, runtime, 4 * B, stop_requested)
+            right = [answer == problem.answer for answer, problem in zip(answers, self.problems, strict=True)]
+            results["accuracy"] = float(np.mean(right))
+        if self.config.eval_samples:
             self.log_samples(model)
-        return scores
+        return results
 
     def log_samples(self, model: GPT) -> None:
         """Log eval_samples texts that begin with sample_start, drawn alike at each evaluation."""

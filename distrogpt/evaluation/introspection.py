@@ -1,4 +1,4 @@
-"""What goes on in a network: which tokens it expects, and what each position reads."""
+"""A look inside a model: which tokens it expects next, and what each position attends to."""
 
 import math
 from collections.abc import Sequence
@@ -13,40 +13,28 @@ from model import GPT, Attention
 def next_tokens(
     model: GPT, ids: Sequence[int], vocab_size: int, runtime: Runtime, count: int = 10
 ) -> list[tuple[int, float]]:
-    """The `count` likeliest ids to follow, and their chances. Ids from vocab_size on are none."""
+    """The `count` most likely next ids and their probabilities; ids from vocab_size on are padding."""
     with runtime.autocast():
-        logits, _ = model(torch.tensor([ids], device=runtime.device))
-    chances, found = logits[0, 0, :vocab_size].float().softmax(dim=-1).topk(min(count, vocab_size))
-    return list(zip(found.tolist(), chances.tolist(), strict=True))
-
-
-class RecordedAttention(Attention):
-    """Appends its weights, (B, H, T, T), to a list."""
-
-    def __init__(self, layer: Attention, weights: list[torch.Tensor]) -> None:
-        super().__init__(layer.scale, 0.0)
-        self.weights = weights
-
-    def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
-        scores = self.scale * q.float() @ k.float().mT  # (B, H, T, T)
-        later = torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1)
-        self.weights.append(scores.masked_fill(later, -math.inf).softmax(dim=-1))
-        return (self.weights[-1] @ v.float()).to(v.dtype)
+        logits, _ = model(torch.tensor([ids], device=runtime.device))  # (1, 1, V)
+    probs, next_ids = logits[0, 0, :vocab_size].float().softmax(dim=-1).topk(min(count, vocab_size))
+    return list(zip(next_ids.tolist(), probs.tolist(), strict=True))
 
 
 @torch.no_grad()
 def attention_weights(model: GPT, ids: Sequence[int]) -> torch.Tensor:
-    """The attention weights of each layer and head: (n_layer, n_head, T, T), on the CPU; rows read columns."""
-    weights, layers = [], [block.attn.attention for block in model.transformer.h]
-    idx = torch.tensor([ids], device=model.transformer.wte.weight.device)
+    """The attention weights of each layer and head, (n_layer, n_head, T, T), on the CPU; rows sum to 1."""
+    weights = []
+
+    def record(layer: Attention, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        q, k = inputs[0].float(), inputs[1].float()  # (1, H, T, D), (1, K, T, D)
+        scores = layer.scale * q @ k.repeat_interleave(q.size(1) // k.size(1), dim=1).mT  # (1, H, T, T)
+        future = torch.ones_like(scores, dtype=torch.bool).triu(1)
+        weights.append(scores.masked_fill(future, -math.inf).softmax(dim=-1).cpu())
+
+    hooks = [block.attn.attention.register_forward_hook(record) for block in model.transformer.h]
     try:
-        for block, layer in zip(model.transformer.h, layers, strict=True):
-            block.attn.attention = RecordedAttention(layer, weights)
-        model.hidden_states(idx)
+        model.hidden_states(torch.tensor([ids], device=model.transformer.wte.weight.device))
     finally:
-        for block, layer in zip(model.transformer.h, layers, strict=True):
-            block.attn.attention = layer
-    return torch.cat(weights).cpu()
+        for hook in hooks:
+            hook.remove()
+    return torch.cat(weights)

@@ -1,197 +1,181 @@
-"""What a network is asked to do: choose the right ending of a text, finish lines, tell the next token.
-
-Both eval.py and training ask it; under torchrun the ranks share the questions. All of them ask whether to
-stop equally often, and stop_asked tells all of them the same.
-"""
+"""The tasks of eval.py: NAME_task checks what its task needs, and returns a function that computes it."""
 
 import math
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-
-from distrogpt.data.dataset import Dataset
-from distrogpt.data.tokenizer import Tokenizer
+from distrogpt.data.dataset import Dataset, open_dataset
+from distrogpt.data.meta import GPT2_META, tokenizers_differ
+from distrogpt.data.tokenizer import Tokenizer, encode_prompt
 from distrogpt.errors import UserError
-from distrogpt.evaluation.questions import Question, hellaswag_file, read_questions
-from distrogpt.inference.decoder import stream
-from distrogpt.inference.sampling import SamplingParams
+from distrogpt.evaluation.evaluator import Evaluator
+from distrogpt.evaluation.exact_match import answer_problems, check_prompt_length, load_problems
+from distrogpt.evaluation.introspection import next_tokens
+from distrogpt.evaluation.loss import mean_losses
+from distrogpt.evaluation.multiple_choice import GPT2_HELLASWAG, answer_multiple_choice, load_questions
+from distrogpt.inference.sampler import read_prompt
+from distrogpt.kernels.cpu import to_device
+from distrogpt.loading import find_tokenizer, load_trained
 from distrogpt.runtime import Runtime
+from distrogpt.settings import EVAL_TASKS, EvalConfig, TrainConfig
 from model import GPT
 
-
-class Row(NamedTuple):
-    """A question as one sequence: the context, then each ending but its last id, which nobody reads."""
-
-    ids: list[int]
-    positions: list[int]  # each ending goes on from the context
-    branch: list[int]  # 0 of the context, n of ending n, from 1 on
-    places: list[int]  # of `ids`, from which the ids of the endings are told
-    targets: list[int]  # these
+Result = dict[str, Any]
+Task = Callable[[], Result]
 
 
-def as_row(question: Question) -> Row:
-    """The question, so that its context is read once for all endings."""
-    context = question.context
-    row = Row([*context], [*range(len(context))], [0] * len(context), [], [])
-    for number, ending in enumerate(question.endings, 1):
-        row.places.extend([len(context) - 1, *range(len(row.ids), len(row.ids) + len(ending) - 1)])
-        row.targets.extend(ending)
-        row.ids.extend(ending[:-1])
-        row.positions.extend(range(len(context), len(context) + len(ending) - 1))
-        row.branch.extend([number] * (len(ending) - 1))
-    return row
+class LoadedModel(NamedTuple):
+    """A trained model on its device, and what its checkpoint says; what is unknown is {}."""
+
+    model: GPT
+    tokenizer: Tokenizer | None  # None if no task needs one
+    settings: dict[str, Any]  # of its training
+    meta: dict[str, Any]  # of its dataset
+    source: str
+    runtime: Runtime
 
 
-def ending_scores(model: GPT, questions: list[Question], runtime: Runtime) -> list[list[list[float]]]:
-    """The logarithm of the chance of each token of each ending of each question, all read at once."""
-    rows = [as_row(question) for question in questions]
-    T = max(len(row.ids) for row in rows)
-    T += -T % 16  # the same numbers as in another batch: attention.py
-    idx, positions, branch = (np.zeros((len(rows), T), np.int64) for _ in range(3))
-    for number, row in enumerate(rows):
-        n = len(row.ids)
-        idx[number, :n], positions[number, :n], branch[number, :n] = row.ids, row.positions, row.branch
-        branch[number, n:] = -1
-    reads = (branch[:, None] == 0) | (branch[:, None] == branch[:, :, None])  # (B, T, T)
-    reads &= np.tri(T, dtype=bool)
-    places = np.concatenate([np.array(row.places) + number * T for number, row in enumerate(rows)])
-    targets = np.concatenate([row.targets for row in rows])
-    bias = torch.zeros(reads.shape, dtype=runtime.dtype).masked_fill_(torch.from_numpy(~reads), -math.inf)
-    mask = bias[:, None].to(runtime.device)  # (B, 1, T, T)
-    idx, places, targets, positions = map(runtime.to_device, (idx, places, targets, positions))
-    with torch.no_grad(), runtime.autocast():
-        scores = iter(
-            log_likelihood(model, model.hidden_states(idx, positions, mask), places, targets).tolist()
-        )
-    return [[[next(scores) for _ in ending] for ending in question.endings] for question in questions]
+def load_tasks(config: EvalConfig, runtime: Runtime) -> tuple[str, dict[str, Task]]:
+    """What the model is called, and the tasks that the settings name, checked. Raises UserError."""
+    model, contents, source = load_trained(config.out_dir, config.init_from)
+    settings, meta = contents.get("config", {}), contents.get("meta", {}) if contents else GPT2_META
+    if config.tasks == "auto":
+        names = ["accuracy" if settings.get("loss_after") else "loss"]
+    else:
+        names = [name.strip() for name in config.tasks.split(",") if name.strip()] or [config.tasks]
+    for name in names:
+        if name not in EVAL_TASKS:
+            raise UserError(f"tasks={name[:40]} is not known; name some of {', '.join(EVAL_TASKS)}, by comma")
+    tokenizer = None
+    if set(names) != {"loss"}:  # the loss needs no tokenizer
+        tokenizer = find_tokenizer(contents, model.config.vocab_size, source)
+    loaded = LoadedModel(to_device(model, runtime.device).eval(), tokenizer, settings, meta, source, runtime)
+    return source, {name: TASKS[name](config, loaded, name) for name in names}
 
 
-def log_likelihood(model: GPT, x: torch.Tensor, places: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities (N,) of the ids `targets` (N,) to follow the positions `places` (N,) of the hidden states
-    x (B, T, C), all rows of which are taken as one."""
-    rows = x.flatten(0, 1)[places]  # (N, C)
-    parts = zip(rows.split(256), targets.split(256), strict=True)  # all logits at once would take gigabytes
-    return torch.cat([-F.cross_entropy(model.logits(x).float(), y, reduction="none") for x, y in parts])
+def open_eval_data(config: EvalConfig, loaded: LoadedModel, **settings: Any) -> tuple[Dataset, TrainConfig]:
+    """The dataset that the settings name, or else the one of the training, and how it is read. UserError."""
+    dataset, source = config.dataset or loaded.settings.get("dataset"), loaded.source
+    if not dataset:
+        raise UserError(f"{source} names no dataset; give --dataset=NAME")
+    train_config = TrainConfig(dataset=dataset, eval_iters=0, eval_splits=config.split, **settings)
+    data = open_dataset(train_config, (config.split,))
+    if tokenizers_differ(loaded.meta.get("tokenizer"), data.meta["tokenizer"]):
+        raise UserError(f"{source} has another tokenizer than {dataset}; use a dataset of its own")
+    if data.meta["vocab_size"] > loaded.model.config.vocab_size:
+        raise UserError(f"{dataset} has more tokens than {source} knows; use a dataset of its own")
+    return data, train_config
 
 
-def choices(
-    model: GPT,
-    questions: list[Question],
-    runtime: Runtime,
-    batch_size: int,
-    stop_asked: Callable[[], bool] = lambda: False,
-) -> np.ndarray | None:
-    """Which ending of each question is likeliest, by the sum and by the mean over its tokens: (N, 2). None
-    where stop_asked.
+def loss_task(config: EvalConfig, loaded: LoadedModel, name: str) -> Task:
+    """Loss, perplexity and bits per byte of a split, each token being a target once."""
+    longest, stride = loaded.model.config.block_size, config.stride
+    T = config.block_size or longest
+    settings = {"block_size": T, "batch_size": config.batch_size or 16}
+    settings["loss_after"] = loaded.settings.get("loss_after")
+    if T > longest:
+        raise UserError(f"block_size={T} is longer than the model reads; give {longest} or less")
+    if loaded.settings.get("sampling") == "lines":
+        settings["sampling"] = "lines"
+        if stride:
+            raise UserError("stride is for text; this run's windows begin with lines: leave it out")
+    if stride and stride > T:
+        raise UserError(f"stride={stride} is longer than a window of {T} tokens; give {T} or less")
+    data, train_config = open_eval_data(config, loaded, **settings)
+    evaluator = Evaluator(train_config, data, loaded.runtime)
 
-    The ranks share the questions; all of them call the network equally often.
-    """
-    lengths = [len(context) + sum(map(len, endings)) for context, endings, _ in questions]
-    chosen = np.zeros((len(questions), 2))
-    for batch, ours in batches_of_rank(lengths, batch_size, runtime):
-        if stop_asked():
-            return None
-        scores = ending_scores(model, [questions[i] for i in batch], runtime)
-        for i, endings in zip(batch if ours else (), scores, strict=False):
-            sums, means = ([f(tokens) for tokens in endings] for f in (math.fsum, np.mean))
-            chosen[i] = int(np.argmax(sums)), int(np.argmax(means))
-    return runtime.sum_over_ranks(chosen).astype(int)
+    def task() -> Result:
+        parts = evaluator.part_losses(loaded.model, config.split, stride=stride)
+        means = mean_losses(data, {config.split: [loss for loss, _ in parts]}, config.split)
+        loss, tokens = means.pop(config.split), sum(count for _, count in parts)
+        return {"loss": loss, "perplexity": math.exp(min(loss, 700)), **means, "tokens": tokens}
 
-
-def batches_of_rank(
-    lengths: list[int], batch_size: int, runtime: Runtime
-) -> Iterator[tuple[list[int], bool]]:
-    """Numbers of things of near lengths, batch_size at a time, and whether they are this rank's to count: it
-    gets as many batches as all others, and so some that are not."""
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])  # what takes most memory comes first
-    batches = [order[begin : begin + batch_size] for begin in range(0, len(order), batch_size)]
-    for begin in range(0, len(batches), runtime.world_size):
-        number = begin + runtime.rank
-        yield batches[number % len(batches)], number < len(batches)
+    return task
 
 
-class Answer(NamedTuple):
-    """A prompt, what the model made of it, and what is right: ids, without the newline."""
+def multiple_choice_task(config: EvalConfig, loaded: LoadedModel, name: str) -> Task:
+    """How often the right ending is the most likely one, by the sum (acc) and by the mean (acc_norm) of the
+    log-probabilities of its tokens."""
+    if name == "choice" and not config.input:
+        raise UserError("choice reads a file; give --input=FILE, or --tasks=hellaswag")
+    model, runtime, block_size = loaded.model, loaded.runtime, loaded.model.config.block_size
+    questions = load_questions(config.input, loaded.tokenizer, block_size, config.max_items, runtime)
 
-    prompt: list[int]
-    given: list[int]
-    right: list[int]
+    def task() -> Result:
+        chosen = answer_multiple_choice(model, questions, runtime, config.batch_size or 16)
+        accuracies = (chosen == [[question.label] for question in questions]).mean(axis=0).tolist()
+        result = dict(zip(("acc", "acc_norm"), accuracies, strict=True), questions=len(questions))
+        if name == "hellaswag" and config.init_from in GPT2_HELLASWAG:
+            result["published"] = GPT2_HELLASWAG[config.init_from]
+        return result
 
-
-def held_out_lines(
-    data: Dataset, split: str = "val", limit: int | None = None
-) -> list[tuple[list[int], list[int]]]:
-    """Prompt and answer of each line that has the separator, in ids; the separator ends the prompt."""
-    problems = []
-    for part in data.parts:
-        rest = np.empty(0, np.int64)  # what follows the last newline so far; at the end, no line
-        for _, ids in part.streams[split].chunks():
-            ids = np.concatenate([rest, ids])
-            *lines, rest = np.split(ids, np.flatnonzero(ids == data.newline) + 1)
-            for line in lines:
-                if len(problems) == limit:
-                    return problems
-                at = np.flatnonzero(line == data.separator)
-                if len(at):
-                    problems.append((line[: at[0] + 1].tolist(), line[at[0] + 1 : -1].tolist()))
-    return problems
+    return task
 
 
-def open_questions(
-    given: str | None, tokenizer: Tokenizer, block_size: int, limit: int | None, runtime: Runtime
-) -> list[Question]:
-    """Those of a file, by default HellaSwag's, which one rank downloads where it is missing. UserError."""
-    path = hellaswag_file(given, runtime.is_main)
-    runtime.barrier()  # the others wait for it
-    return read_questions(path, tokenizer, block_size, limit)
+def exact_match_task(config: EvalConfig, loaded: LoadedModel, name: str) -> Task:
+    """How many held-out lines are answered exactly; a prompt ends with the separator, its answer follows."""
+    model, runtime, decode = loaded.model, loaded.runtime, loaded.tokenizer.decode
+    separator = config.separator or loaded.settings.get("loss_after") or "="
+    data, _ = open_eval_data(config, loaded, block_size=1, loss_after=separator)
+    problems = load_problems(data, model.config.block_size, config.split, config.max_items)
+
+    def task() -> Result:
+        answers = answer_problems(model, data, problems, runtime, config.batch_size or 256)
+        pairs = zip(problems, answers, strict=True)
+        wrong = [
+            {"prompt": decode(problem.prompt), "given": decode(answer), "right": decode(problem.answer)}
+            for problem, answer in pairs
+            if answer != problem.answer
+        ]
+        n, right = len(problems), len(problems) - len(wrong)
+        return {"exact": right / n, "right": right, "lines": n, "wrong": wrong[: config.show]}
+
+    return task
 
 
-def check_lengths(problems: list[tuple[list[int], list[int]]], block_size: int, separator: str) -> None:
-    """Raises UserError where there is nothing to ask, or a prompt is longer than the model reads."""
-    if not problems:
-        raise UserError(f"no line to ask has {separator!r}; choose another separator, or another dataset")
-    longest = max(len(prompt) for prompt, _ in problems)
-    if longest > block_size:
-        raise UserError(
-            f"a prompt has {longest} tokens, the model reads {block_size}; shorten it, or train with a "
-            "larger block_size"
-        )
+def next_token_task(config: EvalConfig, loaded: LoadedModel, name: str) -> Task:
+    """The most likely next tokens after a prompt."""
+    prompt, tokenizer = read_prompt(config.start), loaded.tokenizer
+    ids = encode_prompt(tokenizer, prompt)
+    check_prompt_length(ids, loaded.model.config.block_size)
+
+    def task() -> Result:
+        count = max(config.show, 1)
+        pairs = next_tokens(loaded.model, ids, tokenizer.vocab_size, loaded.runtime, count)
+        rows = [{"token": tokenizer.decode([i]), "id": i, "probability": prob} for i, prob in pairs]
+        return {"prompt": prompt, "tokens": rows}
+
+    return task
 
 
-def answers(
-    model: GPT,
-    problems: list[tuple[list[int], list[int]]],
-    newline: int,
-    vocab_size: int,
-    runtime: Runtime,
-    batch_size: int,
-    stop_asked: Callable[[], bool] = lambda: False,
-) -> list[Answer] | None:
-    """What the model makes of each prompt up to a newline, always by the likeliest token. None where
-    stop_asked. The ranks share the prompts, as in `choices`."""
-    most = max(len(right) for _, right in problems) + 1
-    given = np.zeros((len(problems), most))  # ids + 1, and 0 behind their end
-    for batch, ours in batches_of_rank([len(prompt) for prompt, _ in problems], batch_size, runtime):
-        if stop_asked():
-            return None
-        prompts, columns = [torch.tensor(problems[i][0]) for i in batch], []
-        ended = torch.zeros(len(batch), 1, dtype=torch.bool, device=runtime.device)
-        uniforms = torch.zeros(len(batch), most)
-        with torch.no_grad(), runtime.autocast():
-            for ids, _ in stream(model, prompts, SamplingParams(0.0), uniforms, vocab_size, graph=False):
-                columns.append(ids)  # (B, 1)
-                ended |= ids == newline
-                if ended.all():
-                    break
-        rows = torch.cat(columns, dim=1).cpu().numpy() + 1
-        rows[np.cumsum(rows == newline + 1, axis=1) > 0] = 0
-        if ours:
-            given[batch, : rows.shape[1]] = rows
-    given = runtime.sum_over_ranks(given).astype(int)
-    return [
-        Answer(prompt, (row[row > 0] - 1).tolist(), right)
-        for (prompt, right), row in zip(problems, given, strict=True)
-    ]
+TASKS = {
+    "loss": loss_task,
+    "hellaswag": multiple_choice_task,
+    "choice": multiple_choice_task,
+    "accuracy": exact_match_task,
+    "next": next_token_task,
+}
+
+
+def result_table(results: dict[str, Result]) -> str:
+    """The results of all tasks, one value per line."""
+    rows = [(name, *row) for name, result in results.items() for row in result_rows(result)]
+    width = max(len(what) for _, what, _ in rows)
+    return "\n".join(f"{name:10} {what:{width}}  {value}" for name, what, value in rows)
+
+
+def result_rows(result: Result) -> list[tuple[str, str]]:
+    """The names of a task's values, and the values as text."""
+    if "prompt" in result:
+        return [(repr(row["token"]), f"{100 * row['probability']:.2f} %") for row in result["tokens"]]
+    if "exact" in result:
+        exact = f"{100 * result['exact']:.1f} % ({result['right']} of {result['lines']})"
+        wrong = [f"{one['prompt']}{one['given']}, not {one['right']}" for one in result["wrong"]]
+        return [("exact", exact), *(("wrong", line) for line in wrong)]
+    rows = []
+    for what, value in result.items():
+        if isinstance(value, dict):
+            rows += [(f"{what} {key}", f"{level:.4f}") for key, level in value.items()]
+        elif what != "seconds":
+            rows.append((what, f"{value:.4f}" if isinstance(value, float) else f"{value:,}"))
+    return rows

@@ -9,11 +9,11 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from configurator import checked, shorten
+from configurator import check_value, shorten
 from distrogpt.errors import UserError, warn
 from distrogpt.inference.display import colour_legend, output_style, print_stream
 from distrogpt.inference.sampler import Sampler
-from distrogpt.settings import SAMPLING_SETTINGS, SampleConfig
+from distrogpt.settings import SAMPLING_FIELDS, SampleConfig
 
 QUOTES = '"""'
 HELP = f"""\
@@ -21,8 +21,8 @@ Each line is a prompt. A line that ends with \\ continues in the next one; a lin
 of several lines, up to the next {QUOTES}. An empty line continues the text so far. Ctrl-C stops the text,
 Ctrl-D quits.
 
-/NAME VALUE   sets {", ".join(SAMPLING_SETTINGS[:-1])}
-              or {SAMPLING_SETTINGS[-1]}, which grows by 1 with each text
+/NAME VALUE   sets {", ".join(SAMPLING_FIELDS[:-1])}
+              or {SAMPLING_FIELDS[-1]}, which grows by 1 with each text
 /stop TEXT    a text ends before TEXT, in which \\n is a newline; /stop alone: no stop string
 /settings     shows the settings
 /help         shows this help
@@ -73,13 +73,13 @@ def run_command(command: str, config: SampleConfig) -> SampleConfig:
     if name == "help":
         warn(HELP)
     elif name == "settings":
-        warn("\n".join(f"{name}={getattr(config, name)!r}" for name in SAMPLING_SETTINGS))
-    elif name in SAMPLING_SETTINGS:
-        config = replace(config, **{name: checked(SampleConfig, name, value, text=True)})
+        warn("\n".join(f"{name}={getattr(config, name)!r}" for name in SAMPLING_FIELDS))
+    elif name in SAMPLING_FIELDS:
+        config = replace(config, **{name: check_value(SampleConfig, name, value, is_text=True)})
         if name == "show_probs" and output_style(config.show_probs) == "colours":
             warn(colour_legend())
     else:
-        near = difflib.get_close_matches(name, ("help", "settings", "quit", *SAMPLING_SETTINGS), n=1)
+        near = difflib.get_close_matches(name, ("help", "settings", "quit", *SAMPLING_FIELDS), n=1)
         hint = f"did you mean /{near[0]}?" if near else "/help lists all"
         raise UserError(f"unknown command /{shorten(name)}; {hint}")
     return config

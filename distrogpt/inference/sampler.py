@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from configurator import checked
+from configurator import check_value
 from distrogpt.data.tokenizer import encode_prompt
 from distrogpt.errors import UserError, warn
 from distrogpt.inference.decoder import optimize_for_inference, stream
@@ -17,7 +17,7 @@ from distrogpt.inference.sampling import SamplingParams, uniform_noise
 from distrogpt.kernels.compile import compile_error
 from distrogpt.loading import find_tokenizer, load_trained
 from distrogpt.runtime import start_runtime
-from distrogpt.settings import SAMPLING_SETTINGS, SampleConfig
+from distrogpt.settings import SAMPLING_FIELDS, SampleConfig
 
 
 class Sampler:
@@ -44,7 +44,7 @@ class Sampler:
 
     def ids_of(self, prompt: str, name: str = "the prompt", check_length: bool = True) -> list[int]:
         """The prompt's ids, one or more; with check_length, at most block_size. Raises UserError."""
-        checked(SampleConfig, "start", prompt)
+        check_value(SampleConfig, "start", prompt)
         try:
             ids = encode_prompt(self.tokenizer, prompt)
         except UserError as error:
@@ -177,7 +177,7 @@ def sample_config(
     max_new_tokens: int, temperature: float, top_k: int | None, seed: int, **settings: Any
 ) -> SampleConfig:
     """The settings of a call from Python. Raises UserError; TypeError for settings that change no sample."""
-    unknown = set(settings) - {*SAMPLING_SETTINGS, "num_samples", "echo", "batch_size"}
+    unknown = set(settings) - {*SAMPLING_FIELDS, "num_samples", "echo", "batch_size"}
     if unknown:
         raise TypeError(f"{min(unknown)} is not a setting of a sample")
     settings |= {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "seed": seed}

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from itertools import accumulate
 from typing import Any, NamedTuple
 
-from configurator import check_settings, setting, shorten
+from configurator import Settings, setting, shorten
 from distrogpt.errors import UserError
 from distrogpt.inference.sampler import Sampler
 from distrogpt.serving.engine import RequestOutput
@@ -20,21 +20,21 @@ OF_SAMPLE_CONFIG = (  # fields of a body that sample.py has, too
 
 
 @dataclass
-class CompletionConfig:
+class CompletionConfig(Settings):
     """The other fields of a body beside its prompt. All but `truncate` are OpenAI's."""
 
     model: str = setting("", "not read: the server has one")
-    max_tokens: int = setting(16, "of each sample", at_least=1)
-    n: int = setting(1, "samples of each prompt", at_least=1)
-    best_of: int | None = setting(None, "samples to generate, of which the n likeliest return", at_least=1)
-    logprobs: int | None = setting(None, "N: also those of the N likeliest tokens", at_least=0, at_most=20)
+    max_tokens: int = setting(16, "of each sample", min=1)
+    n: int = setting(1, "samples of each prompt", min=1)
+    best_of: int | None = setting(None, "samples to generate, of which the n likeliest return", min=1)
+    logprobs: int | None = setting(None, "N: also those of the N likeliest tokens", min=0, max=20)
     echo: bool = setting(False, "return the prompt, too")
     stream: bool = setting(False, "send server-sent events")
     user: str = setting("", "not read")
     truncate: bool = setting(False, "drop the beginning of a prompt that is too long")
 
     def __post_init__(self) -> None:
-        check_settings(self)
+        super().__post_init__()
         self.num_samples = self.best_of or self.n
         if self.num_samples < self.n:
             raise ValueError(f"best_of={self.best_of} is below n={self.n}; make it as many or more")

@@ -1,1 +1,1 @@
-"""What train.py's loop is made of."""
+"""The parts of train.py's loop."""

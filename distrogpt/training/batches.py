@@ -1,5 +1,6 @@
 """The micro-batches of a training step."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -49,3 +50,27 @@ def step_batches(data: Dataset, config: TrainConfig, runtime: Runtime, step: int
         x, y = to_xy(windows[micro_step], masks[micro_step], runtime)
         batches.append(MicroBatch(x, y, int(seed[0]), float(weights[micro_step])))
     return batches
+
+
+class BatchLoader:
+    """This rank's micro-batches, step by step: an iteration yields those of a step, then reads the next ones
+    while a GPU still computes. `error` is set if that fails, so that all ranks can stop together."""
+
+    def __init__(self, data: Dataset, config: TrainConfig, runtime: Runtime, step: int) -> None:
+        self.data, self.config, self.runtime, self.step = data, config, runtime, step
+        self.error: UserError | None = None
+        self.current = [] if config.eval_only else step_batches(data, config, runtime, step)
+
+    def __len__(self) -> int:
+        return len(self.current)
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        yield from self.current
+        self.prefetch()
+
+    def prefetch(self) -> None:
+        self.step += 1
+        try:
+            self.current = step_batches(self.data, self.config, self.runtime, self.step)
+        except UserError as error:
+            self.error = error

@@ -1,8 +1,9 @@
-"""How the ranks share one model: each has all of it (DDP), or a part of each weight (FSDP2).
+"""How the ranks train one model: each has all of it (DDP), or a shard of each weight (FSDP2).
 
-With parts, weights, gradients and averages are DTensors: what a rank holds is `local`, all of it `whole`.
+If the weights are sharded, they, their gradients and the optimizers' averages are DTensors.
 """
 
+import logging
 import warnings
 from typing import Any
 
@@ -11,14 +12,35 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from distrogpt.errors import UserError
-from distrogpt.runtime import Runtime
+from distrogpt.kernels.compile import maybe_compile
+from distrogpt.kernels.cpu import to_device, use_cpu_kernels
+from distrogpt.runtime import Runtime, enable_onednn_float32
+from distrogpt.settings import TrainConfig
+
+log = logging.getLogger("distrogpt")
+
+
+def distribute(model: torch.nn.Module, config: TrainConfig, runtime: Runtime) -> torch.nn.Module:
+    """Bring the model to its device, compile it if configured, and wrap it to train on all ranks."""
+    enable_onednn_float32(runtime)
+    model.activation_checkpointing = config.activation_checkpointing
+    steps = 1 if config.eval_only else config.max_iters  # of the whole run: resumed, it computes as before
+    sharded = config.shard and runtime.world_size > 1
+    if not sharded:
+        to_device(model, runtime.device)
+    elif runtime.device.type == "cpu":
+        use_cpu_kernels(model)
+    maybe_compile(model, config.compile, runtime.device, steps, model.transformer.h if sharded else ())
+    if config.shard and not sharded:
+        log.info("note     shard: one rank has nothing to share with")
+    return wrap_distributed(model, config.shard, runtime)
 
 
 def wrap_distributed(model: torch.nn.Module, shard: bool, runtime: Runtime) -> torch.nn.Module:
-    """What is called to train `model` on all ranks. Its gradients are the means over the ranks.
+    """The module to call for training on all ranks. Its gradients are the means over the ranks.
 
-    DDP (arXiv 2006.15704) copies; with `shard`, FSDP2 (arXiv 2304.11277) leaves each rank an equal part of
-    every weight in fp32, and gathers a layer's in the run's arithmetic at its turn. Raises UserError.
+    DDP (arXiv 2006.15704) copies; with `shard`, FSDP2 (arXiv 2304.11277) leaves each rank an equal shard of
+    every weight in fp32, and gathers a layer's in the compute dtype when it is needed. Raises UserError.
     """
     if runtime.world_size == 1 and not dist.is_initialized():
         return model
@@ -30,35 +52,39 @@ def wrap_distributed(model: torch.nn.Module, shard: bool, runtime: Runtime) -> t
     from torch.distributed.device_mesh import init_device_mesh  # half a second
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    warnings.filterwarnings(
-        "ignore", "FSDP2-wrapped module"
-    )  # of operations in place, which blocks do not use
+    # a warning about operations in place, which blocks do not use
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module")
     mesh = init_device_mesh(runtime.device.type, (runtime.world_size,))
-    half = MixedPrecisionPolicy(runtime.dtype, torch.float32, cast_forward_inputs=False)
+    mixed_precision = MixedPrecisionPolicy(runtime.dtype, torch.float32, cast_forward_inputs=False)
     for block in model.transformer.h:
-        for part in (block.attn, block.mlp):  # what autocast multiplies in bf16; it keeps norms in fp32
-            fully_shard(part, mesh=mesh, mp_policy=half)
+        for layer in (block.attn, block.mlp):  # what autocast multiplies in bf16; it keeps norms in fp32
+            fully_shard(layer, mesh=mesh, mp_policy=mixed_precision)
     fully_shard(model, mesh=mesh)
     return model
 
 
+def weights_are_finite(model: torch.nn.Module, runtime: Runtime) -> bool:
+    """Whether all weights on all ranks are."""
+    finite = all(bool(local(p).isfinite().all()) for p in model.parameters())
+    return runtime.all_reduce_sum(not finite)[0] == 0
+
+
 def is_dtensor(tensor: torch.Tensor) -> bool:
-    """Whether it is a DTensor."""
     return hasattr(tensor, "full_tensor")
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """What this rank holds of it."""
+    """This rank's shard of a DTensor; other tensors as they are."""
     return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """All of it, on every rank; all have to ask."""
+    """The whole of a DTensor, which all ranks have to call for; other tensors as they are."""
     return tensor.full_tensor() if is_dtensor(tensor) else tensor
 
 
 def shard_like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """Of a whole tensor in the shape of `parameter`, what this rank's part of it is, as a DTensor too."""
+    """A whole tensor in the shape of `parameter`, sharded as that is."""
     if not is_dtensor(parameter) or tensor.shape != parameter.shape:
         return tensor
     from torch.distributed.tensor import distribute_tensor
@@ -68,8 +94,8 @@ def shard_like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
 
 
 def gather_to_cpu(tree: Any, keep: bool) -> Any:
-    """A copy of nested dicts and lists with whole tensors on the CPU; None for each where this rank does not
-    keep it. Parts are gathered, so all ranks have to ask."""
+    """A copy of nested dicts and lists with whole tensors on the CPU, or None for each on ranks that do not
+    keep it. Shards are gathered, so all ranks have to call it."""
     if isinstance(tree, torch.Tensor):
         tensor = full_tensor(tree.detach())
         return tensor.to("cpu", copy=True) if keep else None

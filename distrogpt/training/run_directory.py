@@ -1,263 +1,302 @@
-"""What a run writes into out_dir: checkpoints, in the background; log.csv; a lock that keeps others out.
+"""The files of a run in out_dir.
 
-ckpt.pt              the best so far, or each evaluation's with always_save_checkpoint
-last.pt              the newest, from which training resumes
+ckpt.pt              the best checkpoint so far, or each evaluation's with always_save_checkpoint
+last.pt              the newest one, from which training resumes
 step-00002000.pt     with keep_checkpoints, the newest of some steps
-log.csv              a line for each step that is logged or evaluated
-tensorboard          a folder with the same, where asked for
-run.lock             who writes here; locked as long as that process lives
+log.csv              a row for each step that is logged or evaluated
+loss.png             its plot
+tensorboard          a folder with the same values, if configured
+run.lock             locked as long as the process that writes here lives
+run.owner            that process, and the run that has written here
 """
 
 import errno
+import logging
 import math
 import os
 import re
+import secrets
 import socket
 import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 
-from distrogpt.checkpoint import BEST, NEWEST, atomic_write
-from distrogpt.errors import MachineError, UserError
-from plot import LOG, PICTURE
+from distrogpt.checkpoint import BEST, NEWEST, atomic_write, diverged_error, training_state
+from distrogpt.errors import Diverged, MachineError, UserError
+from distrogpt.plotting import LOG, PICTURE
+from distrogpt.runtime import Runtime
+from distrogpt.settings import TrainConfig
+from distrogpt.training.distributed import weights_are_finite
+from distrogpt.training.state import TrainState
+from model import GPT
 
-LOCK, HISTORY, TENSORBOARD = "run.lock", "step-????????.pt", "tensorboard"
+log = logging.getLogger("distrogpt")
+
+TENSORBOARD, LOCK, OWNER, HISTORY = "tensorboard", "run.lock", "run.owner", "step-????????.pt"
 COLUMNS = (
     "step", "tokens", "seconds", "loss", "lr", "grad_norm", "tokens_per_second", "train_loss", "val_loss",
     "val_bits_per_byte", "hellaswag", "accuracy",
 )  # fmt: skip
-MADE = (BEST, NEWEST, LOG, TENSORBOARD, PICTURE)
-HELD: set[str] = set()  # locks of this process: the system's do not keep it from itself
-PATIENCE = 5.0  # seconds: a killed run takes a moment to let go of its lock
 
 
 class RunDirectory:
-    """out_dir, held by this process alone. `report` tells what the background did; `finish` waits for it."""
+    """out_dir. Rank 0 writes to it, unless the run only evaluates; all ranks make the same calls.
 
-    def __init__(self, path: Path, say: Callable[[str], None], keep: int = 0) -> None:
-        """Make the folder and lock it, before anything is read from it. Raises UserError."""
-        self.path, self.say, self.keep = path, say, keep
+    Entering it locks it against other runs; leaving it waits for the last checkpoint.
+    """
+
+    def __init__(self, config: TrainConfig, runtime: Runtime, lock_timeout: float = 5.0) -> None:
+        self.config, self.runtime, self.path = config, runtime, Path(config.out_dir)
+        self.writes = runtime.is_main and not config.eval_only
+        self.lock_timeout = lock_timeout  # seconds: a killed run takes a moment to release its lock
+        self.header: dict[str, Any] = {}  # entries that all checkpoints of the run have in common
         self.run_id = "0"
-        self.best = math.inf  # the loss of the ckpt.pt in it
-        self.own = False  # what lies here is this run's
-        self.resumed: dict[str, str] = {}  # the line of log.csv that the run goes on from
-        self.writer: threading.Thread | None = None
-        self.failure: MachineError | None = None  # of the newest save
-        self.result = ""
-        self.log_full = False  # the disk did not take the newest line
-        self.made = not path.exists()
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            self.lock = locked(path / LOCK)
-            for name in (BEST, NEWEST, LOG, HISTORY):  # by a run that was killed while it wrote
-                for left in path.glob(name + ".tmp"):
-                    left.unlink()
-        except OSError as error:
-            raise UserError(f"out_dir={path} cannot be written ({error.strerror}); choose another") from None
-
-    def take_over(self) -> None:
-        """Rename another run's files before the first of this one: a start too many loses nothing."""
-        if not self.own:
-            self.own = True
-            self.set_aside([*(self.path / name for name in MADE), *self.path.glob(HISTORY)])
-            self.sign()
-
-    def sign(self) -> None:
-        """Write into the lock that what lies here is this run's, for where torchrun starts it again."""
-        write_owner(self.lock, f"run {self.run_id}, job {job()}")
-
-    def set_aside(self, files: list[Path]) -> None:
-        """Rename them to *.previous-1.* or the next number. Raises MachineError."""
-        number = 1
-        while list(self.path.glob(f"*.previous-{number}*")):
-            number += 1
-        for old in sorted(path for path in files if path.exists()):
-            new = f"{old.stem}.previous-{number}{old.suffix}"
-            try:
-                os.rename(old, self.path / new)
-            except OSError as error:
-                raise MachineError(f"{old} cannot be renamed ({error.strerror}); see {self.path}") from None
-            self.say(f"note     {old} is not what this run goes on from, and is {new} now")
-
-    def go_on(self, step: int, best: float) -> None:
-        """What lies here is this run's, up to `step`: the rest of log.csv is cut, for it is made again, and
-        later files of the history are renamed. `best` is the loss of ckpt.pt."""
-        self.own, self.best = True, best
-        self.sign()
-        self.set_aside([path for path in self.path.glob(HISTORY) if int(path.stem[5:]) > step])
-        path = self.path / LOG
-        text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-        lines = [line.split(",") for line in text.split("\n")[:-1]]  # without a line cut off
-        names = lines[0] if lines and lines[0][0] == COLUMNS[0] else COLUMNS  # an older run's are fewer
-        whole = [dict(zip(names, row, strict=True)) for row in lines if len(row) == len(names)]
-        rows = {
-            int(row["step"]): [row.get(name, "") for name in COLUMNS]
-            for row in whole
-            if row["step"].isdecimal()
-        }
-        self.kept = [row for number, row in sorted(rows.items()) if number < step]
-        self.resumed = dict(zip(COLUMNS, rows.get(step, []), strict=False))
-        if lines:
-            self.rewrite_log()
-
-    def rewrite_log(self) -> None:
-        """log.csv up to the step that the run goes on from."""
-        rows = [list(COLUMNS), *self.kept, *([list(self.resumed.values())] if self.resumed else [])]
-        text = "".join(",".join(row) + "\n" for row in rows)
-        atomic_write(lambda file: file.write(text.encode()), self.path / LOG)
-
-    def log(self, *rows: dict[str, Any]) -> None:
-        """Add lines to log.csv. Where the disk does not take them, that is told once, and the run goes on."""
-        self.take_over()
-        path = self.path / LOG
-        if rows and str(rows[0]["step"]) == self.resumed.get("step"):  # was stopped before it was evaluated
-            self.resumed |= {name: str(value) for name, value in rows[0].items()}
-            self.rewrite_log()
-            rows = rows[1:]
-        text = "".join(",".join(str(row.get(name, "")) for name in COLUMNS) + "\n" for row in rows).encode()
-        try:
-            with open(path, "ab", buffering=0) as file:
-                end = file.tell()
-                text = text if end else ",".join(COLUMNS).encode() + b"\n" + text
-                written = file.write(text)
-                if written != len(text):
-                    file.truncate(end + text.rfind(b"\n", 0, written) + 1)  # what it took of whole lines
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            self.log_full = False
-        except OSError as error:
-            if not self.log_full:
-                self.say(f"note     {path} takes no more ({error.strerror}); the run goes on without")
-            self.log_full = True
-
-    def save(self, contents: dict[str, Any], *names: str) -> None:
-        """Write `contents`, which nobody changes any more, to ckpt.pt, last.pt or both, in the background.
-
-        A save that fails is told, the files stay what they were, and the run goes on.
-        """
-        self.report(wait=True)
-        self.take_over()
-        self.writer = threading.Thread(target=self.write, args=(contents, names), daemon=True)
-        self.writer.start()
-
-    def write(self, contents: dict[str, Any], names: tuple[str, ...]) -> None:
-        """Write to the files: in the thread."""
-        paths = [self.path / name for name in names]
-        if self.keep:
-            paths.insert(0, self.path / HISTORY.replace("????????", f"{contents['iter_num']:08}"))
-        try:
-            atomic_write(lambda file: torch.save(contents, file), *paths)
-            self.failure = None
-            if BEST in names:
-                self.best = contents["best_val_loss"]
-            for old in sorted(self.path.glob(HISTORY))[: -self.keep] if self.keep else ():
-                old.unlink()
-        except BaseException as error:  # none may end the thread unheard
-            self.failure = error if isinstance(error, MachineError) else MachineError(repr(error))
-        self.result = f"step {contents['iter_num']}: wrote {' and '.join(map(str, paths))}"
-
-    def writing(self) -> bool:
-        """Whether a save is under way in the background."""
-        return self.writer is not None and self.writer.is_alive()
-
-    def report(self, wait: bool = False, goes_on: bool = True) -> None:
-        """Tell how the save in the background ended, where it has; `wait` until it has."""
-        if self.writer is None or (self.writing() and not wait):
-            return
-        self.writer.join()
-        self.writer = None
-        if not self.failure:
-            self.say(self.result)
-        elif goes_on:
-            self.say(f"note     {self.failure}; the run goes on and tries again")
+        self.owned = False  # the files here are this run's
+        self.best_val_loss = math.inf  # that of ckpt.pt
+        self.resumed_row: dict[str, str] = {}  # log.csv's row of the step at which the run resumes
+        self.log_file: IO[bytes] | None = None
+        self.log_failed = False
+        self.save_thread: threading.Thread | None = None
+        self.save_error: MachineError | None = None  # of the newest save
 
     def __enter__(self) -> "RunDirectory":
+        """Raises UserError if the folder cannot be written or another process holds its lock."""
+        self.restarted_id = self.find_restarted_id()  # before the owner is overwritten
+        if self.writes:
+            self.lock()
+        self.runtime.barrier()  # all ranks wait until nobody else writes here
         return self
 
-    def finish(self) -> None:
-        """Wait for the last save. Raises MachineError where the newest state is not on disk."""
-        self.report(wait=True, goes_on=False)
-        if self.failure:
-            raise MachineError(f"{self.failure}; make room, and resume from it")
+    def lock(self) -> None:
+        from filelock import FileLock, Timeout  # comes with torch
 
-    def __exit__(self, kind: type | None, *_: Any) -> None:
-        if kind is not KeyboardInterrupt:
-            self.report(wait=True, goes_on=False)
-        if self.made and kind and [path.name for path in self.path.glob("*")] == [LOCK]:
-            (self.path / LOCK).unlink()  # a start that came to nothing leaves nothing
-            self.path.rmdir()
-        HELD.discard(os.path.realpath(self.path / LOCK))
-        self.lock.close()
+        self.created = not self.path.exists()
+        self.file_lock = FileLock(self.path / LOCK)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            try:
+                self.file_lock.acquire(timeout=0)
+            except Timeout:
+                log.info(f"note     waits for the end of {self.read_owner()[0]}, which writes to {self.path}")
+                self.file_lock.acquire(timeout=self.lock_timeout)
+            self.write_owner(self.read_owner()[1] if is_restart() else "")
+            for name in (BEST, NEWEST, LOG, HISTORY):
+                for unfinished in self.path.glob(name + ".tmp"):  # by a run that was killed while it wrote
+                    unfinished.unlink()
+        except Timeout:
+            message = (
+                f"{self.read_owner()[0]} writes to out_dir={self.path}; stop it, or choose another --out_dir"
+            )
+            raise UserError(message) from None
+        except OSError as error:
+            message = f"out_dir={self.path} cannot be written ({error.strerror}); choose another"
+            raise UserError(message) from None
 
+    def read_owner(self) -> tuple[str, str]:
+        """The process that writes here or was the last to do so, and its run, "" if that has no files yet."""
+        try:
+            lines = (self.path / OWNER).read_text(encoding="utf-8", errors="replace").splitlines()
+        except OSError:
+            lines = []
+        process, run = [*lines, "", ""][:2]
+        return process or "another process", run
 
-def locked(path: Path) -> IO[str]:
-    """The file, open and locked for as long as this process lives, with its owner in it. Raises UserError
-    where another process holds it, OSError where it cannot be written."""
-    file = open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+", encoding="utf-8", errors="replace")
-    name = os.path.realpath(path)
-    end = time.monotonic() + PATIENCE
-    while name in HELD or not try_lock(file):
-        if time.monotonic() > end:
-            file.seek(0)
-            who = file.readline().strip() or "another process"
-            raise UserError(f"{who} writes to out_dir={path.parent}; stop it, or choose another --out_dir")
-        time.sleep(0.2)
-    file.seek(0)
-    run = (file.read().splitlines()[1:] or [""])[0]
-    write_owner(file, run if is_restart() else "")
-    HELD.add(name)
-    return file
+    def write_owner(self, run: str) -> None:
+        text = f"process {os.getpid()} on {socket.gethostname()}\n{run}\n"
+        (self.path / OWNER).write_text(text, encoding="utf-8")
 
+    def find_restarted_id(self) -> str | None:
+        """The id of this run if torchrun has restarted its ranks after rank 0 had written here, else None."""
+        number = 0
+        if self.runtime.is_main and is_restart():
+            match = re.fullmatch(r"run ([0-9a-f]{8}), job (.*)", self.read_owner()[1])
+            if match and match[2] == job_name():
+                number = int(match[1], 16)
+        number = int(self.runtime.all_reduce_sum(number)[0])
+        return f"{number:08x}" if number else None
 
-def write_owner(file: IO[str], run: str) -> None:
-    """Into a lock: who holds it, and which run has written to the folder, "" if none as yet."""
-    file.seek(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n{run}\n")
-    file.truncate()
-    file.flush()
+    def resume(self, checkpoint: dict[str, Any], header: dict[str, Any]) -> None:
+        """Continue the run of a checkpoint, {} for a new run."""
+        step = checkpoint.get("iter_num", 0)
+        message = f"the ranks do not find the same checkpoint; put out_dir={self.path} where all see it"
+        self.runtime.check_equal_on_all_ranks(step, message)
+        self.run_id = checkpoint.get("run_id") or self.restarted_id or secrets.token_hex(4)
+        self.best_val_loss = float(checkpoint.get("best_val_loss", math.inf))
+        self.header = header | {"run_id": self.run_id}
+        if self.writes and (checkpoint or self.restarted_id):
+            self.take_ownership()
+            self.move_aside([path for path in self.path.glob(HISTORY) if int(path.stem[5:]) > step])
+            self.cut_log(step)
 
+    def cut_log(self, step: int) -> None:
+        """Remove the rows after `step`, as those steps are repeated."""
+        path = self.path / LOG
+        text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+        lines = [line.split(",") for line in text.split("\n")[:-1]]  # without a line that was cut off
+        if not lines:
+            return
+        names = lines[0] if lines[0][0] == "step" else COLUMNS  # those of older versions are fewer
+        rows = [dict(zip(names, line, strict=True)) for line in lines if len(line) == len(names)]
+        by_step = {int(row["step"]): row for row in rows if row["step"].isdecimal()}
+        self.rows = [by_step[number] for number in sorted(by_step) if number < step]
+        self.resumed_row = by_step.get(step, {})
+        self.rewrite_log()
 
-def try_lock(file: IO[str]) -> bool:
-    """Lock it, unless another process has; the system unlocks it when this process ends, however it ends."""
-    try:
-        if os.name == "nt":
-            import msvcrt
+    def rewrite_log(self) -> None:
+        rows = [*self.rows, self.resumed_row] if self.resumed_row else self.rows
+        text = ",".join(COLUMNS) + "\n" + "".join(map(csv_line, rows))
+        atomic_write(lambda file: file.write(text.encode()), self.path / LOG)
 
-            file.seek(2**30)  # others can read what is before
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    def take_ownership(self) -> None:
+        self.owned = True
+        self.write_owner(f"run {self.run_id}, job {job_name()}")
+
+    def claim(self) -> None:
+        """Rename another run's files before the first of this one, so that a start too many loses nothing."""
+        if not self.owned:
+            names = (BEST, NEWEST, LOG, TENSORBOARD, PICTURE)
+            self.move_aside([*(self.path / name for name in names), *self.path.glob(HISTORY)])
+            self.take_ownership()
+
+    def move_aside(self, paths: list[Path]) -> None:
+        """Rename files to *.previous-1.* or the next number. Raises MachineError."""
+        number = 1
+        while any(self.path.glob(f"*.previous-{number}*")):
+            number += 1
+        for path in sorted(path for path in paths if path.exists()):
+            name = f"{path.stem}.previous-{number}{path.suffix}"
+            try:
+                path.rename(self.path / name)
+            except OSError as error:
+                raise MachineError(f"{path} cannot be renamed ({error.strerror}); see {self.path}") from None
+            log.info(f"note     {path} is not what this run goes on from, and is {name} now")
+
+    def append_log(self, row: dict[str, Any]) -> None:
+        """Add a row to log.csv. A full disk is reported once, and the run continues without the row."""
+        if not self.writes:
+            return
+        self.claim()
+        if str(row["step"]) == self.resumed_row.get("step"):  # the run was stopped before it was evaluated
+            self.resumed_row |= {name: str(value) for name, value in row.items()}
+            self.rewrite_log()
+            return
+        try:
+            if self.log_file is None:
+                self.log_file = open(self.path / LOG, "ab", buffering=0)
+            end = self.log_file.seek(0, os.SEEK_END)
+            line = (csv_line(row) if end else ",".join(COLUMNS) + "\n" + csv_line(row)).encode()
+            if self.log_file.write(line) != len(line):
+                self.log_file.truncate(end)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self.log_failed = False
+        except OSError as error:
+            if not self.log_failed:
+                log.info(f"note     {self.path / LOG} takes no more ({error.strerror}); continues without")
+            self.log_failed = True
+
+    def save(
+        self,
+        model: GPT,
+        optimizers: list[torch.optim.Optimizer],
+        scaler: torch.amp.GradScaler,
+        state: TrainState,
+    ) -> None:
+        """Write a checkpoint to last.pt, and to ckpt.pt if it is the best one, in the background.
+
+        A save that fails is reported, the files stay what they were, and the run continues. Raises Diverged
+        if a weight is not finite.
+        """
+        if not weights_are_finite(model, self.runtime):
+            raise self.diverged_error(state.step)
+        self.report_save(wait=True)  # then the previous save's copy is freed, and best_val_loss known
+        names, best_val_loss = [NEWEST], self.best_val_loss
+        if state.val_loss is not None:
+            if state.val_loss < best_val_loss or self.config.always_save_checkpoint:
+                names = [BEST, NEWEST]
+            best_val_loss = min(best_val_loss, state.val_loss)
+        entries = self.header | state.to_checkpoint()
+        entries |= {"best_val_loss": best_val_loss, "scaler": scaler.state_dict()}
+        contents = training_state(model, optimizers, keep=self.runtime.is_main, **entries)
+        if self.writes:
+            self.claim()
+            self.save_thread = threading.Thread(target=self.write, args=(contents, names), daemon=True)
+            self.save_thread.start()
         else:
-            import fcntl
+            self.best_val_loss = best_val_loss
 
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by children, works over NFS
-    except OSError as error:
-        if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):  # a file system without locks
-            return True
-        if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
-            return False
-        raise
-    return True
+    def write(self, contents: dict[str, Any], names: list[str]) -> None:
+        """Write a checkpoint to the files of these names: in the thread."""
+        paths, keep = [self.path / name for name in names], self.config.keep_checkpoints
+        if keep:
+            paths.insert(0, self.path / f"step-{contents['iter_num']:08}.pt")
+        self.save_result = f"step {contents['iter_num']}: wrote {' and '.join(map(str, paths))}"
+        try:
+            atomic_write(lambda file: torch.save(contents, file), *paths)
+            self.save_error = None
+            if BEST in names:
+                self.best_val_loss = contents["best_val_loss"]
+            if keep:
+                for path in sorted(self.path.glob(HISTORY))[:-keep]:
+                    path.unlink()
+        except BaseException as error:  # none may end the thread unnoticed
+            self.save_error = error if isinstance(error, MachineError) else MachineError(repr(error))
+
+    def saving(self) -> bool:
+        """Whether a checkpoint is being written in the background."""
+        return self.save_thread is not None and self.save_thread.is_alive()
+
+    def report_save(self, wait: bool = False) -> None:
+        """Log how the save in the background ended, if it has; `wait` until it has."""
+        if self.save_thread is None or (self.saving() and not wait):
+            return
+        self.save_thread.join()
+        self.save_thread = None
+        if self.save_error:
+            log.info(f"note     {self.save_error}; the run goes on and tries again")
+        else:
+            log.info(self.save_result)
+
+    def finish(self) -> None:
+        """Wait for the last save. Raises MachineError if the newest checkpoint could not be written."""
+        self.join_save()
+        if self.save_error:
+            raise MachineError(f"{self.save_error}; make room, and resume from it")
+
+    def join_save(self) -> None:
+        if self.save_thread:
+            self.save_thread.join()
+            if not self.save_error:
+                self.report_save()
+
+    def diverged_error(self, step: int) -> Diverged:
+        return diverged_error(step, self.path if self.owned else None)
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        if kind is not KeyboardInterrupt:
+            self.join_save()
+        if not self.writes:
+            return
+        if self.log_file:
+            self.log_file.close()
+        if kind and self.created and {path.name for path in self.path.glob("*")} == {LOCK, OWNER}:
+            for path in self.path.glob("*"):  # a start that failed leaves nothing
+                path.unlink()
+            self.path.rmdir()
+        self.file_lock.release()
 
 
-def run_before_restart(path: Path) -> str | None:
-    """The id of the run that wrote here before torchrun started its ranks again; None if none did."""
-    if not is_restart():
-        return None
-    try:
-        found = re.search(r"^run ([0-9a-f]{8}), job (.*)$", (path / LOCK).read_text(encoding="utf-8"), re.M)
-    except (OSError, UnicodeDecodeError):
-        return None
-    return found[1] if found and found[2] == job() else None
+def csv_line(row: dict[str, Any]) -> str:
+    return ",".join(str(row.get(name, "")) for name in COLUMNS) + "\n"
 
 
 def is_restart() -> bool:
-    """Whether torchrun has started its ranks again."""
+    """Whether torchrun has restarted its ranks."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
-def job() -> str:
-    """What torchrun calls the ranks that it starts, and starts again; its process where that is "none"."""
+def job_name() -> str:
+    """torchrun's id of the ranks that it starts and restarts, or its process if that is "none"."""
     name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
     return f"none-{os.getppid()}" if name == "none" else name

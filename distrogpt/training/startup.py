@@ -1,8 +1,8 @@
-"""How a run begins: the network, and what it goes on from; and what is told before the first step."""
+"""How a run begins: the model, and the checkpoint that it resumes from; and what is logged of it."""
 
+import logging
 import math
 import zlib
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from fractions import Fraction
 from pathlib import Path
@@ -11,89 +11,127 @@ from typing import Any
 import numpy as np
 import torch
 
-from distrogpt.checkpoint import BEST, NEWEST, load_checkpoint, newest_checkpoint, restore_model
-from distrogpt.data.dataset import Dataset, samples_per_epoch
+from distrogpt.checkpoint import (
+    BEST,
+    NEWEST,
+    load_checkpoint,
+    newest_checkpoint,
+    restore_model,
+    restore_optimizers,
+)
+from distrogpt.data.dataset import Dataset, measured_splits, samples_per_epoch
 from distrogpt.data.meta import tokenizers_differ
 from distrogpt.errors import UserError
 from distrogpt.loading import load_pretrained
 from distrogpt.runtime import Runtime
 from distrogpt.settings import TrainConfig
-from distrogpt.training.guards import early_stop_reason
-from distrogpt.training.run_directory import LOG, is_restart, run_before_restart
+from distrogpt.training.run_directory import LOG, is_restart
+from distrogpt.training.state import TrainState
 from model import GPT, GPTConfig
 
-Say = Callable[[str], None]
+log = logging.getLogger("distrogpt")
+
+
+def check_ranks(config: TrainConfig, runtime: Runtime) -> None:
+    """Raises UserError if the ranks cannot share the micro-steps, or have different settings."""
+    if config.gradient_accumulation_steps % runtime.world_size:
+        raise UserError(
+            f"gradient_accumulation_steps={config.gradient_accumulation_steps} cannot be shared among "
+            f"{runtime.world_size} ranks; make it a multiple"
+        )
+    message = "the ranks have not all the same settings; start them with the same command"
+    runtime.check_equal_on_all_ranks(zlib.crc32(repr(config).encode()), message)
 
 
 def resolve_max_iters(config: TrainConfig, data: Dataset) -> TrainConfig:
-    """The settings with the max_iters that max_epochs asks for on this data. Raises UserError."""
+    """The settings with max_iters for max_epochs passes over this data. Raises UserError."""
     if config.max_epochs is None or "train" not in data.parts[0].streams:
         return config
-    samples = Fraction(str(config.max_epochs)) * samples_per_epoch(data, config)  # of floats, 0.1 is too much
+    epochs = Fraction(str(config.max_epochs))  # exact: as a float, 0.1 is too large
+    steps = math.ceil(epochs * samples_per_epoch(data, config) / samples_per_step(config))
     try:
-        return replace(config, max_iters=math.ceil(samples / samples_of(config)))
+        return replace(config, max_iters=steps)
     except ValueError as error:
         raise UserError(f"max_epochs={config.max_epochs:g}: {error}; lower it") from None
 
 
-def samples_of(config: TrainConfig) -> int:
-    """Samples of a step, over all ranks."""
+def samples_per_step(config: TrainConfig) -> int:
+    """Over all ranks."""
     return config.gradient_accumulation_steps * config.batch_size
 
 
-def checkpoint_to_resume(config: TrainConfig, earlier: str | None) -> tuple[Path | None, dict[str, Any]]:
-    """The file that this run goes on from, and what is in it; None and {} where it begins. Raises UserError.
+def checkpoint_to_resume(config: TrainConfig, restarted_id: str | None) -> tuple[Path | None, dict[str, Any]]:
+    """The file to resume from and its contents; None and {} for a new run. Raises UserError.
 
-    Where torchrun starts its ranks again, a run goes on from the file of the `earlier` one, which was this
-    one, whatever init_from says.
+    If torchrun has restarted its ranks, they resume from the file of the run `restarted_id`, which was this
+    one, for any init_from.
     """
     newest = newest_checkpoint(Path(config.out_dir))
     auto = config.init_from.partition(":")[0] == "auto"
     if config.init_from == "resume" or (auto and newest):
         path = newest or Path(config.out_dir) / NEWEST
         return path, load_checkpoint(path)
-    if earlier and newest:
+    if restarted_id and newest:
         contents = load_checkpoint(newest)
-        if contents.get("run_id") == earlier:
+        if contents.get("run_id") == restarted_id:
             return newest, contents
     return None, {}
 
 
 def new_model_config(config: TrainConfig, meta: dict[str, Any]) -> GPTConfig:
-    """The shape of a new network; GPT-2's vocabulary is padded to GPTConfig's, which GPUs multiply faster."""
+    """The shape of a new model; GPT-2's vocabulary is padded to GPTConfig's, which GPUs multiply faster.
+    Raises UserError if the settings do not fit together."""
     shape = {name: value for name, value in asdict(config).items() if name in asdict(GPTConfig())}
     vocab_size = GPTConfig.vocab_size if meta["vocab_size"] == 50257 else meta["vocab_size"]
-    return GPTConfig(vocab_size=vocab_size, **shape)
+    try:
+        return GPTConfig(vocab_size=vocab_size, **shape)
+    except ValueError as error:
+        raise UserError(error) from None
 
 
 def initial_model(
-    config: TrainConfig, meta: dict[str, Any], earlier: str | None = None
+    config: TrainConfig, meta: dict[str, Any], restarted_id: str | None = None
 ) -> tuple[GPT, dict[str, Any]]:
-    """The network to train, on the CPU, and the checkpoint that it goes on from, {} if none. UserError."""
-    path, contents = checkpoint_to_resume(config, earlier)
-    origin = contents  # the checkpoint that the weights come from, gone on from or not
+    """The model to train, on the CPU, and the checkpoint to resume from, {} for a new run. UserError."""
+    path, checkpoint = checkpoint_to_resume(config, restarted_id)
+    weights_from = checkpoint  # the checkpoint that has the weights, resumed or not
     source = "scratch" if config.init_from == "auto" else config.init_from.removeprefix("auto:") or "scratch"
     if path:
-        model, source = restore_model(contents, path, config.dropout), config.out_dir
-        its_optimizer = contents.get("config", {}).get("optimizer", "adamw")
-        if its_optimizer != config.optimizer and not config.eval_only:
-            raise UserError(
-                f"{config.out_dir} was trained with optimizer={its_optimizer}; resume with that, or begin "
-                f"from its weights: --init_from={config.out_dir} and another --out_dir"
-            )
+        check_resumable(config, checkpoint)
+        model, source = restore_model(checkpoint, path, config.dropout), config.out_dir
     elif source == "scratch":
         torch.manual_seed(config.seed)
         model = GPT(new_model_config(config, meta))
     else:
-        model, origin = load_pretrained(source, config.dropout)
-    if tokenizers_differ(origin.get("meta", meta)["tokenizer"], meta["tokenizer"]):
+        model, weights_from = load_pretrained(source, config.dropout)
+    if tokenizers_differ(weights_from.get("meta", meta)["tokenizer"], meta["tokenizer"]):
         raise UserError(
             f"{source} was trained with another tokenizer than {config.dataset} has; choose the dataset that "
             "it was trained on, or --init_from=scratch"
         )
-    measured = contents.get("config", {}).get("eval_splits", "both")
-    if contents and (measured == "train") != (config.eval_splits == "train"):
-        contents |= {"best_val_loss": math.inf, "no_lower": 0}  # of another split, not to be compared
+    check_fits(config, meta, model)
+    if config.block_size < model.config.block_size:
+        model.crop_block_size(config.block_size)
+        if not model.config.rotary:
+            checkpoint.pop("optimizer", None)  # its averages have the shape of the longer table
+    return model, checkpoint
+
+
+def check_resumable(config: TrainConfig, checkpoint: dict[str, Any]) -> None:
+    """Raises UserError if it was trained with another optimizer. Forgets a best loss of another split."""
+    optimizer = checkpoint.get("config", {}).get("optimizer", "adamw")
+    if optimizer != config.optimizer and not config.eval_only:
+        raise UserError(
+            f"{config.out_dir} was trained with optimizer={optimizer}; resume with that, or begin "
+            f"from its weights: --init_from={config.out_dir} and another --out_dir"
+        )
+    eval_splits = checkpoint.get("config", {}).get("eval_splits", "both")
+    if (eval_splits == "train") != (config.eval_splits == "train"):
+        checkpoint |= {"best_val_loss": math.inf, "no_lower": 0}  # cannot be compared
+
+
+def check_fits(config: TrainConfig, meta: dict[str, Any], model: GPT) -> None:
+    """Raises UserError if the vocabulary or the context of a model is too small."""
     if meta["vocab_size"] > model.config.vocab_size:
         raise UserError(
             f"the dataset has {meta['vocab_size']} tokens, the model of init_from={config.init_from} only "
@@ -104,87 +142,102 @@ def initial_model(
             f"block_size={config.block_size} is longer than the model of init_from={config.init_from} reads; "
             f"set --block_size={model.config.block_size} or less"
         )
-    if config.block_size < model.config.block_size:
-        model.crop_block_size(config.block_size)
-        if not model.config.rotary:
-            contents.pop("optimizer", None)  # its averages have the shape of the longer table
-    return model, contents
 
 
-def earlier_run(config: TrainConfig, runtime: Runtime) -> str | None:
-    """The id of this run where torchrun has started its ranks again, as rank 0 finds it; else None."""
-    found = run_before_restart(Path(config.out_dir)) if runtime.is_main else None
-    number = int(runtime.all_reduce_sum(int(found or "0", 16))[0])
-    return f"{number:08x}" if number else None
+def restore_training(
+    optimizers: list[torch.optim.Optimizer],
+    scaler: torch.amp.GradScaler,
+    checkpoint: dict[str, Any],
+    config: TrainConfig,
+) -> None:
+    """Load the optimizers' averages and the scale of fp16's loss. Raises UserError if they do not fit."""
+    if "optimizer" in checkpoint and not config.eval_only:
+        restore_optimizers(optimizers, checkpoint, Path(config.out_dir))
+        scaler.load_state_dict(checkpoint.get("scaler") or scaler.state_dict())
+
+
+def checkpoint_header(config: TrainConfig, data: Dataset) -> dict[str, Any]:
+    """The entries that all checkpoints of a run have in common."""
+    return {"config": asdict(config), "meta": data.meta, "data": fingerprint(data)}
 
 
 def fingerprint(data: Dataset) -> dict[str, list[int]]:
-    """Of each split its length and a checksum of some ids from all over it: whether the data is the same. Of
-    a mixture, that of each part by its number, and its share in millionths."""
-    sums = {}
+    """Length and checksum of some ids of each split, to see whether the data is the same; for a mixture, of
+    each part by its number, with its weight in millionths."""
+    entries = {}
     for number, part in enumerate(data.parts):
-        of_mixture = [] if len(data.parts) == 1 else [round(part.weight * 1e6)]
         for split, stream in part.streams.items():
             ids = stream.windows(np.linspace(0, len(stream) - 1, 256).astype(np.int64), 1)
-            name = f"{split} {number}" if of_mixture else split
-            sums[name] = [len(stream), zlib.crc32(ids.tobytes()), *of_mixture]
-    return sums
+            entries[f"{split} {number}"] = [len(stream), zlib.crc32(ids.tobytes()), round(part.weight * 1e6)]
+    if len(data.parts) == 1:
+        return {name.partition(" ")[0]: entry[:2] for name, entry in entries.items()}
+    return entries
 
 
 def same_data(one: dict[str, list[int]], other: dict[str, list[int]]) -> bool:
-    """Whether two fingerprints are of the same data, as far as both have read it."""
-    split_of = {name: name.partition(" ")[0] for name in (*one, *other)}
-    read = {split_of[name] for name in one} & {split_of[name] for name in other}
-    return all(one.get(name) == other.get(name) for name, split in split_of.items() if split in read)
+    """Whether two fingerprints are of the same data, in the splits that both have."""
+    splits = {name.partition(" ")[0] for name in one} & {name.partition(" ")[0] for name in other}
+    names = [name for name in {**one, **other} if name.partition(" ")[0] in splits]
+    return all(one.get(name) == other.get(name) for name in names)
 
 
-def describe_run(config: TrainConfig, runtime: Runtime, data: Dataset, model: GPT, say: Say) -> None:
-    """Tell before the first step what is trained, on what, where, and what will be written."""
-    shape, micro_steps = model.config, config.gradient_accumulation_steps
-    tokens = micro_steps * config.batch_size * config.block_size
-    # beside the weights; Muon's AdamW has few of them
-    averages = {"adamw": 2, "muon": 1, "sgd": int(config.momentum > 0)}[config.optimizer]
-    megabytes = 4 * (1 + averages) * model.get_num_params(non_embedding=False) / 1e6
+def describe_run(config: TrainConfig, runtime: Runtime, data: Dataset, model: GPT) -> None:
+    """Log what is trained, on what data, where, and what will be written."""
     for part in data.parts:
         sizes = ", ".join(f"{len(stream):,} {split}" for split, stream in part.streams.items())
-        share = "" if len(data.parts) == 1 else f"{part.weight:.1%} "
-        say(f"data     {share}{part.folder}: {sizes} tokens, vocabulary {data.meta['vocab_size']:,}")
-    say(
-        f"model    {shape.n_layer} layers, {shape.n_head} heads, {shape.n_embd} wide, "
-        f"block {shape.block_size}: {model.get_num_params(non_embedding=False):,} parameters"
+        weight = "" if len(data.parts) == 1 else f"{part.weight:.1%} "
+        log.info(f"data     {weight}{part.folder}: {sizes} tokens, vocabulary {data.meta['vocab_size']:,}")
+    shape, parameters = model.config, model.get_num_params(non_embedding=False)
+    sizes = f"{shape.n_layer} layers, {shape.n_head} heads, {shape.n_embd} wide, block {shape.block_size}"
+    log.info(f"model    {sizes}: {parameters:,} parameters")
+    log.info(f"machine  {runtime.describe()}")
+    tokens, micro_steps = samples_per_step(config) * config.block_size, config.gradient_accumulation_steps
+    sizes = f"{micro_steps} x {config.batch_size} sequences of {config.block_size}"
+    log.info(f"step     {tokens:,} tokens: {sizes}")
+    if config.eval_only:
+        return
+    if config.max_epochs is not None:
+        steps = f"{samples_per_epoch(data, config) / samples_per_step(config):,.1f}".removesuffix(".0")
+        epochs = "1 epoch" if config.max_epochs == 1 else f"{config.max_epochs:g} epochs"
+        log.info(f"length   {epochs} of {steps} steps, {config.max_iters:,} in all")
+    # beside the weights; Muon's AdamW has few of them
+    averages = {"adamw": 2, "muon": 1, "sgd": int(config.momentum > 0)}[config.optimizer]
+    interval = min(config.eval_interval, config.save_interval or config.eval_interval)
+    log.info(
+        f"writes   {config.out_dir}/{BEST} (best), {NEWEST} (newest) and {LOG}, every {interval} steps up to "
+        f"{config.max_iters}, {4 * (1 + averages) * parameters / 1e6:,.0f} MB each"
     )
-    say(f"machine  {runtime.describe()}")
-    say(f"step     {tokens:,} tokens: {micro_steps} x {config.batch_size} sequences of {config.block_size}")
-    if config.max_epochs is not None and not config.eval_only:
-        steps = f"{samples_per_epoch(data, config) / samples_of(config):,.1f}".removesuffix(".0")
-        epochs = f"{config.max_epochs:g} epoch{'s' * (config.max_epochs != 1)}"
-        say(f"length   {epochs} of {steps} steps, {config.max_iters:,} in all")
-    if not config.eval_only:
-        often = min(config.eval_interval, config.save_interval or config.eval_interval)
-        say(
-            f"writes   {config.out_dir}/{BEST} (best), {NEWEST} (newest) and {LOG}, "
-            f"every {often} steps up to {config.max_iters}, {megabytes:,.0f} MB each"
-        )
 
 
-def describe_resumption(
-    config: TrainConfig, model: GPT, contents: dict[str, Any], data: dict[str, list[int]], say: Say
-) -> None:
-    """Tell where a run goes on, and what of it is not as the settings or the unbroken run would have it."""
-    step = contents.get("iter_num", 0)
-    if contents:
-        ended = early_stop_reason(config, step, contents.get("seconds", 0.0), contents.get("no_lower", 0))
-        finished = (ended or step >= config.max_iters) and not config.eval_only
-        why = f" ({ended})" if ended else ""
-        say(f"resumes  after step {step}" + (f": nothing left to do{why}" if finished else ""))
-        if "optimizer" not in contents:
-            say("note     without the optimizer's averages, which start anew")
-        if not same_data(contents.get("data", data), data):
+def describe_resumption(config: TrainConfig, model: GPT, checkpoint: dict[str, Any], data: Dataset) -> None:
+    """Log where a run resumes, and how it differs from the settings or from an uninterrupted run."""
+    if checkpoint:
+        state = TrainState(checkpoint)
+        line = f"resumes  after step {state.step}"
+        if state.finished(config) and not config.eval_only:
+            reason = state.early_stop_reason(config)
+            line += f": nothing left to do ({reason})" if reason else ": nothing left to do"
+        log.info(line)
+        if "optimizer" not in checkpoint:
+            log.info("note     without the optimizer's averages, which start anew")
+        if "data" in checkpoint and not same_data(checkpoint["data"], fingerprint(data)):
             if is_restart():
                 raise UserError("the data changed under the run; put back what it was, and resume")
-            say("note     the data changed since: the run goes on, but not as it would have")
+            log.info("note     the data changed since: the run goes on, but not as it would have")
     for name, value in asdict(model.config).items():
         wanted = getattr(config, name, value)
-        meant = bool(contents) or wanted != getattr(TrainConfig, name, wanted)  # what a new run would have
-        if wanted != value and meant and name not in ("block_size", "dropout", "zero_init"):
-            say(f"note     the model's {name}={value} holds, not {wanted}")
+        chosen = bool(checkpoint) or wanted != getattr(TrainConfig, name, wanted)
+        if wanted != value and chosen and name not in ("block_size", "dropout", "zero_init"):
+            log.info(f"note     the model's {name}={value} holds, not {wanted}")
+
+
+def describe_result(config: TrainConfig, state: TrainState, best_val_loss: float) -> None:
+    """Log how the run ended."""
+    if state.stop_requested:
+        flag = "" if config.init_from.partition(":")[0] == "auto" else " and --init_from=resume"
+        log.info(f"stopped after step {state.step}; go on with the same command{flag}")
+    elif not config.eval_only:
+        reason = state.early_stop_reason(config)
+        early = f"early stop after step {state.step}: {reason}; " if reason else ""
+        result = f"best {measured_splits(config)[-1]} loss {best_val_loss:.4f} in {state.elapsed():.0f} s"
+        log.info(f"done: {early}{result}; python sample.py --out_dir={config.out_dir}")

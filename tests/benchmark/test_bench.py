@@ -5,19 +5,31 @@ import math
 import os
 import re
 import shutil
-from pathlib import Path
+import sys
 
 import pytest
 import torch
 from conftest import REPO, TINY, assert_user_error, run_here
 
 import bench
-from bench import alternate, open_data, our_step, ratio, rung_step
+import train
 from configurator import read_settings
-from distrogpt.benchmark.batch_size import LARGEST, Trial, available_memory, search, shared
+from distrogpt.benchmark.batch_size import (
+    LARGEST,
+    Trial,
+    available_memory,
+    bench_batch,
+    search,
+    step_with,
+)
+from distrogpt.benchmark.ladder import rung_step
+from distrogpt.benchmark.timing import alternate, float32_precision, open_data, ratio
+from distrogpt.benchmark.training import Trainer, bench_step
 from distrogpt.errors import UserError, is_out_of_memory
 from distrogpt.runtime import Runtime
 from distrogpt.settings import BenchConfig
+
+CPU = Runtime(torch.device("cpu"), torch.float32)
 
 
 def test_it_tells_time_speed_share_and_memory(dataset):
@@ -50,23 +62,26 @@ def test_it_compiles_where_train_py_would(layers, steps, compiled, monkeypatch, 
     monkeypatch.setattr("distrogpt.kernels.compile.compile_error", lambda device: "")
     shape = (f"--n_layer={layers}", "--n_embd=96", "--compile=auto", f"--max_iters={steps}")
     config = read_settings(BenchConfig, [*TINY, f"--dataset={dataset}", "--batch_size=2", *shape])
-    made, _, _ = our_step(config, open_data(config), Runtime(torch.device("cpu"), torch.float32))
-    assert (made._compiled_call_impl is not None) == compiled
+    trainer = Trainer(train.training_step, config, open_data(config), CPU)
+    assert (trainer.model._compiled_call_impl is not None) == compiled
 
 
 def test_a_rungs_vocabulary_and_optimizer_are_plain_ones(monkeypatch):
     calls, fused_adamw = [], torch._fused_adamw_
     monkeypatch.setattr(torch, "_fused_adamw_", lambda *a, **k: calls.append(1) or fused_adamw(*a, **k))
-    config = read_settings(BenchConfig, [*TINY, "--real_data=False", "--batch_size=2", "--dtype=float16"])
+    config = read_settings(BenchConfig, [*TINY, "--real_data=False", "--batch_size=2"])
     data = open_data(config)
-    place = Runtime(torch.device("cpu"), torch.float16)
-    for padded, size in ((True, 50304), (False, 50257)):
-        made, _, step = our_step(config, data, place, fused=padded, padded=padded)
-        before = made.lm_head.weight.clone()
+
+    def training_step(model, *args):
+        before = model.lm_head.weight.clone()
         calls.clear()
-        step(0)  # fp16's loss scaling goes with either optimizer
-        assert bool(calls) == padded
-        assert made.config.vocab_size == size and not torch.equal(before, made.lm_head.weight)
+        train.training_step(model, *args)
+        return model.config.vocab_size, not torch.equal(before, model.lm_head.weight)
+
+    for on, size in ({"padded": True, "fused": True}, 50304), ({}, 50257):
+        on["dtype"] = torch.float16  # either optimizer works with loss scaling
+        assert rung_step(training_step, config, data, CPU, on)() == (size, True)
+        assert bool(calls) == ("fused" in on)
 
 
 def test_profile_shows_operations_and_writes_a_trace(dataset, tmp_path):
@@ -86,11 +101,17 @@ def test_it_takes_a_training_config_and_its_own_settings():
     assert_user_error(run_here("bench.py", "--bench_step=3"), "did you mean bench_steps?")
 
 
-def test_the_step_is_train_pys():
-    import train
-
+def test_the_step_is_train_pys(dataset):
     assert bench.training_step is train.training_step
-    assert "def training_step" not in Path(bench.__file__).read_text()
+    calls = []
+
+    def training_step(*args):
+        calls.append(args)
+        return train.training_step(*args)
+
+    flags = [*TINY, f"--dataset={dataset}", "--bench_steps=4", "--warmup_steps=2"]
+    bench_step(read_settings(BenchConfig, flags), CPU, training_step)
+    assert len(calls) == 6 and all(len(batches) == 1 for _, _, _, batches, *_ in calls)
 
 
 @pytest.mark.parametrize("against", [str(REPO), "transformers"])  # our model.py has nanoGPT's face too
@@ -102,8 +123,8 @@ def test_others_are_timed_in_turns_and_the_results_written(against, dataset, tmp
     found = json.loads((tmp_path / "found.json").read_text())
     assert set(found["steps"]) == {"ours", name} and found["torch"] == torch.__version__
     assert found["settings"]["n_embd"] == 16 and "cpu" in found["device"]
-    told = float(re.search(r"^ratio +(\d+\.\d+) times", done.stdout, re.M)[1])
-    assert told == pytest.approx(found["ratio"]["median"], abs=0.01)
+    printed = float(re.search(r"^ratio +(\d+\.\d+) times", done.stdout, re.M)[1])
+    assert printed == pytest.approx(found["ratio"]["median"], abs=0.01)
     times = found["steps"]
     assert times["ours"]["low"] <= times["ours"]["median"] <= times["ours"]["high"]
     assert times["ours"]["tokens_per_second"] == pytest.approx(64 / times["ours"]["median"])
@@ -125,14 +146,13 @@ def test_mistakes_of_against_and_json(dataset, tmp_path):
 
 def test_alternation_takes_turns():
     order = []
-    steps = {name: lambda number, name=name: order.append((name, number)) for name in "ab"}
-    runtime = Runtime(torch.device("cpu"), torch.float32)
-    times = alternate(steps, 1, 2, runtime)
-    assert order == [("a", 0), ("b", 0), ("a", 0), ("b", 0), ("a", 1), ("b", 1)]
+    steps = {name: lambda name=name: order.append(name) for name in "ab"}
+    times = alternate(steps, 1, 2, CPU)
+    assert order == list("ababab")
     assert {name: len(seconds) for name, seconds in times.items()} == {"a": 2, "b": 2}
     order.clear()
-    times = alternate(steps, 0, 25, runtime)  # turns of three
-    assert "".join(name for name, _ in order) == 8 * "aaabbb" + "ab"
+    times = alternate(steps, 0, 25, CPU)  # turns of three
+    assert "".join(order) == 8 * "aaabbb" + "ab"
     assert {name: len(seconds) for name, seconds in times.items()} == {"a": 25, "b": 25}
 
 
@@ -156,9 +176,31 @@ def test_ladder_has_a_table_and_a_plot(dataset, tmp_path):
 def test_the_ladder_leaves_the_precision_of_products_as_it_was(dataset):
     modern = ("--optimizer=muon", "--n_kv_head=1", "--activation=relu2")  # the ladder is GPT-2's
     config = read_settings(BenchConfig, [*TINY, f"--dataset={dataset}", *modern])
-    before = torch.get_float32_matmul_precision()
-    rung_step(config, open_data(config), Runtime(torch.device("cpu"), torch.float32), {})(0)
+    precisions, before = [], torch.get_float32_matmul_precision()
+
+    def training_step(*args):
+        precisions.append(torch.get_float32_matmul_precision())
+
+    data = open_data(config)
+    with float32_precision("medium"):
+        for on in {}, {"products": True}:
+            rung_step(training_step, config, data, CPU, on)()
+        assert precisions == ["highest", "medium"] and torch.get_float32_matmul_precision() == "medium"
     assert before == torch.get_float32_matmul_precision()
+
+
+def test_a_rung_has_plain_layers_for_what_is_not_on(dataset):
+    config = read_settings(BenchConfig, [*TINY, f"--dataset={dataset}", "--dropout=0.1"])
+    layers = []
+
+    def training_step(model, *args):
+        layers.append({type(layer).__name__ for layer in model.modules()})
+
+    for on in {}, {"attention": True}, {"attention": True, "dropout": True}:
+        rung_step(training_step, config, open_data(config), CPU, on)()
+    plain, attention, both = layers
+    assert {"PlainAttention", "Dropout"} <= plain and {"CPUAttention", "Dropout"} <= attention
+    assert {"CPUAttention", "CPUDropout"} <= both and not both & (plain - attention)
 
 
 @pytest.mark.parametrize("against", [None, str(REPO), "transformers"])
@@ -207,9 +249,7 @@ def test_the_search_finds_the_largest_batch_to_an_eighth(careful):
         def computed(batch, limit=limit):  # trusted only by the careful
             return Trial(batch, batch, batch <= (limit if careful else 3))
 
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("distrogpt.benchmark.batch_size.worth_timing", lambda *_: True)
-            trials = search(attempt, computed, careful)
+        trials = search(attempt, computed, careful, time_all=True)
         largest = max(batch for batch, trial in trials.items() if trial.fits)
         assert largest <= limit <= largest + largest // 8 and list(trials) == sorted(trials)
         assert set(attempted) <= set(trials) and len(attempted) == len(set(attempted)) < 2 * 16
@@ -247,7 +287,7 @@ def test_larger_batches_are_not_timed_where_it_is_not_worth_it():
 )
 def test_flags_keep_the_tokens_of_a_step(steps, size, gpus, largest, flags):
     words = [f"--gradient_accumulation_steps={steps}", f"--batch_size={size}", f"--n_gpus={gpus}"]
-    found = shared(read_settings(BenchConfig, words), largest)
+    found = step_with(read_settings(BenchConfig, words), largest)
     assert found["flags"] == flags and found["batch_size"] <= largest
     assert abs(found["sequences"] - steps * size) <= (flags.startswith("--batch_size=12") and size == 13)
 
@@ -255,62 +295,53 @@ def test_flags_keep_the_tokens_of_a_step(steps, size, gpus, largest, flags):
 FIND = (*TINY, "--find_batch=True", "--gradient_accumulation_steps=10", "--loss_after==")
 
 
-def test_on_a_cpu_nothing_is_tried_that_memory_has_no_room_for(monkeypatch, tmp_path, capsys, dataset):
-    tried, room, flags = [], 0.7 * 0.185 * 2**30, [*FIND, f"--dataset={dataset}"]
-    plain = bench.training_step
+def test_on_a_cpu_nothing_is_tried_that_memory_has_no_room_for(capsys, dataset):
+    tried, room, config = [], 0.7 * 0.185 * 2**30, read_settings(BenchConfig, [*FIND, f"--dataset={dataset}"])
 
-    def step(model, optimizers, scaler, batches, *more):
-        held = all(p.grad is not None for p in model.parameters())
-        tried.append((len(batches), batches[0].x.size(0), held))
-        return plain(model, optimizers, scaler, batches, *more)
+    def step(model, optimizers, scaler, batches, *args):
+        has_gradients = all(p.grad is not None for p in model.parameters())
+        tried.append((len(batches), batches.current[0].x.size(0), has_gradients))
+        return train.training_step(model, optimizers, scaler, batches, *args)
 
-    monkeypatch.setattr(bench, "training_step", step)
-    monkeypatch.setattr(bench, "available_memory", lambda: 0.185 * 2**30)
-    monkeypatch.setattr("distrogpt.benchmark.batch_size.worth_timing", lambda *_: True)
-    found = bench.bench(read_settings(BenchConfig, [*flags, f"--json={tmp_path / 'found.json'}"]))
-    largest = found["largest"]
+    result = bench_batch(config, CPU, step, room, time_all=True)
+    largest = result["largest"]
     assert {count for count, _, _ in tried} == {1} and largest["batch"] == max(size for _, size, _ in tried)
-    assert all(held == (size < 40) for _, size, held in tried)  # of the micro-steps before, in a step of 40
-    assert largest["memory"] <= room < max(row["memory"] for row in found["trials"])
-    for row in found["trials"]:
+    assert all(has == (size < 40) for _, size, has in tried)  # of earlier micro-steps, in a step of 40
+    assert largest["memory"] <= room < max(row["memory"] for row in result["trials"])
+    for row in result["trials"]:
         assert row["fits"] == (row["memory"] <= room) == bool(row["seconds"])
         if row["fits"]:
             assert row["tokens_per_second"] == pytest.approx(row["batch"] * 16 / row["seconds"])
-    assert found["fastest"]["tokens_per_second"] == max(
-        row["tokens_per_second"] or 0 for row in found["trials"]
-    )
-    told = capsys.readouterr().out
-    assert "too much" in told
+    rates = [row["tokens_per_second"] or 0 for row in result["trials"]]
+    assert result["fastest"]["tokens_per_second"] == max(rates)
+    printed = capsys.readouterr().out
+    assert "too much" in printed
     for name in ("largest", "fastest"):
-        config = read_settings(BenchConfig, re.search(rf"^{name} .*: (--.*)$", told, re.M)[1].split())
-        assert config.batch_size * config.gradient_accumulation_steps == 40
-        assert config.batch_size <= found[name]["batch"]
-    assert json.loads((tmp_path / "found.json").read_text())["largest"] == largest
-    monkeypatch.setattr(bench, "available_memory", lambda: 2**20)
+        flags = re.search(rf"^{name} .*: (--.*)$", printed, re.M)[1].split()
+        found = read_settings(BenchConfig, flags)
+        assert found.batch_size * found.gradient_accumulation_steps == 40
+        assert found.batch_size <= result[name]["batch"]
     tried.clear()
     with pytest.raises(UserError, match=r"one sequence needs 0\.\d+ GiB, 0\.00 can be used; lower"):
-        bench.bench(read_settings(BenchConfig, flags))
+        bench_batch(config, CPU, step, 2**20)
     assert not tried
 
 
-def test_what_runs_out_of_memory_is_too_large(monkeypatch, dataset):
-    plain, flags = bench.training_step, [*FIND, f"--dataset={dataset}"]
+def test_what_runs_out_of_memory_is_too_large(dataset):
+    config = read_settings(BenchConfig, [*FIND, f"--dataset={dataset}"])
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    def step(model, optimizers, scaler, batches, *more):
-        if batches[0].x.size(0) > 11:
+    def step(model, optimizers, scaler, batches, *args):
+        if batches.current[0].x.size(0) > 11:
             raise error
-        return plain(model, optimizers, scaler, batches, *more)
+        return train.training_step(model, optimizers, scaler, batches, *args)
 
-    monkeypatch.setattr(bench, "training_step", step)
-    monkeypatch.setattr(bench, "available_memory", lambda: math.inf)
-    monkeypatch.setattr("distrogpt.benchmark.batch_size.worth_timing", lambda *_: True)
-    found = bench.bench(read_settings(BenchConfig, flags))
+    found = bench_batch(config, CPU, step, math.inf, time_all=True)
     assert found["largest"]["batch"] == 11
     assert [row["batch"] for row in found["trials"] if not row["fits"]] == [12, 16]
     error = RuntimeError("a bug")
     with pytest.raises(RuntimeError, match="a bug"):
-        bench.bench(read_settings(BenchConfig, flags))
+        bench_batch(config, CPU, step, math.inf, time_all=True)
     for kind, words in ((RuntimeError, "DefaultCPUAllocator: can't allocate memory"), (MemoryError, "")):
         assert is_out_of_memory(kind(words)) and not is_out_of_memory(OSError(words))
 
@@ -345,7 +376,7 @@ def test_what_is_left_of_memory_is_the_least_that_the_system_says(tmp_path):
 
 def test_what_logs_cost(dataset, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("plot.find_spec", lambda name: None)  # no picture, whose steps take seconds
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # no picture, which takes seconds
     flags = [*TINY, f"--dataset={dataset}", "--logs=True", "--bench_steps=20"]
     found = bench.bench(read_settings(BenchConfig, flags))
     assert 0 < found["lines"] < 0.1 and found["share"] == pytest.approx(found["cost"] / found["step"])

@@ -21,7 +21,7 @@ from distrogpt.benchmark.plan import (
     count,
     data_rates,
     exchange,
-    find_place,
+    find_hardware,
     memory,
     plan,
     planned_shape,
@@ -46,26 +46,26 @@ MODERN = (
 
 
 def counted(*flags: str, half: bool = False, on_gpu: bool = True):
-    """The settings, the place and the counts of a plan."""
+    """The settings, the hardware and the counts of a plan."""
     config = read_settings(BenchConfig, [*GPT2, "--gpu=h100", *flags])
     config, shape, _ = planned_shape(config)
-    return config, find_place(config, CPU), count(shape, config, half, on_gpu)
+    return config, find_hardware(config, CPU), count(shape, config, half, on_gpu)
 
 
 def planned(capsys, *flags: str):
     """What a plan prints, and what it returns."""
     capsys.readouterr()
-    found = plan(read_settings(BenchConfig, [*GPT2, *flags]), CPU)
+    result = plan(read_settings(BenchConfig, [*GPT2, *flags]), CPU)
     printed = capsys.readouterr().out
     assert all(len(line) <= 110 for line in printed.splitlines()), printed
-    return printed, found
+    return printed, result
 
 
 def test_the_example_runs_and_its_proposal_can_be_run(tmp_path, capsys):
     command = (*GPT2, "--gpu=h100", "--n_gpus=64", "--device=cuda", "--json=plan.json")  # no GPU is needed
     done = run_here("bench.py", *command, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    printed, found = done.stdout, json.loads((tmp_path / "plan.json").read_text())
+    printed, result = done.stdout, json.loads((tmp_path / "plan.json").read_text())
     flags = re.search(r"^flags +(.*)$", printed, re.M)[1].split()
     config = read_settings(BenchConfig, [*GPT2, *flags])
     assert config.gradient_accumulation_steps % 64 == 0 and config.batch_size <= 12
@@ -84,21 +84,21 @@ def test_the_example_runs_and_its_proposal_can_be_run(tmp_path, capsys):
         r"^         data: not up to 4,096 GPUs",
     ):
         assert re.search(line, printed, re.M), (line, printed)
-    assert [row["n"] for row in found["scaling"]] == [2**i for i in range(13)]
-    assert found["checkpoint_bytes"] == 12 * found["counts"]["parameters"]
-    run_, parts = found["run"], ("compute", "update", "waits")
+    assert [row["n"] for row in result["scaling"]] == [2**i for i in range(13)]
+    assert result["checkpoint_bytes"] == 12 * result["counts"]["parameters"]
+    run_, parts = result["run"], ("compute", "update", "waits")
     assert run_["seconds"] == pytest.approx(sum(run_[part] for part in parts))
-    again, _ = planned(capsys, *flags, "--gpu=h100", "--n_gpus=64")
-    assert re.search(r"^fits +yes", again, re.M) and not re.search("^(flags|batch)", again, re.M)
+    second, _ = planned(capsys, *flags, "--gpu=h100", "--n_gpus=64")
+    assert re.search(r"^fits +yes", second, re.M) and not re.search("^(flags|batch)", second, re.M)
 
 
 def test_published_runs(capsys):
     """nanoGPT: 600,000 steps in about 4 days on 8 A100 40GB. llm.c: 10 B tokens in 45 minutes on 8 H100."""
-    _, found = planned(capsys, "--gpu=a100-40gb", "--n_gpus=8", "--mfu=0.29")
-    assert found["run"]["days"] == pytest.approx(4, rel=0.1) and not found["flags"]
+    _, result = planned(capsys, "--gpu=a100-40gb", "--n_gpus=8", "--mfu=0.29")
+    assert result["run"]["days"] == pytest.approx(4, rel=0.1) and not result["flags"]
     steps = 10**10 // 491_520
-    _, found = planned(capsys, "--gpu=h100", "--n_gpus=8", f"--max_iters={steps}")
-    assert found["run"]["days"] * 24 * 60 == pytest.approx(45, rel=0.15)
+    _, result = planned(capsys, "--gpu=h100", "--n_gpus=8", f"--max_iters={steps}")
+    assert result["run"]["days"] * 24 * 60 == pytest.approx(45, rel=0.15)
 
 
 @pytest.mark.parametrize("flags", [SMALL, SMALL + MODERN])
@@ -128,15 +128,15 @@ def test_two_and_four_layers_differ_by_two_blocks():
 
 
 def test_memory_of_variants():
-    _, place, counts = counted()
+    _, hardware, counts = counted()
     N = counts.parameters
-    one = memory(counts, place, Split(1, 12, 40))
+    one = memory(counts, hardware, Split(1, 12, 40))
     assert (one["weights"], one["gradients"], one["averages"], one["more"]) == (4 * N, 4 * N, 8 * N, 0)
-    kinds = {how: memory(counts, place, Split(8, 12, 5, *how)) for how in ((0, 0), (0, 1), (1, 0), (1, 1))}
+    kinds = {how: memory(counts, hardware, Split(8, 12, 5, *how)) for how in ((0, 0), (0, 1), (1, 0), (1, 1))}
     assert kinds[1, 0]["weights"] * 8 == kinds[0, 0]["weights"]
     assert kinds[0, 0]["peak"] > max(kinds[0, 1]["peak"], kinds[1, 0]["peak"]) > kinds[1, 1]["peak"]
     assert kinds[0, 1]["activations"] < kinds[0, 0]["activations"]
-    each = [memory(counts, place, Split(1, B, 2))["activations"] for B in (1, 2, 3)]
+    each = [memory(counts, hardware, Split(1, B, 2))["activations"] for B in (1, 2, 3)]
     assert each[2] - each[1] == each[1] - each[0]  # linear in the batch
     matrices = 12 * 12 * 768**2
     assert counted("--optimizer=muon")[2].averages == 8 * N - 4 * matrices
@@ -147,26 +147,30 @@ def test_memory_of_variants():
 # start_runtime, by which glibc keeps what is freed, and holes whose sizes differ from run to run by a fifth
 STEPS = """
 import sys
-import bench
-from distrogpt.benchmark import timing
+from pathlib import Path
+import torch
 from configurator import read_settings
+from distrogpt.benchmark.timing import RandomStream
+from distrogpt.benchmark.training import Trainer
+from distrogpt.data.dataset import Dataset, Part
+from distrogpt.data.meta import GPT2_META
 from distrogpt.hardware import find_dtype
 from distrogpt.runtime import Runtime, enable_onednn_float32
 from distrogpt.settings import BenchConfig
+from train import training_step
 
 def resident(key):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
 
 config = read_settings(BenchConfig, sys.argv[1:])
-place = bench.torch.device("cpu")
-runtime = Runtime(place, find_dtype(config.dtype, place))
+device = torch.device("cpu")
+runtime = Runtime(device, find_dtype(config.dtype, device))
 enable_onednn_float32(runtime)
-stream = {"train": timing.RandomStream(50257, 10_000)}
-data = bench.Dataset([timing.Part("random ids", 1.0, timing.Path(), timing.GPT2_META, stream)])
+data = Dataset([Part("random ids", 1.0, Path(), GPT2_META, {"train": RandomStream(50257, 10_000)})])
 before = resident("VmRSS")
-_, _, step = bench.our_step(config, data, runtime)
-for number in range(3):
-    step(number)
+trainer = Trainer(training_step, config, data, runtime)
+for _ in range(3):
+    trainer()
 print(resident("VmHWM") - before)
 """
 
@@ -182,38 +186,38 @@ print(resident("VmHWM") - before)
 )
 def test_planned_memory_is_what_training_takes_here(flags):
     words = ["--n_head=4", "--dtype=float32", "--compile=False", *flags.split()]
-    made = subprocess.run(
+    run = subprocess.run(
         [sys.executable, "-c", STEPS, *words], cwd=REPO, env=ENVIRONMENT, capture_output=True, text=True
     )
-    assert made.returncode == 0, made.stderr
+    assert run.returncode == 0, run.stderr
     config = read_settings(BenchConfig, ["--plan=True", "--real_data=False", *words])
     config, shape, _ = planned_shape(config)
-    place = find_place(config, CPU, peak=1e12)._replace(is_cpu=False)  # without room for such holes
+    hardware = find_hardware(config, CPU, peak=1e12)._replace(is_cpu=False)  # without room for such holes
     split = Split(1, config.batch_size, config.gradient_accumulation_steps)
-    split = split._replace(again=config.activation_checkpointing)
-    told = memory(count(shape, config, False, False), place, split)["peak"] + LIBRARIES
-    told += COMPILER * split.again
-    assert told == pytest.approx(int(made.stdout.split()[-1]), rel=0.25)
+    split = split._replace(recompute=config.activation_checkpointing)
+    expected = memory(count(shape, config, False, False), hardware, split)["peak"] + LIBRARIES
+    expected += COMPILER * split.recompute
+    assert expected == pytest.approx(int(run.stdout.split()[-1]), rel=0.25)
 
 
 def test_exchange_by_hand():
-    _, place, counts = counted("--gpu=a100-80gb", "--gpus_per_node=8", half=True)
+    _, hardware, counts = counted("--gpu=a100-80gb", "--gpus_per_node=8", half=True)
     sent = 4 * counts.parameters
-    assert exchange(counts, place, 1, False) == exchange(counts, place, 1, True) == (0, 0)
+    assert exchange(counts, hardware, 1, False) == exchange(counts, hardware, 1, True) == (0, 0)
     buckets = math.ceil(sent / (25 * 2**20))
     wire = 2 * 7 / 8 * sent / (0.8 * 300e9)  # NVLink
-    assert exchange(counts, place, 8, False)[0] == pytest.approx(wire + buckets * 3 * 10e-6)
+    assert exchange(counts, hardware, 8, False)[0] == pytest.approx(wire + buckets * 3 * 10e-6)
     wire = 2 * 63 / 64 * sent / (0.8 * 8 * 25e9)  # eight network cards of 200 Gbit/s, slower than NVLink
-    assert exchange(counts, place, 64, False)[0] == pytest.approx(wire + buckets * 6 * 10e-6)
+    assert exchange(counts, hardware, 64, False)[0] == pytest.approx(wire + buckets * 6 * 10e-6)
     blocks = 12 * 12 * 768**2 + 24 * 768
     tables = counts.parameters - blocks
     wire = 7 / 8 * (2 * 2 * blocks + 4 * tables + sent) / (0.8 * 300e9)
-    assert exchange(counts, place, 8, True)[0] == pytest.approx(wire + 3 * 25 * 3 * 10e-6)
+    assert exchange(counts, hardware, 8, True)[0] == pytest.approx(wire + 3 * 25 * 3 * 10e-6)
     for shard in (False, True):
-        times = [exchange(counts, place, n, shard)[0] for n in range(1, 100)]
+        times = [exchange(counts, hardware, n, shard)[0] for n in range(1, 100)]
         assert times == sorted(times)
-    slow = place._replace(network=1e9)
-    assert exchange(counts, slow, 16, False)[0] > exchange(counts, place, 16, False)[0]
+    slow = hardware._replace(network=1e9)
+    assert exchange(counts, slow, 16, False)[0] > exchange(counts, hardware, 16, False)[0]
 
 
 def test_data_rates():
@@ -237,18 +241,18 @@ def test_sequences_are_shared_out():
 
 
 def test_the_batch_shrinks_until_it_fits_and_then_other_ways_are_taken(capsys):
-    config, place, counts = counted()
-    tight = place._replace(memory=6 * 2**30)
-    split = settle(config, counts, tight, 8, False, False)
+    config, hardware, counts = counted()
+    tight = hardware._replace(memory=6 * 2**30)
+    split = settle(config, counts, tight, Split(8, 1, 1))
     assert split.B < 12 and split.sequences == 480
     assert memory(counts, tight, split)["fits"] and not memory(counts, tight, split._replace(B=12))["fits"]
     xl = ("--init_from=gpt2-xl", "--gpu=a100-40gb", "--gradient_accumulation_steps=8", "--batch_size=4")
-    printed, found = planned(capsys, *xl, "--n_gpus=1", "--block_size=512")
-    assert found["run"]["memory"]["fits"] and not found["run"]["shard"]
-    assert 1.55e9 < found["counts"]["parameters"] < 1.57e9
-    printed, found = planned(capsys, *xl, "--gpu=a10", "--n_gpus=2")
-    assert found["run"]["shard"] and "--shard=True" in found["flags"]
-    printed, found = planned(capsys, *xl, "--gpu=t4", "--n_gpus=1")
+    printed, result = planned(capsys, *xl, "--n_gpus=1", "--block_size=512")
+    assert result["run"]["memory"]["fits"] and not result["run"]["shard"]
+    assert 1.55e9 < result["counts"]["parameters"] < 1.57e9
+    printed, result = planned(capsys, *xl, "--gpu=a10", "--n_gpus=2")
+    assert result["run"]["shard"] and "--shard=True" in result["flags"]
+    printed, result = planned(capsys, *xl, "--gpu=t4", "--n_gpus=1")
     assert re.search(r"^fits +no: [\d.]+ GiB at least", printed, re.M)
 
 
@@ -257,18 +261,18 @@ def test_it_plans_for_this_machine_from_a_step_made_here(dataset, tmp_path):
     flags += ("--device=cpu", "--dtype=float32", "--json=plan.json")
     done = run_here("bench.py", *GPT2, *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "plan.json").read_text())
-    assert "measured here" in done.stdout and found["mfu"] > 0
-    assert found["place"]["is_cpu"] and found["counts"]["shape"]["vocab_size"] < 256
+    result = json.loads((tmp_path / "plan.json").read_text())
+    assert "measured here" in done.stdout and result["mfu"] > 0
+    assert result["place"]["is_cpu"] and result["counts"]["shape"]["vocab_size"] < 256
 
 
 def test_wrong_settings():
-    for flag, told in {
+    for flag, expected in {
         "gpu=h1000": "one of here, b200",
         "n_gpus=0": "at least 1",
         "mfu=1.5": "at most 1",
     }.items():
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=expected):
             read_settings(BenchConfig, [*GPT2, f"--{flag}"])
     config = read_settings(BenchConfig, [*GPT2, "--gpu=h100"])
     for other in ({"ladder": True}, {"against": "transformers"}):

@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from conftest import REPO, assert_user_error, run_here
 
 from configurator import read_settings
 from distrogpt.benchmark.checks import Row, distance
-from distrogpt.benchmark.report import Part, bench_report, parts_of, show_rows
+from distrogpt.benchmark.report import Part, all_parts, bench_report, headline, read_curve, read_tests
 from distrogpt.runtime import Runtime
 from distrogpt.settings import BenchConfig, TrainConfig
 
@@ -33,7 +35,7 @@ time.sleep(600)
 
 def part(name: str, *scripts: str, seconds: float = 20, fits: bool = False) -> Part:
     commands = [["-c", script, "RESULT"] for script in scripts]
-    return Part(name, f"part {name}", commands, show_rows, seconds, fits)
+    return Part(name, f"part {name}", commands, seconds, fits)
 
 
 def test_a_part_that_fails_or_hangs_leaves_the_others_alone(tmp_path, monkeypatch, capsys):
@@ -80,7 +82,7 @@ def test_the_commands_of_its_parts_are_right(device, tmp_path, monkeypatch):
     monkeypatch.setattr("distrogpt.benchmark.report.prepared", lambda dataset: True)
     runtime = Runtime(torch.device(device), torch.bfloat16)
     config = read_settings(BenchConfig, [f"--against={tmp_path}"])
-    parts = parts_of(config, runtime)
+    parts = all_parts(config, runtime)
     assert len({each.name for each in parts}) == len(parts)
     for words in (words for each in parts for words in each.commands):
         script = next((word for word in words if word.startswith(str(REPO)) and word.endswith(".py")), None)
@@ -116,3 +118,35 @@ def test_a_row_fails_above_its_limit_and_where_nothing_is_a_number():
     assert distance(2 * a, a) == pytest.approx(1.0)
     assert not Row("nan", distance(a * float("nan"), a), 1.0).passes
     assert Row("informs", 5.0).passes
+
+
+def test_results_that_other_commands_write(tmp_path, monkeypatch):
+    (tmp_path / "test_them.py").write_text(
+        "import pytest\ndef test_a(): pass\ndef test_b(): assert 0\ndef test_c(): pytest.skip('no')\n"
+        "@pytest.fixture\ndef broken(): raise ValueError\ndef test_d(broken): pass\n"
+    )
+    words = [
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        "-c",
+        os.devnull,
+        "--junitxml=them.xml",
+        "test_them.py",
+    ]
+    done = subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1, done.stdout
+    rows = read_tests(tmp_path / "them.xml")["rows"]
+    assert [row["value"] for row in rows[:3]] == ["1", "2", "1"] and all(row["passes"] for row in rows[:3])
+    assert [row["what"] for row in rows[3:]] == ["test_them::test_b", "test_them::test_d"]
+    assert not any(row["passes"] for row in rows[3:])
+    (tmp_path / "report/train_shakespeare_char").mkdir(parents=True)
+    log = tmp_path / "report/train_shakespeare_char/log.csv"
+    log.write_text("step,seconds,loss,val_loss\n0,,,4.5\n10,1.5,2.0,\n20,3.0,1.9,1.4\n30,4.0,1.8,1.3\n")
+    monkeypatch.chdir(tmp_path)
+    result = read_curve("train_shakespeare_char")
+    assert result["curve"] == [[0, 0.0, 4.5], [20, 3.0, 1.4], [30, 4.0, 1.3]]
+    line = headline(result)
+    assert line.startswith("best val loss 1.3000 at step 30, after 4 s; 1.4697 (")
+    assert line.endswith("after 3.0 s")

@@ -267,7 +267,7 @@ def test_eval_counts_what_a_plain_loop_counts(lines, tmp_path, capsys):
         add("val", tokenizer.encode("1" * 16 + "=1\n"), 19)
     with pytest.raises(UserError, match="a prompt has 17 tokens, the model reads 16"):
         measure(EvalConfig(**where, dataset=str(tmp_path / "long")))
-    with pytest.raises(UserError, match="no line to ask"):
+    with pytest.raises(UserError, match="no line of val has the separator"):
         measure(EvalConfig(**where, dataset=str(tmp_path / "long"), separator="+"))
     with pytest.raises(UserError, match="is the newline"):
         measure(EvalConfig(**where, separator="\n"))

@@ -16,13 +16,13 @@ from distrogpt.data.dataset import evaluation_windows, open_dataset, parse_mixtu
 from distrogpt.data.sampling import epoch_starts, interleave, random_starts
 from distrogpt.errors import UserError
 from distrogpt.evaluation.evaluator import Evaluator
+from distrogpt.plotting import read_log
 from distrogpt.runtime import Runtime
 from distrogpt.settings import BenchConfig, TrainConfig
 from distrogpt.training.batches import step_batches
 from distrogpt.training.run_directory import COLUMNS
 from distrogpt.training.startup import fingerprint
 from model import GPT, GPTConfig
-from plot import read_log
 from train import train
 
 RANDOM, EPOCH = [461, 347, 838, 901], [468, 804, 132, 836]
@@ -148,7 +148,7 @@ def test_a_mixture_goes_on_bit_for_bit_and_its_checkpoint_is_read(dataset, other
     assert find_tokenizer(contents, 100, "it").describe()["chars"]
     planned = read_settings(BenchConfig, [flags[0], "--plan=True"])
     assert planned_shape(planned)[1].vocab_size == open_dataset(config_of(*flags)).meta["vocab_size"]
-    from bench import open_data
+    from distrogpt.benchmark.timing import open_data
 
     assert len(open_data(read_settings(BenchConfig, [*TINY, flags[0]])).parts) == 2
 

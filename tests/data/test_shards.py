@@ -10,9 +10,9 @@ import pytest
 from conftest import REPO, assert_user_error, prepare_here, start
 
 from distrogpt.data.meta import read_meta
-from distrogpt.data.preparation import shards
-from distrogpt.data.preparation.documents import Corpus, find_files
-from distrogpt.data.preparation.shards import Part, write_shards
+from distrogpt.data.preparation.documents import Corpus, Piece, find_files
+from distrogpt.data.preparation.shards import Part, ShardSettings, write_shards
+from distrogpt.data.preparation.writer import encode_in_order
 from distrogpt.data.token_stream import TokenStream
 from distrogpt.data.tokenizer import ByteTokenizer, GPT2Tokenizer
 
@@ -49,9 +49,9 @@ def stream_of(folder: Path) -> np.ndarray:
     return np.concatenate([np.fromfile(path, "<u2") for path in files])
 
 
-def write(source: Path, folder: Path, **more) -> None:
+def write(source: Path, folder: Path, **settings) -> None:
     corpus = Corpus(find_files([str(source)]))
-    write_shards(folder, corpus, ByteTokenizer(), **{"shard_tokens": 5000, "about": "test", **more})
+    write_shards(folder, corpus, ByteTokenizer(), ShardSettings(**{"shard_tokens": 5000, **settings}))
 
 
 @pytest.fixture(scope="module")
@@ -196,27 +196,19 @@ def test_a_sample_of_so_many_tokens(source, ids, tmp_path):
     assert len(stream_of(tmp_path / "parts")) == 10_000
 
 
-def test_memory_holds_a_few_batches_whatever_the_size(source, tmp_path, monkeypatch):
+def test_memory_holds_a_few_batches_whatever_the_size():
     waiting = most = 0
-    encode = shards.encode_in_order
 
-    def counted(pieces, *more):
-        def read():
-            nonlocal waiting, most
-            for piece in pieces:
-                waiting += 1
-                most = max(most, waiting)
-                yield piece
+    def read():
+        nonlocal waiting, most
+        for _ in range(400):
+            waiting += 1
+            most = max(most, waiting)
+            yield Piece("x" * 50_000, True)
 
-        nonlocal waiting
-        for each in encode(read(), *more):
-            waiting -= 1
-            yield each
-
-    monkeypatch.setattr(shards, "encode_in_order", counted)
-    monkeypatch.setattr("distrogpt.data.preparation.writer.BATCH", 1000)
-    write(source, tmp_path, workers=2)
-    assert 20 < most < 120  # of 900
+    for _ in encode_in_order(read(), ByteTokenizer(), workers=2):
+        waiting -= 1
+    assert 20 < most < 100  # of 400
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
@@ -300,7 +292,7 @@ def test_a_full_disk_keeps_what_is_written(source, whole, tmp_path, monkeypatch)
     words = ("--input", source, "--tokenizer=byte", "--shard_tokens=5000", "--output", tmp_path / "out")
     done = prepare_here(SCRIPT, *words)
     assert done.returncode == 1 and "No space left" in done.stderr.splitlines()[-1], done.stderr
-    assert "the same command goes on" in done.stderr.splitlines()[-1]
+    assert "run the same command again" in done.stderr.splitlines()[-1]
     full = False
     assert prepare_here(SCRIPT, *words).returncode == 0
     assert shards_of(tmp_path / "out") == shards_of(whole)

@@ -15,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distrogpt.data.meta import read_meta
-from distrogpt.data.preparation import documents as documents_file
 from distrogpt.data.preparation.documents import Corpus, cut, find_files
 from distrogpt.data.token_stream import TokenStream
 from distrogpt.data.tokenizer import END_OF_TEXT, from_description
@@ -232,16 +231,14 @@ def test_pieces_are_tokenized_as_the_whole(text, block):
 
     tokenizer = WHOLE.setdefault("bpe", train_bpe([" aa bb'ss a.b\n\n  \n\t ab" * 9 + STORIES[0]], 400))
     parts = [text[i : i + 7] for i in range(0, len(text), 7)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(documents_file, "BLOCK", block)
-        pieces = list(cut(parts))
-        assert "".join(piece.text for piece in pieces) == text
-        assert [piece.ends for piece in pieces] == [False] * (len(pieces) - 1) + [True]
-        if max((len(word) for word in text.split()), default=0) < 64 * block - len(END_OF_TEXT):
-            ids = np.concatenate([tokenizer.encode_text(piece.text) for piece in pieces])
-            assert ids.tolist() == tokenizer.encode_text(text).tolist()
-        documents = "".join(piece.text + "\0" * piece.ends for piece in cut(parts, END_OF_TEXT))
-        assert documents == text.replace(END_OF_TEXT, "\0") + "\0"
+    pieces = list(cut(parts, block=block))
+    assert "".join(piece.text for piece in pieces) == text
+    assert [piece.ends for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+    if max((len(word) for word in text.split()), default=0) < 64 * block - len(END_OF_TEXT):
+        ids = np.concatenate([tokenizer.encode_text(piece.text) for piece in pieces])
+        assert ids.tolist() == tokenizer.encode_text(text).tolist()
+    documents = "".join(piece.text + "\0" * piece.ends for piece in cut(parts, END_OF_TEXT, block))
+    assert documents == text.replace(END_OF_TEXT, "\0") + "\0"
 
 
 WHOLE: dict = {}

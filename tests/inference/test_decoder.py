@@ -93,3 +93,15 @@ def test_optimize_for_inference_replaces_all_linear_layers(int8, dtype):
     with torch.no_grad():
         exact, result = model(idx)[0], optimized(idx)[0].float()
     assert (result - exact).norm() < 0.03 * exact.norm()
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_generate_of_an_optimized_model_gives_the_same_greedy_tokens(int8):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=32, vocab_size=96, n_layer=2, n_head=4, n_embd=64))
+    for parameter in model.parameters():
+        parameter.data *= 5  # so that earlier tokens matter
+    model, idx = optimize_for_inference(model, torch.float32, int8), torch.randint(96, (2, 5))
+    steps = stream(model, idx, SamplingParams(0.0), torch.zeros(2, 30))
+    greedy = torch.cat([ids for ids, _ in steps], dim=1)
+    assert len(greedy.unique()) > 5 and torch.equal(model.generate(idx, 30, temperature=0)[:, 5:], greedy)

@@ -28,6 +28,7 @@ from distrogpt.training.optim import make_optimizers
 from model import ACTIVATIONS, GPT, NORMS, GPTConfig, KVCache
 from train import training_step
 
+CPU = Runtime(torch.device("cpu"), torch.float32)
 SMALL = {"block_size": 16, "vocab_size": 24, "n_layer": 2, "n_head": 4, "n_embd": 24}
 VALUES = {
     "bias": (False, True),
@@ -171,7 +172,7 @@ def test_each_combination_trains_and_resumes_bit_for_bit(part, tmp_path):
         torch.manual_seed(0)
         model = GPT(GPTConfig(**SMALL, **settings))
         initial = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        optimizers = make_optimizers(model, config, "cpu", torch.bfloat16)
+        optimizers = make_optimizers(model, config, runtime)
         losses = [training_step(model, optimizers, scaler, batches, 1.0, runtime).loss for _ in range(4)]
         assert losses[3] < losses[0], settings
         if optimizer != "sgd":  # whose steps are as small as the gradients
@@ -185,7 +186,7 @@ def test_each_combination_trains_and_resumes_bit_for_bit(part, tmp_path):
         contents = load_checkpoint(path)
         restored = restore_model(contents, path)
         assert restored.config == model.config
-        restored_optimizers = make_optimizers(restored, config, "cpu", torch.bfloat16)
+        restored_optimizers = make_optimizers(restored, config, runtime)
         restore_optimizers(restored_optimizers, contents, tmp_path)
         for m, its_optimizers in ((model, optimizers), (restored, restored_optimizers)):
             training_step(m, its_optimizers, scaler, batches, 1.0, runtime)

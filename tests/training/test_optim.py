@@ -25,6 +25,7 @@ from distrogpt.training.startup import initial_model
 from model import GPT, GPTConfig
 from train import train
 
+CPU = Runtime(torch.device("cpu"), torch.float32)
 SHAPE = {"block_size": 8, "vocab_size": 16, "n_layer": 2, "n_head": 2, "n_embd": 8}
 
 
@@ -156,7 +157,7 @@ def test_who_trains_what_at_which_rate():
     model = GPT(GPTConfig(**SHAPE, tied=False, embedding_skip=True))
     rates = ("--embedding_lr=0.3", "--head_lr=0.04", "--muon_lr=0.05", "--learning_rate=0.01")
     config = config_of("--optimizer=muon", *rates, "--weight_decay=0.2", "--decay_lr=False", "--momentum=0.7")
-    adamw, muon = make_optimizers(model, config, "cpu", torch.float32)
+    adamw, muon = make_optimizers(model, config, CPU)
     set_learning_rates([adamw, muon], 5, config)
     found = {
         (group["lr"], group["weight_decay"], group.get("parts")): names_of(model, group["params"])
@@ -179,7 +180,7 @@ def test_who_trains_what_at_which_rate():
 def test_a_tied_head_is_an_embedding_and_adamw_alone_has_nanogpts_two_groups():
     model = GPT(GPTConfig(**SHAPE))
     for optimizer in (
-        make_optimizers(model, config_of(), "cpu", torch.float32)[0],
+        make_optimizers(model, config_of(), CPU)[0],
         model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), "cpu"),
     ):
         decayed, rest = optimizer.param_groups
@@ -187,7 +188,7 @@ def test_a_tied_head_is_an_embedding_and_adamw_alone_has_nanogpts_two_groups():
     config = config_of("--optimizer=sgd", "--embedding_lr=0.5", "--momentum=0")
     for decay in (0.0, 0.1):  # the groups are the same: a run may be resumed with another
         assert len(model.configure_optimizers(decay, 1e-2, (0.9, 0.95), "cpu").param_groups) == 2
-    (sgd,) = make_optimizers(model, config, "cpu", torch.float32)
+    (sgd,) = make_optimizers(model, config, CPU)
     assert isinstance(sgd, torch.optim.SGD)
     assert {group["lr"]: len(group["params"]) for group in sgd.param_groups}[0.5] == 2
 
@@ -197,7 +198,7 @@ def steps_with(config: TrainConfig, steps: int = 6) -> tuple[dict, dict, list[di
     torch.manual_seed(0)
     model = GPT(GPTConfig(**SHAPE, bias=True))
     before = {name: p.detach().double() for name, p in model.named_parameters()}
-    (optimizer,) = make_optimizers(model, config, "cpu", torch.float32)
+    (optimizer,) = make_optimizers(model, config, CPU)
     gradients, rates = [], []
     for step in range(steps):
         set_learning_rates([optimizer], step, config)
@@ -269,7 +270,7 @@ def test_a_run_with_sgd_is_torchs_run_by_hand(tmp_path, dataset):
 def test_each_group_follows_the_schedule_from_its_own_rate():
     model = GPT(GPTConfig(**SHAPE))
     config = config_of("--optimizer=muon", "--muon_lr=0.05", "--learning_rate=0.01", "--max_iters=100")
-    optimizers = make_optimizers(model, config, "cpu", torch.float32)
+    optimizers = make_optimizers(model, config, CPU)
     for step in (0, 1, 30, 70, 99, 100):
         set_learning_rates(optimizers, step, config)
         assert optimizers[0].param_groups[0]["lr"] == pytest.approx(get_lr(step, config))

@@ -163,7 +163,7 @@ def test_ranks_exchange_gradients_once_a_step(tmp_path):
         optimizers = [model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")]
         scaler, x = torch.amp.GradScaler("cpu", enabled=False), torch.arange(8)[None]
         runtime = Runtime(torch.device("cpu"), torch.float32)
-        assert training_step(shared, optimizers, scaler, [MicroBatch(x, x, 0)] * 4, 1.0, runtime).taken
+        assert training_step(shared, optimizers, scaler, [MicroBatch(x, x, 0)] * 4, 1.0, runtime).applied
         assert sum(exchanged) == model.get_num_params(non_embedding=False)
     finally:
         dist.destroy_process_group()

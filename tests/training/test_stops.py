@@ -1,21 +1,21 @@
 """When a run ends: by passes over the data, by time, by patience; and what its evaluations measure."""
 
 import math
-from contextlib import contextmanager
-from types import SimpleNamespace
+import signal
+import time
 
 import numpy as np
 import pytest
 import torch
 from conftest import TINY, assert_same_weights, losses_of, ranks, train_here
 
-import train as train_file
 from configurator import read_settings
 from distrogpt.benchmark.plan import planned_shape
 from distrogpt.checkpoint import best_checkpoint, load_checkpoint
 from distrogpt.data.dataset import evaluation_windows, open_dataset, step_windows
 from distrogpt.errors import UserError
 from distrogpt.evaluation.evaluator import Evaluator
+from distrogpt.hardware import peak_flops
 from distrogpt.settings import BenchConfig, TrainConfig
 from distrogpt.training import startup as start_file
 from distrogpt.training.startup import resolve_max_iters
@@ -34,28 +34,19 @@ class Killed(Exception):
 
 
 @pytest.fixture
-def interrupt(monkeypatch):
-    """Returns a function that lets a run be asked to stop, or end at once, after a step of this test's."""
-    caught: list[int] = []
-    plain, steps = train_file.training_step, {}
+def interrupt(at_each_step):
+    """Returns a function that lets a run be asked to stop, or end at once, in a step of this test's."""
 
-    @contextmanager
-    def signals():
-        caught.clear()
-        yield caught
-
-    def step(*args):
-        made = plain(*args)
-        steps["now"] = steps.get("now", 0) + 1
-        if steps["now"] == steps.get("at"):
-            if steps["kill"]:
+    def interrupt(at: int, kill: bool = False) -> None:
+        def step(number: int, gradients: list[torch.Tensor]) -> None:
+            if number == at and kill:
                 raise Killed
-            caught.append(15)
-        return made
+            if number == at:
+                signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(train_file, "signals_caught", signals)
-    monkeypatch.setattr(train_file, "training_step", step)
-    return lambda at, kill=False: steps.update(now=0, at=at, kill=kill)
+        at_each_step(step)
+
+    return interrupt
 
 
 # patience
@@ -133,16 +124,17 @@ def test_a_last_step_is_no_early_stop(dataset, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def clock(monkeypatch, interrupt):
-    """Each training step takes six seconds of a clock that else stands still."""
-    now, step = [1000.0], train_file.training_step
+def clock(monkeypatch):
+    """A clock on which each training step takes six seconds, and all else no time."""
+    peak_flops(torch.device("cpu"), torch.float32)  # measured once, by the real clock
+    now, clip = [1000.0], torch.nn.utils.clip_grads_with_norm_
 
     def slow(*args):
         now[0] += 6
-        return step(*args)
+        return clip(*args)
 
-    monkeypatch.setattr(train_file, "training_step", slow)
-    monkeypatch.setattr(train_file, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(torch.nn.utils, "clip_grads_with_norm_", slow)
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
 
 
 def test_max_minutes_count_the_whole_run(dataset, tmp_path, clock, interrupt, capsys):

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -182,9 +183,10 @@ def test_whole_evaluation_counts_each_token_once(dataset):
         scores = torch.log_softmax(logits[0].double(), -1)
         for place in range(begin - start, 16):
             total -= float(scores[place, ids[start + place + 1]])
-    found = Evaluator(config, data, CPU).evaluate(model)
+    evaluator = Evaluator(config, data, CPU)
+    found = evaluator.evaluate(model)
     assert found["val"] == pytest.approx(total / (len(ids) - 1), abs=1e-5)
-    assert model.training and found == Evaluator(config, data, CPU).evaluate(model)
+    assert model.training and found == evaluator.evaluate(model)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM to catch")
@@ -403,7 +405,7 @@ def test_an_overflow_in_fp16_lets_no_optimizer_step():
     model = GPT(GPTConfig(block_size=16, vocab_size=96, n_layer=1, n_head=2, n_embd=16, tied=False))
     config = config_of("--optimizer=muon", "--tied=False")
     for value in (math.nan, math.inf):
-        optimizers = make_optimizers(model, config, "cpu", torch.float16)
+        optimizers = make_optimizers(model, config, replace(CPU, dtype=torch.float16))
         scaler = torch.amp.GradScaler("cpu", enabled=True, init_scale=4.0)
         before = [p.detach().clone() for p in model.parameters()]
         x = torch.arange(16)[None]

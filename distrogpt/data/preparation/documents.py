@@ -1,7 +1,7 @@
-"""Documents out of files: .txt and .md, .jsonl, .csv and .parquet, of all but these also .gz and .zst.
+"""Documents from files: .txt and .md, .jsonl, .csv and .parquet; all but the last also as .gz and .zst.
 
-A document comes in pieces of some ten thousand characters: no file is in memory whole. It is cut only before
-white space that follows something else, where no tokenizer joins the two sides.
+A document comes in pieces of some ten thousand characters, so that no file is in memory as a whole. It is cut
+only before white space that follows something else, where no tokenizer joins the two sides.
 """
 
 import codecs
@@ -22,13 +22,10 @@ from typing import Any, NamedTuple
 from distrogpt.data.tokenizer import END_OF_TEXT
 from distrogpt.errors import UserError
 
-BLOCK = 1 << 16  # bytes read at once, and characters of a piece, or so: one foreign letter widens them all
+BLOCK = 1 << 16  # bytes read at once, and characters of a piece: small, as one wide character widens them all
 ROWS = 64  # of a parquet file at once: they can be long
 PACKED = (".gz", ".zst")
-
-
-class Damaged(Exception):
-    """A file is not what its name says."""
+SAFE_CUT = re.compile(r"(?s).*\S(?=[ \n\t])")  # up to the last white space that follows something else
 
 
 class Piece(NamedTuple):
@@ -41,56 +38,56 @@ class Piece(NamedTuple):
 
 @dataclass
 class Corpus:
-    """Files and how to read them."""
+    """Files and how to read them. Raises UserError if one cannot be read."""
 
     files: list[Path]
     field: str = "text"  # of JSON lines, and the column of tables
     encoding: str = "utf-8"
     errors: str = "strict"  # replace: what is not in the encoding becomes U+FFFD
-    strip: tuple[re.Pattern[str], ...] = ()  # lines in which one of them is found are left out
-    format: str | None = None  # of all files, such as jsonl; None: what their names say
+    strip: tuple[re.Pattern[str], ...] = ()  # lines that match one of them are left out
+    format: str | None = None  # of all files, such as jsonl; by default what their names say
 
     def __post_init__(self) -> None:
-        """Raises UserError where a file is not to be read."""
-        self.at = 0  # bytes of the files read so far
-        self.sizes = []
-        for path in self.files:
-            try:
-                self.sizes.append(os.stat(path).st_size)
-            except OSError as error:
-                raise UserError(f"{path} cannot be read ({error.strerror}); see its permissions") from None
-        self.size = sum(self.sizes)  # bytes of all files, as they are on disk
+        self.bytes_read = 0
+        try:
+            self.sizes = [os.stat(path).st_size for path in self.files]
+        except OSError as error:
+            raise unreadable(error.filename, error) from None
+        self.size = sum(self.sizes)  # in bytes, on disk
 
     def __len__(self) -> int:
         return len(self.files)
 
     def pieces(self, first: int = 0, end: int | None = None) -> Iterator[Piece]:
-        """All documents that are not blank, in the order of the files first..end-1. Raises UserError that
-        names the file and, where it is known, the place."""
-        self.at = sum(self.sizes[:first])
+        """All documents of the files first..end-1 that are not blank. Raises UserError."""
         for number, path in enumerate(self.files[first:end], first):
-            kind, before = f".{self.format}" if self.format else kind_of(path), self.at
+            self.bytes_read = sum(self.sizes[:number])
+            kind = f".{self.format}" if self.format else kind_of(path)
             try:
-                for piece in not_blank(READERS.get(kind, text_pieces)(path, self)):
+                for piece in skip_blank(READERS.get(kind, text_pieces)(path, self)):
                     yield piece._replace(file=number)
-            except (OSError, EOFError, zlib.error, csv.Error, Damaged) as error:
+            except (OSError, EOFError, zlib.error, csv.Error) as error:
                 reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:120]
                 raise UserError(f"{path} cannot be read ({reason}); mend it or leave it out") from None
-            self.at = before + self.sizes[number]
+        self.bytes_read = sum(self.sizes[:end])
 
     def done(self) -> float:
-        """The share of the files that has been read."""
-        return self.at / max(1, self.size)
+        """The fraction of the files that has been read."""
+        return self.bytes_read / max(1, self.size)
 
     def describe(self) -> dict[str, Any]:
-        """What tells whether it is the same text."""
+        """What identifies the text, as JSON."""
         reading = {"field": self.field, "encoding": self.encoding, "errors": self.errors}
-        reading |= {"strip": [one.pattern for one in self.strip], "format": self.format}
+        reading |= {"strip": [pattern.pattern for pattern in self.strip], "format": self.format}
         return {"files": [checksum(path) for path in self.files], **reading}
 
 
+def unreadable(path: object, error: OSError) -> UserError:
+    return UserError(f"{path} cannot be read ({error.strerror}); see its permissions")
+
+
 def checksum(path: Path) -> int:
-    """Of a file's name, size, and what it begins and ends with. Raises UserError."""
+    """Of a file's name, size, and its first and last bytes. Raises UserError."""
     try:
         with open(path, "rb") as file:
             size = file.seek(0, os.SEEK_END)
@@ -99,44 +96,46 @@ def checksum(path: Path) -> int:
             file.seek(0)
             return zlib.crc32(b"%d" % size + file.read(4096) + end, zlib.crc32(os.fsencode(path.name)))
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); see its permissions") from None
+        raise unreadable(path, error) from None
 
 
 def find_files(
     inputs: Iterable[str], kinds: Collection[str] = (), order: Callable[[str], Any] = str
 ) -> list[Path]:
-    """The files that paths, folders and globs name: those of a folder or glob in the order of their paths,
-    those of a folder where their kind is one of `kinds`, by default what READERS reads. Raises UserError."""
+    """The files of paths, folders and globs, each once; those of a folder or glob sorted by `order`.
+
+    Of a folder, the files of these kinds, by default those that READERS reads. Raises UserError.
+    """
     wanted = set(kinds or READERS) - {".json"}
-    found: list[Path] = []
+    found: dict[str, Path] = {}
     for word in inputs:
         path = Path(word)
         if os.path.isdir(path):
-            inside = (p for p in path.rglob("*") if kind_of(p) in wanted)
-            files = sorted(inside, key=lambda p: order(p.relative_to(path).as_posix()))
-            files = [p for p in files if p.is_file() and "/." not in f"/{p.relative_to(path).as_posix()}"]
+            names = (p.relative_to(path).as_posix() for p in path.rglob("*") if kind_of(p) in wanted)
+            files = [path / name for name in sorted(names, key=order) if "/." not in f"/{name}"]
         elif os.path.exists(path):
             files = [path]
         else:
-            names = sorted(glob.glob(word, recursive=True), key=order)
-            files = [Path(name) for name in names if os.path.isfile(name)]
+            files = [Path(name) for name in sorted(glob.glob(word, recursive=True), key=order)]
+        files = [file for file in files if file == path or file.is_file()]
         if not files:
             what = "has none of these files" if os.path.isdir(path) else "is not there"
             these = ", ".join(kinds or (*READERS, f"also with {' or '.join(PACKED)}"))
             raise UserError(f"--input {word[:200]} {what}; give a file, folder or glob with {these}")
-        found += files
-    return list({os.path.realpath(path): path for path in reversed(found)}.values())[::-1]  # each once
+        for file in files:
+            found.setdefault(os.path.realpath(file), file)
+    return list(found.values())
 
 
 def kind_of(path: Path) -> str:
-    """The suffix that tells what is in a file, whether it is packed or not."""
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    return "".join([suffix for suffix in suffixes if suffix not in PACKED][-1:])
+    """The suffix that names the kind of a file, whether it is packed or not."""
+    suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() not in PACKED]
+    return suffixes[-1] if suffixes else ""
 
 
-def blocks(path: Path, corpus: Corpus) -> Iterator[bytes]:
+def read_blocks(path: Path, corpus: Corpus) -> Iterator[bytes]:
     """The bytes of a file, unpacked, a block at a time."""
-    suffix = path.suffix.lower()
+    suffix, before = path.suffix.lower(), corpus.bytes_read
     with open(path, "rb") as file:
         unpacked: Any = file
         if suffix == ".gz":
@@ -145,31 +144,29 @@ def blocks(path: Path, corpus: Corpus) -> Iterator[bytes]:
             import pyarrow
 
             unpacked = pyarrow.CompressedInputStream(file, "zstd")
-        before = corpus.at
         while block := unpacked.read(BLOCK):
-            corpus.at = before + file.tell()
+            corpus.bytes_read = before + file.tell()
             yield block
 
 
-def decoded(path: Path, corpus: Corpus) -> Iterator[str]:
-    """The text of a file in parts, with one newline character for every end of line. Raises UserError."""
+def decode_blocks(path: Path, corpus: Corpus) -> Iterator[str]:
+    """The text of a file in parts, with \\n for every end of line. Raises UserError."""
     decoder: Any = codecs.getincrementaldecoder(corpus.encoding)(corpus.errors)
     newlines = io.IncrementalNewlineDecoder(None, translate=True)
     offset = 0
-    for block in chain(blocks(path, corpus), [b""]):
+    for block in chain(read_blocks(path, corpus), [b""]):
         try:
             text = decoder.decode(block, final=not block)
         except UnicodeDecodeError as error:
-            place = offset + error.start - (len(error.object) - len(block))
+            position = offset + error.start - (len(error.object) - len(block))
             raise UserError(
                 f"{path} is not {corpus.encoding} text: byte 0x{error.object[error.start]:02x} at offset "
-                f"{place}; convert it, name its --encoding, or give --errors=replace"
+                f"{position}; convert it, name its --encoding, or give --errors=replace"
             ) from None
         if "\0" in text and corpus.errors == "strict":
-            place = offset + max(0, block.find(b"\0"))
             raise UserError(
-                f"{path} is no text, but a binary file: a null character at offset {place}; leave it out, or "
-                "give --errors=replace"
+                f"{path} is a binary file: it has a null character at offset "
+                f"{offset + max(0, block.find(0))}; leave it out, or give --errors=replace"
             )
         if not offset:
             text = text.removeprefix("\ufeff")  # the mark with which Windows begins a file
@@ -179,12 +176,12 @@ def decoded(path: Path, corpus: Corpus) -> Iterator[str]:
 
 def text_pieces(path: Path, corpus: Corpus) -> Iterator[Piece]:
     """A file of text: one document, or several with <|endoftext|> between them."""
-    return cut(without_lines(decoded(path, corpus), corpus.strip), END_OF_TEXT)
+    return cut(strip_lines(decode_blocks(path, corpus), corpus.strip), END_OF_TEXT)
 
 
 def json_pieces(path: Path, corpus: Corpus) -> Iterator[Piece]:
     """A document per line, in a field of its JSON object."""
-    for number, line in enumerate(lines(decoded(path, corpus)), 1):
+    for number, line in enumerate(lines(decode_blocks(path, corpus)), 1):
         if line.isspace():
             continue
         try:
@@ -199,7 +196,7 @@ def json_pieces(path: Path, corpus: Corpus) -> Iterator[Piece]:
 def csv_pieces(path: Path, corpus: Corpus) -> Iterator[Piece]:
     """A document per row, in a column that the first row names."""
     csv.field_size_limit(2**31 - 1)
-    for number, row in enumerate(csv.DictReader(lines(decoded(path, corpus)), strict=True), 1):
+    for number, row in enumerate(csv.DictReader(lines(decode_blocks(path, corpus)), strict=True), 1):
         if None in row or None in row.values():
             raise UserError(f"{path}, row {number} has not the columns of the first; quote text with commas")
         yield from row_pieces(row, f"{path}, row {number}", corpus)
@@ -218,23 +215,21 @@ def parquet_pieces(path: Path, corpus: Corpus) -> Iterator[Piece]:
             for batch in file.iter_batches(ROWS, columns=columns):
                 for row in batch.to_pylist():
                     yield from row_pieces(row, str(path), corpus)
-                corpus.at += size * len(batch) // file.metadata.num_rows
+                corpus.bytes_read += size * len(batch) // file.metadata.num_rows
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise Damaged(error) from None
+        raise OSError(str(error)) from None  # the file is not what its name says
 
 
 READERS = {
-    ".txt": text_pieces,
-    ".md": text_pieces,
-    ".jsonl": json_pieces,
-    ".json": json_pieces,
+    **dict.fromkeys((".txt", ".md"), text_pieces),
+    **dict.fromkeys((".jsonl", ".json"), json_pieces),
     ".csv": csv_pieces,
     ".parquet": parquet_pieces,
 }
 
 
 def row_pieces(row: dict[str, Any], where: str, corpus: Corpus) -> Iterator[Piece]:
-    """The document in a field of a row; none where it is empty. Raises UserError."""
+    """The document in a field of a row. Raises UserError."""
     if corpus.field not in row:
         names = ", ".join(map(str, row))[:200]
         raise UserError(f"{where} has no field {corpus.field!r}, but {names or 'none'}; give --field=NAME")
@@ -243,41 +238,36 @@ def row_pieces(row: dict[str, Any], where: str, corpus: Corpus) -> Iterator[Piec
         raise UserError(
             f"{where}: its field {corpus.field!r} is no text; give another --field, or convert it"
         )
-    return cut(without_lines([whole_characters(text or "")], corpus.strip))
-
-
-def whole_characters(text: str) -> str:
-    """The text with U+FFFD for halves of characters, which JSON can write and UTF-8 cannot."""
-    if text.isascii():
-        return text
-    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    text = text or ""
+    if not text.isascii():  # U+FFFD replaces halves of characters, which JSON can write and UTF-8 cannot
+        text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return cut(strip_lines([text], corpus.strip))
 
 
 def lines(texts: Iterable[str]) -> Iterator[str]:
-    """Whole lines, their newlines with them."""
+    """Whole lines, with their newlines."""
     begun: list[str] = []  # of a line that spans texts
     for text in texts:
         first, *others = text.split("\n")
         begun.append(first)
-        if others:
+        for other in others:
             yield "".join(begun) + "\n"
-            yield from (f"{line}\n" for line in others[:-1])
-            begun = [others[-1]]
+            begun = [other]
     if last := "".join(begun):
         yield last
 
 
-def without_lines(texts: Iterable[str], strip: tuple[re.Pattern[str], ...]) -> Iterable[str]:
-    """The texts without the lines in which one of the patterns is found."""
-    if not strip:
+def strip_lines(texts: Iterable[str], patterns: tuple[re.Pattern[str], ...]) -> Iterable[str]:
+    """The texts without the lines that match a pattern."""
+    if not patterns:
         return texts
-    return (line for line in lines(texts) if not any(one.search(line.removesuffix("\n")) for one in strip))
+    return (line for line in lines(texts) if not any(one.search(line.removesuffix("\n")) for one in patterns))
 
 
-def cut(texts: Iterable[str], separator: str | None = None) -> Iterator[Piece]:
-    """Texts, which follow each other, as documents in pieces; the separator is between documents."""
+def cut(texts: Iterable[str], separator: str | None = None, block: int = BLOCK) -> Iterator[Piece]:
+    """Consecutive texts as documents, which the separator separates, in pieces of some `block` characters."""
     waiting: list[str] = []
-    size, enough = 0, BLOCK
+    size, enough = 0, block
     for text in chain(texts, [""]):
         waiting.append(text)
         size += len(text)
@@ -285,29 +275,18 @@ def cut(texts: Iterable[str], separator: str | None = None) -> Iterator[Piece]:
             continue
         *documents, rest = "".join(waiting).split(separator) if separator else ["".join(waiting)]
         yield from (Piece(document, True) for document in documents)
-        place = safe_cut(rest) if text else len(rest)
-        yield Piece(rest[:place], not text)
-        waiting, size = [rest[place:]], len(rest) - place
-        enough = size + BLOCK
+        position = len(rest)
+        if text and (safe := SAFE_CUT.match(rest)):
+            position = safe.end()
+        elif text:  # wait for white space, but not for ever; the last characters may be half a separator
+            position = max(0, len(rest) - len(END_OF_TEXT)) if len(rest) > 64 * block else 0
+        yield Piece(rest[:position], not text)
+        waiting, size = [rest[position:]], len(rest) - position
+        enough = size + block
 
 
-def safe_cut(text: str) -> int:
-    """Where to cut a text whose end is not known yet: before the last white space that follows something
-    else; where there is none, before the last characters, which may be half a separator."""
-    for first in (max(0, len(text) - 1000), 0):  # most often it is near the end
-        before = text[first:]
-        for _ in range(100):
-            before = before[: max(map(before.rfind, " \n\t")) + 1].rstrip()
-            if not before:
-                break
-            place = first + len(before)
-            if text[place] in " \n\t":  # not one that only Python takes for white space
-                return place
-    return max(0, len(text) - len(END_OF_TEXT)) if len(text) > 64 * BLOCK else 0
-
-
-def not_blank(pieces: Iterable[Piece]) -> Iterator[Piece]:
-    """The pieces without those of documents that have nothing but white space, and without empty ones."""
+def skip_blank(pieces: Iterable[Piece]) -> Iterator[Piece]:
+    """The pieces without empty ones and those of documents that have nothing but white space."""
     begun, waiting = False, ""
     for text, ends, _ in pieces:
         waiting += text

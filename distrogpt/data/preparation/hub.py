@@ -1,6 +1,6 @@
-"""Datasets of the Hugging Face hub, or local files of any size, as shards: what several prepare.py share.
+"""Datasets of the Hugging Face hub, or local files of any size, as shards; `prepare_shards` is the command.
 
-Read as a stream by Hugging Face's `datasets`: the disk holds nothing but the shards.
+The hub is read as a stream, so that the disk holds nothing but the shards.
 """
 
 import argparse
@@ -12,17 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from distrogpt.data.meta import DATA
-from distrogpt.data.preparation.documents import Corpus, Piece, not_blank, row_pieces
-from distrogpt.data.preparation.shards import Part, write_shards
+from distrogpt.data.preparation.documents import Corpus, Piece, row_pieces, skip_blank
+from distrogpt.data.preparation.shards import Part, ShardSettings, write_shards
 from distrogpt.data.preparation.sources import named_tokenizer, open_corpus, text_parser
-from distrogpt.errors import MachineError, UserError
+from distrogpt.errors import MachineError, UserError, cli_errors
 
 
 class HubText:
     """The documents in a column of a dataset of the hub, or of a folder of files that `datasets` reads."""
 
     def __init__(self, name: str, config: str | None, split: str, field: str) -> None:
-        """Raises UserError where there is no such dataset, or no way to it."""
+        """Raises UserError if there is no such dataset, or no way to it."""
         from datasets import load_dataset
 
         self.settings = {"dataset": name, "config": config, "split": split, "field": field}
@@ -41,68 +41,72 @@ class HubText:
         self.size = known.num_bytes if known else None  # bytes of the text, or of its files
         if os.path.isdir(name):
             self.size = sum(path.stat().st_size for path in Path(name).rglob("*"))
-        self.read = 0
+        self.documents_read = 0
 
     def __len__(self) -> int:
         return self.rows.num_shards
 
     def pieces(self, first: int = 0, end: int | None = None) -> Iterator[Piece]:
-        """All documents that are not blank, in the order of the files first..end-1. Raises UserError, and
-        MachineError where the connection is lost."""
+        """All documents of the files first..end-1 that are not blank.
+
+        Raises UserError, and MachineError if the connection is lost.
+        """
         corpus = Corpus([], field=self.settings["field"])
         for number in range(first, len(self) if end is None else end):
             where = f"{self.settings['dataset']}, file {number}"
-            self.read = int(self.documents * number / len(self))
-            rows = iter(self.rows.shard(num_shards=len(self), index=number))
-            while True:
-                try:
-                    row = next(rows, None)
-                except Exception as error:
-                    reason = f"{type(error).__name__}: {str(error)[:150]}"
-                    raise MachineError(f"{where} is lost ({reason}); the same command goes on") from None
-                if row is None:
-                    break
-                self.read += 1
-                for piece in not_blank(row_pieces(row, where, corpus)):
+            self.documents_read = int(self.documents * number / len(self))
+            for row in self.rows_of(number, where):
+                self.documents_read += 1
+                for piece in skip_blank(row_pieces(row, where, corpus)):
                     yield piece._replace(file=number)
 
+    def rows_of(self, number: int, where: str) -> Iterator[dict[str, Any]]:
+        """The rows of a file. Raises MachineError."""
+        try:
+            yield from self.rows.shard(num_shards=len(self), index=number)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {str(error)[:150]}"
+            raise MachineError(f"{where} is lost ({reason}); the same command resumes") from None
+
     def done(self) -> float:
-        """The share of the documents that has been read; 0 where their number is not known."""
-        return min(1.0, self.read / self.documents) if self.documents else 0.0
+        """The fraction of the documents that has been read; 0 if their number is not known."""
+        return min(1.0, self.documents_read / self.documents) if self.documents else 0.0
 
     def describe(self) -> dict[str, Any]:
         return self.settings
 
 
+@cli_errors()
 def prepare_shards(about: str, dataset: str | None = None, config: str | None = None) -> None:
-    """The whole of a prepare.py that writes shards; without `dataset`, one is named by its options."""
-    parser = shard_options(about, dataset, config)
+    """The command of a prepare.py that writes shards; without `dataset`, its options name one."""
+    parser = shard_parser(about, dataset, config)
     args = parser.parse_args()
     tokenizer = named_tokenizer(args.tokenizer)
     if args.input:
         text: Corpus | HubText = open_corpus(args, args.input)
-        about = ", ".join(args.input)
+        source = ", ".join(args.input)
     elif args.dataset:
         text = HubText(args.dataset, args.config, args.split, args.field)
-        about = " ".join(filter(None, (args.dataset, args.config, args.split)))
+        source = " ".join(filter(None, (args.dataset, args.config, args.split)))
     else:
         parser.error("neither --dataset nor --input is given")
     folder = args.output
     if dataset is None and folder == Path(sys.argv[0]).resolve().parent:
-        name = args.dataset or Path(args.input[0]).stem
-        name = re.sub(r"\W+", "_", "_".join(filter(None, (name, args.config)))).strip("_").lower()
+        name = "_".join(filter(None, (args.dataset or Path(args.input[0]).stem, args.config)))
+        name = re.sub(r"\W+", "_", name).strip("_").lower()
         folder = DATA / name
         if not name or (folder / "prepare.py").exists():
             raise UserError("the input names no folder of its own; choose one by --output data/NAME")
-    settings = (args.shard_tokens, args.max_tokens, args.val_tokens, max(1, args.workers), args.shard)
+    limits = (args.shard_tokens, args.max_tokens, args.val_tokens)
+    settings = ShardSettings(*limits, max(1, args.workers), args.shard, args.overwrite, source)
     try:
-        write_shards(folder, text, tokenizer, *settings, overwrite=args.overwrite, about=about)
+        write_shards(folder, text, tokenizer, settings)
     except KeyboardInterrupt:
-        print(f"\nstopped; the same command goes on with {folder}", file=sys.stderr)
+        print(f"\nstopped; the same command resumes with {folder}", file=sys.stderr)
         raise
 
 
-def shard_options(about: str, dataset: str | None, config: str | None) -> argparse.ArgumentParser:
+def shard_parser(about: str, dataset: str | None, config: str | None) -> argparse.ArgumentParser:
     """The options of those prepare.py."""
     parser = text_parser(sys.argv[0], about, "instead of the hub: files, folders, globs")
     add = parser.add_argument
@@ -112,9 +116,11 @@ def shard_options(about: str, dataset: str | None, config: str | None) -> argpar
     add("--config", default=config, metavar="NAME", help=f"which of its configurations (default: {config})")
     add("--split", default="train", metavar="NAME", help="which of its splits is read (default: train)")
     add("--tokenizer", default="gpt2", help="gpt2 (default), byte, or a dataset whose tokenizer to take")
-    add("--max_tokens", type=whole_number, metavar="N", help="stop after so many, such as 1e9 (default: all)")
-    add("--shard_tokens", type=whole_number, default=10**8, metavar="N", help="ids of a file (default: 1e8)")
-    add("--val_tokens", type=whole_number, metavar="N", help="of them (default: one, or a tenth of the text)")
+    add(
+        "--max_tokens", type=whole_number, metavar="N", help="stop after N tokens, such as 1e9 (default: all)"
+    )
+    add("--shard_tokens", type=whole_number, default=10**8, metavar="N", help="per file (default: 1e8)")
+    add("--val_tokens", type=whole_number, metavar="N", help="default: one file, or a tenth of a small text")
     add("--shard", type=part, default=Part(), metavar="I/N", help="this machine does part I of N, from 1 on")
     return parser
 

@@ -1,7 +1,7 @@
 """A text of any size as shards of ids: val_000000.bin, then train_000001.bin, train_000002.bin, ...
 
-Interrupted and started again, it goes on at the first missing shard and ends with the same bytes, since
-progress.json tells where in the text each shard begins.
+If interrupted, the same command resumes at the first missing shard and ends with the same bytes, since
+progress.json has the position in the text at which each shard begins.
 """
 
 import json
@@ -11,287 +11,261 @@ import sys
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import closing
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from distrogpt.data.meta import read_meta
-from distrogpt.data.preparation.documents import Piece
+from distrogpt.data.preparation.documents import Corpus, Piece
 from distrogpt.data.preparation.writer import (
     dataset_files,
     encode_in_order,
     id_dtype,
     make_folder,
+    new_meta,
     read_json,
     report_full_disk,
+    sync,
     text_bytes,
     token_progress,
     write_json,
-    write_meta,
 )
 from distrogpt.data.tokenizer import TiktokenTokenizer, Tokenizer
 from distrogpt.errors import UserError
 
-KEPT = "the shards so far are kept: free some space, and the same command goes on"
-
-
-class Source(Protocol):
-    """Documents in files: see documents.Corpus."""
-
-    size: int | None
-
-    def __len__(self) -> int: ...
-    def pieces(self, first: int = 0, end: int | None = None) -> Iterator[Piece]: ...
-    def done(self) -> float: ...
-    def describe(self) -> dict[str, Any]: ...
-
 
 class Part(NamedTuple):
-    """What one of several machines does: part `number` of `of`, counted from 1."""
+    """What one of several machines writes: part `number` of `of`, counted from 1."""
 
     number: int = 1
     of: int = 1
 
-    def label(self) -> str:
-        return f"{self.number:05d}_" if self.of > 1 else ""
+    def range_of(self, count: int) -> tuple[int, int]:
+        """Begin and end of this part of `count` items."""
+        return count * (self.number - 1) // self.of, count * self.number // self.of
 
-    def name(self, shard: int) -> str:
-        """The file of a shard."""
+    def shard_name(self, shard: int) -> str:
         split = "val" if shard == 0 and self.number == 1 else "train"
         return f"{split}_{self.label()}{shard:06d}.bin"
 
-    def progress(self) -> str:
-        """The file of its progress."""
+    def progress_name(self) -> str:
         return f"progress_{self.label()}".rstrip("_") + ".json"
 
+    def label(self) -> str:
+        return f"{self.number:05d}_" if self.of > 1 else ""
 
-def write_shards(
-    folder: Path,
-    source: Source,
-    tokenizer: Tokenizer,
-    shard_tokens: int = 10**8,
-    max_tokens: int | None = None,
-    val_tokens: int | None = None,
-    workers: int = 1,
-    part: Part = Part(),  # noqa: B008, which is immutable
-    overwrite: bool = False,
-    about: str = "",
-) -> None:
-    """Write the documents of a source, or one part of them, or go on with that.
 
-    Shards have `shard_tokens` ids each, the last one what is left; the first is val, with `val_tokens`: by
-    default as many, or a tenth of a small text, as far as its bytes tell. `about` tells meta.json where the
-    text came from. Raises UserError where the folder has another dataset, MachineError where it takes no
-    more.
+@dataclass
+class ShardSettings:
+    """How shards are written."""
+
+    shard_tokens: int = 10**8  # of each file but the last
+    max_tokens: int | None = None  # in all; by default all tokens of the text
+    val_tokens: int | None = None  # by default one shard, or a tenth of a small text
+    workers: int = 1
+    part: Part = field(default_factory=Part)
+    overwrite: bool = False
+    about: str = ""  # the source of the text, for meta.json
+
+
+def write_shards(folder: Path, source: Corpus, tokenizer: Tokenizer, settings: ShardSettings) -> None:
+    """Write the documents of a Corpus, or what has its methods, or one part of them; or resume that.
+
+    Raises UserError if the folder has another dataset, MachineError if the disk is full.
     """
+    part = settings.part
     if part.of > len(source):
         raise UserError(
             f"the text has {len(source)} files, which {part.of} machines cannot share; give --shard i/n with "
             f"n up to {len(source)}"
         )
-    settings = {
+    identity = {
         "text": source.describe(),
         "tokenizer": zlib.crc32(json.dumps(tokenizer.describe()).encode()),
-        "shard_tokens": shard_tokens,
-        "val_tokens": val_tokens or usual_val_tokens(source, tokenizer, shard_tokens, max_tokens),
-        "max_tokens": max_tokens,
+        "shard_tokens": settings.shard_tokens,
+        "val_tokens": settings.val_tokens or default_val_tokens(source, tokenizer, settings),
+        "max_tokens": settings.max_tokens,
         "parts": part.of,
     }
     make_folder(folder)
-    progress = begin_or_go_on(folder, part, settings, overwrite, share(len(source), part)[0])
-    if complete(folder):
+    progress = load_progress(folder, part, identity, settings.overwrite)
+    progress.setdefault("starts", [[part.range_of(len(source))[0], 0, 0]])
+    if is_complete(folder):
         print(f"{folder} is complete; --overwrite writes it anew")
         return
-    with report_full_disk(folder, KEPT):
+    with report_full_disk(
+        folder, "the shards so far are kept: free some space and run the same command again"
+    ):
         (folder / "meta.json").unlink(missing_ok=True)  # a shard is missing
-        check_shards(folder, part, progress, id_dtype(tokenizer).itemsize)
-        write_json(folder / part.progress(), progress)  # the shards to come are this text's
-        if len(progress["starts"]) > len(progress["shards"]):
-            write_part(folder, source, tokenizer, part, progress, workers)
-        finish(folder, tokenizer, part, about)
+        writer = ShardWriter(folder, part, progress, id_dtype(tokenizer).itemsize)
+        try:
+            writer.write(source, tokenizer, settings.workers)
+        finally:
+            writer.close()
+        finish_dataset(folder, tokenizer, part, settings.about)
 
 
-def usual_val_tokens(source: Source, tokenizer: Tokenizer, shard_tokens: int, max_tokens: int | None) -> int:
-    """A shard, or a tenth of the text, by guess, where that is less: it is known before the text is read."""
+def default_val_tokens(source: Corpus, tokenizer: Tokenizer, settings: ShardSettings) -> int:
+    """A shard, or a tenth of a smaller text, whose tokens are guessed from its bytes."""
     bytes_per_token = 4 if isinstance(tokenizer, TiktokenTokenizer) else 1  # of English
-    guesses = [count for count in (max_tokens, (source.size or 0) // bytes_per_token) if count]
-    return max(1, min([shard_tokens, *(count // 10 for count in guesses)]))
+    guesses = [count for count in (settings.max_tokens, (source.size or 0) // bytes_per_token) if count]
+    return max(1, min([settings.shard_tokens, *(count // 10 for count in guesses)]))
 
 
-def share(count: int, part: Part) -> tuple[int, int]:
-    """Where a part of `count` things begins and ends."""
-    return count * (part.number - 1) // part.of, count * part.number // part.of
+def load_progress(folder: Path, part: Part, identity: dict[str, Any], overwrite: bool) -> dict[str, Any]:
+    """The progress of a part: `settings`; for each finished shard, in `shards`, its tokens and their bytes of
+    text; and in `starts` file, document and token at which each of them and the next one begin.
 
-
-def begin_or_go_on(
-    folder: Path, part: Part, settings: dict[str, Any], overwrite: bool, first_file: int
-) -> dict[str, Any]:
-    """The progress of a part: its settings; of each finished shard its tokens and their bytes of text; and
-    file, document and token where each of them starts, and the next, where there is one. Raises UserError."""
-    files = dataset_files(folder)  # before their progress is read: what another machine adds now is not in it
-    begun = {path: read_json(path) for path in folder.glob("progress*.json")}
-    same = [path.name for path, progress in begun.items() if progress.get("settings") == settings]
-    shards = [path for path in files if path.suffix == ".bin"]
-    if overwrite:
-        others = {name.removeprefix("progress") for name in same if name != part.progress()}
-        for path in files:
-            label = "".join(re.findall(r"_\d{5}(?=[_.])", path.name))
-            if f"{label}.json" not in others:  # those are other machines' parts of the same
-                path.unlink(missing_ok=True)
-    elif shards and (not begun or len(same) < len(begun)):
+    Raises UserError if the folder has another dataset.
+    """
+    files = dataset_files(folder)  # before progress is read, which other machines may begin to write now
+    found = {path.name: read_json(path) for path in folder.glob("progress*.json")}
+    same = {name for name, progress in found.items() if progress.get("settings") == identity}
+    if not overwrite and any(path.suffix == ".bin" for path in files) and (not found or same != set(found)):
         raise UserError(
-            f"{folder} has another dataset, or one made with other options; go on with those, choose another "
+            f"{folder} has another dataset, or one made with other options; repeat those, choose another "
             "--output, or give --overwrite"
         )
-    elif part.progress() in same:
-        return begun[folder / part.progress()]
-    else:
-        for path in begun:  # what came to nothing
-            if path.name not in same:
-                path.unlink(missing_ok=True)
-    return {"settings": settings, "shards": [], "starts": [[first_file, 0, 0]]}
+    if not overwrite and part.progress_name() in same:
+        return found[part.progress_name()]
+    of_others = same - {part.progress_name()}  # other machines' parts of the same dataset
+    for path in files:
+        label = re.search(r"_\d{5}(?=[_.])", path.name)
+        owner = f"progress{label[0] if label else ''}.json"
+        if owner not in of_others and (overwrite or path.name.startswith("progress")):
+            path.unlink(missing_ok=True)
+    return {"settings": identity, "shards": []}
 
 
-def complete(folder: Path) -> bool:
-    """Whether the files of a folder have what its meta.json promises."""
+def is_complete(folder: Path) -> bool:
+    """Whether the files of a folder have all tokens that its meta.json names."""
     if not (folder / "meta.json").is_file():
         return False
     meta = read_meta(folder)
     width = np.dtype(meta["dtype"]).itemsize
-    sizes = {
-        split: sum(path.stat().st_size for path in folder.glob(f"{split}_*.bin")) for split in meta["tokens"]
-    }
-    return all(sizes[split] == width * tokens for split, tokens in meta["tokens"].items())
-
-
-def check_shards(folder: Path, part: Part, progress: dict[str, Any], width: int) -> None:
-    """Set the progress back to the first shard that is missing or not whole."""
-    for number, (tokens, _) in enumerate(progress["shards"]):
-        path = folder / part.name(number)
-        if not path.is_file() or path.stat().st_size != tokens * width:
-            progress["shards"], progress["starts"] = (
-                progress["shards"][:number],
-                progress["starts"][: number + 1],
-            )
-            return
+    return all(
+        sum(path.stat().st_size for path in folder.glob(f"{split}_*.bin")) == width * tokens
+        for split, tokens in meta["tokens"].items()
+    )
 
 
 class ShardWriter:
-    """Appends ids to the shard at hand. A finished one appears whole, and then stands in progress.json."""
+    """Writes the shards of a part that are missing. A shard appears when it is finished."""
 
-    def __init__(self, folder: Path, part: Part, progress: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, part: Part, progress: dict[str, Any], width: int) -> None:
         self.folder, self.part, self.progress = folder, part, progress
+        self.shards, self.starts = progress["shards"], progress["starts"]
+        for number, (tokens, _) in enumerate(self.shards):
+            path = folder / part.shard_name(number)
+            if not path.is_file() or path.stat().st_size != tokens * width:
+                del self.shards[number:], self.starts[number + 1 :]
+                break
+        write_json(folder / part.progress_name(), progress)  # the shards to come are this text's
+        begin, end = part.range_of(progress["settings"]["max_tokens"] or sys.maxsize)
+        self.limit = end - begin
+        self.left = self.limit - sum(tokens for tokens, _ in self.shards)
         self.temporary = folder / f"{part.label()}shard.tmp"
-        self.begin()
+        self.open_shard()
 
-    def begin(self) -> None:
-        self.tokens = self.text = 0
+    def open_shard(self) -> None:
+        self.tokens = self.text = 0  # bytes of text
         self.file = open(self.temporary, "wb")
-
-    def room(self) -> int:
-        """How many ids the shard still takes."""
-        is_val = self.part.number == 1 and not self.progress["shards"]
-        return self.progress["settings"]["val_tokens" if is_val else "shard_tokens"] - self.tokens
-
-    def add(self, ids: np.ndarray, text: int) -> None:
-        """Append ids that stand for so many bytes of text."""
-        self.file.write(np.ascontiguousarray(ids).data)
-        self.tokens += len(ids)
-        self.text += text
-
-    def end(self, *next_start: list[int]) -> None:
-        """Finish the shard, if there is anything in it; where the next one starts, if there is one."""
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
-        if self.tokens:
-            os.replace(self.temporary, self.folder / self.part.name(len(self.progress["shards"])))
-            self.progress["shards"].append([self.tokens, self.text])
-        done = len(self.progress["shards"])
-        self.progress["starts"] = [*self.progress["starts"][:done], *next_start]
-        write_json(self.folder / self.part.progress(), self.progress)
 
     def close(self) -> None:
         self.file.close()
         self.temporary.unlink(missing_ok=True)
 
+    def room(self) -> int:
+        """The number of ids that the shard still takes; 0 if the part has all of its tokens."""
+        name = "val_tokens" if self.part.number == 1 and not self.shards else "shard_tokens"
+        return min(self.progress["settings"][name] - self.tokens, self.left)
 
-def write_part(
-    folder: Path, source: Source, tokenizer: Tokenizer, part: Part, progress: dict[str, Any], workers: int
-) -> None:
-    """Write the shards of a part from the first missing one on."""
-    max_tokens = progress["settings"]["max_tokens"] or sys.maxsize
-    limit = share(max_tokens, part)[1] - share(max_tokens, part)[0]
-    left = limit - sum(tokens for tokens, _ in progress["shards"])
-    file, document, skipped = progress["starts"][-1]
-    token = 0  # where in its document the next piece begins
-    pieces = from_document(source.pieces(file, share(len(source), part)[1]), document)
-    before = source.done()
+    def add(self, ids: np.ndarray, text: int) -> None:
+        """Append ids that encode `text` bytes."""
+        self.file.write(np.ascontiguousarray(ids).data)
+        self.tokens += len(ids)
+        self.left -= len(ids)
+        self.text += text
 
-    def share_done() -> float:
-        return max((source.done() - before) * part.of, 1 - left / limit)
+    def finish_shard(self, *next_start: list[int]) -> None:
+        """Finish the shard, if it has any ids; `next_start` is where the next one begins, if any."""
+        sync(self.file)
+        if self.tokens:
+            os.replace(self.temporary, self.folder / self.part.shard_name(len(self.shards)))
+            self.shards.append([self.tokens, self.text])
+        self.starts[len(self.shards) :] = next_start
+        write_json(self.folder / self.part.progress_name(), self.progress)
+        self.open_shard()
 
-    out = ShardWriter(folder, part, progress)
-    try:
+    def write(self, source: Corpus, tokenizer: Tokenizer, workers: int) -> None:
+        """Write the shards from the first missing one on."""
+        if len(self.starts) == len(self.shards):
+            return
+        file, document, skipped = self.starts[-1]
+        token = 0  # within the document, at the begin of a piece
+        pieces = skip_documents(source.pieces(file, self.part.range_of(len(source))[1]), document)
+        done_before = source.done()
+
+        def done() -> float:
+            return max((source.done() - done_before) * self.part.of, 1 - self.left / self.limit)
+
         encoding = closing(encode_in_order(pieces, tokenizer, workers))
-        with token_progress(share_done) as advance, encoding as encoded:
+        with token_progress(done) as advance, encoding as encoded:
             for piece, ids in encoded:
                 if piece.file != file:
                     file, document, token = piece.file, 0, 0
-                at = min(skipped, len(ids))  # so much of it is in the shard before
+                at = min(skipped, len(ids))  # ids that an earlier shard has
                 skipped -= at
-                while at < len(ids) and left:
-                    count = min(len(ids) - at, out.room(), left)
-                    out.add(ids[at : at + count], bytes_of(tokenizer, piece, ids, at, count))
-                    at, left = at + count, left - count
+                while at < len(ids) and (count := min(len(ids) - at, self.room())):
+                    self.add(ids[at : at + count], bytes_of(tokenizer, piece, ids, at, count))
+                    at += count
                     advance(count)
-                    if not out.room():
-                        out.end([file, document, token + at])
-                        out.begin()
-                if not left:
+                    if not self.room():
+                        self.finish_shard([file, document, token + at])
+                if not self.left:
                     break
                 document, token = (document + 1, 0) if piece.ends else (document, token + len(ids))
-        out.end()
-    finally:
-        out.close()
+        self.finish_shard()
 
 
-def from_document(pieces: Iterable[Piece], document: int) -> Iterator[Piece]:
-    """The pieces without those of the first documents."""
+def skip_documents(pieces: Iterable[Piece], count: int) -> Iterator[Piece]:
+    """The pieces without those of the first `count` documents."""
     for piece in pieces:
-        if document <= 0:
+        if count <= 0:
             yield piece
-        document -= piece.ends
+        count -= piece.ends
 
 
 def bytes_of(tokenizer: Tokenizer, piece: Piece, ids: np.ndarray, at: int, count: int) -> int:
-    """The bytes of text in `count` ids of a piece from `at` on."""
+    """The bytes of text of `count` ids of a piece from `at` on."""
     if count == len(ids):
         return text_bytes(piece.text)
     some = ids[at : at + count]
     return len(tokenizer.decode_bytes(some[some != tokenizer.end_of_text].tolist()))
 
 
-def finish(folder: Path, tokenizer: Tokenizer, part: Part, about: str) -> None:
-    """Write meta.json where all parts are done. Raises UserError where the text is too short."""
+def finish_dataset(folder: Path, tokenizer: Tokenizer, part: Part, about: str) -> None:
+    """Write meta.json if all parts are done. Raises UserError if the text is too short."""
     parts = [Part(number, part.of) for number in range(1, part.of + 1)]
-    progress = [read_json(folder / each.progress()) for each in parts]
+    progress = [read_json(folder / each.progress_name()) for each in parts]
     left = sum(not each or len(each["starts"]) > len(each["shards"]) for each in progress)
     if left:
         print(f"part {part.number} of {part.of} is done; {left} to go")
         return
     shards = [shard for each in progress for shard in each["shards"]]
-    val = progress[0]["shards"][0] if progress[0]["shards"] else [0, 0]
-    all_tokens, all_text = (sum(column) for column in zip([0, 0], *shards, strict=True))
-    tokens = {"train": all_tokens - val[0], "val": val[0]}
+    all_tokens, all_text = np.sum([[0, 0], *shards], axis=0).tolist()
+    val_tokens, val_text = progress[0]["shards"][0] if progress[0]["shards"] else (0, 0)
+    tokens = {"train": all_tokens - val_tokens, "val": val_tokens}
     for split, count in tokens.items():
         if not count:
             raise UserError(
                 f"nothing of {all_tokens:,} tokens is left for {split}; give a smaller --val_tokens, or more "
                 "text, with --overwrite"
             )
-    write_meta(folder, tokenizer, tokens, {"train": all_text - val[1], "val": val[1]}, source=about)
+    text = {"train": all_text - val_text, "val": val_text}
+    write_json(folder / "meta.json", new_meta(tokenizer, tokens, text, source=about))
     for split, count in tokens.items():
         files = len(list(folder.glob(f"{split}_*.bin")))
         print(f"{folder}: {count:,} tokens of {split} in {files} file{'s' if files > 1 else ''}")

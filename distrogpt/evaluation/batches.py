@@ -1,0 +1,40 @@
+"""Questions in batches that the ranks share."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from distrogpt.errors import UserError
+from distrogpt.runtime import Runtime
+
+StopCheck = Callable[[], bool]
+
+
+class EvaluationStopped(UserError):
+    """A rank requested a stop, or cannot read its data."""
+
+
+def map_batches(
+    compute: Callable[[list[int]], np.ndarray],
+    lengths: Sequence[int],
+    width: int,
+    batch_size: int,
+    runtime: Runtime,
+    stop_requested: StopCheck = lambda: False,
+) -> np.ndarray:
+    """compute(indices), integers (B, width), in batches of samples of similar length: (N, width).
+
+    All ranks compute equally often; a batch too many is a repeated one and does not count. Raises
+    EvaluationStopped if stop_requested, which has to return the same on all ranks.
+    """
+    results = np.zeros((len(lengths), width), np.int64)
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])  # what takes most memory comes first
+    batches = [order[begin : begin + batch_size] for begin in range(0, len(order), batch_size)]
+    for number in range(runtime.rank, len(batches) + runtime.rank, runtime.world_size):
+        if stop_requested():
+            raise EvaluationStopped("stopped by a signal; start it again")
+        batch = batches[number % len(batches)]
+        rows = compute(batch)
+        if number < len(batches):
+            results[batch] = rows
+    return runtime.sum_over_ranks(results)
