@@ -28,7 +28,6 @@ from distrogpt.training.optim import make_optimizers
 from model import ACTIVATIONS, GPT, NORMS, GPTConfig, KVCache
 from train import training_step
 
-CPU = Runtime(torch.device("cpu"), torch.float32)
 SMALL = {"block_size": 16, "vocab_size": 24, "n_layer": 2, "n_head": 4, "n_embd": 24}
 VALUES = {
     "bias": (False, True),
