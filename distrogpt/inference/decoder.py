@@ -107,11 +107,9 @@ class DecodingBatch:
         for rows, n in prompts:
             index = torch.from_numpy(rows).to(self.device)
             prompt_logits = self.prefill(rows, index, n)
-            if len(rows) == B:
-                logits = prompt_logits
-            else:
-                logits = prompt_logits.new_zeros(B, prompt_logits.size(1)) if logits is None else logits
-                logits = logits.index_copy(0, index, prompt_logits)
+            if logits is None:
+                logits = prompt_logits.new_zeros(B, prompt_logits.size(1))
+            logits = logits.index_copy(0, index, prompt_logits)
         return logits
 
     def decode_last_tokens(self) -> torch.Tensor:
@@ -125,10 +123,9 @@ class DecodingBatch:
             return self.decode(ids, positions, cache=self.cache)
         # graphs are recorded for a few numbers of rows only; rows beyond B are overwritten when they are used
         unused = ids.new_zeros(min(len(self.text), 1 << (B - 1).bit_length()) - B, 1)
-        inputs = (
-            torch.cat([ids, unused]),
-            torch.cat([positions, unused]) if len(positions) == B else positions,
-        )
+        if len(positions) == B:
+            positions = torch.cat([positions, unused])
+        inputs = (torch.cat([ids, unused]), positions)
         shapes = tuple(len(tensor) for tensor in inputs)
         if shapes not in self.graphs:
             self.graphs[shapes] = self.record_graph(partial(self.decode, cache=self.cache), *inputs)

@@ -147,7 +147,7 @@ def test_on_a_terminal(trained, tmp_path):
     keyboard.wait_for("\n> ")
     keyboard.press("half")
     keyboard.wait_for("half")
-    keyboard.press("\x03", retry_after=1)  # readline forgets one that comes while it draws a key
+    keyboard.press("\x03", retry_after=1)  # readline ignores it while it draws a key
     keyboard.wait_for("Ctrl-D or /quit quits\n> ")
 
     keyboard.press("/max_new_tokens 12\n")

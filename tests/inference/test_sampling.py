@@ -173,9 +173,9 @@ def test_the_interval_between_updates_does_not_change_the_texts(chars):
 
 
 def test_stop_strings_are_not_searched_in_the_prompt(chars):
-    whole = chars.generate("ab.", 3, max_new_tokens=60)
-    for stop in (".", "ab", "\n", whole[0][20:23]):
-        cut = [text[:3] + text[3:].split(stop)[0] for text in whole]
+    texts = chars.generate("ab.", 3, max_new_tokens=60)
+    for stop in (".", "ab", "\n", texts[0][20:23]):
+        cut = [text[:3] + text[3:].split(stop)[0] for text in texts]
         assert chars.generate("ab.", 3, max_new_tokens=60, stop=stop) == cut
         assert chars.generate("ab.", 3, max_new_tokens=60, stop=["never", stop], echo=False) == [
             text[3:] for text in cut
@@ -280,12 +280,12 @@ def test_prompts_of_a_file_and_of_stdin(trained, tmp_path, monkeypatch):
 
 
 def test_flags_reach_the_sample(trained):
-    whole = sampled(trained, "--start=def ", "--num_samples=3", "--max_new_tokens=80")
-    stops = whole[0][30:33], whole[1][12]
+    full = sampled(trained, "--start=def ", "--num_samples=3", "--max_new_tokens=80")
+    stops = full[0][30:33], full[1][12]
     flags = [f"--stop={stop}".replace("\n", "\\n") for stop in stops]
     python = Sampler(str(trained), device="cpu").generate("def ", 3, 80, stop=stops)
     assert sampled(trained, "--start=def ", "--num_samples=3", "--max_new_tokens=80", *flags) == python
-    assert python != whole and all(map(str.startswith, whole, python))
+    assert python != full and all(map(str.startswith, full, python))
     best = sampled(trained, "--start=def ", "--num_samples=2", "--best_of=4", "--top_p=0.9", "--min_p=0.01")
     python = Sampler(str(trained), device="cpu").generate("def ", 2, 12, best_of=4, top_p=0.9, min_p=0.01)
     assert best == python
