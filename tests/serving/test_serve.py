@@ -20,16 +20,17 @@ from conftest import assert_user_error, run_here, run_warm, start_warm
 pytest.importorskip("uvicorn", reason="needs requirements-serve.txt")
 import uvicorn
 
+from configurator import read_settings
 from distrogpt.audio.speech import Voice
-from distrogpt.benchmark import serving as bench_serve
-from distrogpt.benchmark.serving import CHROMIUM, QUIET
+from distrogpt.benchmark.serving import CHROMIUM, QUIET, bench_serve
 from distrogpt.data.tokenizer import ByteTokenizer
 from distrogpt.errors import UserError
 from distrogpt.inference.decoder import DecodingBatch
 from distrogpt.inference.detokenizer import Detokenizer
+from distrogpt.runtime import Runtime
 from distrogpt.serving.app import UVICORN, App, find_key, listen
 from distrogpt.serving.engine import Engine, EngineRequest, Sample
-from distrogpt.settings import ServeConfig
+from distrogpt.settings import BenchConfig, ServeConfig
 from sample import Sampler
 
 
@@ -506,16 +507,14 @@ def test_as_a_command_until_a_signal(trained, number, status):
         assert_user_error(taken, f"port={port}", "another")
 
 
-def test_the_benchmark_of_the_server(trained, monkeypatch, tmp_path):
-    monkeypatch.setattr(bench_serve, "CLIENTS", 3)
-    monkeypatch.setattr(bench_serve, "EACH", 2)
+def test_the_benchmark_of_the_server(trained, monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(sys.modules, "playwright", None)  # the page is not timed
     flags = (f"--out_dir={trained}", "--device=cpu", "--rounds=2", "--max_new_tokens=9")
-    done = run_here("bench.py", "--serve=True", *flags, f"--json={tmp_path / 'found.json'}")
-    assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "found.json").read_text())
-    assert found["clients"]["served"] == 6 and found["clients"]["lost"] == []
-    assert found["API"]["first_ms"] > 0 and "6 served, 0 lost" in done.stdout and "page" not in found
+    runtime = Runtime(torch.device("cpu"), torch.float32)
+    result = bench_serve(read_settings(BenchConfig, flags), runtime, n_clients=3, n_requests=2)
+    assert result["clients"]["served"] == 6 and result["clients"]["lost"] == []
+    assert result["API"]["first_ms"] > 0 and "page" not in result
+    assert "3 clients, 2 requests each for 64 tokens: 6 served, 0 lost" in capsys.readouterr().out
     assert_user_error(run_here("bench.py", "--serve=True", f"--out_dir={tmp_path}"), "train first")
 
 
