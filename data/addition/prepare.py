@@ -13,23 +13,21 @@ from distrogpt.data.preparation.problems import check_range, line_parser, write_
 from distrogpt.errors import cli_errors
 
 
-def addition(a: int, b: int, reverse: bool = False) -> str:
-    """A sum and its answer, without the newline."""
-    answer = str(a + b)
-    return f"{a}+{b}={answer[::-1] if reverse else answer}"
-
-
 @cli_errors()
 def main() -> None:
     parser = line_parser(sys.argv[0], __doc__.splitlines()[0])
-    parser.add_argument(
-        "--digits", type=int, default=2, metavar="N", help="of each number at most; default 2"
-    )
-    parser.add_argument("--reverse", action="store_true", help="the answer's last digit first")
+    add = parser.add_argument
+    add("--digits", type=int, default=2, metavar="N", help="of each number at most; default 2")
+    add("--reverse", action="store_true", help="the answer's last digit first")
     args = parser.parse_args()
     check_range(1, 9, digits=args.digits)
     end = 10**args.digits
-    write_problems(args, end * end, lambda number: [addition(*divmod(number, end), args.reverse)])
+
+    def lines_of(number: int) -> list[str]:
+        a, b = divmod(number, end)
+        return [f"{a}+{b}={str(a + b)[:: -1 if args.reverse else 1]}"]
+
+    write_problems(args, end * end, lines_of)
 
 
 if __name__ == "__main__":

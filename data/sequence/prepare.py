@@ -13,12 +13,6 @@ from distrogpt.data.preparation.problems import check_range, line_parser, write_
 from distrogpt.errors import cli_errors
 
 
-def sequence(first: int, step: int) -> str:
-    """Three numbers, and the three that follow, without the newline."""
-    numbers = [str(first + step * i) for i in range(6)]
-    return f"{','.join(numbers[:3])}={','.join(numbers[3:])}"
-
-
 @cli_errors()
 def main() -> None:
     parser = line_parser(sys.argv[0], __doc__.splitlines()[0])
@@ -30,7 +24,8 @@ def main() -> None:
 
     def lines_of(number: int) -> list[str]:
         first, step = divmod(number, args.steps)
-        return [sequence(first, step + 1)]
+        numbers = [str(first + (step + 1) * i) for i in range(6)]
+        return [f"{','.join(numbers[:3])}={','.join(numbers[3:])}"]
 
     write_problems(args, (args.highest + 1) * args.steps, lines_of)
 

@@ -160,23 +160,19 @@ def step_windows(data: Dataset, config: TrainConfig, step: int) -> tuple[np.ndar
     count = config.gradient_accumulation_steps * config.batch_size
     which, within = interleave(step * count, count, [part.weight for part in data.parts])
     starts = np.empty(count, np.int64)
-    for number, part in enumerate(data.parts):
-        samples = np.flatnonzero(which == number)
-        if len(samples):
-            first = int(within[samples[0]])
-            starts[samples] = part_starts(part, number, config, step, range(first, first + len(samples)))
+    for number in np.unique(which).tolist():
+        mine = which == number
+        part, first, size = data.parts[number], int(within[mine][0]), int(mine.sum())
+        length, T = len(part.streams["train"]), config.block_size
+        if config.sampling == "lines":
+            line_starts = part.line_starts["train"]
+            order, _ = epoch_order(config.seed, first, size, len(line_starts), number)
+            starts[mine] = line_starts[order]
+        elif config.sampling == "epochs":
+            starts[mine] = epoch_starts(config.seed, first, size, length, T, number)
+        else:
+            starts[mine] = random_starts(config.seed, step, size, length - T, purpose=3 * number)
     return which, starts
-
-
-def part_starts(part: Part, number: int, config: TrainConfig, step: int, samples: range) -> np.ndarray:
-    """Starts of a step's samples of part `number`, by their numbers within the part: (samples,)."""
-    length, T, first, count = len(part.streams["train"]), config.block_size, samples.start, len(samples)
-    if config.sampling == "lines":
-        line_starts = part.line_starts["train"]
-        return line_starts[epoch_order(config.seed, first, count, len(line_starts), number)[0]]
-    if config.sampling == "epochs":
-        return epoch_starts(config.seed, first, count, length, T, number)
-    return random_starts(config.seed, step, count, length - T, purpose=3 * number)
 
 
 def samples_per_epoch(data: Dataset, config: TrainConfig) -> int:
@@ -187,17 +183,15 @@ def samples_per_epoch(data: Dataset, config: TrainConfig) -> int:
 
 
 def strided_windows(length: int, T: int, stride: int) -> Windows:
-    """Starts of windows of T tokens and a target over `length` ids, `stride` apart, and the number of first
-    targets of each that an earlier window has: (N,), (N,). So each id but the first is a target once, with
-    T - stride ids or more before it."""
+    """Windows of T tokens and a target over `length` ids, `stride` apart. Targets that an earlier one has do
+    not count, so that each id but the first is a target once, with T - stride ids or more before it."""
     last = length - 1 - T
     starts = np.minimum(np.arange(1 + math.ceil(last / stride)) * stride, last)
     return starts, np.append(0, starts[:-1] + T - starts[1:])
 
 
 def evaluation_windows(part: Part, number: int, split: str, config: TrainConfig, ranks: int = 1) -> Windows:
-    """Starts of the windows that evaluate part `number`, and the number of first targets of each that do not
-    count: (N,), (N,), padded to equal batches on all ranks.
+    """The windows that evaluate part `number`, padded to equal batches on all ranks.
 
     eval_iters batches at random positions, the same at every evaluation. With eval_iters=0, all of val, and a
     quarter as many random windows of train; all of train if eval_splits=train. With sampling=lines, windows

@@ -66,10 +66,8 @@ class TokenStream:
         return self.offsets[-1]
 
     def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """The ids from each start on, (N, length), int64; the first id follows the last one.
-
-        Raises UserError if a file has changed, or an id is not in the vocabulary.
-        """
+        """The ids from each start on, (N, length), int64; the first id follows the last one. Raises UserError
+        if a file has changed, or an id is not in the vocabulary."""
         ids = np.empty((len(starts), length), self.dtype)
         unchanged: set[int] = set()
         for row, start in enumerate(starts.tolist()):

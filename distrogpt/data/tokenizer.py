@@ -1,7 +1,4 @@
-"""Text to token ids and back: characters, bytes, GPT-2's byte-pair encoding, or one trained here.
-
-meta.json and checkpoints store `describe()`; `from_description` rebuilds the tokenizer from it.
-"""
+"""Text to token ids and back: characters, bytes, GPT-2's byte-pair encoding, or one trained here."""
 
 import copy
 import json
@@ -30,7 +27,7 @@ class Tokenizer:
     """vocab_size ids; end_of_text is the one that ends a document, None if there is none.
 
     Subclasses have `encode_text(text)`, to which <|endoftext|> is plain text, `decode_bytes(ids)`, since ids
-    may begin or end within a character, and `describe()`.
+    may begin or end within a character, and `describe()`, of which `from_description` rebuilds them.
     """
 
     vocab_size: int
@@ -247,10 +244,8 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
 def from_description(description: dict[str, Any]) -> Tokenizer:
     """The tokenizer that `describe` described. Raises UserError."""
     kind, chars, merges = (description.get(key) for key in ("kind", "chars", "merges"))
-    if kind == "gpt2":
-        return GPT2Tokenizer()
-    if kind == "byte":
-        return ByteTokenizer()
+    if kind in ("gpt2", "byte"):
+        return GPT2Tokenizer() if kind == "gpt2" else ByteTokenizer()
     if kind == "char" and isinstance(chars, str) and chars and len(set(chars)) == len(chars):
         return CharTokenizer(chars, bool(description.get("ends")))
     if kind == "bpe" and isinstance(merges, str):

@@ -1,9 +1,5 @@
-"""Datasets of the Hugging Face hub, or local files of any size, as shards; `prepare_shards` is the command.
+"""Datasets of the Hugging Face hub, read as a stream, or local files of any size, as shards."""
 
-The hub is read as a stream, so that the disk holds nothing but the shards.
-"""
-
-import argparse
 import os
 import re
 import sys
@@ -35,11 +31,10 @@ class HubText:
         if self.rows.column_names and field in self.rows.column_names:
             self.rows = self.rows.select_columns([field])
         known = (self.rows.info.splits or {}).get(split)
-        self.documents = known.num_examples if known else 0
+        self.documents, self.documents_read = known.num_examples if known else 0, 0
         self.size = known.num_bytes if known else None  # bytes of the text, or of its files
         if os.path.isdir(name):
             self.size = sum(path.stat().st_size for path in Path(name).rglob("*"))
-        self.documents_read = 0
 
     def __len__(self) -> int:
         return self.rows.num_shards
@@ -74,7 +69,19 @@ class HubText:
 @cli_errors()
 def prepare_shards(about: str, dataset: str | None = None, config: str | None = None) -> None:
     """The command of a prepare.py that writes shards; without `dataset`, its options name one."""
-    parser = shard_parser(about, dataset, config)
+    parser = text_parser(sys.argv[0], about, "instead of the hub: files, folders, globs")
+    add = parser.add_argument
+    if dataset is None:
+        add("--dataset", metavar="NAME", help="of the hub, such as Salesforce/wikitext, or a folder")
+    parser.set_defaults(dataset=dataset)
+    add("--config", default=config, metavar="NAME", help=f"which of its configurations (default: {config})")
+    add("--split", default="train", metavar="NAME", help="which of its splits is read (default: train)")
+    add("--tokenizer", default="gpt2", help="gpt2 (default), byte, or a dataset whose tokenizer to take")
+    stop_help = "stop after N tokens, such as 1e9 (default: all)"
+    add("--max_tokens", type=whole_number, metavar="N", help=stop_help)
+    add("--shard_tokens", type=whole_number, default=10**8, metavar="N", help="per file (default: 1e8)")
+    add("--val_tokens", type=whole_number, metavar="N", help="default: one file, or a tenth of a small text")
+    add("--shard", type=part, default=Part(), metavar="I/N", help="this machine does part I of N, from 1 on")
     args = parser.parse_args()
     tokenizer = named_tokenizer(args.tokenizer)
     if args.input:
@@ -99,25 +106,6 @@ def prepare_shards(about: str, dataset: str | None = None, config: str | None = 
     except KeyboardInterrupt:
         print(f"\nstopped; the same command resumes with {folder}", file=sys.stderr)
         raise
-
-
-def shard_parser(about: str, dataset: str | None, config: str | None) -> argparse.ArgumentParser:
-    """The options of those prepare.py."""
-    parser = text_parser(sys.argv[0], about, "instead of the hub: files, folders, globs")
-    add = parser.add_argument
-    if dataset is None:
-        add("--dataset", metavar="NAME", help="of the hub, such as Salesforce/wikitext, or a folder")
-    parser.set_defaults(dataset=dataset)
-    add("--config", default=config, metavar="NAME", help=f"which of its configurations (default: {config})")
-    add("--split", default="train", metavar="NAME", help="which of its splits is read (default: train)")
-    add("--tokenizer", default="gpt2", help="gpt2 (default), byte, or a dataset whose tokenizer to take")
-    add(
-        "--max_tokens", type=whole_number, metavar="N", help="stop after N tokens, such as 1e9 (default: all)"
-    )
-    add("--shard_tokens", type=whole_number, default=10**8, metavar="N", help="per file (default: 1e8)")
-    add("--val_tokens", type=whole_number, metavar="N", help="default: one file, or a tenth of a small text")
-    add("--shard", type=part, default=Part(), metavar="I/N", help="this machine does part I of N, from 1 on")
-    return parser
 
 
 def whole_number(text: str) -> int:

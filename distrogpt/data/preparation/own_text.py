@@ -15,29 +15,11 @@ from pathlib import Path
 from runpy import run_path
 from typing import Any
 
-import numpy as np
-
 from distrogpt.data.meta import DATA, read_meta
+from distrogpt.data.preparation import writer
 from distrogpt.data.preparation.documents import Corpus, Piece
 from distrogpt.data.preparation.sources import named_tokenizer, open_corpus, text_parser
-from distrogpt.data.preparation.writer import (
-    UNCHANGED,
-    claim_folder,
-    encode_in_order,
-    report_full_disk,
-    text_bytes,
-    token_progress,
-    write_dataset,
-)
-from distrogpt.data.tokenizer import (
-    BPETokenizer,
-    CharTokenizer,
-    GPT2Tokenizer,
-    Tokenizer,
-    code_points,
-    tokenizer_json,
-    train_bpe,
-)
+from distrogpt.data.tokenizer import BPETokenizer, CharTokenizer, Tokenizer, tokenizer_json, train_bpe
 from distrogpt.errors import UserError, cli_errors
 
 BPE_SAMPLE = 50_000_000  # characters that train a tokenizer: its memory grows with the number of words
@@ -51,14 +33,12 @@ SIZES = (  # bytes of train up to which these SIZE_FLAGS fit, and epochs
 
 
 def scan(corpus: Corpus, enough: int, want_chars: bool) -> tuple[list[int], str]:
-    """Characters of each of the first `enough` documents, and if wanted all characters of the corpus, sorted.
-
-    Raises UserError.
-    """
-    seen, sizes, size = np.zeros(0x110000, bool), [], 0
+    """Characters of each of the first `enough` documents, and if wanted all characters of the corpus, sorted;
+    UserError if there are none."""
+    chars, sizes, size = set(), [], 0
     for piece in corpus.pieces():
         if want_chars:
-            seen[code_points(piece.text)] = True
+            chars.update(piece.text)
         size += len(piece.text)
         if piece.ends:
             sizes.append(size)
@@ -66,9 +46,8 @@ def scan(corpus: Corpus, enough: int, want_chars: bool) -> tuple[list[int], str]
             if len(sizes) == enough and not want_chars:
                 break
     if not sizes:
-        others = " and the others" if len(corpus) > 1 else ""
-        raise UserError(f"there is no text in {corpus.files[0]}{others}; give --input with some")
-    return sizes[:enough], "".join(map(chr, np.flatnonzero(seen)))
+        raise UserError(f"there is no text in {corpus.files[0]} or later files; give --input with some")
+    return sizes[:enough], "".join(sorted(chars))
 
 
 def hash_to_unit(number: int) -> float:
@@ -162,11 +141,11 @@ def make_dataset(args: argparse.Namespace, corpus: Corpus) -> None:
     source = ", ".join(map(str, corpus.files[:20]))
     pieces, document = split_at(corpus.pieces(), position), 0
     with (
-        write_dataset(args.output, tokenizer, overwrite=True, source=source) as add,
-        token_progress(corpus.done, delay=2) as advance,
+        writer.write_dataset(args.output, tokenizer, overwrite=True, source=source) as add,
+        writer.token_progress(corpus.done, delay=2) as advance,
     ):
-        for piece, ids in encode_in_order(pieces, tokenizer, max(1, args.workers)):
-            add("val" if is_val(document) else "train", ids, text_bytes(piece.text))
+        for piece, ids in writer.encode_in_order(pieces, tokenizer, max(1, args.workers)):
+            add("val" if is_val(document) else "train", ids, writer.text_bytes(piece.text))
             advance(len(ids))
             document += piece.ends
     if isinstance(tokenizer, BPETokenizer):  # for other programs; ours read meta.json
@@ -190,7 +169,7 @@ def next_commands(folder: Path, name: str, tokenizer: Tokenizer) -> tuple[str, s
     flags: dict[str, Any] = {"dataset": name, "out_dir": f"out-{Path(name).name}"}
     if text >= SIZES[-1][0]:
         config = "train_gpt2_modern"
-    elif isinstance(tokenizer, GPT2Tokenizer):
+    elif tokenizer.describe()["kind"] == "gpt2":
         config = "finetune_own_text"
         flags["block_size"] = min(1024, longest)
     else:
@@ -237,7 +216,7 @@ def parse_options(parser: argparse.ArgumentParser) -> argparse.Namespace:
 @contextmanager
 def new_folder(args: argparse.Namespace) -> Iterator[None]:
     """The folder of the new dataset, in the block. Raises UserError if it has one already."""
-    claim_folder(args.output, args.overwrite)
+    writer.claim_folder(args.output, args.overwrite)
     try:
         yield
     finally:
@@ -253,7 +232,7 @@ def copy_pipes(inputs: list[str], folder: Path) -> Iterator[list[str]]:
     pipes = [word for word in inputs if word == "-" or Path(word).is_fifo()]
     copies = {word: folder / f"pipe{number}" for number, word in enumerate(pipes)}
     try:
-        with report_full_disk(folder, UNCHANGED):
+        with writer.report_full_disk(folder, writer.UNCHANGED):
             for word, path in copies.items():
                 with sys.stdin.buffer if word == "-" else open(word, "rb") as pipe, open(path, "wb") as copy:
                     shutil.copyfileobj(pipe, copy, 1 << 20)

@@ -34,11 +34,8 @@ def check_range(least: int, most: int, **options: int) -> None:
 
 
 def write_problems(args: argparse.Namespace, total: int, lines_of: Callable[[int], list[str]]) -> None:
-    """Write train and val from the problems 0..total-1, whose lines are `lines_of(number)`.
-
-    A held-out problem has no line in train. In both splits the lines are shuffled, so that those of a problem
-    are not neighbours. Raises UserError.
-    """
+    """Write train and val from problems 0..total-1, whose lines are `lines_of(number)`; a held-out one has
+    none in train. Lines are shuffled, so that a problem's are not neighbours. Raises UserError."""
     count = min(total, MAX_LINES) if args.lines is None else args.lines
     check_range(2, total, lines=count)
     check_range(0, 2**63 - 1, seed=args.seed)
@@ -48,10 +45,8 @@ def write_problems(args: argparse.Namespace, total: int, lines_of: Callable[[int
     keys = np.random.SeedSequence(args.seed).generate_state(18, np.uint64)
     drawn = feistel_permutation(np.arange(count), total, keys[:6]).tolist()
     texts = {}
-    for split, numbers, order in (
-        ("train", drawn[held_out:], keys[6:12]),
-        ("val", drawn[:held_out], keys[12:]),
-    ):
+    splits = (("train", drawn[held_out:], keys[6:12]), ("val", drawn[:held_out], keys[12:]))
+    for split, numbers, order in splits:
         lines = [line + "\n" for number in numbers for line in lines_of(number)]
         positions = feistel_permutation(np.arange(len(lines)), len(lines), order)
         texts[split] = "".join(lines[position] for position in positions.tolist())

@@ -17,21 +17,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from distrogpt.data.meta import read_meta
+from distrogpt.data.preparation import writer
 from distrogpt.data.preparation.documents import Corpus, Piece
-from distrogpt.data.preparation.writer import (
-    dataset_files,
-    encode_in_order,
-    id_dtype,
-    make_folder,
-    read_json,
-    report_full_disk,
-    sync,
-    text_bytes,
-    token_progress,
-    write_json,
-    write_meta,
-)
 from distrogpt.data.tokenizer import TiktokenTokenizer, Tokenizer
 from distrogpt.errors import UserError
 
@@ -84,20 +71,21 @@ def write_shards(folder: Path, source: Corpus, tokenizer: Tokenizer, settings: S
         "max_tokens": settings.max_tokens,
         "parts": part.of,
     }
-    make_folder(folder)
+    writer.make_folder(folder)
     progress = load_progress(folder, part, identity, settings.overwrite)
     progress.setdefault("starts", [[part.range_of(len(source))[0], 0, 0]])
-    if is_complete(folder):
+    width = writer.id_dtype(tokenizer).itemsize
+    if is_complete(folder, width):
         print(f"{folder} is complete; --overwrite writes it anew")
         return
-    with report_full_disk(folder, "the shards so far are kept: free some space, run the same command again"):
+    with writer.report_full_disk(folder, "its shards are kept: free some space, run the same command again"):
         (folder / "meta.json").unlink(missing_ok=True)  # a shard is missing
-        writer = ShardWriter(folder, part, progress, id_dtype(tokenizer).itemsize)
+        shards = ShardWriter(folder, part, progress, width)
         try:
-            writer.write(source, tokenizer, settings.workers)
+            shards.write(source, tokenizer, settings.workers)
         finally:
-            writer.file.close()
-            writer.temporary.unlink(missing_ok=True)
+            shards.file.close()
+            shards.temporary.unlink(missing_ok=True)
         finish_dataset(folder, tokenizer, part, settings.about)
 
 
@@ -111,8 +99,8 @@ def default_val_tokens(source: Corpus, tokenizer: Tokenizer, settings: ShardSett
 def load_progress(folder: Path, part: Part, identity: dict[str, Any], overwrite: bool) -> dict[str, Any]:
     """The progress of a part: `settings`; for each finished shard, in `shards`, its tokens and their bytes of
     text; and in `starts` file, document and token at which each of them and the next one begin. UserError."""
-    files = dataset_files(folder)  # before progress is read, which other machines may begin to write now
-    existing = {path.name: read_json(path) for path in folder.glob("progress*.json")}
+    files = writer.dataset_files(folder)  # first, as other machines may begin to write progress now
+    existing = {path.name: writer.read_json(path) for path in folder.glob("progress*.json")}
     same_dataset = {name for name, progress in existing.items() if progress.get("settings") == identity}
     if not overwrite:
         has_shards = any(path.suffix == ".bin" for path in files)
@@ -130,16 +118,11 @@ def load_progress(folder: Path, part: Part, identity: dict[str, Any], overwrite:
     return {"settings": identity, "shards": []}
 
 
-def is_complete(folder: Path) -> bool:
-    """Whether the files of a folder have all tokens that its meta.json names."""
-    if not (folder / "meta.json").is_file():
-        return False
-    meta = read_meta(folder)
-    width = np.dtype(meta["dtype"]).itemsize
-    return all(
-        sum(path.stat().st_size for path in folder.glob(f"{split}_*.bin")) == width * tokens
-        for split, tokens in meta["tokens"].items()
-    )
+def is_complete(folder: Path, width: int) -> bool:
+    """Whether the files of a folder, `width` bytes an id, have all tokens that its meta.json names."""
+    tokens = writer.read_json(folder / "meta.json").get("tokens", {})
+    sizes = {split: sum(path.stat().st_size for path in folder.glob(f"{split}_*.bin")) for split in tokens}
+    return bool(tokens) and all(sizes[split] == width * count for split, count in tokens.items())
 
 
 class ShardWriter:
@@ -153,7 +136,7 @@ class ShardWriter:
             if not path.is_file() or path.stat().st_size != tokens * width:
                 del self.shards[number:], self.starts[number + 1 :]
                 break
-        write_json(folder / part.progress_name(), progress)  # the shards to come are this text's
+        writer.write_json(folder / part.progress_name(), progress)  # the shards to come are this text's
         begin, end = part.range_of(progress["settings"]["max_tokens"] or sys.maxsize)
         self.limit = end - begin
         self.left = self.limit - sum(tokens for tokens, _ in self.shards)
@@ -171,12 +154,12 @@ class ShardWriter:
 
     def finish_shard(self, *next_start: list[int]) -> None:
         """Finish the shard, if it has any ids; `next_start` is where the next one begins, if any."""
-        sync(self.file)
+        writer.sync(self.file)
         if self.tokens:
             os.replace(self.temporary, self.folder / self.part.shard_name(len(self.shards)))
             self.shards.append([self.tokens, self.text])
         self.starts[len(self.shards) :] = next_start
-        write_json(self.folder / self.part.progress_name(), self.progress)
+        writer.write_json(self.folder / self.part.progress_name(), self.progress)
         self.open_shard()
 
     def write(self, source: Corpus, tokenizer: Tokenizer, workers: int) -> None:
@@ -191,8 +174,8 @@ class ShardWriter:
         def done() -> float:
             return max((source.done() - done_before) * self.part.of, 1 - self.left / self.limit)
 
-        encoding = closing(encode_in_order(pieces, tokenizer, workers))
-        with token_progress(done) as advance, encoding as encoded:
+        encoding = closing(writer.encode_in_order(pieces, tokenizer, workers))
+        with writer.token_progress(done) as advance, encoding as encoded:
             for piece, ids in encoded:
                 if piece.file != file:
                     file, document, token = piece.file, 0, 0
@@ -224,7 +207,7 @@ def skip_documents(pieces: Iterable[Piece], count: int) -> Iterator[Piece]:
 def bytes_of(tokenizer: Tokenizer, piece: Piece, ids: np.ndarray, at: int, count: int) -> int:
     """The bytes of text of `count` ids of a piece from `at` on."""
     if count == len(ids):
-        return text_bytes(piece.text)
+        return writer.text_bytes(piece.text)
     some = ids[at : at + count]
     return len(tokenizer.decode_bytes(some[some != tokenizer.end_of_text].tolist()))
 
@@ -232,7 +215,7 @@ def bytes_of(tokenizer: Tokenizer, piece: Piece, ids: np.ndarray, at: int, count
 def finish_dataset(folder: Path, tokenizer: Tokenizer, part: Part, about: str) -> None:
     """Write meta.json if all parts are done. Raises UserError if the text is too short."""
     parts = [Part(number, part.of) for number in range(1, part.of + 1)]
-    progress = [read_json(folder / each.progress_name()) for each in parts]
+    progress = [writer.read_json(folder / each.progress_name()) for each in parts]
     left = sum(not each or len(each["starts"]) > len(each["shards"]) for each in progress)
     if left:
         print(f"part {part.number} of {part.of} is done; {left} to go")
@@ -246,7 +229,7 @@ def finish_dataset(folder: Path, tokenizer: Tokenizer, part: Part, about: str) -
             advice = "give a smaller --val_tokens, or more text, with --overwrite"
             raise UserError(f"nothing of {all_tokens:,} tokens is left for {split}; {advice}")
     text = {"train": all_text - val_text, "val": val_text}
-    write_meta(folder / "meta.json", tokenizer, tokens, text, source=about)
+    writer.write_meta(folder / "meta.json", tokenizer, tokens, text, source=about)
     for split, count in tokens.items():
         files = len(list(folder.glob(f"{split}_*.bin")))
         print(f"{folder}: {count:,} tokens of {split} in {files} file{'s' if files > 1 else ''}")

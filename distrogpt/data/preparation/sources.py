@@ -98,9 +98,8 @@ def prepare_shakespeare(about: str, make_tokenizer: Callable[[str], Tokenizer]) 
     actual = hash_of(path)
     if actual != sha256:
         print(f"note: {path} is not tiny Shakespeare as published, but another text; it is used as it is")
-    source = {"source": str(args.input or url), "sha256": actual}
-    tokenizer, split = make_tokenizer(text), int(len(text) * 0.9)
-    with write_dataset(args.output, tokenizer, args.overwrite, **source) as add:
+    tokenizer, split, source = make_tokenizer(text), int(len(text) * 0.9), str(args.input or url)
+    with write_dataset(args.output, tokenizer, args.overwrite, source=source, sha256=actual) as add:
         for name, part in (("train", text[:split]), ("val", text[split:])):
             add(name, tokenizer.encode(part), text_bytes(part))
 

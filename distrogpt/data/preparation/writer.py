@@ -103,7 +103,6 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, contents: Any) -> None:
-    """Write a file completely or not at all."""
     write_text(path, json.dumps(contents, indent=1))
 
 
