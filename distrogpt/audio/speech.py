@@ -10,7 +10,7 @@ import unicodedata
 import wave
 from collections.abc import Callable, Iterable, Iterator
 from importlib.util import find_spec
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -87,10 +87,8 @@ def system_speech(text: str) -> tuple[int, bytes]:
                 return wav.getframerate(), wav.readframes(wav.getnframes())
         except (OSError, EOFError, wave.Error, subprocess.TimeoutExpired) as error:
             reason = stderr.decode(errors="replace").strip().split("\n")[-1] or first_line(error)
-            raise UserError(
-                f"pyttsx3 finds no voice of the system that speaks into files ({reason[:160]}); install one "
-                "(Debian, Ubuntu: apt install espeak-ng), or give --voice=NAME.onnx for piper-tts"
-            ) from None
+            hint = "install one (Debian: apt install espeak-ng), or give --voice=NAME.onnx for piper-tts"
+            raise UserError(f"pyttsx3 finds no system voice for files ({reason[:160]}); {hint}") from None
 
 
 def check_wav(path: str) -> None:
@@ -128,8 +126,7 @@ def write_wav(texts: Iterable[str], voice: Voice, file: IO[bytes]) -> None:
         wav.setframerate(voice.sample_rate)
         for text in texts:
             for paragraph in split_paragraphs(text):
-                chunks = split_chunks(paragraph)
-                for sentence in (sentence for chunk in chunks for sentence in voice.synthesize(chunk)):
+                for sentence in chain.from_iterable(map(voice.synthesize, split_chunks(paragraph))):
                     sound = bytes(2 * int(pause * voice.sample_rate)) + sentence
                     size += len(sound)
                     if size > MAX_BYTES:
@@ -143,8 +140,8 @@ def write_wav(texts: Iterable[str], voice: Voice, file: IO[bytes]) -> None:
 
 
 def split_paragraphs(text: str) -> Iterator[str]:
-    """The paragraphs of a text, each in one line: they end at an empty line, a heading or item of a list, and
-    at a line that ends with a sentence."""
+    """The paragraphs of a text, each in one line: an empty line, a heading, an item and a line that ends with
+    a sentence end them."""
     lines: list[str] = []  # with an empty one between paragraphs
     for line in text.splitlines():
         marker = re.match(r"\s*(#+|>|[-*+]) ", line)

@@ -20,7 +20,7 @@ def map_batches(
     width: int,
     batch_size: int,
     runtime: Runtime,
-    stop_requested: StopCheck = lambda: False,
+    stop_requested: StopCheck,
 ) -> np.ndarray:
     """compute(indices), integers (B, width), in batches of samples of similar length: (N, width).
 

@@ -7,14 +7,7 @@ import numpy as np
 import torch
 from torch.distributed.fsdp import FSDPModule
 
-from distrogpt.data.dataset import (
-    Dataset,
-    evaluation_windows,
-    measured_splits,
-    pad_windows,
-    strided_windows,
-    to_xy,
-)
+from distrogpt.data.dataset import Dataset, evaluation_windows, measured_splits, to_xy
 from distrogpt.data.token_stream import TokenStream
 from distrogpt.data.tokenizer import encode_prompt, from_description
 from distrogpt.errors import UserError
@@ -32,11 +25,8 @@ log = logging.getLogger("distrogpt")
 
 
 class Evaluator:
-    """Measures a model during training.
-
-    `monitor` is the split whose loss chooses the best checkpoint. `error` is set if this rank finds that its
-    data changed under the run; `evaluate` then returns None on all ranks, so that they stop together.
-    """
+    """Measures a model during training. The loss of the split `monitor` chooses the best checkpoint;
+    `error` is set if this rank finds that its data changed under the run."""
 
     def __init__(self, config: TrainConfig, data: Dataset, runtime: Runtime) -> None:
         """Raises UserError if something that the settings ask for is missing."""
@@ -57,7 +47,7 @@ class Evaluator:
                 raise UserError("eval_accuracy asks val's lines up to loss_after; give --loss_after='=', say")
             if "val" not in data.parts[0].streams:
                 raise UserError(
-                    "eval_accuracy asks val's lines, eval_splits=train reads none; leave one of them out"
+                    "eval_accuracy asks val's lines, not read by eval_splits=train; leave one out"
                 )
             self.problems = load_problems(data, config.block_size)
         if config.eval_samples:
@@ -90,18 +80,12 @@ class Evaluator:
     ) -> list[tuple[float, int]]:
         """Mean loss in nats of each part of a split, and the number of its targets. With a stride, windows
         that many tokens apart cover the whole split. Raises EvaluationStopped and UserError."""
-        config, ranks, results = self.config, self.runtime.world_size, []
-        T = config.block_size
+        results = []
         for number, part in enumerate(self.data.parts):
-            tokens = part.streams[split]
-            if stride is None:
-                starts, skip = evaluation_windows(part, number, split, config, ranks)
-            else:
-                windows = strided_windows(len(tokens), T, stride)
-                starts, skip = pad_windows(*windows, T, config.batch_size * ranks)
-            loss_sum, count = self.summed_loss(model, tokens, starts, skip, stop_requested)
+            windows = evaluation_windows(part, number, split, self.config, self.runtime.world_size, stride)
+            loss_sum, count = self.summed_loss(model, part.streams[split], *windows, stop_requested)
             if not count:
-                after = f"the separator {config.loss_after!r}"
+                after = f"the separator {self.config.loss_after!r}"
                 raise UserError(f"{part.name}: no target of {split} stands after {after}; choose another")
             results.append((loss_sum / count, int(count)))
         return results

@@ -39,10 +39,9 @@ def load_tasks(config: EvalConfig, runtime: Runtime) -> tuple[str, dict[str, Tas
     """What the model is called, and the tasks that the settings name, checked. Raises UserError."""
     model, contents, source = load_trained(config.out_dir, config.init_from)
     settings, meta = contents.get("config", {}), contents.get("meta", {}) if contents else GPT2_META
-    if config.tasks == "auto":
+    names = [name.strip() for name in config.tasks.split(",") if name.strip()] or [config.tasks]
+    if names == ["auto"]:
         names = ["accuracy" if settings.get("loss_after") else "loss"]
-    else:
-        names = [name.strip() for name in config.tasks.split(",") if name.strip()] or [config.tasks]
     for name in names:
         if name not in EVAL_TASKS:
             raise UserError(f"tasks={name[:40]} is not known; name some of {', '.join(EVAL_TASKS)}, by comma")
@@ -121,11 +120,10 @@ def exact_match_task(config: EvalConfig, loaded: LoadedModel, name: str) -> Task
 
     def task() -> Result:
         answers = answer_problems(model, data, problems, runtime, config.batch_size or 256)
-        pairs = zip(problems, answers, strict=True)
         wrong = [
-            {"prompt": decode(problem.prompt), "given": decode(answer), "right": decode(problem.answer)}
-            for problem, answer in pairs
-            if answer != problem.answer
+            {"prompt": decode(prompt), "given": decode(answer), "right": decode(expected)}
+            for (prompt, expected), answer in zip(problems, answers, strict=True)
+            if answer != expected
         ]
         n, right = len(problems), len(problems) - len(wrong)
         return {"exact": right / n, "right": right, "lines": n, "wrong": wrong[: config.show]}
