@@ -40,8 +40,8 @@ from model import GPT
 
 
 class TrainResult(NamedTuple):
-    """`losses` has a dict for each evaluation: step, the losses of the eval_splits, bits_per_byte if known, and
-    val/NAME of each part of a mixture. best_val_loss is train's if that alone is evaluated."""
+    """`losses` has a dict for each evaluation: step, the losses of the eval_splits, bits_per_byte if known,
+    and val/NAME of each part of a mixture. best_val_loss is train's if that alone is evaluated."""
 
     model: GPT
     iter_num: int

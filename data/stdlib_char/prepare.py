@@ -40,9 +40,7 @@ def main() -> None:
     folder = args.input or Path(sysconfig.get_path("stdlib"))
     texts = source_files(folder)
     if len(texts) < 10:
-        raise UserError(
-            f"{folder} has {len(texts)} plain .py files, too few; give --input FOLDER with Python code"
-        )
+        raise UserError(f"{folder} has only {len(texts)} plain .py files; give another --input FOLDER")
     tokenizer = CharTokenizer(CHARS)
     about = f"{folder}, Python {sys.version.split()[0]}"
     with write_dataset(args.output, tokenizer, args.overwrite, source=about) as add:

@@ -333,13 +333,8 @@ def run_on(
     step = step_time(counts, hardware, split, mfu)
     sequences, rate = samples_per_step(config), step["tokens_per_second"]
     days = config.max_iters * sequences * config.block_size / rate / 86400
-    run = {
-        "n": split.n,
-        "B": split.B,
-        "rounds": split.micro_steps,
-        "shard": split.shard,
-        "again": split.recompute,
-    }
+    run = {"n": split.n, "B": split.B, "rounds": split.micro_steps}
+    run |= {"shard": split.shard, "again": split.recompute}
     run |= {"sequences": split.sequences, "max_iters": round(config.max_iters * sequences / split.sequences)}
     run |= {**step, "share": step["waits"] / step["seconds"], "efficiency": step["compute"] / step["seconds"]}
     run |= {"days": days, "gpu_hours": days * 24 * split.n, "memory": memory(counts, hardware, split)}
@@ -367,10 +362,9 @@ def bench_plan(config: BenchConfig, runtime: Runtime, training_step: TrainingSte
     if runtime.device.type != "cuda":  # a step of a thousand tokens is enough; a full one may take an hour
         batch_size = min(batch_size, max(1, 1024 // shape.block_size))
     few = {"bench_steps": min(5, shape.bench_steps), "warmup_steps": 1, "gradient_accumulation_steps": 1}
+    few |= {"batch_size": batch_size, "real_data": has_data}
     print("measure  a few steps here:")
-    step = bench_step(
-        replace(shape, batch_size=batch_size, real_data=has_data, **few), runtime, training_step
-    )
+    step = bench_step(replace(shape, **few), runtime, training_step)
     return plan(config, runtime, step["steps"]["ours"]["mfu"], step["peak_flops"])
 
 

@@ -30,13 +30,11 @@ from distrogpt.settings import BenchConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = Path("report")
+# val losses, by config: the report says when a run reaches them
 A100 = (1.4697, "nanoGPT's README: about 3 minutes of an A100")
-TARGETS = {  # val losses, by config: the report says when a run reaches them
-    "train_shakespeare_char": A100,
-    "train_shakespeare_char_modern": A100,
-    "train_shakespeare_cpu": (1.8857, "nanoGPT's run of these 2000 steps"),
-    "train_shakespeare_10s": (1.8857, "nanoGPT's 2000 steps of the same shape"),
-}
+CPU = (1.8857, "nanoGPT's 2000 steps of this shape")
+TARGETS = {"train_shakespeare_char": A100, "train_shakespeare_char_modern": A100}
+TARGETS |= {"train_shakespeare_cpu": CPU, "train_shakespeare_10s": CPU}
 # Parts: name, estimated seconds and title; below, the arguments of bench.py, a line per command, or else
 # --check=NAME. BATCH: sizes 32, 16 and 8, of which the first that fits counts. AGAINST: that flag, if given.
 # SHAKESPEARE: that dataset if it is prepared; all others read random ids.
@@ -223,42 +221,39 @@ def prepared(dataset: str) -> bool:
 def all_parts(config: BenchConfig, runtime: Runtime) -> list[Part]:
     """The parts for this kind of device, most important first."""
     device = [f"--device={runtime.device}", f"--dtype={dtype_name(runtime.dtype)}"]
-    against = []
-    if config.against:  # the commands run in another folder
-        path = config.against if config.against == "transformers" else Path(config.against).resolve()
-        against = [f"--against={path}"]
     parts: list[Part] = []
     for line in (GPU_PARTS if runtime.device.type == "cuda" else CPU_PARTS).strip().splitlines():
-        if not line.startswith(" "):
+        if line.startswith(" "):
+            parts[-1].until_it_fits = "BATCH" in line
+            parts[-1].commands += bench_commands(line, device, config.against)
+        else:
             name, seconds, title = line.split(maxsplit=2)
             parts.append(Part(name, title, [], float(seconds)))
-            continue
-        random_ids = "SHAKESPEARE" not in line or not prepared("shakespeare_char")
-        words = [str(ROOT / "bench.py"), *device, f"--real_data={not random_ids}", "--json=RESULT"]
-        words += [word for word in line.split() if not word.isupper()] + (
-            against if "AGAINST" in line else []
-        )
-        parts[-1].until_it_fits = "BATCH" in line
-        sizes = [["--batch_size=32"], ["--batch_size=16"], ["--batch_size=8"]] if "BATCH" in line else [[]]
-        parts[-1].commands += [words + size for size in sizes]
     for part in parts:
         if part.name in TARGETS:
-            words = [
-                str(ROOT / "train.py"),
-                part.name,
-                f"--out_dir={part.name}",
-                "--loss_plot=False",
-                device[0],
-            ]
-            part.commands, part.read = [words], partial(read_curve, part.name)
+            words = [str(ROOT / "train.py"), part.name, f"--out_dir={part.name}", "--loss_plot=False"]
+            part.commands, part.read = [[*words, device[0]]], partial(read_curve, part.name)
             if not prepared("shakespeare_char"):
                 part.commands, part.status = [], "not run: first python data/shakespeare_char/prepare.py"
         elif part.name == "tests":
             words = "-m pytest -n 0 -m cuda --continue-on-collection-errors --junitxml=RESULT".split()
             part.commands, part.read, part.statuses = [[*words, str(ROOT / "tests")]], read_tests, (0, 1)
         elif not part.commands:
-            part.commands = [[str(ROOT / "bench.py"), f"--check={part.name}", *device, "--json=RESULT"]]
+            part.commands = bench_commands(f"--check={part.name}", device, None)
     return [part for part in parts if part.name != "tests" or find_spec("pytest")]
+
+
+def bench_commands(line: str, device: list[str], against: str | None) -> list[list[str]]:
+    """The commands of a line of the tables."""
+    words = line.split()
+    real_data = "SHAKESPEARE" in words and prepared("shakespeare_char")
+    command = [str(ROOT / "bench.py"), *(word for word in words if not word.isupper()), *device]
+    command += [f"--real_data={real_data}", "--json=RESULT"]
+    if against and "AGAINST" in words:  # the commands run in another folder
+        path = against if against == "transformers" else Path(against).resolve()
+        command.append(f"--against={path}")
+    sizes = (32, 16, 8) if "BATCH" in words else ()
+    return [[*command, f"--batch_size={B}"] for B in sizes] or [command]
 
 
 def read_tests(path: Path) -> Result:
@@ -309,11 +304,9 @@ def headline(result: Result) -> str:
     if "curve" in result:
         step, seconds, best = min(result["curve"], key=lambda row: row[2])
         target, source = TARGETS[result["config"]]
-        reached = next(
-            (f"after {row[1]:.1f} s" for row in result["curve"] if row[2] <= target), "not reached"
-        )
+        times = [f"after {row[1]:.1f} s" for row in result["curve"] if row[2] <= target]
         text = f"best val loss {best:.4f} at step {step:.0f}, after {seconds:.0f} s"
-        return f"{text}; {target} ({source}) {reached}"
+        return f"{text}; {target} ({source}) {times[0] if times else 'not reached'}"
     return ""
 
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median, quantiles
@@ -20,7 +21,7 @@ from distrogpt.inference.sampler import Sampler
 from distrogpt.runtime import Runtime
 from distrogpt.settings import BenchConfig
 
-CLIENTS, EACH, TOKENS = 32, 4, 64  # clients at once, requests of each, tokens of a request
+TOKENS = 64  # of a client's request
 BODY = {"prompt": "\n", "temperature": 0.8, "top_k": 200, "stop_at_end": False, "stream": True}
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
@@ -107,8 +108,11 @@ def time_page(page: Any, max_tokens: int, seed: int) -> tuple[float, float]:
     return first / 1000, first / 1000 + (max_tokens - 1) / rate
 
 
-def bench_serve(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
-    """A text by sample.py's way, by the API and on the page, in turns; then 32 clients. Raises UserError."""
+def bench_serve(
+    config: BenchConfig, runtime: Runtime, n_clients: int = 32, n_requests: int = 4
+) -> dict[str, Any]:
+    """A text by sample.py's way, by the API and on the page, in turns; then n_clients at once, each of which
+    makes n_requests. Raises UserError."""
     sampler = Sampler(config.out_dir, device=config.device, dtype=config.dtype)
     tokens = config.max_new_tokens or 256
     result: dict[str, Any] = {}
@@ -131,29 +135,30 @@ def bench_serve(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
                 f"{name:10} first token after {firsts[name]:7.1f} ms, then {rate['median']:8.1f} tokens/s: "
                 f"in {factor['median']:.3f} times sample.py's seconds {quartiles(factor, 3)}"
             )
-        result["clients"] = clients(port, pid)
+        result["clients"] = time_clients(port, pid, n_clients, n_requests)
     return result
 
 
-def client(port: int, number: int) -> list[tuple[float, float] | str]:
-    """The times of EACH requests, one after another, or the error of a lost one."""
+def client(port: int, seeds: range) -> list[tuple[float, float] | str]:
+    """The times of requests, one after another, or the error of a lost one."""
     answers: list[tuple[float, float] | str] = []
-    for request in range(EACH):
+    for seed in seeds:
         try:
-            answers.append(time_items(completion_chunks(port, TOKENS, number * EACH + request)))
+            answers.append(time_items(completion_chunks(port, TOKENS, seed)))
         except (OSError, ValueError) as error:
             answers.append(f"{type(error).__name__}: {error}")
     return answers
 
 
-def clients(port: int, pid: int) -> dict[str, Any]:
-    """CLIENTS at once, three times, as memory may grow; the times are the last one's. Raises MachineError if
-    none was served."""
+def time_clients(port: int, pid: int, n_clients: int, n_requests: int) -> dict[str, Any]:
+    """All clients at once, three times, as memory may grow; the times are the last one's. Raises MachineError
+    if none was served."""
+    seeds = [range(first, first + n_requests) for first in range(0, n_clients * n_requests, n_requests)]
     memory, seconds = [], 0.0
     for _ in range(3):
         begin = time.perf_counter()
-        with ThreadPoolExecutor(CLIENTS) as pool:
-            lists = pool.map(client, [port] * CLIENTS, range(CLIENTS))
+        with ThreadPoolExecutor(n_clients) as pool:
+            lists = pool.map(partial(client, port), seeds)
             answers = [answer for of_client in lists for answer in of_client]
         seconds = time.perf_counter() - begin
         memory.append(resident_memory(pid))
@@ -164,7 +169,7 @@ def clients(port: int, pid: int) -> dict[str, Any]:
     first, last = (quantiles(times, n=100, method="inclusive") for times in zip(*served, strict=True))
     rate = len(served) * TOKENS / seconds
     print(
-        f"{CLIENTS} clients, {EACH} requests each for {TOKENS} tokens: {len(served)} served, "
+        f"{n_clients} clients, {n_requests} requests each for {TOKENS} tokens: {len(served)} served, "
         f"{len(lost)} lost; seconds p50 {last[49]:.2f}, p99 {last[98]:.2f}; to the first token "
         f"p50 {first[49]:.2f}, p99 {first[98]:.2f}; {rate:,.0f} tokens/s in all"
     )

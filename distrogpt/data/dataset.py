@@ -85,9 +85,7 @@ def parse_mixture(text: str) -> list[tuple[str, float]]:
     if not given:
         return [(name, 1 / len(names)) for name in names]
     if len(given) < len(weights) or not all(0 < weight < math.inf for weight in given):
-        raise UserError(
-            f"dataset={text[:200]}: not each name has a positive weight; write NAME:0.9,OTHER:0.1"
-        )
+        raise UserError(f"dataset={text[:200]}: weights are not all positive; write NAME:0.9,OTHER:0.1")
     return [(name, weight / sum(given)) for name, weight in zip(names, given, strict=True)]
 
 
@@ -152,11 +150,9 @@ def single_token_id(text: str, meta: dict[str, Any], what: str) -> int:
     try:
         ids = from_description(meta["tokenizer"]).encode(text)
     except UserError as error:
-        raise UserError(f"{what} is to be one token of the dataset, but {error}") from None
+        raise UserError(f"{what} has to be one token, but {error}") from None
     if len(ids) != 1:
-        raise UserError(
-            f"{what} is to be one token of the dataset, but {text!r} is {len(ids)}; choose another"
-        )
+        raise UserError(f"{what} has to be one token, but {text!r} is {len(ids)}; choose another")
     return int(ids[0])
 
 

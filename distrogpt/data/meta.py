@@ -64,9 +64,7 @@ def checked_meta(meta: Any) -> dict[str, Any]:
         raise ValueError("tokens or bytes is not a number for each split")
     counts = [vocab_size, *(count for size in sizes for count in size.values())]
     if any(type(count) is not int or count < 1 for count in counts) or vocab_size >= 1 << 31:
-        raise ValueError(
-            "vocab_size, tokens and bytes are not positive numbers, or vocab_size has over 31 bits"
-        )
+        raise ValueError("vocab_size, tokens, bytes are not positive numbers, or vocab_size is over 31 bits")
     described = described_vocab_size(tokenizer or {})
     if described > vocab_size:
         raise ValueError(f"the tokenizer has {described} ids, which are more than vocab_size={vocab_size}")

@@ -207,7 +207,7 @@ def test_without_meta_it_is_gpt2s_vocabulary(tmp_path):
 
 
 @pytest.mark.parametrize("left", ["progress.json", "progress_00002.json", "meta.json.tmp"])
-def test_a_dataset_that_is_not_whole_is_not_taken_for_gpt2s(left, tmp_path):
+def test_an_incomplete_dataset_is_refused(left, tmp_path):
     write_bin(tmp_path, [1] * 100)
     (tmp_path / left).write_text("{}")
     with pytest.raises(UserError, match="is not complete"):

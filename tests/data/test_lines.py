@@ -91,7 +91,7 @@ def test_roman_both_ways_holds_numbers_out_in_both(tmp_path):
     assert found[0] | found[1] == set(range(1, 4000)) and not found[0] & found[1]
 
 
-def test_sequences_go_on_by_their_step(tmp_path):
+def test_sequences_continue_by_their_step(tmp_path):
     train, val = prepare("sequence", tmp_path, "--highest=99", "--steps=3")
     assert len(train) + len(val) == 300 and not set(train) & set(val)
     for line in train + val:
@@ -134,7 +134,7 @@ def naive_mask(text: str) -> list[bool]:
     return mask
 
 
-def test_the_mask_is_what_a_loop_over_characters_finds(lines):
+def test_loss_mask_equals_a_loop_over_characters(lines):
     data = open_dataset(config_of(lines))
     chars = data.meta["tokenizer"]["chars"]
     windows = data.parts[0].streams["train"].windows(np.arange(300), 40)
@@ -145,7 +145,7 @@ def test_the_mask_is_what_a_loop_over_characters_finds(lines):
     ]
 
 
-def test_each_line_once_per_epoch_from_its_begin_however_it_is_shared(lines):
+def test_each_line_starts_one_sample_per_epoch_on_any_number_of_ranks(lines):
     flags = ("--batch_size=5", "--gradient_accumulation_steps=4", "--block_size=24")
     data, config = open_dataset(config_of(lines)), config_of(lines, *flags)
     stream, begins = data.parts[0].streams["train"], data.parts[0].line_starts["train"]
@@ -172,7 +172,7 @@ def test_each_line_once_per_epoch_from_its_begin_however_it_is_shared(lines):
     assert rows(20, 1, 1) == rows(10, 2, 1) == rows(5, 4, 2) == rows(5, 4, 4)
 
 
-def test_a_step_is_the_same_however_its_answers_are_shared_out(lines):
+def test_a_step_does_not_depend_on_the_micro_steps(lines):
     """The mean over all targets that count, though micro-steps have more of them or fewer."""
     losses, weights = [], []
     data = open_dataset(config_of(lines))

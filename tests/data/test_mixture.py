@@ -1,4 +1,4 @@
-"""Mixtures of datasets: exact shares, functions of the sample's number alone; evaluation; bits per byte."""
+"""Mixtures of datasets: exact weights, functions of the sample's number alone; evaluation; bits per byte."""
 
 import json
 import math
@@ -47,18 +47,18 @@ def other(dataset, tmp_path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("shares", [[1.0], [0.9, 0.1], [0.5, 0.3, 0.2], [1e-9, 1 - 1e-9], [0.25] * 4])
-def test_samples_are_shared_out_exactly(shares):
-    which, within = interleave(0, 20_000, shares)
-    for part, share in enumerate(shares):
+@pytest.mark.parametrize("weights", [[1.0], [0.9, 0.1], [0.5, 0.3, 0.2], [1e-9, 1 - 1e-9], [0.25] * 4])
+def test_samples_are_interleaved_by_exact_weights(weights):
+    which, within = interleave(0, 20_000, weights)
+    for part, weight in enumerate(weights):
         assert within[which == part].tolist() == list(range((which == part).sum()))  # each once, in order
         counts = np.cumsum(which == part)
-        assert np.abs(counts - share * np.arange(1, 20_001)).max() < 2.1
+        assert np.abs(counts - weight * np.arange(1, 20_001)).max() < 2.1
     for first in (1, 777, 12_345):  # however they are asked for
-        assert np.array_equal(interleave(first, 500, shares), [which[first:][:500], within[first:][:500]])
-    far, numbers = interleave(10**12, 1000, shares)  # of a run on 10^15 tokens
-    assert all(abs((far == part).mean() - share) < 0.003 for part, share in enumerate(shares))
-    assert all(abs(number - 10**12 * shares[0]) < 10**6 for number in numbers[far == 0])  # of 10^12
+        assert np.array_equal(interleave(first, 500, weights), [which[first:][:500], within[first:][:500]])
+    far, numbers = interleave(10**12, 1000, weights)  # of a run on 10^15 tokens
+    assert all(abs((far == part).mean() - weight) < 0.003 for part, weight in enumerate(weights))
+    assert all(abs(number - 10**12 * weights[0]) < 10**6 for number in numbers[far == 0])  # of 10^12
 
 
 def test_a_single_dataset_is_drawn_as_before_there_were_mixtures(dataset):
@@ -84,7 +84,7 @@ def test_a_single_dataset_is_drawn_as_before_there_were_mixtures(dataset):
 
 
 @pytest.mark.parametrize("sampling", ["random", "epochs", "lines"])
-def test_a_mixture_trains_on_its_shares_and_on_each_window_once_per_epoch(sampling, dataset, other):
+def test_a_mixture_trains_by_its_weights_and_on_each_window_once_per_epoch(sampling, dataset, other):
     flags = (f"--dataset={dataset}:3,{other}:1", f"--sampling={sampling}", "--batch_size=8")
     config = config_of(*flags, "--gradient_accumulation_steps=5")
     data = open_dataset(config)
@@ -132,7 +132,7 @@ def test_a_mixtures_loss_is_the_weighted_mean_of_its_parts(dataset, other, tmp_p
     assert f"({dataset} " in printed and f", {other} " in printed and "data     30.0% " in printed
 
 
-def test_a_mixture_goes_on_bit_for_bit_and_its_checkpoint_is_read(dataset, other, tmp_path):
+def test_a_mixture_resumes_bit_for_bit_and_its_checkpoint_is_read(dataset, other, tmp_path):
     flags = (f"--dataset={dataset}:0.7,{other}:0.3", "--max_iters=20", "--lr_decay_iters=20")
     train(config_of(*flags, "--sampling=epochs", f"--out_dir={tmp_path / 'whole'}"))
     train(config_of(*flags, "--sampling=epochs", f"--out_dir={tmp_path / 'parts'}", "--max_iters=7"))
@@ -215,7 +215,7 @@ def test_bits_per_byte(copy, dataset, tmp_path):
         open_dataset(config_of(*flags))
 
 
-def test_a_log_of_before_bits_per_byte_goes_on(dataset, tmp_path):
+def test_a_log_without_bits_per_byte_is_continued(dataset, tmp_path):
     flags = [*TINY, f"--dataset={dataset}", f"--out_dir={tmp_path}", "--lr_decay_iters=20"]
     train_here(*flags, "--max_iters=10")
     path = tmp_path / "log.csv"

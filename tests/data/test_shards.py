@@ -142,7 +142,7 @@ def test_a_tenth_of_a_small_text_is_val(source, ids, tmp_path):
     assert read_meta(tmp_path / "own")["tokens"]["val"] == 777
 
 
-def test_it_goes_on_at_the_first_missing_shard(source, whole, tmp_path):
+def test_it_resumes_at_the_first_missing_shard(source, whole, tmp_path):
     write(source, tmp_path)
     (tmp_path / "train_000004.bin").unlink()
     os.truncate(tmp_path / "train_000006.bin", 100)

@@ -151,7 +151,7 @@ def test_val_has_its_share_of_the_text_however_unequal_the_documents(sizes, val,
     assert "".join(sorted("".join(documents_of(tmp_path / "out", "train") + found))) == "".join(texts)
 
 
-def test_a_large_val_is_told_with_what_helps(tmp_path):
+def test_a_large_val_is_reported_with_a_remedy(tmp_path):
     for name in "abc":
         (tmp_path / f"{name}.txt").write_text(name * 500)
     files = [tmp_path / f"{name}.txt" for name in "abc"]
@@ -395,7 +395,7 @@ def test_where_things_are_not_or_may_not_be(tmp_path):
     assert not (REPO / "data" / "x").exists()
 
 
-def test_an_existing_dataset_is_kept_unless_told(tmp_path):
+def test_an_existing_dataset_is_kept_unless_overwritten(tmp_path):
     (tmp_path / "book.txt").write_text("some text " * 100)
     assert prepare(tmp_path, "--input", tmp_path / "book.txt").returncode == 0
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
@@ -412,7 +412,7 @@ def test_an_existing_dataset_is_kept_unless_told(tmp_path):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
-def test_a_full_disk_is_told_and_changes_nothing(tmp_path):
+def test_a_full_disk_is_reported_and_changes_nothing(tmp_path):
     (tmp_path / "book.txt").write_text("some text " * 100_000)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "train.bin.tmp").symlink_to("/dev/full")

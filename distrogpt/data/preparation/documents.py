@@ -19,6 +19,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from distrogpt.data.token_stream import open_file
 from distrogpt.data.tokenizer import END_OF_TEXT
 from distrogpt.errors import UserError
 
@@ -52,7 +53,7 @@ class Corpus:
         try:
             self.sizes = [os.stat(path).st_size for path in self.files]
         except OSError as error:
-            raise unreadable(error.filename, error) from None
+            raise UserError(f"{error.filename} cannot be read ({error.strerror}); leave it out") from None
         self.size = sum(self.sizes)  # in bytes, on disk
 
     def __len__(self) -> int:
@@ -82,21 +83,14 @@ class Corpus:
         return {"files": [checksum(path) for path in self.files], **reading}
 
 
-def unreadable(path: object, error: OSError) -> UserError:
-    return UserError(f"{path} cannot be read ({error.strerror}); see its permissions")
-
-
 def checksum(path: Path) -> int:
     """Of a file's name, size, and its first and last bytes. Raises UserError."""
-    try:
-        with open(path, "rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - 4096))
-            end = file.read()
-            file.seek(0)
-            return zlib.crc32(b"%d" % size + file.read(4096) + end, zlib.crc32(os.fsencode(path.name)))
-    except OSError as error:
-        raise unreadable(path, error) from None
+    with open_file(path) as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 4096))
+        end = file.read()
+        file.seek(0)
+        return zlib.crc32(b"%d" % size + file.read(4096) + end, zlib.crc32(os.fsencode(path.name)))
 
 
 def find_files(
@@ -107,7 +101,7 @@ def find_files(
     Of a folder, the files of these kinds, by default those that READERS reads. Raises UserError.
     """
     wanted = set(kinds or READERS) - {".json"}
-    found: dict[str, Path] = {}
+    files_by_path: dict[str, Path] = {}
     for word in inputs:
         path = Path(word)
         if os.path.isdir(path):
@@ -123,8 +117,8 @@ def find_files(
             these = ", ".join(kinds or (*READERS, f"also with {' or '.join(PACKED)}"))
             raise UserError(f"--input {word[:200]} {what}; give a file, folder or glob with {these}")
         for file in files:
-            found.setdefault(os.path.realpath(file), file)
-    return list(found.values())
+            files_by_path.setdefault(os.path.realpath(file), file)
+    return list(files_by_path.values())
 
 
 def kind_of(path: Path) -> str:
@@ -235,9 +229,7 @@ def row_pieces(row: dict[str, Any], where: str, corpus: Corpus) -> Iterator[Piec
         raise UserError(f"{where} has no field {corpus.field!r}, but {names or 'none'}; give --field=NAME")
     text = row[corpus.field]
     if not isinstance(text, str | None):
-        raise UserError(
-            f"{where}: its field {corpus.field!r} is no text; give another --field, or convert it"
-        )
+        raise UserError(f"{where}: {corpus.field!r} is no text; give another --field, or convert it")
     text = text or ""
     if not text.isascii():  # U+FFFD replaces halves of characters, which JSON can write and UTF-8 cannot
         text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")

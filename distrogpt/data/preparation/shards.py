@@ -95,9 +95,7 @@ def write_shards(folder: Path, source: Corpus, tokenizer: Tokenizer, settings: S
     if is_complete(folder):
         print(f"{folder} is complete; --overwrite writes it anew")
         return
-    with report_full_disk(
-        folder, "the shards so far are kept: free some space and run the same command again"
-    ):
+    with report_full_disk(folder, "the shards so far are kept: free some space, run the same command again"):
         (folder / "meta.json").unlink(missing_ok=True)  # a shard is missing
         writer = ShardWriter(folder, part, progress, id_dtype(tokenizer).itemsize)
         try:
@@ -121,16 +119,18 @@ def load_progress(folder: Path, part: Part, identity: dict[str, Any], overwrite:
     Raises UserError if the folder has another dataset.
     """
     files = dataset_files(folder)  # before progress is read, which other machines may begin to write now
-    found = {path.name: read_json(path) for path in folder.glob("progress*.json")}
-    same = {name for name, progress in found.items() if progress.get("settings") == identity}
-    if not overwrite and any(path.suffix == ".bin" for path in files) and (not found or same != set(found)):
-        raise UserError(
-            f"{folder} has another dataset, or one made with other options; repeat those, choose another "
-            "--output, or give --overwrite"
-        )
-    if not overwrite and part.progress_name() in same:
-        return found[part.progress_name()]
-    of_others = same - {part.progress_name()}  # other machines' parts of the same dataset
+    existing = {path.name: read_json(path) for path in folder.glob("progress*.json")}
+    same_dataset = {name for name, progress in existing.items() if progress.get("settings") == identity}
+    if not overwrite:
+        has_shards = any(path.suffix == ".bin" for path in files)
+        if has_shards and (not existing or same_dataset != set(existing)):
+            raise UserError(
+                f"{folder} has another dataset, or one made with other options; repeat those, choose another "
+                "--output, or give --overwrite"
+            )
+        if part.progress_name() in same_dataset:
+            return existing[part.progress_name()]
+    of_others = same_dataset - {part.progress_name()}  # other machines' parts of the same dataset
     for path in files:
         label = re.search(r"_\d{5}(?=[_.])", path.name)
         owner = f"progress{label[0] if label else ''}.json"

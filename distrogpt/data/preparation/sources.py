@@ -117,9 +117,7 @@ def download(url: str, sha256: str, path: Path) -> Path:
             reason = getattr(error, "reason", error)
             raise UserError(f"no download ({reason}); fetch {url} elsewhere and give --input PATH") from None
     if hash_of(path) != sha256:
-        raise UserError(
-            f"{path} is not the file expected (sha256 {sha256}); fetch {url} and give --input PATH"
-        )
+        raise UserError(f"{path} is not as expected (sha256 {sha256}); fetch {url}, give --input PATH")
     return path
 
 

@@ -75,9 +75,7 @@ def dataset_files(folder: Path) -> list[Path]:
 def claim_folder(folder: Path, overwrite: bool) -> None:
     """Make the folder of a new dataset. Raises UserError if it has one that is not to be overwritten."""
     if not overwrite and any(not path.name.startswith("progress") for path in dataset_files(folder)):
-        raise UserError(
-            f"{folder} has a dataset already; choose another --name or --output, or give --overwrite"
-        )
+        raise UserError(f"{folder} has a dataset already; choose another --name or --output, or --overwrite")
     make_folder(folder)
 
 
