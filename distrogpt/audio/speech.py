@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from distrogpt.checkpoint import atomic_write, first_line
-from distrogpt.errors import UserError, is_out_of_memory, writable
+from distrogpt.errors import UserError, is_out_of_memory
 
 MAX_CHARS = 400  # that a voice gets at once: its memory grows with them
 SENTENCE_PAUSE, PARAGRAPH_PAUSE, TEXT_PAUSE = 0.3, 1.2, 2.0  # seconds of silence between them
@@ -95,11 +95,8 @@ def check_wav(path: str) -> None:
     """Raises UserError if no wav file can be written there."""
     if not path.lower().endswith(".wav"):
         raise UserError(f"speak={path} does not end with .wav; write --speak=out.wav")
-    exists = os.path.lexists(path)
-    with writable(path):
-        pass
-    if not exists:
-        os.unlink(path)
+    if os.path.isdir(path) or not os.access(os.path.dirname(path) or ".", os.W_OK):
+        raise UserError(f"{path} cannot be written; name another, or go elsewhere")
 
 
 def speak(texts: Iterable[str], voice: Voice, path: str) -> float:

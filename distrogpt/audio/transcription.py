@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from distrogpt.audio.speech import INSTALL
-from distrogpt.data.preparation.documents import Corpus, checksum, find_files, unreadable
+from distrogpt.data.preparation.documents import Corpus, checksum, find_files
 from distrogpt.data.preparation.own_text import known_tokenizer, make_dataset, new_folder, parse_options
 from distrogpt.data.preparation.sources import add_text_options, argument_parser, strip_patterns
 from distrogpt.data.preparation.writer import write_text
@@ -77,10 +77,8 @@ def model_id(model: str) -> str:
         return model
     for name in ("model.bin", "config.json", "tokenizer.json"):
         if not os.path.isfile(os.path.join(model, name)):
-            raise UserError(
-                f"--model {model} has no {name}; give a folder in CTranslate2's format (made by "
-                "ct2-transformers-converter --copy_files tokenizer.json preprocessor_config.json)"
-            )
+            hint = "ct2-transformers-converter --copy_files tokenizer.json preprocessor_config.json makes it"
+            raise UserError(f"--model {model} has no {name}; {hint}")
     return str(checksum(Path(model, "model.bin")))
 
 
@@ -92,7 +90,7 @@ def file_checksum(path: Path, settings: str) -> str:
             while block := file.read(1 << 20):
                 digest.update(block)
     except OSError as error:
-        raise unreadable(path, error) from None
+        raise UserError(f"{path} cannot be read ({error.strerror}); see its permissions") from None
     return digest.hexdigest()
 
 
@@ -182,7 +180,7 @@ def load_model(args: argparse.Namespace) -> Any:
     except Exception as error:  # of any kind: a damaged file, a missing device
         if is_out_of_memory(error):
             raise
-        hint = "try --device cpu, or another one"
+        hint = "try --device cpu or another --model"
         raise UserError(f"--model {args.model} cannot be loaded ({error}); {hint}") from None
     if args.language not in (None, *model.supported_languages):
         known = ", ".join(sorted(model.supported_languages))
@@ -237,8 +235,8 @@ def text_of_words(words: Iterable[Any]) -> str:
         lines[-1] += word.word
         end = word.end
     text = "\n".join(line.strip() for line in lines)
-    end = "\n" if ENDS_SENTENCE.search(text) else " "
-    return text + end if text else ""
+    separator = "\n" if ENDS_SENTENCE.search(text) else " "
+    return text + separator if text else ""
 
 
 def progress_bar(seconds: float) -> Any:

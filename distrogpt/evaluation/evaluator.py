@@ -45,9 +45,7 @@ class Evaluator:
             if data.separator is None:
                 raise UserError("eval_accuracy asks val's lines up to loss_after; give --loss_after='=', say")
             if "val" not in data.parts[0].streams:
-                raise UserError(
-                    "eval_accuracy asks val's lines, not read by eval_splits=train; leave one out"
-                )
+                raise UserError("eval_accuracy asks val's lines, eval_splits=train reads none; drop one")
             self.problems = load_problems(data, config.block_size)
         if config.eval_samples:
             self.prompt = encode_prompt(self.tokenizer, config.sample_start)

@@ -184,12 +184,11 @@ class Engine:
         """Start the requests that are next, as far as there is room."""
         admitted: list[EngineRequest] = []
         with self.changed:
+            self.waiting = deque(request for request in self.waiting if not request.cancelled)
             free = self.rows - len(self.samples)
-            while self.waiting and (self.waiting[0].cancelled or self.waiting[0].n <= free):
-                request = self.waiting.popleft()
-                if not request.cancelled:
-                    admitted.append(request)
-                    free -= request.n
+            while self.waiting and self.waiting[0].n <= free:
+                admitted.append(self.waiting.popleft())
+                free -= admitted[-1].n
             admitted.sort(key=lambda request: request.n)
             for request in admitted:
                 self.start(request)
