@@ -37,8 +37,7 @@ def measure(config: EvalConfig) -> dict[str, Result]:
         print(result_table(results))
         if config.json:
             text = json.dumps({"source": source, **results}, indent=1)
-            with writable(config.json) as path:
-                Path(path).write_text(text + "\n", encoding="utf-8")
+            Path(config.json).write_text(text + "\n", encoding="utf-8")
     return results
 
 

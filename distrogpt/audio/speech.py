@@ -100,8 +100,8 @@ def check_wav(path: str) -> None:
 
 
 def speak(texts: Iterable[str], voice: Voice, path: str) -> float:
-    """Write texts as speech into a wav file; its seconds. Raises UserError if there is nothing to speak, and
-    MachineError if the disk is full; then the file is as before."""
+    """Write texts as speech into a wav file; its seconds. If it raises UserError or MachineError, the file is
+    as before."""
     atomic_write(lambda file: write_wav(texts, voice, file), Path(path))
     with wave.open(path) as wav:
         return wav.getnframes() / wav.getframerate()

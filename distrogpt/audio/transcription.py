@@ -32,8 +32,6 @@ MODELS = (  # of faster-whisper 1.2, listed here for --help, which does not wait
 )
 COMPUTE_TYPES = ("auto", "int8", "int8_float16", "int8_bfloat16", "int16", "float16", "bfloat16", "float32")
 SAMPLE_RATE = 16_000  # of Whisper's input
-PART_SECONDS = 600  # in memory at once (about 1 GB), and the most that a kill can lose
-CUT_SECONDS = 60  # at the end of a part, in which its quietest position is found
 PAUSE = 1.0  # seconds after the end of a sentence that begin a new line
 ENDS_SENTENCE = re.compile(r"[.?!…\u3002\uff1f\uff01][\"'\u2019”») ]*\Z")
 WHISPER = {
@@ -57,11 +55,8 @@ def natural_key(name: str) -> list[str | int]:
 
 
 def find_recordings(args: argparse.Namespace, folder: Path) -> dict[Path, Path]:
-    """The audio files of --input in natural order, with the paths of their transcripts. Raises UserError.
-
-    A transcript's name ends with a checksum of the recording, the model and the language, so that it is found
-    again after either file was renamed.
-    """
+    """The audio files of --input in natural order, and the paths of their transcripts, whose names end with a
+    checksum of recording, model and language: renamed files are found again. Raises UserError."""
     known = {path.suffixes[-2]: path for path in folder.glob("[!.]*.*.txt")}
     settings, recordings = f"{model_id(args.model)} {args.language}", {}
     for path in find_files(args.input, KINDS, natural_key):
@@ -133,10 +128,9 @@ def read_samples(path: Path) -> Iterator[np.ndarray]:
         yield from (piece.to_ndarray()[0] for piece in resampler.resample(None))
 
 
-def read_parts(
-    path: Path, part_seconds: float = PART_SECONDS, cut_seconds: float = CUT_SECONDS
-) -> Iterator[np.ndarray]:
-    """The audio in parts (N,) of float32 from -1 to 1. Raises BrokenRecording."""
+def read_parts(path: Path, part_seconds: float = 600, cut_seconds: float = 60) -> Iterator[np.ndarray]:
+    """The audio in parts (N,) of float32 from -1 to 1, each cut where its end is quietest. The default parts
+    take about 1 GB, and are the most that a kill can lose. Raises BrokenRecording."""
     pieces, size = [np.empty(0, np.int16)], 0
     for piece in chain(read_samples(path), [None]):
         if piece is not None:
@@ -226,8 +220,7 @@ def transcribe(parts: Iterable[np.ndarray], path: Path, model: Any, language: st
 
 
 def text_of_words(words: Iterable[Any]) -> str:
-    """The words as text, with a new line after a sentence and a pause; what follows continues an unfinished
-    sentence."""
+    """The words as text, with a new line after a sentence and a pause; an unfinished one ends in a space."""
     lines, end = [""], 0.0
     for word in words:
         if word.start - end >= PAUSE and ENDS_SENTENCE.search(lines[-1]):

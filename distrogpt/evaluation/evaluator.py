@@ -52,11 +52,8 @@ class Evaluator:
             check_prompt_length(self.prompt, config.block_size)
 
     def evaluate(self, model: GPT, stop_requested: StopCheck = lambda: False) -> Losses | None:
-        """Losses and, if configured, hellaswag (acc_norm) and accuracy, between 0 and 1; samples are logged.
-
-        Returns None on all ranks if one of them requests a stop or finds that its data changed. Raises
-        UserError if no target counts. Leaves the model in training mode.
-        """
+        """Losses and, if configured, hellaswag (acc_norm) and accuracy from 0 to 1; None on all ranks if one
+        requests a stop or finds that its data changed. Raises UserError if no target counts."""
         model.eval()
         try:
             splits = measured_splits(self.config)

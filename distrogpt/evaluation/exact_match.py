@@ -55,7 +55,7 @@ def answer_problems(
     problems: list[Problem],
     runtime: Runtime,
     batch_size: int,
-    stop_requested: StopCheck = lambda: False,
+    stop_requested: StopCheck = None,
 ) -> list[list[int]]:
     """The greedy continuation of each prompt up to a newline, as token ids. The ranks share the prompts."""
     lengths = [len(problem.prompt) for problem in problems]

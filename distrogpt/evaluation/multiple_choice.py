@@ -99,14 +99,9 @@ def parse_question(line: str, tokenizer: Tokenizer, block_size: int) -> Question
 
 
 def answer_multiple_choice(
-    model: GPT,
-    questions: list[Question],
-    runtime: Runtime,
-    batch_size: int,
-    stop_requested: StopCheck = lambda: False,
+    model: GPT, questions: list[Question], runtime: Runtime, batch_size: int, stop_requested: StopCheck = None
 ) -> np.ndarray:
-    """The most likely ending of each question, by the sum and by the mean of its log-probabilities: (N, 2).
-    The ranks share the questions, as in map_batches."""
+    """The most likely ending of each question, by the sum and the mean of its log-probabilities: (N, 2)."""
     lengths = [len(context) + sum(map(len, endings)) for context, endings, _ in questions]
 
     def answer(batch: list[int]) -> np.ndarray:
@@ -119,11 +114,9 @@ def answer_multiple_choice(
 
 @torch.no_grad()
 def ending_log_probs(model: GPT, questions: list[Question], runtime: Runtime) -> list[list[list[float]]]:
-    """The log-probability of each token of each ending of each question, in one forward pass.
-
-    A question is one row: the context, then the inputs of each ending, which are its ids but the last. Their
-    positions continue the context, and the mask hides the endings from one another.
-    """
+    """The log-probability of each token of each ending of each question. A question is one row: the context,
+    then each ending without its last id. Their positions continue the context, and the mask hides the endings
+    from one another."""
     T = max(len(context) + sum(len(ending) - 1 for ending in endings) for context, endings, _ in questions)
     T += -T % 16  # then a question gets the same numbers in any batch: kernels/cpu.py
     idx, positions, branch = (np.zeros((len(questions), T), np.int64) for _ in range(3))

@@ -253,8 +253,7 @@ async def read_body(request: Request) -> bytes:
 
 
 async def read_outputs(request: Request, requests: list[EngineRequest], queue: asyncio.Queue) -> Outputs:
-    """The outputs of some of the engine's requests until their samples have finished. A client that
-    disconnects cancels them."""
+    """The outputs of requests until their samples have finished. A client that disconnects cancels them."""
 
     async def watch_connection() -> None:
         while (await request.receive())["type"] != "http.disconnect":

@@ -101,10 +101,8 @@ class Sample:
 
 
 class Engine:
-    """A queue of requests, first come, first served, and a batch of at most `rows` samples.
-
-    A sample's text is that of sample.py with the same settings, whatever else is in the batch.
-    """
+    """A queue of requests, first come, first served, and a batch of at most `rows` samples, whose texts are
+    those of sample.py with the same settings."""
 
     def __init__(self, sampler: Any, rows: int, queue: int, make_batch: Callable = DecodingBatch) -> None:
         """`sampler` is a Sampler; at most `queue` requests wait."""
