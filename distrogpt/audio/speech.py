@@ -118,9 +118,7 @@ def write_wav(texts: Iterable[str], voice: Voice, file: IO[bytes]) -> None:
     """Write a wav file, a sentence at a time, with silence between them. Raises UserError."""
     size, pause = 0, 0.0
     with wave.open(file, "wb") as wav:
-        wav.setnchannels(1)
-        wav.setsampwidth(2)
-        wav.setframerate(voice.sample_rate)
+        wav.setparams((1, 2, voice.sample_rate, 0, "NONE", ""))  # mono, 2 bytes a sample
         for text in texts:
             for paragraph in split_paragraphs(text):
                 for sentence in chain.from_iterable(map(voice.synthesize, split_chunks(paragraph))):

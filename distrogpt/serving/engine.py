@@ -148,20 +148,16 @@ class Engine:
             except Exception as error:  # clients must learn of it, and others can still be served
                 message = error_message(error)
             if message:  # outside of the except block, which refers to the old batch
-                self.restart(message)
+                self.fail_all(message)
+                self.samples, self.batch = [], None
+                try:
+                    self.batch = self.make_batch(self.model, self.rows)
+                except Exception as error:  # without memory for a new batch, the server ends
+                    error_message(error)
+                    self.close()
         for request in self.waiting:
             self.start(request)
         self.fail_all("the server ends")
-
-    def restart(self, message: str) -> None:
-        """Fail all running samples and make a new batch; without memory for one, close."""
-        self.fail_all(message)
-        self.samples, self.batch = [], None
-        try:
-            self.batch = self.make_batch(self.model, self.rows)
-        except Exception as error:
-            error_message(error)
-            self.close()
 
     def start(self, request: EngineRequest) -> None:
         self.samples += [Sample(request, number, self.tokenizer) for number in range(request.n)]
