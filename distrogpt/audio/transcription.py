@@ -269,10 +269,8 @@ def transcribe_all(recordings: dict[Path, Path], args: argparse.Namespace) -> No
             done += length
             bar.write(line, file=sys.stderr)
     if broken and not args.skip_broken:
-        raise UserError(
-            f"{len(broken)} of {len(recordings)} recordings cannot be decoded: {', '.join(broken)[:300]}; "
-            "repair them, or continue with the other transcripts by --skip_broken"
-        )
+        hint = f"repair them, or continue without by --skip_broken: {', '.join(broken)[:300]}"
+        raise UserError(f"{len(broken)} of {len(recordings)} recordings cannot be decoded; {hint}")
 
 
 def show_progress(bar: Any, seconds: float) -> None:

@@ -123,9 +123,8 @@ def parse_prompt(prompt: Any, name: str, sampler: Sampler, truncate: bool) -> tu
     else:
         text, ids = sampler.tokenizer.decode(prompt), prompt
     if len(ids) > block_size and not truncate:
-        raise UserError(
-            f"{name} has {len(ids)} tokens, the model reads {block_size}; shorten it, or send truncate=true"
-        )
+        hint = "shorten it, or send truncate=true"
+        raise UserError(f"{name} has {len(ids)} tokens, the model reads {block_size}; {hint}")
     return text, ids[-block_size:]
 
 
@@ -139,9 +138,7 @@ def choice_json(index: int, output: RequestOutput, completion: Completion, token
         logprobs = {
             "tokens": texts,
             "token_logprobs": [token.logprob for token in output.tokens],
-            "top_logprobs": [
-                {token_name(id, tokenizer): logprob for id, logprob in top} for top in output.top_logprobs
-            ],
+            "top_logprobs": [{token_name(i, tokenizer): lp for i, lp in top} for top in output.top_logprobs],
             "text_offset": list(accumulate(map(len, texts), initial=output.text_offset))[:-1],
         }
     return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": output.finish_reason}
