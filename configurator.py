@@ -101,7 +101,8 @@ def find_config(name: str) -> Path:
 
 
 def run_config_file(path: Path, values: dict[str, Any]) -> dict[str, Any]:
-    """Run a config file with the settings as its globals; returns those that it set or imported."""
+    """Run a config file with the settings as its globals; returns those that it set or imported, without its
+    own names: modules, functions, classes, and those that begin with _."""
     scope = {"__file__": str(path), "__name__": path.stem, **values}
     try:
         exec(compile(path.read_text(encoding="utf-8"), str(path), "exec"), scope)
@@ -110,16 +111,12 @@ def run_config_file(path: Path, values: dict[str, Any]) -> dict[str, Any]:
         line = frames[-1].lineno if frames else getattr(error, "lineno", None) or "?"
         reason = f"{type(error).__name__}: {shorten(error)}"
         raise UserError(f"{path}, line {line}: {reason}; correct the config file") from None
-    return {
-        key: value
-        for key, value in scope.items()
-        if (value is not values[key] if key in values else not is_helper(key, value))
-    }
-
-
-def is_helper(key: Any, value: Any) -> bool:
-    """Whether a name of a config file is its own: a module, function or class, or one that begins with _."""
-    return not isinstance(key, str) or key.startswith("_") or inspect.ismodule(value) or callable(value)
+    changed = {}
+    for key, value in scope.items():
+        own = not isinstance(key, str) or key.startswith("_") or inspect.ismodule(value) or callable(value)
+        if value is not values[key] if key in values else not own:
+            changed[key] = value
+    return changed
 
 
 def check_value(cls: type, key: str, value: Any, source: str = "", *, is_text: bool = False) -> Any:

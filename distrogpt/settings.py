@@ -15,9 +15,7 @@ INIT_FROM = setting("resume", "resume (from out_dir), gpt2[-medium|-large|-xl], 
 OUT_DIR = setting("out", "folder of the checkpoint", path=True)
 START = setting("\n", "the prompt; FILE:path reads it from a file; empty starts a new document")
 DEVICE = setting("auto", "auto (cuda, else mps, else cpu), cpu, cuda, cuda:1, mps")
-DTYPE = setting(
-    "auto", "compute dtype; auto: bfloat16 if supported; float32 uses TF32 on GPUs", choices=DTYPES
-)
+DTYPE = setting("auto", "compute dtype; auto: bfloat16 if supported; float32 is TF32 on GPUs", choices=DTYPES)
 INT8 = setting(False, "8-bit weights: less memory, slightly less exact; faster on CPUs for few samples")
 BASELINE_LOSS = setting(None, "a published val loss, to compare with", above=0)
 BASELINE_HELLASWAG = setting(None, "a published acc_norm on HellaSwag, to compare with", min=0, max=1)
@@ -48,9 +46,7 @@ class TrainConfig(Settings):
     eval_interval: int = setting(2000, "steps between evaluations", min=1)
     eval_iters: int = setting(200, "batches per split in an evaluation; 0 is every token of val once", min=0)
     eval_splits: str = setting(
-        "both",
-        "splits to evaluate; train: its loss chooses the best",
-        choices=("both", "train", "val"),
+        "both", "splits to evaluate; train: the train loss chooses ckpt.pt", choices=("both", "train", "val")
     )
     eval_only: bool = setting(False, "evaluate once and stop")
     eval_hellaswag: bool = setting(False, "evaluate HellaSwag too (acc_norm)")
@@ -323,9 +319,7 @@ class EvalConfig(Settings):
     stride: int | None = setting(None, "loss: tokens from window to window; None: block_size", min=1)
     separator: str | None = setting(None, "accuracy: token that ends a prompt; None: loss_after, or =")
     # hellaswag, choice
-    input: str | None = setting(
-        None, 'JSON lines: {"ctx": "text", "endings": ["one", ...], "label": 0}', path=True
-    )
+    input: str | None = setting(None, 'JSON lines {"ctx": "a", "endings": ["b", "c"], "label": 0}', path=True)
     # next
     start: str = START
 

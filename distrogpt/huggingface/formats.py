@@ -127,8 +127,8 @@ def to_weights(config: GPTConfig, weights: Mapping[str, torch.Tensor]) -> Weight
 
 
 def llama_layers(config: GPTConfig) -> Iterator[tuple[str, dict[str, int], str | None]]:
-    """For each weight and bias of our blocks: its name, llama's names of its parts with their output channels,
-    and the name of the norm that it reads."""
+    """For each weight and bias of our blocks: its name, llama's names of its parts with their rows, and the
+    name of the norm that it reads."""
     C, K, D, width = config.n_embd, config.kv_heads, config.head_dim, config.mlp_width
     gate = {"mlp.gate_proj": width} if config.activation == "swiglu" else {}
     layers = {
@@ -163,10 +163,8 @@ def to_llama(config: GPTConfig, ours: Weights) -> Weights:
 
 
 def from_llama(config: GPTConfig, theirs: Weights) -> tuple[GPTConfig, Weights]:
-    """The weights of llama, qwen3 or arcee as ours; each norm's are multiplied into the layer that reads it.
-
-    If those of the last norm are not 1, lm_head cannot stay tied, and the config says so. Raises ValueError.
-    """
+    """The weights of llama, qwen3 or arcee as ours; each norm's are multiplied into what reads it, the last
+    one's into lm_head, which cannot stay tied if they are not 1. Raises ValueError."""
     if config.tied:
         theirs = {name: w for name, w in theirs.items() if name != "lm_head.weight"}
     with torch.device("meta"):
@@ -180,16 +178,11 @@ def from_llama(config: GPTConfig, theirs: Weights) -> tuple[GPTConfig, Weights]:
         ours[name] = w * theirs[norm] if norm else w
     for n in range(config.n_layer if config.qk_norm else 0):
         q_norm, k_norm = (theirs[f"model.layers.{n}.self_attn.{name}_norm.weight"] for name in "qk")
-        if not is_qk_norm_weight(q_norm * k_norm, D):
+        exact = torch.tensor(12 / D**0.5)  # turns Qwen3's scale of attention scores, 1/√D, into ours, 12/D
+        stored = [exact.to(dtype).float() for dtype in (torch.float32, torch.bfloat16, torch.float16)]
+        if not any(torch.allclose(q_norm * k_norm, weight, rtol=1e-6, atol=0) for weight in stored):
             raise ValueError(f"model.layers.{n}.self_attn.q_norm has learned weights, which ours cannot have")
     return replace(config, tied=config.tied and bool((last_norm == 1).all())), ours
-
-
-def is_qk_norm_weight(weight: torch.Tensor, D: int) -> bool:
-    """Whether each of weight (D,), in whatever type it was stored, turns Qwen3's scale of attention scores,
-    1/√D, into ours, 12/D."""
-    exact, dtypes = torch.tensor(12 / D**0.5), (torch.float32, torch.bfloat16, torch.float16)
-    return any(torch.allclose(weight, exact.to(dtype).float(), rtol=1e-6, atol=0) for dtype in dtypes)
 
 
 def is_rotated(name: str) -> bool:
@@ -197,8 +190,7 @@ def is_rotated(name: str) -> bool:
 
 
 def in_halves(rows: torch.Tensor, D: int) -> torch.Tensor:
-    """Reorder rows (N·D, ...) of queries or keys: ours rotates neighbouring channels of a head, transformers
-    the i-th channels of its first and its second half."""
+    """Reorder rows (N·D, ...) of heads: ours rotates neighbours, transformers channels of two halves."""
     return rows.unflatten(0, (-1, D // 2, 2)).transpose(1, 2).flatten(0, 2)
 
 
@@ -223,11 +215,9 @@ def find_folder(name: str) -> Path:
 
 
 def read_pretrained(folder: Path, dropout: float = 0.0) -> GPT:
-    """The network, in fp32, of a folder in one of the formats, of any origin; none of its code is run.
-
-    Raises OSError if a file cannot be read, ValueError if it is another network.
-    """
-    settings = read_json_object(folder / "config.json")
+    """The network, in fp32, of a folder in one of the formats, of any origin; none of its code is run. Raises
+    ValueError if it is another network, errors of many types if a file is damaged."""
+    settings = json.loads((folder / "config.json").read_bytes())
     kind = settings.get("model_type")
     if kind not in ARCHITECTURES:
         raise ValueError(f"model_type={kind} in config.json is none of {', '.join(ARCHITECTURES)}")
@@ -245,17 +235,6 @@ def read_pretrained(folder: Path, dropout: float = 0.0) -> GPT:
     return build_model(config, weights)
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
-    """Raises OSError or ValueError."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except RecursionError:  # deeply nested brackets
-        value = None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path.name} is not an object")
-    return value
-
-
 def read_weights(folder: Path) -> Weights:
     """All tensors of model.safetensors, or else pytorch_model.bin, in one file or several, in fp32."""
     from safetensors.torch import load_file
@@ -266,7 +245,7 @@ def read_weights(folder: Path) -> Weights:
         if not files and (folder / name).is_file():
             files = {name}
         elif not files and index.is_file():
-            files = {str(file) for file in read_json_object(index).get("weight_map", {}).values()}
+            files = {*map(str, json.loads(index.read_bytes())["weight_map"].values())}
     if not files:
         raise ValueError(f"there is neither {' nor '.join(WEIGHT_FILES)}")
     if elsewhere := [file for file in files if Path(file).name != file]:
