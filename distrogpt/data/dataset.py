@@ -190,7 +190,9 @@ def strided_windows(length: int, T: int, stride: int) -> Windows:
     return starts, np.append(0, starts[:-1] + T - starts[1:])
 
 
-def evaluation_windows(part: Part, number: int, split: str, config: TrainConfig, ranks: int = 1) -> Windows:
+def evaluation_windows(
+    part: Part, number: int, split: str, config: TrainConfig, ranks: int = 1, stride: int | None = None
+) -> Windows:
     """The windows that evaluate part `number`, padded to equal batches on all ranks.
 
     eval_iters batches at random positions, the same at every evaluation. With eval_iters=0, all of val, and a
@@ -202,7 +204,7 @@ def evaluation_windows(part: Part, number: int, split: str, config: TrainConfig,
     stream, line_starts = part.streams[split], part.line_starts.get(split)
     if not config.eval_iters and split == full_split:
         if not by_lines:
-            return pad_windows(*strided_windows(len(stream), T, T), T, ranks * B)
+            return pad_windows(*strided_windows(len(stream), T, stride or T), T, ranks * B)
         starts = line_starts
     else:
         windows = part.line_starts[full_split] if by_lines else range(0, len(part.streams[full_split]) - 1, T)
