@@ -41,9 +41,8 @@ def main() -> None:
     texts = source_files(folder)
     if len(texts) < 10:
         raise UserError(f"{folder} has only {len(texts)} plain .py files; give another --input FOLDER")
-    tokenizer = CharTokenizer(CHARS)
-    about = f"{folder}, Python {sys.version.split()[0]}"
-    with write_dataset(args.output, tokenizer, args.overwrite, source=about) as add:
+    tokenizer, source = CharTokenizer(CHARS), f"{folder}, Python {sys.version.split()[0]}"
+    with write_dataset(args.output, tokenizer, args.overwrite, source=source) as add:
         for number, text in enumerate(texts):
             add("val" if number % 10 == 9 else "train", tokenizer.encode(text), len(text))
 

@@ -201,23 +201,17 @@ def evaluation_windows(
     """
     B, T, by_lines = config.batch_size, config.block_size, config.sampling == "lines"
     full_split = "train" if config.eval_splits == "train" else "val"  # all of it with eval_iters=0
-    stream, line_starts = part.streams[split], part.line_starts.get(split)
-    if not config.eval_iters and split == full_split:
-        if not by_lines:
-            return pad_windows(*strided_windows(len(stream), T, stride or T), T, ranks * B)
-        starts = line_starts
-    else:
+    stream, starts, skip = part.streams[split], part.line_starts.get(split), None
+    if config.eval_iters or split != full_split:
         windows = part.line_starts[full_split] if by_lines else range(0, len(part.streams[full_split]) - 1, T)
         count = config.eval_iters * B or math.ceil(len(windows) / 4)
         purpose = 3 * number + ("train", "val").index(split) + 1
-        end = len(line_starts) if by_lines else len(stream) - T
-        starts = random_starts(config.seed, 0, count, end, purpose)
-        if by_lines:
-            starts = line_starts[starts]
-    return pad_windows(starts, np.zeros_like(starts), T, ranks * B)
-
-
-def pad_windows(starts: np.ndarray, skip: np.ndarray, T: int, multiple: int) -> Windows:
-    """The windows, with uncounted ones added up to a multiple: equal batches suit torch.compile."""
-    padding = -len(starts) % multiple
-    return np.pad(starts, (0, padding)), np.pad(skip, (0, padding), constant_values=T)
+        end = len(starts) if by_lines else len(stream) - T
+        drawn = random_starts(config.seed, 0, count, end, purpose)
+        starts = starts[drawn] if by_lines else drawn
+    elif not by_lines:
+        starts, skip = strided_windows(len(stream), T, stride or T)
+    if skip is None:
+        skip = np.zeros_like(starts)
+    padding = (0, -len(starts) % (ranks * B))  # windows that do not count: equal batches suit torch.compile
+    return np.pad(starts, padding), np.pad(skip, padding, constant_values=T)

@@ -16,10 +16,8 @@ from distrogpt.data.preparation.writer import text_bytes, write_dataset
 from distrogpt.data.tokenizer import Tokenizer, from_description
 from distrogpt.errors import UserError, cli_errors, exit_with_error
 
-TINY_SHAKESPEARE = (
-    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
-    "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
-)
+SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
 def argument_parser(script: str, about: str, input_help: str | None = None) -> argparse.ArgumentParser:
@@ -87,8 +85,7 @@ def named_tokenizer(name: str) -> Tokenizer:
 def prepare_shakespeare(about: str, make_tokenizer: Callable[[str], Tokenizer]) -> None:
     """The command of a prepare.py of tiny Shakespeare: the first nine tenths are train, the rest is val."""
     args = argument_parser(sys.argv[0], about, "a copy of the text, instead of the download").parse_args()
-    url, sha256 = TINY_SHAKESPEARE
-    path = args.input or download(url, sha256, args.output / "input.txt")
+    path = args.input or download(SHAKESPEARE, SHAKESPEARE_SHA256, args.output / "input.txt")
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -96,9 +93,9 @@ def prepare_shakespeare(about: str, make_tokenizer: Callable[[str], Tokenizer]) 
             f"{path} cannot be read as text ({error}); give another --input, or convert it"
         ) from None
     actual = hash_of(path)
-    if actual != sha256:
+    if actual != SHAKESPEARE_SHA256:
         print(f"note: {path} is not tiny Shakespeare as published, but another text; it is used as it is")
-    tokenizer, split, source = make_tokenizer(text), int(len(text) * 0.9), str(args.input or url)
+    tokenizer, split, source = make_tokenizer(text), int(len(text) * 0.9), str(args.input or SHAKESPEARE)
     with write_dataset(args.output, tokenizer, args.overwrite, source=source, sha256=actual) as add:
         for name, part in (("train", text[:split]), ("val", text[split:])):
             add(name, tokenizer.encode(part), text_bytes(part))
