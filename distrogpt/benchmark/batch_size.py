@@ -7,12 +7,11 @@ the memory of a step is computed first, and a batch that does not fit is not tri
 import ctypes
 import gc
 import math
-import os
 import re
 import statistics
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,9 +41,10 @@ class Trial(NamedTuple):
     seconds: float | None = None  # None: not timed
 
 
-def search(
-    attempt: Callable[[int], Trial], computed: Callable[[int], Trial], careful: bool, time_all: bool = False
-) -> dict[int, Trial]:
+Try = Callable[[int], Trial]
+
+
+def search(attempt: Try, computed: Try, careful: bool, time_all: bool = False) -> dict[int, Trial]:
     """Trials of 1, 2, 4... sequences up to the first that does not fit; then between the last two, until the
     largest that fits is known to an eighth. Sorted by batch.
 
@@ -65,10 +65,7 @@ def search(
         low, high = high, 2 * high
     while high in trials and high - low > max(1, low // 8):
         middle = (low + high) // 2
-        if fits(middle):
-            low = middle
-        else:
-            high = middle
+        low, high = (middle, high) if fits(middle) else (low, middle)
     return dict(sorted(trials.items()))
 
 
@@ -81,28 +78,22 @@ def worth_timing(trials: Iterable[Trial], careful: bool) -> bool:
     return not flat and all(seconds < SLOW for _, seconds in timed)
 
 
-@dataclass
 class BatchTrials:
-    """Trials of batch sizes on one model, which is built for the first one."""
+    """Trials of batch sizes on one model. `room`: bytes that a step may take; None is what is free."""
 
-    config: BenchConfig
-    runtime: Runtime
-    training_step: TrainingStep
-    room: float | None  # bytes that a step may take; None: what is free
-    trainer: Trainer | None = None
-
-    def __post_init__(self) -> None:
-        self.on_gpu = self.runtime.device.type == "cuda"
-        if self.room is None and self.on_gpu:
-            self.room = plan.USABLE * torch.cuda.mem_get_info()[0]
-        elif self.room is None:
-            self.room = FRAGMENTATION * available_memory()
-        self.data = open_data(self.config)._replace(
-            separator=None
-        )  # a small batch may have no target after it
-        self.hardware = plan.find_hardware(replace(self.config, gpu="here"), self.runtime, peak=1.0)
-        shape, half = new_model_config(self.config, self.data.meta), self.runtime.dtype != torch.float32
-        self.counts = plan.count(shape, self.config, half, not self.hardware.is_cpu)
+    def __init__(
+        self, config: BenchConfig, runtime: Runtime, training_step: TrainingStep, room: float | None
+    ) -> None:
+        self.config, self.runtime, self.training_step = config, runtime, training_step
+        self.on_gpu = runtime.device.type == "cuda"
+        if room is None and self.on_gpu:
+            room = plan.USABLE * torch.cuda.mem_get_info()[0]
+        self.room = FRAGMENTATION * available_memory() if room is None else room
+        self.data = open_data(config)._replace(separator=None)  # a small batch may have no target after it
+        self.hardware = plan.find_hardware(replace(config, gpu="here"), runtime, peak=1.0)
+        shape, half = new_model_config(config, self.data.meta), runtime.dtype != torch.float32
+        self.counts = plan.count(shape, config, half, not self.hardware.is_cpu)
+        self.trainer: Trainer | None = None
 
     def accumulates(self, batch: int) -> bool:
         """Whether the run would add this micro-batch to earlier gradients."""
@@ -160,7 +151,7 @@ def bench_batch(
     """Find the largest batch that fits and the fastest that was timed; print a table, and flags for both."""
     config = plan.planned_shape(replace(config, max_epochs=None))[0]  # a few steps need no max_iters
     trials = BatchTrials(config, runtime, training_step, room)
-    first = trials.computed(1)
+    first, results = trials.computed(1), {}
     if first.fits or trials.on_gpu:
         results = search(trials.attempt, trials.computed, not trials.on_gpu, time_all)
         first = results[1]
@@ -169,9 +160,24 @@ def bench_batch(
             f"one sequence needs {first.memory / 2**30:,.2f} GiB, {trials.room / 2**30:,.2f} can be used; "
             "lower --block_size or --n_embd, or set --activation_checkpointing=True"
         )
-    result = results_of(list(results.values()), config)
-    print("\n".join(table(result, config)))
-    return result
+    print("   batch          ms      tokens/s       memory")
+    rows = []
+    for trial in results.values():
+        rate, speed, note = None, 26 * " ", "computed" if trial.fits else "too much"
+        if trial.seconds:
+            rate = trial.batch * config.block_size / trial.seconds
+            speed, note = f"{trial.seconds * 1000:12,.2f}  {rate:12,.0f}", ""
+        print(f"{trial.batch:8,}{speed}  {trial.memory / 2**30:7,.2f} GiB  {note}".rstrip())
+        rows.append({**trial._asdict(), "tokens_per_second": rate})
+    fitting, sequences = [row for row in rows if row["fits"]], samples_per_step(config)
+    best = {"largest": fitting[-1], "fastest": max(fitting, key=lambda row: row["tokens_per_second"] or 0)}
+    for name, row in best.items():
+        best[name] = row | step_with(config, row["batch"])
+        or_more = " or more" if name == "largest" and row["batch"] == LARGEST else ""
+        nearest = best[name]["sequences"]
+        note = "" if nearest == sequences else f", {nearest:,} being nearest"
+        print(f"{name}  {row['batch']:,}{or_more}; a step of {sequences:,}{note}: {best[name]['flags']}")
+    return {"trials": rows, **best}
 
 
 def step_with(config: BenchConfig, largest: int) -> dict[str, Any]:
@@ -185,36 +191,6 @@ def step_with(config: BenchConfig, largest: int) -> dict[str, Any]:
     return {"batch_size": B, "gradient_accumulation_steps": steps, "flags": flags, "sequences": B * steps}
 
 
-def results_of(trials: list[Trial], config: BenchConfig) -> dict[str, Any]:
-    """All trials; the largest that fits, and the fastest that was timed."""
-    rows = []
-    for trial in trials:
-        rate = trial.batch * config.block_size / trial.seconds if trial.seconds else None
-        rows.append({**trial._asdict(), "tokens_per_second": rate})
-    fitting = [row for row in rows if row["fits"]]
-    largest = max(fitting, key=lambda row: row["batch"])
-    fastest = max(fitting, key=lambda row: row["tokens_per_second"] or 0)
-    best = {"largest": largest, "fastest": fastest}
-    return {"trials": rows} | {name: row | step_with(config, row["batch"]) for name, row in best.items()}
-
-
-def table(result: dict[str, Any], config: BenchConfig) -> list[str]:
-    """The results as lines."""
-    lines = ["   batch          ms      tokens/s       memory"]
-    for row in result["trials"]:
-        speed, note = 26 * " ", "computed" if row["fits"] else "too much"
-        if row["seconds"]:
-            speed, note = f"{row['seconds'] * 1000:12,.2f}  {row['tokens_per_second']:12,.0f}", ""
-        lines.append(f"{row['batch']:8,}{speed}  {row['memory'] / 2**30:7,.2f} GiB  {note}".rstrip())
-    sequences = samples_per_step(config)
-    for name in ("largest", "fastest"):
-        row = result[name]
-        or_more = " or more" if name == "largest" and row["batch"] == LARGEST else ""
-        nearest = "" if row["sequences"] == sequences else f", {row['sequences']:,} being nearest"
-        lines.append(f"{name}  {row['batch']:,}{or_more}; a step of {sequences:,}{nearest}: {row['flags']}")
-    return lines
-
-
 def available_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> float:
     """Bytes that this process may still take without harm to others; inf if the system does not say.
 
@@ -224,11 +200,7 @@ def available_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/c
         kilobytes = re.search(r"^MemAvailable: +(\d+) kB", (proc / "meminfo").read_text(), re.M)[1]
         return min(1024 * int(kilobytes), cgroup_room(proc, cgroups))
     except (OSError, TypeError):
-        names = getattr(os, "sysconf_names", {})
-        for name, fraction in {"SC_AVPHYS_PAGES": 1.0, "SC_PHYS_PAGES": 0.5}.items():
-            if name in names:
-                return fraction * os.sysconf(name) * os.sysconf("SC_PAGE_SIZE")
-        return math.inf
+        return plan.total_memory() / 2
 
 
 def cgroup_room(proc: Path, cgroups: Path) -> float:

@@ -17,6 +17,7 @@ from distrogpt.errors import UserError
 from distrogpt.runtime import Runtime
 from distrogpt.settings import BenchConfig
 
+ROOT = Path(__file__).resolve().parents[2]  # of the repository
 Step = Callable[[], Any]  # one training step
 
 

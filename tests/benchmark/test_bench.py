@@ -22,7 +22,7 @@ from distrogpt.benchmark.batch_size import (
     search,
     step_with,
 )
-from distrogpt.benchmark.ladder import rung_step
+from distrogpt.benchmark.studies import rung_step
 from distrogpt.benchmark.timing import alternate, float32_precision, open_data, ratio
 from distrogpt.benchmark.training import Trainer, bench_step
 from distrogpt.errors import UserError, is_out_of_memory
