@@ -46,11 +46,8 @@ Try = Callable[[int], Trial]
 
 def search(attempt: Try, computed: Try, careful: bool, time_all: bool = False) -> dict[int, Trial]:
     """Trials of 1, 2, 4... sequences up to the first that does not fit; then between the last two, until the
-    largest that fits is known to an eighth. Sorted by batch.
-
-    `careful`: a batch that does not fit as `computed` is not attempted. Unless time_all, only batches that
-    are worth their time are.
-    """
+    largest that fits is known to an eighth. Sorted by batch. `careful`: a batch that does not fit as
+    `computed` is not attempted. Unless time_all, only batches that are worth their time are."""
     trials: dict[int, Trial] = {}
 
     def fits(batch: int) -> bool:
@@ -70,8 +67,7 @@ def search(attempt: Try, computed: Try, careful: bool, time_all: bool = False) -
 
 
 def worth_timing(trials: Iterable[Trial], careful: bool) -> bool:
-    """Whether to time a larger batch: no step was slow and, if `careful`, the last three batches raised
-    tokens/s."""
+    """Whether to time a larger batch: no step was slow and, if `careful`, the last three raised tokens/s."""
     timed = sorted((trial.batch, trial.seconds) for trial in trials if trial.seconds)
     rates = [batch / seconds for batch, seconds in timed]
     flat = careful and len(rates) > 3 and max(rates[-3:]) < GAIN * max(rates[:-3])
@@ -105,31 +101,26 @@ class BatchTrials:
         peak = plan.memory(self.counts, self.hardware, split)["peak"]
         return Trial(batch, peak, peak <= self.room)
 
-    def timed(self, batch: int) -> float:
-        """The median seconds of up to three steps, after a warm-up."""
-        config = replace(self.config, batch_size=batch, gradient_accumulation_steps=1)
-        if self.trainer is None:
-            self.trainer = Trainer(self.training_step, config, self.data, self.runtime)
-        self.trainer.batches = BatchLoader(self.data, config, self.runtime, 0)
-        seconds: list[float] = []
-        while len(seconds) < 4 and sum(seconds[1:]) <= 1:
-            if self.accumulates(batch):
-                for p in self.trainer.model.parameters():
-                    p.grad = torch.zeros_like(p)
-            seconds.append(seconds_of(self.trainer, runtime=self.runtime))
-        return statistics.median(seconds[1:])
-
     def attempt(self, batch: int) -> Trial:
-        """Time a batch if it fits."""
-        trial = self.computed(batch)
+        """The median seconds of up to three steps, after a warm-up, if the batch fits."""
+        trial, seconds = self.computed(batch)._replace(fits=True), []
+        config = replace(self.config, batch_size=batch, gradient_accumulation_steps=1)
         try:
-            trial = trial._replace(seconds=self.timed(batch), fits=True)
+            if self.trainer is None:
+                self.trainer = Trainer(self.training_step, config, self.data, self.runtime)
+            self.trainer.batches = BatchLoader(self.data, config, self.runtime, 0)
+            while len(seconds) < 4 and sum(seconds[1:]) <= 1:
+                if self.accumulates(batch):
+                    for p in self.trainer.model.parameters():
+                        p.grad = torch.zeros_like(p)
+                seconds.append(seconds_of(self.trainer, runtime=self.runtime))
+            trial = trial._replace(seconds=statistics.median(seconds[1:]))
+            if self.on_gpu:
+                trial = trial._replace(memory=torch.cuda.max_memory_allocated())
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             trial = trial._replace(fits=False)
-        if self.on_gpu and trial.fits:
-            trial = trial._replace(memory=torch.cuda.max_memory_allocated())
         if self.trainer:
             self.trainer.model.zero_grad(set_to_none=True)
         gc.collect()  # what an unfinished step has left
@@ -181,8 +172,7 @@ def bench_batch(
 
 
 def step_with(config: BenchConfig, largest: int) -> dict[str, Any]:
-    """Micro-batches of at most `largest` sequences, and at least half as many, that make a step nearest to
-    that of the settings."""
+    """Micro-batches of largest // 2 to `largest` sequences whose step is nearest to that of the settings."""
     sequences = samples_per_step(config)
     largest = max(1, min(largest, sequences // config.n_gpus))
     B, micro_steps = plan.share_out(sequences, config.n_gpus, largest, largest // 2 + 1)
@@ -192,10 +182,8 @@ def step_with(config: BenchConfig, largest: int) -> dict[str, Any]:
 
 
 def available_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> float:
-    """Bytes that this process may still take without harm to others; inf if the system does not say.
-
-    Linux: the kernel's figure, or what is left of a cgroup's limit. macOS: half of all memory.
-    """
+    """Bytes that this process may still take without harm to others; inf if the system does not say. Linux:
+    the kernel's figure, or what is left of a cgroup's limit. macOS: half of all memory."""
     try:
         kilobytes = re.search(r"^MemAvailable: +(\d+) kB", (proc / "meminfo").read_text(), re.M)[1]
         return min(1024 * int(kilobytes), cgroup_room(proc, cgroups))

@@ -152,10 +152,8 @@ def check_network(config: BenchConfig, runtime: Runtime, _: TrainingStep) -> lis
 @torch.no_grad()
 def check_greedy(config: BenchConfig, runtime: Runtime, _: TrainingStep) -> list[Row]:
     """Greedy text, 64 tokens after 8 prompts: the KV cache against full forward passes, a batch against each
-    prompt alone, CUDA graphs against none. The value is the fraction of tokens that differ.
-
-    In bf16, rounding decides near ties: the cache is not compared, and batches have no limit on GPUs.
-    """
+    prompt alone, CUDA graphs against none. The value is the fraction of tokens that differ. In bf16, rounding
+    decides near ties: the cache is not compared, and batches have no limit on GPUs."""
     rows, on_gpu = [], runtime.device.type == "cuda"
     for name, network in NETWORKS.items():
         model = small_model(network, runtime.device)
@@ -187,13 +185,12 @@ def greedy(model: GPT, prompts: list[torch.Tensor], graph: bool = True) -> torch
     return torch.cat([token.ids for token in tokens], dim=1)
 
 
-def greedy_without_cache(model: GPT, prompt: torch.Tensor) -> torch.Tensor:
+def greedy_without_cache(model: GPT, ids: torch.Tensor) -> torch.Tensor:
     """64 greedy ids after a prompt (T,), each from a forward pass over all before it: (64,)."""
-    idx = prompt[None]
     for _ in range(64):
-        logits, _ = model(idx)
-        idx = torch.cat((idx, logits[:, -1].argmax(dim=-1, keepdim=True)), dim=1)
-    return idx[0, len(prompt) :]
+        logits, _ = model(ids[None])
+        ids = torch.cat((ids, logits[0, -1:].argmax(dim=-1)))
+    return ids[-64:]
 
 
 def different(ids: torch.Tensor, expected: torch.Tensor) -> float:
@@ -216,8 +213,7 @@ def check_compile(config: BenchConfig, runtime: Runtime, training_step: Training
 
 
 def check_fp16(config: BenchConfig, runtime: Runtime, training_step: TrainingStep) -> list[Row]:
-    """What 20 training steps learn in fp16 with its loss scaler, against fp32. The first steps may be skipped
-    while it looks for the scale."""
+    """What 20 steps learn in fp16 with its loss scaler, which first looks for its scale, against fp32."""
     learned, rows = [], []
     length = SMALL["block_size"] if runtime.device.type == "cuda" else 16  # CPUs are slow in fp16
     for dtype in (torch.float32, torch.float16):

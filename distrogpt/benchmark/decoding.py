@@ -25,8 +25,7 @@ PROMPT = 16  # tokens before the timed ones
 def time_stream(
     model: GPT, idx: torch.Tensor, max_new_tokens: int, n: int, runtime: Runtime
 ) -> tuple[float, float, float]:
-    """Seconds to the first token, from the second to the last, and in total. A GPU records its CUDA graph at
-    the second one."""
+    """Seconds to the first token, from the second (where a GPU records its CUDA graph) on, and in total."""
     synchronize(runtime)
     times = [time.perf_counter()]
     tokens = stream(model, idx, SamplingParams(0.8, 200), torch.rand(n, max_new_tokens))

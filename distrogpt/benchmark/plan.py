@@ -124,10 +124,8 @@ def find_hardware(config: BenchConfig, runtime: Runtime, peak: float | None = No
 
 def planned_shape(config: BenchConfig) -> tuple[BenchConfig, GPTConfig, bool]:
     """The settings, with GPT-2's shape if init_from names one; the network; whether the dataset is here.
-
     Without a dataset, the vocabulary is GPT-2's. Raises UserError if the shape is in a file, or if max_epochs
-    needs a dataset that is not here.
-    """
+    needs a dataset that is not here."""
     if config.init_from in GPT2_SHAPES:
         layers, heads, width = GPT2_SHAPES[config.init_from]
         config = replace(config, init_from="scratch", n_layer=layers, n_head=heads, n_embd=width, bias=True)
@@ -163,9 +161,7 @@ def as_trained(model: GPT, on_gpu: bool) -> GPT:
 
 def saved_bytes(model: GPT, B: int, half: bool) -> int:
     """Bytes that a training forward pass of B sequences saves for the backward pass, without the parameters.
-
-    Memory that several operations save counts once. `half`: with autocast to 16 bits.
-    """
+    Memory that several operations save counts once. `half`: with autocast to 16 bits."""
     parameters = {p.untyped_storage()._cdata for p in model.parameters()}
     saved: dict[int, torch.UntypedStorage] = {}  # held, so that no later storage gets the same address
 
@@ -183,11 +179,9 @@ def saved_bytes(model: GPT, B: int, half: bool) -> int:
 
 
 def count(shape: GPTConfig, config: BenchConfig, half: bool, on_gpu: bool) -> Counts:
-    """Count a model, on fake tensors: the same code runs, without memory and time.
-
-    What one block and one sequence add is the difference between one and two layers, two and three sequences
-    (a single sequence is not copied in some places).
-    """
+    """Count a model, on fake tensors: the same code runs, without memory and time. What one block and one
+    sequence add is the difference between one and two layers, two and three sequences (a single sequence is
+    not copied in some places)."""
     saved = {}
     causal_mask.cache_clear()  # true tensors and fake ones do not mix
     with FakeTensorMode():
@@ -214,11 +208,9 @@ def count(shape: GPTConfig, config: BenchConfig, half: bool, on_gpu: bool) -> Co
 
 
 def memory(counts: Counts, hardware: Hardware, split: Split) -> dict[str, float]:
-    """Bytes of a rank, without torch.compile, which needs less for activations and loss.
-
-    "more" is what `shard` gathers from other ranks: two blocks in the compute dtype, tables in fp32. "peak"
-    is below the sum if not all of it is there at once.
-    """
+    """Bytes of a rank, without torch.compile, which needs less for activations and loss. "more" is what
+    `shard` gathers from other ranks: two blocks in the compute dtype, tables in fp32. "peak" is below the sum
+    if not all of it is there at once."""
     shape, N, B, shard = counts.shape, counts.parameters, split.B, split.shard and split.n > 1
     layers, fraction = shape.n_layer, 1 / split.n if shard else 1
     weights, gradients, averages = 4 * N * fraction, 4 * N * fraction, counts.averages * fraction
@@ -249,10 +241,8 @@ def memory(counts: Counts, hardware: Hardware, split: Split) -> dict[str, float]
 
 
 def exchange(counts: Counts, hardware: Hardware, n: int, shard: bool) -> tuple[float, float]:
-    """Seconds of an exchange among n ranks, and of its last message, which cannot overlap.
-
-    The all-reduce of fp32 gradients, once a step; with `shard` the gathers and the scatter of a micro-step.
-    """
+    """Seconds of an exchange among n ranks, and of its last message, which cannot overlap. The all-reduce of
+    fp32 gradients, once a step; with `shard` the gathers and the scatter of a micro-step."""
     if n == 1:
         return 0.0, 0.0
     gradients = 4 * counts.parameters

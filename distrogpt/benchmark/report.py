@@ -28,6 +28,7 @@ from distrogpt.runtime import Runtime
 from distrogpt.settings import BenchConfig
 
 FOLDER = Path("report")
+SHAKESPEARE = ROOT / "data/shakespeare_char/train.bin"
 # val losses, by config: the report says when a run reaches them
 A100 = (1.4697, "nanoGPT's README: about 3 minutes of an A100")
 CPU = (1.8857, "nanoGPT's 2000 steps of this shape")
@@ -99,11 +100,11 @@ class Part:
     name: str
     title: str
     commands: list[list[str]]
-    seconds: float  # an estimate; its limit is twice that
+    estimate: float  # seconds; its limit is twice that
     until_it_fits: bool = False
     results: list[Result] = field(default_factory=list)
     status: str = "not run: no time was left"
-    took: float = 0.0
+    seconds: float = 0.0
 
 
 def bench_report(config: BenchConfig, runtime: Runtime, parts: list[Part] | None = None) -> Result:
@@ -118,20 +119,21 @@ def bench_report(config: BenchConfig, runtime: Runtime, parts: list[Part] | None
     parts = all_parts(config, runtime) if parts is None else parts
     for number, part in enumerate(parts, 1):
         left = 60 * config.report_minutes - (time.monotonic() - begin)
-        if part.commands and left < part.seconds:
+        if part.commands and left < part.estimate:
             part.status = f"not run: {left:.0f} s were left of {config.report_minutes:g} minutes"
         elif part.commands:
             print(f"part     {number:2}/{len(parts)} {part.title}", end="", flush=True)
-            run_part(part, min(left, 2 * part.seconds))
-            failed = sum(not row["passes"] for row in rows_of([part]))
-            print(f": {part.status}{f', {failed} FAILED' if failed else ''}, {part.took:.0f} s", flush=True)
+            run_part(part, min(left, 2 * part.estimate))
+            n_failed = sum(not row["passes"] for row in rows_of([part]))
+            failed = f", {n_failed} FAILED" if n_failed else ""
+            print(f": {part.status}{failed}, {part.seconds:.0f} s", flush=True)
             for path in FOLDER.glob("*/*.pt"):
                 path.unlink()
             if part.name in TARGETS:
                 draw_curves()
         minutes = (time.monotonic() - begin) / 60
-        rows = [{"name": each.name, "status": each.status, "seconds": each.took} for each in parts]
-        rows = [row | {"results": each.results} for row, each in zip(rows, parts, strict=True)]
+        keys = ("name", "status", "seconds", "results")
+        rows = [{key: getattr(each, key) for key in keys} for each in parts]
         result = {"minutes": minutes, "commit": commit(), "parts": rows}
         markdown = as_markdown(parts, runtime, minutes)
         (FOLDER / "report.md").write_text(markdown + "\n", encoding="utf-8")
@@ -162,7 +164,7 @@ def run_part(part: Part, limit: float) -> None:
             break
     if part.until_it_fits and part.status == "ok" and not part.results:
         part.status = "failed: out of memory at every size"
-    part.took = time.monotonic() - begin
+    part.seconds = time.monotonic() - begin
 
 
 def run_command(words: list[str], result: Path, log: Path, limit: float) -> int | None:
@@ -197,10 +199,6 @@ def kill_tree(process: subprocess.Popen) -> None:
         process.wait(10)
 
 
-def prepared(dataset: str) -> bool:
-    return (ROOT / "data" / dataset / "train.bin").is_file()
-
-
 def all_parts(config: BenchConfig, runtime: Runtime) -> list[Part]:
     """The parts for this kind of device, most important first."""
     device = [f"--device={runtime.device}", f"--dtype={dtype_name(runtime.dtype)}"]
@@ -213,7 +211,7 @@ def all_parts(config: BenchConfig, runtime: Runtime) -> list[Part]:
             name, seconds, title = line.split(maxsplit=2)
             parts.append(Part(name, title, [], float(seconds)))
     for part in parts:
-        if part.name in TARGETS and not prepared("shakespeare_char"):
+        if part.name in TARGETS and not SHAKESPEARE.is_file():
             part.status = "not run: first python data/shakespeare_char/prepare.py"
         elif part.name in TARGETS:
             words = [part.name, f"--out_dir={part.name}", "--loss_plot=False", device[0]]
@@ -229,7 +227,7 @@ def all_parts(config: BenchConfig, runtime: Runtime) -> list[Part]:
 def bench_commands(line: str, device: list[str], against: str | None) -> list[list[str]]:
     """The commands of a line of the tables."""
     words = line.split()
-    real_data = "SHAKESPEARE" in words and prepared("shakespeare_char")
+    real_data = "SHAKESPEARE" in words and SHAKESPEARE.is_file()
     command = [str(ROOT / "bench.py"), *(word for word in words if not word.isupper()), *device]
     command += [f"--real_data={real_data}", "--json=RESULT"]
     if against and "AGAINST" in words:  # the commands run in another folder
@@ -304,13 +302,10 @@ def as_markdown(parts: list[Part], runtime: Runtime, minutes: float) -> str:
     failed = [row for row in checked if not row["passes"]]
     headlines = [(part.title, headline(result)) for part in done for result in part.results]
     lines = [
-        f"# {runtime.describe()}",
-        "",
+        f"# {runtime.describe()}\n",
         f"`python bench.py --report=True`, torch {torch.__version__}, commit {commit()}, "
-        f"{time.strftime('%Y-%m-%d')}; {len(done)} of {len(parts)} parts in {minutes:.1f} minutes.",
-        "",
-        f"**{len(checked) - len(failed)} of {len(checked)} checks passed.**",
-        "",
+        f"{time.strftime('%Y-%m-%d')}; {len(done)} of {len(parts)} parts in {minutes:.1f} minutes.\n",
+        f"**{len(checked) - len(failed)} of {len(checked)} checks passed.**\n",
         *(f"- FAILED: {row['what']}: {row['value']}, at most {row['limit']}" for row in failed),
         *(f"- {part.title}: {part.status}" for part in parts if part.status != "ok"),
         *(f"- {title}: {text}" for title, text in headlines if text),
@@ -318,18 +313,16 @@ def as_markdown(parts: list[Part], runtime: Runtime, minutes: float) -> str:
     for part in parts:
         if not part.results and part.status.startswith("not run"):
             continue
-        lines += ["", f"## {part.title}", ""]
-        for result in part.results:
-            lines += ["```", result["output"].strip(), "```", ""]
-        lines.append(f"{part.took:.0f} s" + ("" if part.status == "ok" else f"; {part.status}"))
+        lines.append(f"\n## {part.title}\n")
+        lines += [f"```\n{result['output'].strip()}\n```\n" for result in part.results]
+        lines.append(f"{part.seconds:.0f} s" + ("" if part.status == "ok" else f"; {part.status}"))
     pictures = sorted(path.name for path in FOLDER.glob("*.png"))
     return "\n".join([*lines, "", *(f"![{name}]({name})" for name in pictures)])
 
 
 def commit() -> str:
     """The repository's commit, and whether files differ from it."""
-    try:
+    with suppress(OSError):  # no git
         words = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-        return subprocess.run(words, capture_output=True, text=True, timeout=10).stdout.strip() or "unknown"
-    except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
+        return subprocess.run(words, capture_output=True, text=True).stdout.strip() or "unknown"
+    return "unknown"

@@ -109,8 +109,7 @@ def time_page(page: Any, max_tokens: int, seed: int) -> tuple[float, float]:
 def bench_serve(
     config: BenchConfig, runtime: Runtime, n_clients: int = 32, n_requests: int = 4
 ) -> dict[str, Any]:
-    """A text by sample.py's way, by the API and on the page, in turns; then n_clients at once, each of which
-    makes n_requests. Raises UserError."""
+    """A text by sample.py's way, by the API and on the page, in turns; then n_clients at once. UserError."""
     sampler = Sampler(config.out_dir, device=config.device, dtype=config.dtype)
     tokens = config.max_new_tokens or 256
     result: dict[str, Any] = {}
@@ -146,8 +145,7 @@ def request(port: int, seed: int) -> tuple[float, float] | str:
 
 
 def time_clients(port: int, pid: int, n_clients: int, n_requests: int) -> dict[str, Any]:
-    """All clients at once, three times, as memory may grow; the times are the last one's. Raises MachineError
-    if none was served."""
+    """All clients at once, three times, as memory may grow; the last one's times. Raises MachineError."""
     memory, seconds = [], 0.0
     for _ in range(3):
         begin = time.perf_counter()

@@ -37,7 +37,6 @@ from distrogpt.training.state import TrainState
 from model import GPT, Attention
 
 PLOT = "bench_ladder.png"
-ALL_LOGS = {"log_interval": 1, "tensorboard_log": True, "loss_plot": True}
 COUNT = 48  # questions of a round
 BATCHES = (1, 4, 16, COUNT)
 
@@ -90,11 +89,8 @@ def rung_step(
 
 
 def bench_ladder(config: BenchConfig, runtime: Runtime, training_step: TrainingStep) -> dict[str, Any]:
-    """Time each rung in turns with the one below it, and plot them.
-
-    A rung's ms are the first one's divided by all gains so far: measured later, on a busier machine, it would
-    seem slower.
-    """
+    """Time each rung in turns with the one below it, and plot them. A rung's ms are the first one's divided
+    by all gains so far: measured later, on a busier machine, it would seem slower."""
     data, on = timing.open_data(config), {}
     rungs, below, total = [], None, 1.0
     for name, improvement in ladder_rungs(config, data.meta, runtime).items():
@@ -153,10 +149,6 @@ def bench_checkpoint(config: BenchConfig, runtime: Runtime, training_step: Train
     costs: dict[str, list[float]] = {"wait": [], "lost": [], "write": []}
     print(f"step     {step * 1000:,.1f} ms median, {trainer.model.get_num_params(False):,} parameters")
 
-    def write_alone(path: Path) -> None:
-        contents = training_state(trainer.model, trainer.optimizers, iter_num=0, best_val_loss=math.inf)
-        atomic_write(partial(torch.save, contents), path)
-
     state = TrainState()
     state.val_loss = 3.0  # as after an evaluation
     with temporary_run(config, runtime) as run:
@@ -170,21 +162,26 @@ def bench_checkpoint(config: BenchConfig, runtime: Runtime, training_step: Train
                 timing.synchronize(runtime)
                 n_steps += 1
             costs["lost"].append(time.perf_counter() - begin - n_steps * step)
-            costs["write"].append(timing.seconds_of(write_alone, out_dir / "alone.pt", runtime=runtime))
+            begin = time.perf_counter()
+            contents = training_state(trainer.model, trainer.optimizers, iter_num=0, best_val_loss=math.inf)
+            atomic_write(partial(torch.save, contents), out_dir / "alone.pt")
+            costs["write"].append(time.perf_counter() - begin)
         size = (out_dir / NEWEST).stat().st_size
     result: dict[str, Any] = {name: timing.spread(values) for name, values in costs.items()}
     wait, lost, write = (result[name]["median"] for name in costs)
     print(f"writes   {size / 1e6:,.0f} MB; the step waits {wait:.2f} s for the copy")
-    share = f"{lost / (250 * step):.2%} of 250 steps"
-    print(f"lost     {lost:.2f} s a checkpoint, slower steps included: {share}")
-    print(f"         {write:.2f} s, or {write / (250 * step):.2%}, if steps waited for the disk")
+    print(
+        f"lost     {lost:.2f} s a checkpoint, slower steps included: {lost / (250 * step):.2%} of 250 steps\n"
+        f"         {write:.2f} s, or {write / (250 * step):.2%}, if steps waited for the disk"
+    )
     return {**result, "bytes": size, "step": step}
 
 
 def bench_logs(config: BenchConfig, runtime: Runtime, training_step: TrainingStep) -> dict[str, Any]:
     """What all logs cost: a line at each step, and loss.png as often as it is redrawn."""
     trainer = Trainer(training_step, config, timing.open_data(config), runtime)
-    config, state = replace(config, **ALL_LOGS), TrainState()
+    config = replace(config, log_interval=1, tensorboard_log=True, loss_plot=True)
+    state = TrainState()
     steps, lines = [], []
 
     def log(losses: dict[str, float] | None) -> None:
@@ -201,13 +198,11 @@ def bench_logs(config: BenchConfig, runtime: Runtime, training_step: TrainingSte
         for _ in range(config.bench_steps):
             steps.append(timing.seconds_of(trainer, runtime=runtime))
             lines.append(timing.seconds_of(log, None, runtime=runtime))
-        begin = os.times()
+        begin = sum(os.times()[2:4])  # of processes that draw, by their own clock: steps vary by more
         log({"train": 3.0, "val": 3.0})
         if logger.plot:
             logger.plot.finish(60)
-        end = os.times()  # of the process that draws, by its own clock: steps vary by more
-        seconds = end.children_user - begin.children_user + end.children_system - begin.children_system
-        picture = seconds / (os.cpu_count() or 1)
+        picture = (sum(os.times()[2:4]) - begin) / (os.cpu_count() or 1)
     step, line = statistics.median(steps), statistics.mean(lines)
     interval = config.eval_interval * step  # seconds between two pictures
     cost = line + picture / config.eval_interval
@@ -219,8 +214,7 @@ def bench_logs(config: BenchConfig, runtime: Runtime, training_step: TrainingSte
 
 
 def random_questions(count: int, block_size: int) -> list[Question]:
-    """Questions of random ids, about as long as HellaSwag's in GPT-2's tokens, or as fits; like the questions
-    of a batch, they are neighbours by length among many."""
+    """Questions of random ids as long as HellaSwag's, or as fits; neighbours by length, as in batches."""
     rng = random.Random(0)
 
     def ids(low: int, high: int) -> list[int]:
@@ -234,8 +228,7 @@ def random_questions(count: int, block_size: int) -> list[Question]:
 
 @torch.no_grad()
 def one_by_one(model: GPT, questions: list[Question], runtime: Runtime) -> list[list[int]]:
-    """The choices of `answer_multiple_choice` in the plain way: the endings of a question, each after its
-    context, are four padded rows of a batch, and all logits are computed."""
+    """The choices in the plain way: a question's endings as four padded rows, with all logits."""
     chosen = []
     for context, endings, _ in questions:
         ids = [torch.tensor(context + ending) for ending in endings]

@@ -161,8 +161,7 @@ def baseline_trainer(config: BenchConfig, data: Dataset, vocab_size: int, runtim
 def baseline_generate(
     config: BenchConfig, max_new_tokens: int, vocab_size: int, runtime: Runtime
 ) -> Callable[[torch.Tensor], None]:
-    """A function that samples tokens after a prompt (1, T): nanoGPT as in its sample.py, transformers in our
-    compute dtype."""
+    """Samples tokens after a prompt (1, T) as nanoGPT's sample.py does; transformers in our compute dtype."""
     model = baseline_model(config, vocab_size).to(runtime.device).eval()
     if config.against == HF:
         model.to(runtime.dtype)
