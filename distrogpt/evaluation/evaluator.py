@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from torch.distributed.fsdp import FSDPModule
 
 from distrogpt.data.dataset import (
     Dataset,
@@ -75,12 +74,12 @@ class Evaluator:
             splits = measured_splits(self.config)
             parts = {split: self.part_losses(model, split, stop_requested) for split in splits}
             results = mean_losses(self.data, {split: [loss for loss, _ in parts[split]] for split in splits})
-            if isinstance(model, FSDPModule):  # tasks call its methods, not its forward alone
+            if hasattr(model, "unshard"):  # tasks call its methods, not its forward alone
                 model.unshard()
             results |= self.accuracies(model, lambda: self.runtime.all_reduce_sum(stop_requested())[0] > 0)
         except EvaluationStopped:
             results = None
-        if isinstance(model, FSDPModule):
+        if hasattr(model, "unshard"):
             model.reshard()
         model.train()
         return results
