@@ -77,10 +77,8 @@ def worth_timing(trials: Iterable[Trial], careful: bool) -> bool:
 class BatchTrials:
     """Trials of batch sizes on one model. `room`: bytes that a step may take; None is what is free."""
 
-    def __init__(
-        self, config: BenchConfig, runtime: Runtime, training_step: TrainingStep, room: float | None
-    ) -> None:
-        self.config, self.runtime, self.training_step = config, runtime, training_step
+    def __init__(self, config: BenchConfig, runtime: Runtime, step: TrainingStep, room: float | None) -> None:
+        self.config, self.runtime, self.training_step = config, runtime, step
         self.on_gpu = runtime.device.type == "cuda"
         if room is None and self.on_gpu:
             room = plan.USABLE * torch.cuda.mem_get_info()[0]
@@ -135,13 +133,13 @@ class BatchTrials:
 def bench_batch(
     config: BenchConfig,
     runtime: Runtime,
-    training_step: TrainingStep,
+    step: TrainingStep,
     room: float | None = None,
     time_all: bool = False,
 ) -> dict[str, Any]:
     """Find the largest batch that fits and the fastest that was timed; print a table, and flags for both."""
     config = plan.planned_shape(replace(config, max_epochs=None))[0]  # a few steps need no max_iters
-    trials = BatchTrials(config, runtime, training_step, room)
+    trials = BatchTrials(config, runtime, step, room)
     first, results = trials.computed(1), {}
     if first.fits or trials.on_gpu:
         results = search(trials.attempt, trials.computed, not trials.on_gpu, time_all)
@@ -199,9 +197,8 @@ def cgroup_room(proc: Path, cgroups: Path) -> float:
         _, kinds, path = line.split(":", 2)
         if kinds and "memory" not in kinds.split(","):
             continue
-        top = cgroups / "memory" if kinds else cgroups
         limit, usage = ("limit_in_bytes", "usage_in_bytes") if kinds else ("max", "current")
-        folder = top / path.lstrip("/")
+        folder = cgroups / ("memory" if kinds else "") / path.lstrip("/")
         for group in (folder, *folder.parents):
             with suppress(OSError, ValueError):  # no such file; "max": no limit
                 left = int((group / f"memory.{limit}").read_text())

@@ -22,15 +22,13 @@ from model import GPT
 PROMPT = 16  # tokens before the timed ones
 
 
-def time_stream(
-    model: GPT, idx: torch.Tensor, max_new_tokens: int, n: int, runtime: Runtime
-) -> tuple[float, float, float]:
+def time_stream(model: GPT, idx: torch.Tensor, n_tokens: int, B: int, runtime: Runtime) -> tuple[float, ...]:
     """Seconds to the first token, from the second (where a GPU records its CUDA graph) on, and in total."""
     synchronize(runtime)
     times = [time.perf_counter()]
-    tokens = stream(model, idx, SamplingParams(0.8, 200), torch.rand(n, max_new_tokens))
+    tokens = stream(model, idx, SamplingParams(0.8, 200), torch.rand(B, n_tokens))
     for number, _ in enumerate(tokens, 1):
-        if number in (1, 2, max_new_tokens):
+        if number in (1, 2, n_tokens):
             synchronize(runtime)
             times.append(time.perf_counter())
     return times[1] - times[0], times[-1] - times[-2], times[-1] - times[0]

@@ -130,7 +130,9 @@ def bench_report(config: BenchConfig, runtime: Runtime, parts: list[Part] | None
             for path in FOLDER.glob("*/*.pt"):
                 path.unlink()
             if part.name in TARGETS:
-                draw_curves()
+                with suppress(UserError, ValueError):  # without a loss, or matplotlib
+                    logs = {path.parent.name: read_log(path) for path in sorted(FOLDER.glob("*/log.csv"))}
+                    write_figure(draw(logs, "seconds"), FOLDER / "loss.png")
         minutes = (time.monotonic() - begin) / 60
         keys = ("name", "status", "seconds", "results")
         rows = [{key: getattr(each, key) for key in keys} for each in parts]
@@ -262,13 +264,6 @@ def read_curve(name: str) -> Result:
     log = read_log(FOLDER / name / "log.csv")
     (steps, losses), (seconds, _) = points(log, "val_loss"), points(log, "val_loss", by="seconds")
     return {"config": name, "curve": np.stack((steps, seconds, losses), axis=1).tolist()}
-
-
-def draw_curves() -> None:
-    """loss.png of the runs that have ended, if matplotlib is there."""
-    with suppress(UserError, ValueError):  # a run without a loss
-        logs = {path.parent.name: read_log(path) for path in sorted(FOLDER.glob("*/log.csv"))}
-        write_figure(draw(logs, "seconds"), FOLDER / "loss.png")
 
 
 def rows_of(parts: list[Part]) -> list[Result]:

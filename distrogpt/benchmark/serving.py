@@ -106,9 +106,7 @@ def time_page(page: Any, max_tokens: int, seed: int) -> tuple[float, float]:
     return first / 1000, first / 1000 + (max_tokens - 1) / rate
 
 
-def bench_serve(
-    config: BenchConfig, runtime: Runtime, n_clients: int = 32, n_requests: int = 4
-) -> dict[str, Any]:
+def bench_serve(config: BenchConfig, runtime: Runtime, n_clients: int = 32, n_requests: int = 4) -> dict:
     """A text by sample.py's way, by the API and on the page, in turns; then n_clients at once. UserError."""
     sampler = Sampler(config.out_dir, device=config.device, dtype=config.dtype)
     tokens = config.max_new_tokens or 256

@@ -96,10 +96,8 @@ class HuggingFaceGPT2(Module):
         logits = self.gpt2(idx, use_cache=False).logits  # (B, T, V)
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
-    def configure_optimizers(
-        self, weight_decay: float, learning_rate: float, betas: tuple[float, float], device_type: str
-    ) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), learning_rate, betas, weight_decay=weight_decay)
+    def configure_optimizers(self, weight_decay: float, lr: float, betas: tuple, device_type: str) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr, betas, weight_decay=weight_decay)
 
     def generate(self, idx: torch.Tensor, max_new_tokens: int, **sampling: float) -> torch.Tensor:
         lengths = {"max_new_tokens": max_new_tokens, "min_new_tokens": max_new_tokens, "eos_token_id": None}
