@@ -23,7 +23,7 @@ from typing import IO, Any
 
 import torch
 
-from distrogpt.checkpoint import BEST, NEWEST, atomic_write, diverged_error, training_state
+from distrogpt.checkpoint import BEST, NEWEST, atomic_write, newest_checkpoint, training_state
 from distrogpt.errors import Diverged, MachineError, UserError
 from distrogpt.plotting import LOG, PICTURE
 from distrogpt.runtime import Runtime
@@ -271,7 +271,11 @@ class RunDirectory:
                 self.report_save()
 
     def diverged_error(self, step: int) -> Diverged:
-        return diverged_error(step, self.path if self.owned else None)
+        """The error of a loss that is not finite."""
+        path = newest_checkpoint(self.path) if self.owned else None
+        saved = f"{path} is the last good state" if path else "nothing was saved yet"
+        advice = "lower --learning_rate or set --grad_clip=1.0"
+        return Diverged(f"the loss is not finite any more at step {step}; {advice} ({saved})")
 
     def __exit__(self, kind: type | None, *_: object) -> None:
         if kind is not KeyboardInterrupt:
