@@ -13,25 +13,17 @@ from typing import Any
 
 import torch
 
-from distrogpt.benchmark.batch_size import bench_batch
-from distrogpt.benchmark.checks import bench_check
-from distrogpt.benchmark.decoding import bench_generate
-from distrogpt.benchmark.ladder import bench_ladder
-from distrogpt.benchmark.multiple_choice import bench_questions
-from distrogpt.benchmark.overheads import bench_checkpoint, bench_logs
-from distrogpt.benchmark.plan import bench_plan
-from distrogpt.benchmark.report import bench_report
-from distrogpt.benchmark.serving import bench_serve
-from distrogpt.benchmark.training import bench_step
+from distrogpt.benchmark import batch_size, checks, decoding, plan, report, serving, studies, training
 from distrogpt.errors import UserError, cli_errors, writable
 from distrogpt.runtime import enable_onednn_float32, start_runtime
 from train import training_step
 
 # by setting; those of the first table run train.py's training step
-TRAINING = {"plan": bench_plan, "ladder": bench_ladder, "checkpoint": bench_checkpoint, "logs": bench_logs}
-TRAINING |= {"find_batch": bench_batch, "check": bench_check, "profile": bench_step}
-OTHERS = {"generate": bench_generate, "questions": bench_questions, "serve": bench_serve}
-OTHERS |= {"report": bench_report}
+TRAINING = {"plan": plan.bench_plan, "find_batch": batch_size.bench_batch, "check": checks.bench_check}
+TRAINING |= {"ladder": studies.bench_ladder, "checkpoint": studies.bench_checkpoint}
+TRAINING |= {"logs": studies.bench_logs, "profile": training.bench_step}
+OTHERS = {"generate": decoding.bench_generate, "questions": studies.bench_questions}
+OTHERS |= {"serve": serving.bench_serve, "report": report.bench_report}
 
 
 def benchmark_name(config: BenchConfig) -> str:
@@ -64,8 +56,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
         result = TRAINING[name](config, runtime, training_step)
     result |= {"device": runtime.describe(), "torch": torch.__version__, "settings": asdict(config)}
     if config.json:
-        with writable(config.json) as path:
-            Path(path).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        Path(config.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return result
 
 

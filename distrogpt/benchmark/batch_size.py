@@ -7,12 +7,11 @@ the memory of a step is computed first, and a batch that does not fit is not tri
 import ctypes
 import gc
 import math
-import os
 import re
 import statistics
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,15 +41,13 @@ class Trial(NamedTuple):
     seconds: float | None = None  # None: not timed
 
 
-def search(
-    attempt: Callable[[int], Trial], computed: Callable[[int], Trial], careful: bool, time_all: bool = False
-) -> dict[int, Trial]:
-    """Trials of 1, 2, 4... sequences up to the first that does not fit; then between the last two, until the
-    largest that fits is known to an eighth. Sorted by batch.
+Try = Callable[[int], Trial]
 
-    `careful`: a batch that does not fit as `computed` is not attempted. Unless time_all, only batches that
-    are worth their time are.
-    """
+
+def search(attempt: Try, computed: Try, careful: bool, time_all: bool = False) -> dict[int, Trial]:
+    """Trials of 1, 2, 4... sequences up to the first that does not fit; then between the last two, until the
+    largest that fits is known to an eighth. Sorted by batch. `careful`: a batch that does not fit as
+    `computed` is not attempted. Unless time_all, only batches that are worth their time are."""
     trials: dict[int, Trial] = {}
 
     def fits(batch: int) -> bool:
@@ -65,44 +62,32 @@ def search(
         low, high = high, 2 * high
     while high in trials and high - low > max(1, low // 8):
         middle = (low + high) // 2
-        if fits(middle):
-            low = middle
-        else:
-            high = middle
+        low, high = (middle, high) if fits(middle) else (low, middle)
     return dict(sorted(trials.items()))
 
 
 def worth_timing(trials: Iterable[Trial], careful: bool) -> bool:
-    """Whether to time a larger batch: no step was slow and, if `careful`, the last three batches raised
-    tokens/s."""
+    """Whether to time a larger batch: no step was slow and, if `careful`, the last three raised tokens/s."""
     timed = sorted((trial.batch, trial.seconds) for trial in trials if trial.seconds)
     rates = [batch / seconds for batch, seconds in timed]
     flat = careful and len(rates) > 3 and max(rates[-3:]) < GAIN * max(rates[:-3])
     return not flat and all(seconds < SLOW for _, seconds in timed)
 
 
-@dataclass
 class BatchTrials:
-    """Trials of batch sizes on one model, which is built for the first one."""
+    """Trials of batch sizes on one model. `room`: bytes that a step may take; None is what is free."""
 
-    config: BenchConfig
-    runtime: Runtime
-    training_step: TrainingStep
-    room: float | None  # bytes that a step may take; None: what is free
-    trainer: Trainer | None = None
-
-    def __post_init__(self) -> None:
-        self.on_gpu = self.runtime.device.type == "cuda"
-        if self.room is None and self.on_gpu:
-            self.room = plan.USABLE * torch.cuda.mem_get_info()[0]
-        elif self.room is None:
-            self.room = FRAGMENTATION * available_memory()
-        self.data = open_data(self.config)._replace(
-            separator=None
-        )  # a small batch may have no target after it
-        self.hardware = plan.find_hardware(replace(self.config, gpu="here"), self.runtime, peak=1.0)
-        shape, half = new_model_config(self.config, self.data.meta), self.runtime.dtype != torch.float32
-        self.counts = plan.count(shape, self.config, half, not self.hardware.is_cpu)
+    def __init__(self, config: BenchConfig, runtime: Runtime, step: TrainingStep, room: float | None) -> None:
+        self.config, self.runtime, self.training_step = config, runtime, step
+        self.on_gpu = runtime.device.type == "cuda"
+        if room is None and self.on_gpu:
+            room = plan.USABLE * torch.cuda.mem_get_info()[0]
+        self.room = FRAGMENTATION * available_memory() if room is None else room
+        self.data = open_data(config)._replace(separator=None)  # a small batch may have no target after it
+        self.hardware = plan.find_hardware(replace(config, gpu="here"), runtime, peak=1.0)
+        shape, half = new_model_config(config, self.data.meta), runtime.dtype != torch.float32
+        self.counts = plan.count(shape, config, half, not self.hardware.is_cpu)
+        self.trainer: Trainer | None = None
 
     def accumulates(self, batch: int) -> bool:
         """Whether the run would add this micro-batch to earlier gradients."""
@@ -114,31 +99,26 @@ class BatchTrials:
         peak = plan.memory(self.counts, self.hardware, split)["peak"]
         return Trial(batch, peak, peak <= self.room)
 
-    def timed(self, batch: int) -> float:
-        """The median seconds of up to three steps, after a warm-up."""
-        config = replace(self.config, batch_size=batch, gradient_accumulation_steps=1)
-        if self.trainer is None:
-            self.trainer = Trainer(self.training_step, config, self.data, self.runtime)
-        self.trainer.batches = BatchLoader(self.data, config, self.runtime, 0)
-        seconds: list[float] = []
-        while len(seconds) < 4 and sum(seconds[1:]) <= 1:
-            if self.accumulates(batch):
-                for p in self.trainer.model.parameters():
-                    p.grad = torch.zeros_like(p)
-            seconds.append(seconds_of(self.trainer, runtime=self.runtime))
-        return statistics.median(seconds[1:])
-
     def attempt(self, batch: int) -> Trial:
-        """Time a batch if it fits."""
-        trial = self.computed(batch)
+        """The median seconds of up to three steps, after a warm-up, if the batch fits."""
+        trial, seconds = self.computed(batch)._replace(fits=True), []
+        config = replace(self.config, batch_size=batch, gradient_accumulation_steps=1)
         try:
-            trial = trial._replace(seconds=self.timed(batch), fits=True)
+            if self.trainer is None:
+                self.trainer = Trainer(self.training_step, config, self.data, self.runtime)
+            self.trainer.batches = BatchLoader(self.data, config, self.runtime, 0)
+            while len(seconds) < 4 and sum(seconds[1:]) <= 1:
+                if self.accumulates(batch):
+                    for p in self.trainer.model.parameters():
+                        p.grad = torch.zeros_like(p)
+                seconds.append(seconds_of(self.trainer, runtime=self.runtime))
+            trial = trial._replace(seconds=statistics.median(seconds[1:]))
+            if self.on_gpu:
+                trial = trial._replace(memory=torch.cuda.max_memory_allocated())
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             trial = trial._replace(fits=False)
-        if self.on_gpu and trial.fits:
-            trial = trial._replace(memory=torch.cuda.max_memory_allocated())
         if self.trainer:
             self.trainer.model.zero_grad(set_to_none=True)
         gc.collect()  # what an unfinished step has left
@@ -153,14 +133,14 @@ class BatchTrials:
 def bench_batch(
     config: BenchConfig,
     runtime: Runtime,
-    training_step: TrainingStep,
+    step: TrainingStep,
     room: float | None = None,
     time_all: bool = False,
 ) -> dict[str, Any]:
     """Find the largest batch that fits and the fastest that was timed; print a table, and flags for both."""
     config = plan.planned_shape(replace(config, max_epochs=None))[0]  # a few steps need no max_iters
-    trials = BatchTrials(config, runtime, training_step, room)
-    first = trials.computed(1)
+    trials = BatchTrials(config, runtime, step, room)
+    first, results = trials.computed(1), {}
     if first.fits or trials.on_gpu:
         results = search(trials.attempt, trials.computed, not trials.on_gpu, time_all)
         first = results[1]
@@ -169,14 +149,28 @@ def bench_batch(
             f"one sequence needs {first.memory / 2**30:,.2f} GiB, {trials.room / 2**30:,.2f} can be used; "
             "lower --block_size or --n_embd, or set --activation_checkpointing=True"
         )
-    result = results_of(list(results.values()), config)
-    print("\n".join(table(result, config)))
-    return result
+    print("   batch          ms      tokens/s       memory")
+    rows = []
+    for trial in results.values():
+        rate, speed, note = None, 26 * " ", "computed" if trial.fits else "too much"
+        if trial.seconds:
+            rate = trial.batch * config.block_size / trial.seconds
+            speed, note = f"{trial.seconds * 1000:12,.2f}  {rate:12,.0f}", ""
+        print(f"{trial.batch:8,}{speed}  {trial.memory / 2**30:7,.2f} GiB  {note}".rstrip())
+        rows.append({**trial._asdict(), "tokens_per_second": rate})
+    fitting, sequences = [row for row in rows if row["fits"]], samples_per_step(config)
+    best = {"largest": fitting[-1], "fastest": max(fitting, key=lambda row: row["tokens_per_second"] or 0)}
+    for name, row in best.items():
+        best[name] = row | step_with(config, row["batch"])
+        or_more = " or more" if name == "largest" and row["batch"] == LARGEST else ""
+        nearest = best[name]["sequences"]
+        note = "" if nearest == sequences else f", {nearest:,} being nearest"
+        print(f"{name}  {row['batch']:,}{or_more}; a step of {sequences:,}{note}: {best[name]['flags']}")
+    return {"trials": rows, **best}
 
 
 def step_with(config: BenchConfig, largest: int) -> dict[str, Any]:
-    """Micro-batches of at most `largest` sequences, and at least half as many, that make a step nearest to
-    that of the settings."""
+    """Micro-batches of largest // 2 to `largest` sequences whose step is nearest to that of the settings."""
     sequences = samples_per_step(config)
     largest = max(1, min(largest, sequences // config.n_gpus))
     B, micro_steps = plan.share_out(sequences, config.n_gpus, largest, largest // 2 + 1)
@@ -185,50 +179,14 @@ def step_with(config: BenchConfig, largest: int) -> dict[str, Any]:
     return {"batch_size": B, "gradient_accumulation_steps": steps, "flags": flags, "sequences": B * steps}
 
 
-def results_of(trials: list[Trial], config: BenchConfig) -> dict[str, Any]:
-    """All trials; the largest that fits, and the fastest that was timed."""
-    rows = []
-    for trial in trials:
-        rate = trial.batch * config.block_size / trial.seconds if trial.seconds else None
-        rows.append({**trial._asdict(), "tokens_per_second": rate})
-    fitting = [row for row in rows if row["fits"]]
-    largest = max(fitting, key=lambda row: row["batch"])
-    fastest = max(fitting, key=lambda row: row["tokens_per_second"] or 0)
-    best = {"largest": largest, "fastest": fastest}
-    return {"trials": rows} | {name: row | step_with(config, row["batch"]) for name, row in best.items()}
-
-
-def table(result: dict[str, Any], config: BenchConfig) -> list[str]:
-    """The results as lines."""
-    lines = ["   batch          ms      tokens/s       memory"]
-    for row in result["trials"]:
-        speed, note = 26 * " ", "computed" if row["fits"] else "too much"
-        if row["seconds"]:
-            speed, note = f"{row['seconds'] * 1000:12,.2f}  {row['tokens_per_second']:12,.0f}", ""
-        lines.append(f"{row['batch']:8,}{speed}  {row['memory'] / 2**30:7,.2f} GiB  {note}".rstrip())
-    sequences = samples_per_step(config)
-    for name in ("largest", "fastest"):
-        row = result[name]
-        or_more = " or more" if name == "largest" and row["batch"] == LARGEST else ""
-        nearest = "" if row["sequences"] == sequences else f", {row['sequences']:,} being nearest"
-        lines.append(f"{name}  {row['batch']:,}{or_more}; a step of {sequences:,}{nearest}: {row['flags']}")
-    return lines
-
-
 def available_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> float:
-    """Bytes that this process may still take without harm to others; inf if the system does not say.
-
-    Linux: the kernel's figure, or what is left of a cgroup's limit. macOS: half of all memory.
-    """
+    """Bytes that this process may still take without harm to others; inf if the system does not say. Linux:
+    the kernel's figure, or what is left of a cgroup's limit. macOS: half of all memory."""
     try:
         kilobytes = re.search(r"^MemAvailable: +(\d+) kB", (proc / "meminfo").read_text(), re.M)[1]
         return min(1024 * int(kilobytes), cgroup_room(proc, cgroups))
     except (OSError, TypeError):
-        names = getattr(os, "sysconf_names", {})
-        for name, fraction in {"SC_AVPHYS_PAGES": 1.0, "SC_PHYS_PAGES": 0.5}.items():
-            if name in names:
-                return fraction * os.sysconf(name) * os.sysconf("SC_PAGE_SIZE")
-        return math.inf
+        return plan.total_memory() / 2
 
 
 def cgroup_room(proc: Path, cgroups: Path) -> float:
@@ -239,9 +197,8 @@ def cgroup_room(proc: Path, cgroups: Path) -> float:
         _, kinds, path = line.split(":", 2)
         if kinds and "memory" not in kinds.split(","):
             continue
-        top = cgroups / "memory" if kinds else cgroups
         limit, usage = ("limit_in_bytes", "usage_in_bytes") if kinds else ("max", "current")
-        folder = top / path.lstrip("/")
+        folder = cgroups / ("memory" if kinds else "") / path.lstrip("/")
         for group in (folder, *folder.parents):
             with suppress(OSError, ValueError):  # no such file; "max": no limit
                 left = int((group / f"memory.{limit}").read_text())

@@ -21,8 +21,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from distrogpt.benchmark import timing
-from distrogpt.benchmark.plan import Split, count, find_hardware, memory
+from distrogpt.benchmark import plan, timing
 from distrogpt.benchmark.training import Trainer, TrainingStep
 from distrogpt.checkpoint import NEWEST, load_checkpoint
 from distrogpt.errors import UserError
@@ -34,15 +33,15 @@ from distrogpt.kernels.cpu import to_device
 from distrogpt.runtime import Runtime
 from distrogpt.settings import BenchConfig
 from distrogpt.training.batches import MicroBatch
-from distrogpt.training.distributed import full_tensor, wrap_distributed
+from distrogpt.training.distributed import weights_are_finite, wrap_distributed
 from distrogpt.training.optim import clip_gradients
 from model import GPT, GPTConfig
 
-ROOT = Path(__file__).resolve().parents[2]
 SMALL = {"block_size": 256, "vocab_size": 1024, "n_layer": 4, "n_head": 4, "n_embd": 256}
 MODERN = {"norm": "rmsnorm", "rotary": True, "qk_norm": True, "activation": "relu2", "n_kv_head": 2}
 MODERN |= {"tied": False, "logit_softcap": 15.0, "embedding_skip": True}  # no zero_init: it hides gradients
 NETWORKS = {"GPT-2": {}, "modern": MODERN}
+TRAIN = [sys.executable, str(timing.ROOT / "train.py")]
 
 
 class Row(NamedTuple):
@@ -73,10 +72,9 @@ def distance(result: torch.Tensor, expected: torch.Tensor) -> float:
     return float((result - expected).norm() / expected.norm().clamp(min=1e-12))
 
 
-def not_finite(model: torch.nn.Module) -> float:
-    """1.0 if any weight is not finite, else 0.0."""
-    finite = all(bool(full_tensor(p.detach()).isfinite().all()) for p in model.parameters())
-    return 0.0 if finite else 1.0
+def not_finite(what: str, model: torch.nn.Module, runtime: Runtime) -> Row:
+    value = 0.0 if weights_are_finite(model, runtime) else 1.0
+    return Row(f"{what}: weights that are not finite", value, 0.0)
 
 
 def small_model(network: dict[str, Any], device: torch.device | None = None) -> GPT:
@@ -94,14 +92,10 @@ def make_batch(seed: int, device: torch.device, length: int = SMALL["block_size"
     return MicroBatch(tokens[:, :-1], tokens[:, 1:].contiguous(), seed)
 
 
-def losses_of(trainer: Trainer, length: int = SMALL["block_size"]) -> list[float]:
-    """The losses of 20 training steps on sequences of that length."""
+def losses_of(trainer: Trainer, length: int = SMALL["block_size"]) -> torch.Tensor:
+    """The losses of 20 training steps on sequences of that length: (20,)."""
     device = trainer.runtime.device
-    return [trainer.train([make_batch(seed, device, length)]).loss for seed in range(20)]
-
-
-def largest_difference(a: list[float], b: list[float]) -> float:
-    return float((torch.tensor(a) - torch.tensor(b)).abs().max())
+    return torch.tensor([trainer.train([make_batch(seed, device, length)]).loss for seed in range(20)])
 
 
 def check_machine(config: BenchConfig, runtime: Runtime, _: TrainingStep) -> list[Row]:
@@ -113,15 +107,11 @@ def check_machine(config: BenchConfig, runtime: Runtime, _: TrainingStep) -> lis
         product = measured_flops(runtime.device, dtype, seconds=1.0)
         rows.append(Row(f"matrix product, {timing.dtype_name(dtype)}", f"{product / 1e12:,.2f} TFLOP/s"))
     if runtime.device.type == "cuda":
-        gpu, peak = (
-            torch.cuda.get_device_properties(runtime.device),
-            peak_flops(runtime.device, runtime.dtype),
-        )
-        memory_size = f"{gpu.total_memory / 2**30:.0f} GiB"
-        rows.append(Row("GPU", f"{gpu.name}, {memory_size}, CUDA {torch.version.cuda}"))
-        rows.append(Row("peak from which MFU is computed", f"{peak / 1e12:,.0f} TFLOP/s"))
-    rows.append(Row("memory, read", f"{measured_bandwidth(runtime.device) / 1e9:,.0f} GB/s"))
-    return rows
+        gpu = torch.cuda.get_device_properties(runtime.device)
+        words = f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}"
+        peak = f"{peak_flops(runtime.device, runtime.dtype) / 1e12:,.0f} TFLOP/s"
+        rows += [Row("GPU", words), Row("peak from which MFU is computed", peak)]
+    return [*rows, Row("memory, read", f"{measured_bandwidth(runtime.device) / 1e9:,.0f} GB/s")]
 
 
 def processor_name() -> str:
@@ -130,7 +120,7 @@ def processor_name() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor() or platform.machine()
-    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    fields = dict(map(str.strip, line.split(":", 1)) for line in lines if ":" in line)
     family = f"family {fields.get('cpu family', '?')}, model {fields.get('model', '?')}"
     return f"{fields.get('model name', platform.machine())} ({family})"
 
@@ -141,9 +131,9 @@ def check_network(config: BenchConfig, runtime: Runtime, _: TrainingStep) -> lis
     def run(model: GPT, dtype: torch.dtype) -> tuple[torch.Tensor, float, torch.Tensor]:
         on = replace(runtime, device=next(model.parameters()).device, dtype=dtype)
         x, y, *_ = make_batch(0, on.device)
-        with timing.float32_precision("highest"), on.autocast():
-            logits, loss = model(x, y)
         with timing.float32_precision("highest"):
+            with on.autocast():
+                logits, loss = model(x, y)
             loss.backward()
         return logits, loss.item(), torch.cat([p.grad.flatten() for p in model.parameters()])
 
@@ -153,21 +143,17 @@ def check_network(config: BenchConfig, runtime: Runtime, _: TrainingStep) -> lis
         for dtype, limit in ((torch.float32, 1e-4), (torch.bfloat16, 3e-2)):
             result = run(small_model(network, runtime.device), dtype)
             kind = f"{name}, {timing.dtype_name(dtype)}"
-            rows += [
-                Row(f"{kind}: logits", distance(result[0], logits), limit),
-                Row(f"{kind}: loss", abs(result[1] / loss - 1), limit / 10),
-                Row(f"{kind}: gradients", distance(result[2], gradients), limit),
-            ]
+            rows.append(Row(f"{kind}: logits", distance(result[0], logits), limit))
+            rows.append(Row(f"{kind}: loss", abs(result[1] / loss - 1), limit / 10))
+            rows.append(Row(f"{kind}: gradients", distance(result[2], gradients), limit))
     return rows
 
 
 @torch.no_grad()
 def check_greedy(config: BenchConfig, runtime: Runtime, _: TrainingStep) -> list[Row]:
     """Greedy text, 64 tokens after 8 prompts: the KV cache against full forward passes, a batch against each
-    prompt alone, CUDA graphs against none. The value is the fraction of tokens that differ.
-
-    In bf16, rounding decides near ties: the cache is not compared, and batches have no limit on GPUs.
-    """
+    prompt alone, CUDA graphs against none. The value is the fraction of tokens that differ. In bf16, rounding
+    decides near ties: the cache is not compared, and batches have no limit on GPUs."""
     rows, on_gpu = [], runtime.device.type == "cuda"
     for name, network in NETWORKS.items():
         model = small_model(network, runtime.device)
@@ -199,13 +185,12 @@ def greedy(model: GPT, prompts: list[torch.Tensor], graph: bool = True) -> torch
     return torch.cat([token.ids for token in tokens], dim=1)
 
 
-def greedy_without_cache(model: GPT, prompt: torch.Tensor) -> torch.Tensor:
+def greedy_without_cache(model: GPT, ids: torch.Tensor) -> torch.Tensor:
     """64 greedy ids after a prompt (T,), each from a forward pass over all before it: (64,)."""
-    idx = prompt[None]
     for _ in range(64):
-        logits, _ = model(idx)
-        idx = torch.cat((idx, logits[:, -1].argmax(dim=-1, keepdim=True)), dim=1)
-    return idx[0, len(prompt) :]
+        logits, _ = model(ids[None])
+        ids = torch.cat((ids, logits[0, -1:].argmax(dim=-1)))
+    return ids[-64:]
 
 
 def different(ids: torch.Tensor, expected: torch.Tensor) -> float:
@@ -222,25 +207,22 @@ def check_compile(config: BenchConfig, runtime: Runtime, training_step: Training
         eager = losses_of(Trainer(training_step, config, None, runtime, copy.deepcopy(model)))
         model.compile()
         other = losses_of(Trainer(training_step, config, None, runtime, model))
-        rows.append(Row(f"{name}: largest difference of losses", largest_difference(eager, other), 0.05))
+        rows.append(Row(f"{name}: largest difference of losses", float((eager - other).abs().max()), 0.05))
         rows.append(Row(f"{name}: losses", f"{eager[0]:.4f} to {eager[-1]:.4f}, {other[-1]:.4f} compiled"))
     return rows
 
 
 def check_fp16(config: BenchConfig, runtime: Runtime, training_step: TrainingStep) -> list[Row]:
-    """What 20 training steps learn in fp16 with its loss scaler, against fp32. The first steps may be skipped
-    while it looks for the scale."""
-    learned, rows = {}, []
+    """What 20 steps learn in fp16 with its loss scaler, which first looks for its scale, against fp32."""
+    learned, rows = [], []
     length = SMALL["block_size"] if runtime.device.type == "cuda" else 16  # CPUs are slow in fp16
     for dtype in (torch.float32, torch.float16):
         model = small_model({}, runtime.device)
-        trainer = Trainer(training_step, config, None, replace(runtime, dtype=dtype), model)
-        losses = losses_of(trainer, length)
-        learned[dtype] = losses[0] - losses[-1]
+        losses = losses_of(Trainer(training_step, config, None, replace(runtime, dtype=dtype), model), length)
+        learned.append(float(losses[0] - losses[-1]))
         rows.append(Row(f"{timing.dtype_name(dtype)}: losses", f"{losses[0]:.4f} to {losses[-1]:.4f}"))
-    missing = 1 - learned[torch.float16] / learned[torch.float32]
-    row = Row("fp16: share of what fp32 learns that is missing", missing, 0.25)
-    return [row, Row("fp16: weights that are not finite", not_finite(model), 0.0), *rows]
+    row = Row("fp16: share of what fp32 learns that is missing", 1 - learned[1] / learned[0], 0.25)
+    return [row, not_finite("fp16", model, runtime), *rows]
 
 
 def check_resume(config: BenchConfig, runtime: Runtime, _: TrainingStep) -> list[Row]:
@@ -248,7 +230,7 @@ def check_resume(config: BenchConfig, runtime: Runtime, _: TrainingStep) -> list
     with tempfile.TemporaryDirectory() as folder:
         flags = training_flags(Path(folder), runtime)
         uninterrupted = run_train(["--out_dir=whole", *flags], folder)
-        command = [sys.executable, str(ROOT / "train.py"), *flags, "--out_dir=broken", "--save_interval=10"]
+        command = [*TRAIN, *flags, "--out_dir=broken", "--save_interval=10"]
         newest, log = Path(folder) / "broken" / NEWEST, Path(folder) / "killed.log"
         with open(log, "w") as file:
             process = subprocess.Popen(command, cwd=folder, stdout=file, stderr=subprocess.STDOUT)
@@ -261,25 +243,23 @@ def check_resume(config: BenchConfig, runtime: Runtime, _: TrainingStep) -> list
         step = load_checkpoint(newest)["iter_num"]
         resumed = run_train(["--out_dir=broken", *flags, "--init_from=resume"], folder)
         files = [load_checkpoint(Path(folder) / name / NEWEST) for name in ("whole", "broken")]
-        expected, weights = (torch.cat([w.flatten() for w in file["model"].values()]) for file in files)
-        limit = 0.0 if runtime.device.type == "cpu" else 1e-2  # the order of sums varies on GPUs
-        failed = 0.0 if killed and step < 20 else 1.0
-        return [
-            Row(f"killed while it trained, resumed at step {step}", failed, 0.0),
-            Row("weights against the unbroken run's", distance(weights, expected), limit),
-            Row("val loss", f"{uninterrupted} unbroken, {resumed} resumed"),
-        ]
+    expected, weights = (torch.cat([w.flatten() for w in file["model"].values()]) for file in files)
+    limit = 0.0 if runtime.device.type == "cpu" else 1e-2  # the order of sums varies on GPUs
+    failed = 0.0 if killed and step < 20 else 1.0
+    return [
+        Row(f"killed while it trained, resumed at step {step}", failed, 0.0),
+        Row("weights against the unbroken run's", distance(weights, expected), limit),
+        Row("val loss", f"{uninterrupted} unbroken, {resumed} resumed"),
+    ]
 
 
 def training_flags(folder: Path, runtime: Runtime) -> list[str]:
     """train.py's flags for 20 steps on a dataset made in the folder."""
-    rng = np.random.default_rng(0)
-    sizes = {"train": 100_000, "val": 10_000}
+    rng, sizes = np.random.default_rng(0), {"train": 100_000, "val": 10_000}
     for split, size in sizes.items():
         (rng.integers(1, 4, size).cumsum() % 256).astype("<u2").tofile(folder / f"{split}.bin")
     meta = {"version": 1, "tokenizer": {"kind": "byte"}, "vocab_size": 257, "dtype": "uint16"}
-    meta["tokens"] = sizes
-    (folder / "meta.json").write_text(json.dumps(meta))
+    (folder / "meta.json").write_text(json.dumps(meta | {"tokens": sizes}))
     flags = "--max_iters=20 --eval_interval=20 --eval_iters=2 --warmup_iters=5 --batch_size=4 --block_size=64"
     flags += " --gradient_accumulation_steps=8 --dropout=0.1 --compile=False --loss_plot=False"
     flags += "".join(f" --{name}={SMALL[name]}" for name in ("n_layer", "n_head", "n_embd"))
@@ -287,10 +267,9 @@ def training_flags(folder: Path, runtime: Runtime) -> list[str]:
     return [f"--dataset={folder}", *flags.split()]
 
 
-def run_train(flags: list[str], folder: str, launcher: tuple[str, ...] = ()) -> str:
+def run_train(flags: list[str], folder: str, command: list[str] = TRAIN) -> str:
     """Run train.py in the folder; the best val loss that it reports. Raises UserError if it fails."""
-    command = [sys.executable, *launcher, str(ROOT / "train.py"), *flags]
-    run = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    run = subprocess.run([*command, *flags], cwd=folder, capture_output=True, text=True)
     if run.returncode:
         raise UserError(f"train.py failed: {' '.join((run.stderr or run.stdout).split())[-300:]}")
     return run.stdout.split("val loss ")[-1].split()[0]
@@ -305,29 +284,26 @@ def check_ranks(config: BenchConfig, runtime: Runtime, training_step: TrainingSt
         server.bind(("127.0.0.1", 0))
         address = f"tcp://127.0.0.1:{server.getsockname()[1]}"
     dist.init_process_group(backend, init_method=address, rank=0, world_size=1)
-    rows = []
-    model = small_model({}, runtime.device)
+    rows, model = [], small_model({}, runtime.device)
     expected = losses_of(Trainer(training_step, config, None, runtime, copy.deepcopy(model)))
     for name, shard in (("DDP", False), ("FSDP2, --shard=True", True)):
         replica = wrap_distributed(copy.deepcopy(model), shard, runtime)
-        losses = losses_of(Trainer(training_step, config, None, runtime, replica))
-        difference = largest_difference(expected, losses)
-        rows.append(Row(f"{name}, {backend}: largest difference of losses", difference, 0.01))
-        rows.append(Row(f"{name}: weights that are not finite", not_finite(replica), 0.0))
+        difference = expected - losses_of(Trainer(training_step, config, None, runtime, replica))
+        what = f"{name}, {backend}: largest difference of losses"
+        rows += [Row(what, float(difference.abs().max()), 0.01), not_finite(name, replica, runtime)]
         del replica
     dist.destroy_process_group()
     with tempfile.TemporaryDirectory() as folder:
         flags = training_flags(Path(folder), runtime)
         alone = run_train(["--out_dir=plain", *flags], folder)
-        torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1")
+        torchrun = [TRAIN[0], *"-m torch.distributed.run --standalone --nproc_per_node=1".split(), TRAIN[1]]
         loss = run_train(["--out_dir=ranks", *flags], folder, torchrun)
-        rows.append(Row("torchrun: difference of val loss", abs(float(loss) - float(alone)), 0.02))
-    return rows
+    return [*rows, Row("torchrun: difference of val loss", abs(float(loss) - float(alone)), 0.02)]
 
 
 def check_synchronize(config: BenchConfig, runtime: Runtime, training_step: TrainingStep) -> list[Row]:
     """What a step pays for reading loss and gradient norm from the device before it updates weights."""
-    config = replace(config, batch_size=config.batch_size or 8, compile=config.compile is True)
+    config = replace(config, compile=config.compile is True)
     trainer = Trainer(training_step, config, timing.open_data(config), runtime)
     batches = trainer.batches.current[:1]
     x, y, *_ = batches[0]
@@ -358,23 +334,23 @@ def check_synchronize(config: BenchConfig, runtime: Runtime, training_step: Trai
 
 def check_memory(config: BenchConfig, runtime: Runtime, training_step: TrainingStep) -> list[Row]:
     """The peak memory of three training steps, next to the planner's figure."""
-    config = replace(config, batch_size=config.batch_size or 1, gradient_accumulation_steps=1, compile=False)
+    config = replace(config, gradient_accumulation_steps=1, compile=False)
     trainer = Trainer(training_step, config, timing.open_data(config), runtime)
     for _ in range(3):
         trainer()
     measured = timing.peak_memory(runtime)  # before the planner counts, which needs memory of its own
-    on_gpu, half = runtime.device.type != "cpu", runtime.dtype != torch.float32
-    counts = count(trainer.model.config, config, half, on_gpu)
-    split = Split(1, config.batch_size, 1, recompute=config.activation_checkpointing)
-    hardware = find_hardware(replace(config, gpu="here"), runtime, peak=1.0)
-    planned = memory(counts, hardware, split)["peak"]
-    way = "with" if config.activation_checkpointing else "without"
-    what = f"{counts.parameters / 1e6:,.0f} M parameters, batch {config.batch_size}"
+    half, on_gpu = runtime.dtype != torch.float32, runtime.device.type != "cpu"
+    counts = plan.count(trainer.model.config, config, half, on_gpu)
+    split = plan.Split(1, config.batch_size, 1, recompute=config.activation_checkpointing)
+    hardware = plan.find_hardware(replace(config, gpu="here"), runtime, peak=1.0)
+    planned = plan.memory(counts, hardware, split)["peak"]
     value = "not measured on this system"
     if measured:
         error = f"{planned / measured - 1:+.0%}"
         value = f"{measured / 2**30:.2f} GiB; planner {planned / 2**30:.2f} GiB, {error}"
-    return [Row(f"{what}, {way} activation checkpointing", value)]
+    how = "with" if config.activation_checkpointing else "without"
+    what = f"{counts.parameters / 1e6:,.0f} M parameters, batch {config.batch_size}"
+    return [Row(f"{what}, {how} activation checkpointing", value)]
 
 
 ALL = (check_machine, check_network, check_greedy, check_compile, check_fp16, check_resume, check_ranks)

@@ -14,6 +14,7 @@ tokens in 45 minutes on 8 H100, 0.40, and in 90 minutes on 8 A100 80GB, 0.63.
 import math
 import os
 from bisect import bisect_left
+from contextlib import suppress
 from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
@@ -43,12 +44,9 @@ COMPILER = 80e6  # bytes of torch's compiler, which DDP, FSDP2 and activation_ch
 DISK, PAGE = 1e9, 4096  # bytes/s of a node's SSD; bytes that a system reads at once
 # columns of the memory table, and their widths
 MEMORY_COLUMNS = {"weights": 7, "gradients": 9, "averages": 8, "activations": 11, "more": 5, "peak": 5}
-GPT2_SHAPES = {  # layers, heads, width (Radford et al., 2019)
-    "gpt2": (12, 12, 768),
-    "gpt2-medium": (24, 16, 1024),
-    "gpt2-large": (36, 20, 1280),
-    "gpt2-xl": (48, 25, 1600),
-}
+# layers, heads, width (Radford et al., 2019)
+GPT2_SHAPES = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024)}
+GPT2_SHAPES |= {"gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600)}
 UNKNOWN = GPU("", 0, 0, None, 32, 12.5)  # PCIe, and eight that share 100 Gbit/s
 
 
@@ -96,37 +94,38 @@ class Split(NamedTuple):
         return self.n * self.B * self.micro_steps
 
 
+def total_memory() -> float:
+    """Bytes of this machine; inf if the system does not say, as Windows."""
+    if not hasattr(os, "sysconf"):
+        return math.inf
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def find_hardware(config: BenchConfig, runtime: Runtime, peak: float | None = None) -> Hardware:
     """The GPU of config.gpu, or this machine, whose `peak` may have been measured before."""
-    kind, gpu, per_node = runtime.device.type, UNKNOWN, 1
-    if config.gpu != "here":
+    device, here = runtime.device, config.gpu == "here"
+    if not here:
         gpu = GPUS[config.gpu]
         name, size, peak, per_node = gpu.words, gpu.memory * 2**30, gpu.peak_flops, 8
         if config.dtype == "float32":  # TF32 is half as fast as bf16; older chips have none
             peak /= 8 if config.gpu in ("v100", "t4") else 2
-    elif kind == "cuda":
-        properties = torch.cuda.get_device_properties(runtime.device)
+    elif device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
         name, size, per_node = properties.name, properties.total_memory, torch.cuda.device_count()
-        gpu = find_gpu(name) or UNKNOWN
+        gpu, peak = find_gpu(name) or UNKNOWN, peak or peak_flops(device, runtime.dtype)
     else:
-        name, size = f"this {kind}", math.inf
-        if hasattr(os, "sysconf"):  # Windows has none
-            size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if not peak:
-        measure = peak_flops if kind == "cuda" else measured_flops
-        peak = measure(runtime.device, runtime.dtype)
+        name, size, per_node, gpu = f"this {device.type}", total_memory(), 1, UNKNOWN
+        peak = peak or measured_flops(device, runtime.dtype)
     bandwidth = gpu.memory_bandwidth * 1e9 if gpu.memory_bandwidth else None
     network, per_node = config.interconnect or gpu.network, config.gpus_per_node or per_node
-    is_cpu = config.gpu == "here" and kind == "cpu"
+    is_cpu = here and device.type == "cpu"
     return Hardware(name, peak, size, bandwidth, gpu.link * 1e9, network * 1e9 / 8, per_node, is_cpu)
 
 
 def planned_shape(config: BenchConfig) -> tuple[BenchConfig, GPTConfig, bool]:
     """The settings, with GPT-2's shape if init_from names one; the network; whether the dataset is here.
-
     Without a dataset, the vocabulary is GPT-2's. Raises UserError if the shape is in a file, or if max_epochs
-    needs a dataset that is not here.
-    """
+    needs a dataset that is not here."""
     if config.init_from in GPT2_SHAPES:
         layers, heads, width = GPT2_SHAPES[config.init_from]
         config = replace(config, init_from="scratch", n_layer=layers, n_head=heads, n_embd=width, bias=True)
@@ -134,12 +133,10 @@ def planned_shape(config: BenchConfig) -> tuple[BenchConfig, GPTConfig, bool]:
         raise UserError(f"plan cannot see into init_from={config.init_from}; give its shape in the settings")
     meta, has_data = GPT2_META, False
     if config.real_data:
-        try:
+        with suppress(UserError):
             parts = find_parts(config.dataset)
             has_data = all(any(folder.glob("train*.bin")) for _, _, folder, _ in parts)
             meta = parts[0][-1] if has_data else meta
-        except UserError:
-            pass
     if config.max_epochs is not None:
         if not has_data:
             raise UserError("max_epochs is counted on the dataset, which is not here; give --max_iters alone")
@@ -164,9 +161,7 @@ def as_trained(model: GPT, on_gpu: bool) -> GPT:
 
 def saved_bytes(model: GPT, B: int, half: bool) -> int:
     """Bytes that a training forward pass of B sequences saves for the backward pass, without the parameters.
-
-    Memory that several operations save counts once. `half`: with autocast to 16 bits.
-    """
+    Memory that several operations save counts once. `half`: with autocast to 16 bits."""
     parameters = {p.untyped_storage()._cdata for p in model.parameters()}
     saved: dict[int, torch.UntypedStorage] = {}  # held, so that no later storage gets the same address
 
@@ -184,11 +179,9 @@ def saved_bytes(model: GPT, B: int, half: bool) -> int:
 
 
 def count(shape: GPTConfig, config: BenchConfig, half: bool, on_gpu: bool) -> Counts:
-    """Count a model, on fake tensors: the same code runs, without memory and time.
-
-    What one block and one sequence add is the difference between one and two layers, two and three sequences
-    (a single sequence is not copied in some places).
-    """
+    """Count a model, on fake tensors: the same code runs, without memory and time. What one block and one
+    sequence add is the difference between one and two layers, two and three sequences (a single sequence is
+    not copied in some places)."""
     saved = {}
     causal_mask.cache_clear()  # true tensors and fake ones do not mix
     with FakeTensorMode():
@@ -215,11 +208,9 @@ def count(shape: GPTConfig, config: BenchConfig, half: bool, on_gpu: bool) -> Co
 
 
 def memory(counts: Counts, hardware: Hardware, split: Split) -> dict[str, float]:
-    """Bytes of a rank, without torch.compile, which needs less for activations and loss.
-
-    "more" is what `shard` gathers from other ranks: two blocks in the compute dtype, tables in fp32. "peak"
-    is below the sum if not all of it is there at once.
-    """
+    """Bytes of a rank, without torch.compile, which needs less for activations and loss. "more" is what
+    `shard` gathers from other ranks: two blocks in the compute dtype, tables in fp32. "peak" is below the sum
+    if not all of it is there at once."""
     shape, N, B, shard = counts.shape, counts.parameters, split.B, split.shard and split.n > 1
     layers, fraction = shape.n_layer, 1 / split.n if shard else 1
     weights, gradients, averages = 4 * N * fraction, 4 * N * fraction, counts.averages * fraction
@@ -249,19 +240,9 @@ def memory(counts: Counts, hardware: Hardware, split: Split) -> dict[str, float]
     return {**parts, "more": more, "peak": peak, "fits": peak <= USABLE * hardware.memory}
 
 
-def ring_bandwidth(hardware: Hardware, n: int) -> float:
-    """Bytes/s of a ring through n GPUs."""
-    link = hardware.link
-    if n > hardware.per_node:
-        link = min(link, hardware.per_node * hardware.network)
-    return LINK_SHARE * link
-
-
 def exchange(counts: Counts, hardware: Hardware, n: int, shard: bool) -> tuple[float, float]:
-    """Seconds of an exchange among n ranks, and of its last message, which cannot overlap.
-
-    The all-reduce of fp32 gradients, once a step; with `shard` the gathers and the scatter of a micro-step.
-    """
+    """Seconds of an exchange among n ranks, and of its last message, which cannot overlap. The all-reduce of
+    fp32 gradients, once a step; with `shard` the gathers and the scatter of a micro-step."""
     if n == 1:
         return 0.0, 0.0
     gradients = 4 * counts.parameters
@@ -269,7 +250,10 @@ def exchange(counts: Counts, hardware: Hardware, n: int, shard: bool) -> tuple[f
     sent = (n - 1) / n * (weights + gradients if shard else 2 * gradients)
     groups = 2 * counts.shape.n_layer + 1  # attention and MLP of each block, and the rest: distributed.py
     messages = 3 * groups if shard else math.ceil(gradients / BUCKET)
-    seconds = sent / ring_bandwidth(hardware, n) + messages * LATENCY * math.log2(n)
+    link = hardware.link  # of a ring through n GPUs, the slowest
+    if n > hardware.per_node:
+        link = min(link, hardware.per_node * hardware.network)
+    seconds = sent / (LINK_SHARE * link) + messages * LATENCY * math.log2(n)
     return seconds, seconds / messages
 
 
@@ -293,28 +277,28 @@ def step_time(counts: Counts, hardware: Hardware, split: Split, mfu: float) -> d
 def share_out(sequences: int, n: int, largest: int, smallest: int = 1) -> tuple[int, int]:
     """B, between smallest and largest, and the micro-steps of each of n ranks, for a step of nearly
     `sequences`; the larger B of two."""
-    splits = []
-    for B in range(max(smallest, largest - 4095), largest + 1):  # one of these comes near enough
-        for micro_steps in (max(1, sequences // (n * B)), math.ceil(sequences / (n * B))):
-            splits.append((abs(n * B * micro_steps - sequences), -B, micro_steps))
-    _, B, micro_steps = min(splits)
-    return -B, micro_steps
+    splits = [
+        (B, micro_steps)
+        for B in range(largest, max(smallest, largest - 4095) - 1, -1)  # one of these comes near enough
+        for micro_steps in (max(1, sequences // (n * B)), math.ceil(sequences / (n * B)))
+    ]
+    return min(splits, key=lambda split: abs(n * split[0] * split[1] - sequences))
 
 
 def settle(config: BenchConfig, counts: Counts, hardware: Hardware, split: Split) -> Split:
     """`split`, with the batch and micro-steps nearest to the settings that fit; B is 1 if none do."""
-    sequences = samples_per_step(config)
 
     def of_at_most(largest: int) -> Split:
-        B, micro_steps = share_out(sequences, split.n, largest)
+        B, micro_steps = share_out(samples_per_step(config), split.n, largest)
         return split._replace(B=B, micro_steps=micro_steps)
 
     def too_large(largest: int) -> bool:
         return not memory(counts, hardware, of_at_most(largest))["fits"]
 
-    if not too_large(config.batch_size):
-        return of_at_most(config.batch_size)
-    return of_at_most(max(1, bisect_left(range(1, config.batch_size), True, key=too_large)))
+    largest = config.batch_size
+    if too_large(largest):
+        largest = max(1, bisect_left(range(1, largest), True, key=too_large))
+    return of_at_most(largest)
 
 
 def data_rates(counts: Counts, tokens_per_second: float, nodes: int) -> dict[str, float]:
@@ -326,17 +310,15 @@ def data_rates(counts: Counts, tokens_per_second: float, nodes: int) -> dict[str
     return {"total": total, "node": total / nodes, "disk": total / nodes * pages * PAGE / window}
 
 
-def run_on(
-    config: BenchConfig, counts: Counts, hardware: Hardware, split: Split, mfu: float
-) -> dict[str, Any]:
+def run_on(config: BenchConfig, counts: Counts, hardware: Hardware, split: Split, mfu: float) -> dict:
     """The whole run, for the tokens that its settings ask for, split in this way."""
     step = step_time(counts, hardware, split, mfu)
     sequences, rate = samples_per_step(config), step["tokens_per_second"]
     days = config.max_iters * sequences * config.block_size / rate / 86400
-    run = {"n": split.n, "B": split.B, "rounds": split.micro_steps}
-    run |= {"shard": split.shard, "again": split.recompute}
-    run |= {"sequences": split.sequences, "max_iters": round(config.max_iters * sequences / split.sequences)}
-    run |= {**step, "share": step["waits"] / step["seconds"], "efficiency": step["compute"] / step["seconds"]}
+    run = {"n": split.n, "B": split.B, "rounds": split.micro_steps, "shard": split.shard}
+    run |= {"again": split.recompute, "sequences": split.sequences}
+    run |= {"max_iters": round(config.max_iters * sequences / split.sequences), **step}
+    run |= {"share": step["waits"] / step["seconds"], "efficiency": step["compute"] / step["seconds"]}
     run |= {"days": days, "gpu_hours": days * 24 * split.n, "memory": memory(counts, hardware, split)}
     return {**run, "data": data_rates(counts, rate, math.ceil(split.n / hardware.per_node))}
 
@@ -386,7 +368,6 @@ def plan(config: BenchConfig, runtime: Runtime, mfu: float | None = None, peak: 
         split = settle(config, counts, hardware, Split(config.n_gpus, 1, 1, *how))
         if memory(counts, hardware, split)["fits"]:
             break
-    run = run_on(config, counts, hardware, split, mfu)
     variants = {}
     for name in ("plain", "checkpointing", "shard", "shard, checkpointing"):
         variant = split._replace(shard="shard" in name, recompute="checkpointing" in name)
@@ -394,13 +375,13 @@ def plan(config: BenchConfig, runtime: Runtime, mfu: float | None = None, peak: 
     numbers = sorted({2**i for i in range(max(4096, config.n_gpus).bit_length())} | {config.n_gpus})
     splits = [settle(config, counts, hardware, split._replace(n=n)) for n in numbers]
     result = {"place": hardware._asdict(), "counts": counts._asdict() | {"shape": asdict(shape)}, "mfu": mfu}
-    result |= {"run": run, "flags": flags_of(config, split), "variants": variants}
-    result["checkpoint_bytes"] = 4 * counts.parameters + counts.averages
+    result |= {"run": run_on(config, counts, hardware, split, mfu), "flags": flags_of(config, split)}
+    result |= {"variants": variants, "checkpoint_bytes": 4 * counts.parameters + counts.averages}
     result["scaling"] = [run_on(config, counts, hardware, one, mfu) for one in splits]
     if config.real_data and not has_data:
         print(f"data     no dataset {config.dataset} here: planned with GPT-2's vocabulary")
     print_memory(config, hardware, counts, result)
-    if run["memory"]["fits"]:
+    if result["run"]["memory"]["fits"]:
         print(f"mfu      {mfu:.0%} of the peak, {source}")
         print_run(config, result)
     print_scaling(config, result["scaling"])
@@ -409,7 +390,7 @@ def plan(config: BenchConfig, runtime: Runtime, mfu: float | None = None, peak: 
 
 def print_memory(config: BenchConfig, hardware: Hardware, counts: Counts, result: dict[str, Any]) -> None:
     """The hardware, the model, and which settings fit."""
-    run, n, shape = result["run"], config.n_gpus, counts.shape
+    run, n, shape, flags = result["run"], config.n_gpus, counts.shape, result["flags"]
     steps, usable = config.gradient_accumulation_steps, f"{USABLE * hardware.memory / 2**30:,.1f} GiB"
     print(
         f"place    {n:,} x {hardware.name}, {hardware.per_node} a node: {hardware.memory / 2**30:,.0f} GiB, "
@@ -418,7 +399,7 @@ def print_memory(config: BenchConfig, hardware: Hardware, counts: Counts, result
         f"model    {shape.n_layer}/{shape.n_head}/{shape.n_embd}, {counts.parameters:,} parameters, "
         f"{counts.flops_per_token / 1e9:,.3g} GFLOP a token"
     )
-    if (run["n"] * run["rounds"], run["B"]) != (steps, config.batch_size):
+    if (n * run["rounds"], run["B"]) != (steps, config.batch_size):
         why = f"cannot be shared among {n:,}" if steps % n else "do not fit"
         print(
             f"batch    {steps} micro-steps of {config.batch_size} {why}; nearest: {n * run['rounds']:,} of "
@@ -429,15 +410,15 @@ def print_memory(config: BenchConfig, hardware: Hardware, counts: Counts, result
     for name, parts in result["variants"].items():
         figures = "  ".join(f"{parts[key] / 2**30:{width}.2f}" for key, width in MEMORY_COLUMNS.items())
         print(f"         {name:20}  {figures}  {'fits' if parts['fits'] else 'too much'}")
-    if not run["memory"]["fits"]:
+    if run["memory"]["fits"]:
+        how = f"fits     {'with these flags' if flags else 'yes'}"
+        print(f"{how}: {run['memory']['peak'] / 2**30:,.1f} of {usable}")
+        if flags:
+            print(f"flags    {flags}")
+    else:
         least = min(parts["peak"] for parts in result["variants"].values()) / 2**30
         print(f"fits     no: {least:,.1f} GiB at least, of {usable}; take more GPUs, or larger ones")
         print("         below, with shard and activation_checkpointing:")
-        return
-    how = "with these flags" if result["flags"] else "yes"
-    print(f"fits     {how}: {run['memory']['peak'] / 2**30:,.1f} of {usable}")
-    if result["flags"]:
-        print(f"flags    {result['flags']}")
 
 
 def duration(seconds: float) -> str:
@@ -471,29 +452,29 @@ def print_scaling(config: BenchConfig, rows: list[dict[str, Any]]) -> None:
     heads = "sequences    GiB     ms/step   waits  efficiency          time"
     print(f"scale      GPUs  batch_size x steps  {heads}")
     for row in rows:
-        line = f"         {row['n']:6,}  {row['B']:10} x {row['rounds']:5}  {row['sequences']:9,}"
-        line += f"  {row['memory']['peak'] / 2**30:5.1f}  "
+        times = "too much"
         if row["memory"]["fits"]:
-            line += f"{row['seconds'] * 1000:10,.1f}  {row['share']:6.1%}  {row['efficiency']:10.0%}  "
-            line += f"{duration(row['days'] * 86400):>12}"
-        else:
-            line += "too much"
-        print(line)
+            times = f"{row['seconds'] * 1000:10,.1f}  {row['share']:6.1%}  {row['efficiency']:10.0%}  "
+            times += f"{duration(row['days'] * 86400):>12}"
+        print(
+            f"         {row['n']:6,}  {row['B']:10} x {row['rounds']:5}  {row['sequences']:9,}  "
+            f"{row['memory']['peak'] / 2**30:5.1f}  {times}"
+        )
     fitting = [row for row in rows if row["memory"]["fits"]]
     if not fitting:
         return
     most, sequences = rows[-1]["n"], samples_per_step(config)
 
-    def since(limited: list[dict[str, Any]]) -> str:
-        return f"from {limited[0]['n']:,} GPUs on" if limited else f"not up to {most:,} GPUs"
+    def since(limited: list[bool]) -> str:
+        numbers = [row["n"] for row, is_limited in zip(fitting, limited, strict=True) if is_limited]
+        return f"from {numbers[0]:,} GPUs on" if numbers else f"not up to {most:,} GPUs"
 
-    waiting = since([row for row in fitting if row["share"] >= 0.1])
+    waiting = since([row["share"] >= 0.1 for row in fitting])
     print(f"limits   exchange: {waiting}, a tenth of a step or more waits for it")
     if sequences < most:
         few = next(row["n"] for row in rows if row["n"] > sequences)
         why = "a larger step learns less from a token"
         print(f"         batch: {sequences:,} sequences are too few for {few:,} GPUs; {why}")
-    reading = since([row for row in fitting if row["data"]["disk"] >= DISK])
-    rate = max(row["data"]["disk"] for row in fitting) / 1e6
-    why = f"a node reads more than an SSD's {DISK / 1e6:,.0f} MB/s ({rate:,.1f} at most)"
-    print(f"         data: {reading}, {why}")
+    rates = [row["data"]["disk"] for row in fitting]
+    why = f"a node reads more than an SSD's {DISK / 1e6:,.0f} MB/s ({max(rates) / 1e6:,.1f} at most)"
+    print(f"         data: {since([rate >= DISK for rate in rates])}, {why}")

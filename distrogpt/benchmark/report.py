@@ -11,10 +11,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,13 +21,14 @@ from xml.etree import ElementTree
 import numpy as np
 import torch
 
-from distrogpt.benchmark.timing import dtype_name
-from distrogpt.plotting import points, read_log
+from distrogpt.benchmark.timing import ROOT, dtype_name
+from distrogpt.errors import UserError
+from distrogpt.plotting import draw, points, read_log, write_figure
 from distrogpt.runtime import Runtime
 from distrogpt.settings import BenchConfig
 
-ROOT = Path(__file__).resolve().parents[2]
 FOLDER = Path("report")
+SHAKESPEARE = ROOT / "data/shakespeare_char/train.bin"
 # val losses, by config: the report says when a run reaches them
 A100 = (1.4697, "nanoGPT's README: about 3 minutes of an A100")
 CPU = (1.8857, "nanoGPT's 2000 steps of this shape")
@@ -93,25 +92,19 @@ ladder 90 The ladder: one improvement after another
 Result = dict[str, Any]
 
 
-def read_json(path: Path) -> Result:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
 @dataclass
 class Part:
-    """Commands, as arguments of python; RESULT in them is the path of the result, which `read` loads. With
-    until_it_fits, the first command that does not run out of memory is the last."""
+    """Commands, as arguments of python; RESULT in them is the path of the result. With until_it_fits, the
+    first command that does not run out of memory is the last."""
 
     name: str
     title: str
     commands: list[list[str]]
-    seconds: float  # an estimate; its limit is twice that
+    estimate: float  # seconds; its limit is twice that
     until_it_fits: bool = False
-    read: Callable[[Path], Result] = read_json
-    statuses: tuple[int, ...] = (0,)  # exit statuses with a result
     results: list[Result] = field(default_factory=list)
     status: str = "not run: no time was left"
-    took: float = 0.0
+    seconds: float = 0.0
 
 
 def bench_report(config: BenchConfig, runtime: Runtime, parts: list[Part] | None = None) -> Result:
@@ -126,30 +119,28 @@ def bench_report(config: BenchConfig, runtime: Runtime, parts: list[Part] | None
     parts = all_parts(config, runtime) if parts is None else parts
     for number, part in enumerate(parts, 1):
         left = 60 * config.report_minutes - (time.monotonic() - begin)
-        if part.commands and left < part.seconds:
+        if part.commands and left < part.estimate:
             part.status = f"not run: {left:.0f} s were left of {config.report_minutes:g} minutes"
         elif part.commands:
             print(f"part     {number:2}/{len(parts)} {part.title}", end="", flush=True)
-            run_part(part, min(left, 2 * part.seconds))
-            failed = sum(not row["passes"] for row in rows_of([part]))
-            print(f": {part.status}{f', {failed} FAILED' if failed else ''}, {part.took:.0f} s", flush=True)
+            run_part(part, min(left, 2 * part.estimate))
+            n_failed = sum(not row["passes"] for row in rows_of([part]))
+            failed = f", {n_failed} FAILED" if n_failed else ""
+            print(f": {part.status}{failed}, {part.seconds:.0f} s", flush=True)
             for path in FOLDER.glob("*/*.pt"):
                 path.unlink()
             if part.name in TARGETS:
-                draw_curves()
-        result = write_report(parts, runtime, (time.monotonic() - begin) / 60)
-    print(f"report   {FOLDER / 'report.md'}, {result['minutes']:.1f} minutes")
-    return result
-
-
-def write_report(parts: list[Part], runtime: Runtime, minutes: float) -> Result:
-    """Write the results so far to report.md and report.json; returns the latter."""
-    keys = {"name": "name", "status": "status", "took": "seconds", "results": "results"}
-    rows = [{key: getattr(part, name) for name, key in keys.items()} for part in parts]
-    result = {"minutes": minutes, "commit": commit(), "parts": rows}
-    texts = {"report.md": as_markdown(parts, runtime, minutes), "report.json": json.dumps(result, indent=1)}
-    for name, text in texts.items():
-        (FOLDER / name).write_text(text + "\n", encoding="utf-8")
+                with suppress(UserError, ValueError):  # without a loss, or matplotlib
+                    logs = {path.parent.name: read_log(path) for path in sorted(FOLDER.glob("*/log.csv"))}
+                    write_figure(draw(logs, "seconds"), FOLDER / "loss.png")
+        minutes = (time.monotonic() - begin) / 60
+        keys = ("name", "status", "seconds", "results")
+        rows = [{key: getattr(each, key) for key in keys} for each in parts]
+        result = {"minutes": minutes, "commit": commit(), "parts": rows}
+        markdown = as_markdown(parts, runtime, minutes)
+        (FOLDER / "report.md").write_text(markdown + "\n", encoding="utf-8")
+        (FOLDER / "report.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(f"report   {FOLDER / 'report.md'}, {minutes:.1f} minutes")
     return result
 
 
@@ -159,20 +150,23 @@ def run_part(part: Part, limit: float) -> None:
     for number, words in enumerate(part.commands):
         result, log = (FOLDER / f"{part.name}-{number}.{suffix}" for suffix in ("json", "log"))
         status = run_command(words, result, log, limit - (time.monotonic() - begin))
-        if status in part.statuses:
-            part.results.append(part.read(result) | {"output": log.read_text("utf-8", "replace")[-3000:]})
+        output = log.read_text("utf-8", "replace")
+        if status == 0 or (part.name == "tests" and status == 1):  # some failed
+            part.results.append(read_result(part.name, result) | {"output": output[-3000:]})
             result.unlink(missing_ok=True)
             if part.until_it_fits:
                 break
         elif status is None:
             part.status = f"stopped at its limit of {limit:.0f} s"
             break
-        elif not (part.until_it_fits and "out of memory" in log.read_text(errors="replace")):
-            part.status = f"failed: {last_line(log)}"
+        elif not (part.until_it_fits and "out of memory" in output):
+            lines = output.strip().splitlines() or ["it printed nothing"]
+            errors = [line for line in lines if "error" in line.lower()]
+            part.status = f"failed: {(errors or lines)[-1][:300]}"
             break
     if part.until_it_fits and part.status == "ok" and not part.results:
         part.status = "failed: out of memory at every size"
-    part.took = time.monotonic() - begin
+    part.seconds = time.monotonic() - begin
 
 
 def run_command(words: list[str], result: Path, log: Path, limit: float) -> int | None:
@@ -207,17 +201,6 @@ def kill_tree(process: subprocess.Popen) -> None:
         process.wait(10)
 
 
-def last_line(log: Path) -> str:
-    """The last error that a command printed, or else its last line, shortened."""
-    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["it printed nothing"]
-    errors = [line for line in lines if "error" in line.lower()]
-    return (errors or lines)[-1][:300]
-
-
-def prepared(dataset: str) -> bool:
-    return (ROOT / "data" / dataset / "train.bin").is_file()
-
-
 def all_parts(config: BenchConfig, runtime: Runtime) -> list[Part]:
     """The parts for this kind of device, most important first."""
     device = [f"--device={runtime.device}", f"--dtype={dtype_name(runtime.dtype)}"]
@@ -230,14 +213,14 @@ def all_parts(config: BenchConfig, runtime: Runtime) -> list[Part]:
             name, seconds, title = line.split(maxsplit=2)
             parts.append(Part(name, title, [], float(seconds)))
     for part in parts:
-        if part.name in TARGETS:
-            words = [str(ROOT / "train.py"), part.name, f"--out_dir={part.name}", "--loss_plot=False"]
-            part.commands, part.read = [[*words, device[0]]], partial(read_curve, part.name)
-            if not prepared("shakespeare_char"):
-                part.commands, part.status = [], "not run: first python data/shakespeare_char/prepare.py"
+        if part.name in TARGETS and not SHAKESPEARE.is_file():
+            part.status = "not run: first python data/shakespeare_char/prepare.py"
+        elif part.name in TARGETS:
+            words = [part.name, f"--out_dir={part.name}", "--loss_plot=False", device[0]]
+            part.commands = [[str(ROOT / "train.py"), *words]]
         elif part.name == "tests":
             words = "-m pytest -n 0 -m cuda --continue-on-collection-errors --junitxml=RESULT".split()
-            part.commands, part.read, part.statuses = [[*words, str(ROOT / "tests")]], read_tests, (0, 1)
+            part.commands = [[*words, str(ROOT / "tests")]]
         elif not part.commands:
             part.commands = bench_commands(f"--check={part.name}", device, None)
     return [part for part in parts if part.name != "tests" or find_spec("pytest")]
@@ -246,7 +229,7 @@ def all_parts(config: BenchConfig, runtime: Runtime) -> list[Part]:
 def bench_commands(line: str, device: list[str], against: str | None) -> list[list[str]]:
     """The commands of a line of the tables."""
     words = line.split()
-    real_data = "SHAKESPEARE" in words and prepared("shakespeare_char")
+    real_data = "SHAKESPEARE" in words and SHAKESPEARE.is_file()
     command = [str(ROOT / "bench.py"), *(word for word in words if not word.isupper()), *device]
     command += [f"--real_data={real_data}", "--json=RESULT"]
     if against and "AGAINST" in words:  # the commands run in another folder
@@ -256,13 +239,19 @@ def bench_commands(line: str, device: list[str], against: str | None) -> list[li
     return [[*command, f"--batch_size={B}"] for B in sizes] or [command]
 
 
+def read_result(name: str, path: Path) -> Result:
+    """What the part of that name has written: pytest's results, a run's log, or a result of bench.py."""
+    if name == "tests":
+        return read_tests(path)
+    return read_curve(name) if name in TARGETS else json.loads(path.read_text(encoding="utf-8"))
+
+
 def read_tests(path: Path) -> Result:
     """Rows of pytest's results: how many there were, and those that failed."""
     names: dict[str, list[str]] = {"passed": [], "failed": [], "skipped": []}
     for case in ElementTree.parse(path).iter("testcase"):
-        outcomes = {child.tag for child in case}
-        failed = outcomes & {"failure", "error"}
-        outcome = "failed" if failed else "skipped" if "skipped" in outcomes else "passed"
+        tags = {child.tag for child in case}
+        outcome = "failed" if tags & {"failure", "error"} else "skipped" if "skipped" in tags else "passed"
         names[outcome].append(f"{case.get('classname')}::{case.get('name')}")
     counts = {f"tests, {outcome}": str(len(cases)) for outcome, cases in names.items()}
     rows = [{"what": what, "value": n, "limit": None, "passes": True} for what, n in counts.items()]
@@ -270,20 +259,11 @@ def read_tests(path: Path) -> Result:
     return {"rows": rows}
 
 
-def read_curve(name: str, _: Path | None = None) -> Result:
+def read_curve(name: str) -> Result:
     """Step, seconds and val loss of each evaluation of the run of config/NAME.py."""
     log = read_log(FOLDER / name / "log.csv")
     (steps, losses), (seconds, _) = points(log, "val_loss"), points(log, "val_loss", by="seconds")
     return {"config": name, "curve": np.stack((steps, seconds, losses), axis=1).tolist()}
-
-
-def draw_curves() -> None:
-    """loss.png of the runs that have ended, if matplotlib is there."""
-    runs = [path.parent.name for path in sorted(FOLDER.glob("*/log.csv"))]
-    if runs and find_spec("matplotlib"):
-        words = [sys.executable, str(ROOT / "plot.py"), *runs, "--by=seconds", "--output=loss.png"]
-        with suppress(subprocess.TimeoutExpired):
-            subprocess.run(words, cwd=FOLDER, capture_output=True, timeout=60)
 
 
 def rows_of(parts: list[Part]) -> list[Result]:
@@ -317,13 +297,10 @@ def as_markdown(parts: list[Part], runtime: Runtime, minutes: float) -> str:
     failed = [row for row in checked if not row["passes"]]
     headlines = [(part.title, headline(result)) for part in done for result in part.results]
     lines = [
-        f"# {runtime.describe()}",
-        "",
+        f"# {runtime.describe()}\n",
         f"`python bench.py --report=True`, torch {torch.__version__}, commit {commit()}, "
-        f"{time.strftime('%Y-%m-%d')}; {len(done)} of {len(parts)} parts in {minutes:.1f} minutes.",
-        "",
-        f"**{len(checked) - len(failed)} of {len(checked)} checks passed.**",
-        "",
+        f"{time.strftime('%Y-%m-%d')}; {len(done)} of {len(parts)} parts in {minutes:.1f} minutes.\n",
+        f"**{len(checked) - len(failed)} of {len(checked)} checks passed.**\n",
         *(f"- FAILED: {row['what']}: {row['value']}, at most {row['limit']}" for row in failed),
         *(f"- {part.title}: {part.status}" for part in parts if part.status != "ok"),
         *(f"- {title}: {text}" for title, text in headlines if text),
@@ -331,18 +308,16 @@ def as_markdown(parts: list[Part], runtime: Runtime, minutes: float) -> str:
     for part in parts:
         if not part.results and part.status.startswith("not run"):
             continue
-        lines += ["", f"## {part.title}", ""]
-        for result in part.results:
-            lines += ["```", result["output"].strip(), "```", ""]
-        lines.append(f"{part.took:.0f} s" + ("" if part.status == "ok" else f"; {part.status}"))
+        lines.append(f"\n## {part.title}\n")
+        lines += [f"```\n{result['output'].strip()}\n```\n" for result in part.results]
+        lines.append(f"{part.seconds:.0f} s" + ("" if part.status == "ok" else f"; {part.status}"))
     pictures = sorted(path.name for path in FOLDER.glob("*.png"))
     return "\n".join([*lines, "", *(f"![{name}]({name})" for name in pictures)])
 
 
 def commit() -> str:
     """The repository's commit, and whether files differ from it."""
-    try:
+    with suppress(OSError):  # no git
         words = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-        return subprocess.run(words, capture_output=True, text=True, timeout=10).stdout.strip() or "unknown"
-    except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
+        return subprocess.run(words, capture_output=True, text=True).stdout.strip() or "unknown"
+    return "unknown"

@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-from distrogpt.benchmark.timing import quartiles, ratio, spread
+from distrogpt.benchmark.timing import ROOT, quartiles, ratio, spread
 from distrogpt.errors import MachineError, UserError
 from distrogpt.inference.sampler import Sampler
 from distrogpt.runtime import Runtime
@@ -33,24 +33,22 @@ QUIET = ("--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-syn
 def running_server(config: BenchConfig) -> Iterator[tuple[int, int]]:
     """serve.py in its own process, for the model of out_dir; yields its port and its process id."""
     flags = [f"--{name}={getattr(config, name)}" for name in ("out_dir", "device", "dtype")]
-    command = [sys.executable, str(Path(__file__).resolve().parents[2] / "serve.py"), *flags, "--port=0"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        words = process.stdout.readline().split()
-        if not words:
-            raise UserError("serve.py did not start; its message above says why")
-        yield int(words[0].rpartition(":")[2]), process.pid
-    finally:
-        process.terminate()
-        process.wait()
+    command = [sys.executable, str(ROOT / "serve.py"), *flags, "--port=0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            words = process.stdout.readline().split()
+            if not words:
+                raise UserError("serve.py did not start; its message above says why")
+            yield int(words[0].rpartition(":")[2]), process.pid
+        finally:
+            process.terminate()
 
 
 def resident_memory(pid: int) -> float | None:
     """MiB of a process; None if the system does not say (outside Linux)."""
-    with suppress(OSError):
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            if line.startswith("VmRSS"):
-                return int(line.split()[1]) / 1024
+    with suppress(OSError, KeyError):
+        fields = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+        return int(fields["VmRSS"].split()[0]) / 1024
     return None
 
 
@@ -108,11 +106,8 @@ def time_page(page: Any, max_tokens: int, seed: int) -> tuple[float, float]:
     return first / 1000, first / 1000 + (max_tokens - 1) / rate
 
 
-def bench_serve(
-    config: BenchConfig, runtime: Runtime, n_clients: int = 32, n_requests: int = 4
-) -> dict[str, Any]:
-    """A text by sample.py's way, by the API and on the page, in turns; then n_clients at once, each of which
-    makes n_requests. Raises UserError."""
+def bench_serve(config: BenchConfig, runtime: Runtime, n_clients: int = 32, n_requests: int = 4) -> dict:
+    """A text by sample.py's way, by the API and on the page, in turns; then n_clients at once. UserError."""
     sampler = Sampler(config.out_dir, device=config.device, dtype=config.dtype)
     tokens = config.max_new_tokens or 256
     result: dict[str, Any] = {}
@@ -124,42 +119,36 @@ def bench_serve(
             times["API"].append(time_items(completion_chunks(port, tokens, seed)))
             if page:
                 times.setdefault("page", []).append(time_page(page, tokens, seed))
-        firsts, per_token = {}, {}
+        per_token = {}
         for name, (_, *seconds) in times.items():  # the first is a warm-up
-            firsts[name] = 1000 * median(first for first, _ in seconds)
+            first_ms = 1000 * median(first for first, _ in seconds)
             per_token[name] = [(last - first) / (tokens - 1) for first, last in seconds]
-        for name, seconds in per_token.items():
-            rate, factor = spread([1 / s for s in seconds]), ratio(seconds, per_token["sample.py"])
-            result[name] = {"first_ms": firsts[name], "tokens_per_second": rate, "times_the_seconds": factor}
+            rate = spread([1 / s for s in per_token[name]])
+            factor = ratio(per_token[name], per_token["sample.py"])
+            result[name] = {"first_ms": first_ms, "tokens_per_second": rate, "times_the_seconds": factor}
             print(
-                f"{name:10} first token after {firsts[name]:7.1f} ms, then {rate['median']:8.1f} tokens/s: "
+                f"{name:10} first token after {first_ms:7.1f} ms, then {rate['median']:8.1f} tokens/s: "
                 f"in {factor['median']:.3f} times sample.py's seconds {quartiles(factor, 3)}"
             )
         result["clients"] = time_clients(port, pid, n_clients, n_requests)
     return result
 
 
-def client(port: int, seeds: range) -> list[tuple[float, float] | str]:
-    """The times of requests, one after another, or the error of a lost one."""
-    answers: list[tuple[float, float] | str] = []
-    for seed in seeds:
-        try:
-            answers.append(time_items(completion_chunks(port, TOKENS, seed)))
-        except (OSError, ValueError) as error:
-            answers.append(f"{type(error).__name__}: {error}")
-    return answers
+def request(port: int, seed: int) -> tuple[float, float] | str:
+    """The times of a client's request, or the error if it is lost."""
+    try:
+        return time_items(completion_chunks(port, TOKENS, seed))
+    except (OSError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
 
 
 def time_clients(port: int, pid: int, n_clients: int, n_requests: int) -> dict[str, Any]:
-    """All clients at once, three times, as memory may grow; the times are the last one's. Raises MachineError
-    if none was served."""
-    seeds = [range(first, first + n_requests) for first in range(0, n_clients * n_requests, n_requests)]
+    """All clients at once, three times, as memory may grow; the last one's times. Raises MachineError."""
     memory, seconds = [], 0.0
     for _ in range(3):
         begin = time.perf_counter()
         with ThreadPoolExecutor(n_clients) as pool:
-            lists = pool.map(partial(client, port), seeds)
-            answers = [answer for of_client in lists for answer in of_client]
+            answers = list(pool.map(partial(request, port), range(n_clients * n_requests)))
         seconds = time.perf_counter() - begin
         memory.append(resident_memory(pid))
     lost = [answer for answer in answers if isinstance(answer, str)]

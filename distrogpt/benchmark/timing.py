@@ -17,6 +17,7 @@ from distrogpt.errors import UserError
 from distrogpt.runtime import Runtime
 from distrogpt.settings import BenchConfig
 
+ROOT = Path(__file__).resolve().parents[2]  # of the repository
 Step = Callable[[], Any]  # one training step
 
 
@@ -34,8 +35,7 @@ class RandomStream:
 
 
 def open_data(config: BenchConfig) -> Dataset:
-    """The train split of the dataset; random ids if real_data=False, or if the default dataset is missing.
-    Raises UserError."""
+    """The train split; random ids if real_data=False, or if the default dataset is missing. UserError."""
     if config.real_data:
         try:
             return open_dataset(config, ("train",))

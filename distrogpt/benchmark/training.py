@@ -1,17 +1,22 @@
-"""Time train.py's training step: speed, MFU and memory, alone or next to another implementation's."""
+"""Time train.py's training step, alone or in turns with another implementation's: nanoGPT from a checkout, or
+transformers' GPT-2."""
 
-import contextlib
+import importlib.util
+import math
+import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch.nn import Module
 
 from distrogpt.benchmark import timing
-from distrogpt.benchmark.baselines import baseline_model, baseline_name, baseline_step
 from distrogpt.data.dataset import Dataset
-from distrogpt.errors import writable
+from distrogpt.errors import UserError, writable
 from distrogpt.hardware import measured_flops, peak_flops
 from distrogpt.kernels.compile import maybe_compile
 from distrogpt.kernels.cpu import to_device
@@ -22,6 +27,7 @@ from distrogpt.training.optim import make_optimizers
 from distrogpt.training.startup import initial_model, resolve_max_iters, samples_per_step
 from model import GPT
 
+HF = "transformers"
 TRACE = "bench_trace.json"
 TrainingStep = Callable[..., Any]  # train.py's, which bench.py hands in: the package imports no command
 
@@ -34,19 +40,18 @@ class Trainer:
     config: BenchConfig
     data: Dataset | None
     runtime: Runtime
-    model: torch.nn.Module | None = None  # None: a new one as train.py makes it
+    model: Module | None = None  # None: a new one as train.py makes it
     optimizers: list[torch.optim.Optimizer] | None = None  # None: those of train.py
 
     def __post_init__(self) -> None:
-        config, runtime = self.config, self.runtime
         if self.model is None:
-            self.model = new_model(config, self.data, runtime)
+            self.model = new_model(self.config, self.data, self.runtime)
         if self.optimizers is None:
             plain = getattr(self.model, "module", self.model)  # without DDP
-            self.optimizers = make_optimizers(plain, config, runtime)
-        self.scaler = runtime.grad_scaler()
+            self.optimizers = make_optimizers(plain, self.config, self.runtime)
+        self.scaler = self.runtime.grad_scaler()
         if self.data is not None:
-            self.batches = BatchLoader(self.data, config, runtime, 0)
+            self.batches = BatchLoader(self.data, self.config, self.runtime, 0)
 
     def train(self, batches: BatchLoader | list[MicroBatch]) -> Any:
         """One step on these micro-batches."""
@@ -55,19 +60,6 @@ class Trainer:
 
     def __call__(self) -> Any:
         return self.train(self.batches)
-
-
-def baseline_trainer(config: BenchConfig, data: Dataset, vocab_size: int, runtime: Runtime) -> Trainer:
-    """The model of config.against: fp32 on CPUs, autocast and compiled on GPUs."""
-    model, device = baseline_model(config, vocab_size).to(runtime.device).train(), runtime.device
-    settings = (config.weight_decay, config.learning_rate, (config.beta1, config.beta2), device.type)
-    with contextlib.redirect_stdout(None):
-        optimizer = model.configure_optimizers(*settings)
-    if device.type == "cuda":
-        maybe_compile(model, config.compile, device, config.max_iters)
-    else:
-        runtime = replace(runtime, dtype=torch.float32)
-    return Trainer(baseline_step, config, data, runtime, model, [optimizer])
 
 
 def new_weights(config: BenchConfig, data: Dataset) -> GPT:
@@ -85,17 +77,109 @@ def new_model(config: BenchConfig, data: Dataset, runtime: Runtime, padded: bool
     return to_device(model, runtime.device).train()
 
 
+class HuggingFaceGPT2(Module):
+    """transformers' GPT-2 with nanoGPT's interface. Raises UserError."""
+
+    def __init__(self, config: BenchConfig, vocab_size: int) -> None:
+        super().__init__()
+        try:
+            from transformers import GPT2Config, GPT2LMHeadModel
+        except ImportError:
+            raise UserError("transformers is not installed; pip install transformers") from None
+
+        shape = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd")}
+        shape |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout)
+        shape |= {"bos_token_id": None, "eos_token_id": None, "n_positions": config.block_size}
+        self.gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=vocab_size, **shape))
+
+    def forward(self, idx: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = self.gpt2(idx, use_cache=False).logits  # (B, T, V)
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+    def configure_optimizers(self, weight_decay: float, lr: float, betas: tuple, device_type: str) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr, betas, weight_decay=weight_decay)
+
+    def generate(self, idx: torch.Tensor, max_new_tokens: int, **sampling: float) -> torch.Tensor:
+        lengths = {"max_new_tokens": max_new_tokens, "min_new_tokens": max_new_tokens, "eos_token_id": None}
+        return self.gpt2.generate(idx, do_sample=True, pad_token_id=0, **lengths, **sampling)
+
+
+def baseline_model(config: BenchConfig, vocab_size: int) -> Module:
+    """nanoGPT's GPT from the checkout config.against, or transformers' GPT-2. Raises UserError."""
+    if config.against == HF:
+        return HuggingFaceGPT2(config, vocab_size)
+    path = Path(config.against) / "model.py"
+    if not path.is_file():
+        raise UserError(f"against={config.against} has no model.py; name a nanoGPT checkout, or transformers")
+    spec = importlib.util.spec_from_file_location("baseline", path)
+    module = sys.modules["baseline"] = importlib.util.module_from_spec(spec)
+    names = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
+    try:
+        with redirect_stdout(None):
+            spec.loader.exec_module(module)
+            shape = {name: getattr(config, name) for name in names}
+            return module.GPT(module.GPTConfig(vocab_size=vocab_size, **shape))
+    except Exception as error:  # a file of any other project
+        raise UserError(f"{path} is not nanoGPT's ({error}); name a nanoGPT checkout") from None
+
+
+def default_precision(runtime: Runtime) -> AbstractContextManager:
+    """torch's fp32 products on a CPU: a baseline does not get our enable_onednn_float32."""
+    on_cpu = runtime.device.type == "cpu"
+    return timing.float32_precision("highest" if on_cpu else torch.get_float32_matmul_precision())
+
+
+def baseline_step(
+    model: Module, optimizers: list, scaler: object, batches: BatchLoader, grad_clip: float, runtime: Runtime
+) -> None:
+    """A training step as nanoGPT does it, without loss scaling."""
+    with default_precision(runtime):
+        for x, y, *_ in batches:
+            with runtime.autocast():
+                _, loss = model(x, y.contiguous())
+            (loss / len(batches)).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+        optimizers[0].step()
+        optimizers[0].zero_grad(set_to_none=True)
+
+
+def baseline_trainer(config: BenchConfig, data: Dataset, vocab_size: int, runtime: Runtime) -> Trainer:
+    """The model of config.against: fp32 on CPUs, autocast and compiled on GPUs."""
+    model, device = baseline_model(config, vocab_size).to(runtime.device).train(), runtime.device
+    settings = (config.weight_decay, config.learning_rate, (config.beta1, config.beta2), device.type)
+    with redirect_stdout(None):
+        optimizer = model.configure_optimizers(*settings)
+    if device.type == "cuda":
+        maybe_compile(model, config.compile, device, config.max_iters)
+    else:
+        runtime = replace(runtime, dtype=torch.float32)
+    return Trainer(baseline_step, config, data, runtime, model, [optimizer])
+
+
+def baseline_generate(
+    config: BenchConfig, max_new_tokens: int, vocab_size: int, runtime: Runtime
+) -> Callable[[torch.Tensor], None]:
+    """Samples tokens after a prompt (1, T) as nanoGPT's sample.py does; transformers in our compute dtype."""
+    model = baseline_model(config, vocab_size).to(runtime.device).eval()
+    if config.against == HF:
+        model.to(runtime.dtype)
+    if config.against == HF or runtime.device.type == "cpu":
+        runtime = replace(runtime, dtype=torch.float32)  # without autocast
+
+    def generate(idx: torch.Tensor) -> None:
+        with default_precision(runtime), runtime.autocast():
+            model.generate(idx, max_new_tokens, temperature=0.8, top_k=200)
+
+    return generate
+
+
 def profile(step: timing.Step, runtime: Runtime) -> None:
     """Print the most expensive operations of three steps, and write all of them as a trace for a browser."""
-    from torch.profiler import ProfilerActivity
-
-    activities, order = [ProfilerActivity.CPU], "self_cpu_time_total"
-    if runtime.device.type == "cuda":
-        activities, order = [*activities, ProfilerActivity.CUDA], "self_cuda_time_total"
-    with torch.profiler.profile(activities=activities) as profiler:
+    with torch.profiler.profile() as profiler:  # of the CPU, and of the GPU if there is one
         for _ in range(3):
             step()
         timing.synchronize(runtime)
+    order = "self_cuda_time_total" if runtime.device.type == "cuda" else "self_cpu_time_total"
     print(profiler.key_averages().table(sort_by=order, row_limit=15, max_name_column_width=40))
     with writable(TRACE) as file:
         profiler.export_chrome_trace(file)
@@ -111,20 +195,24 @@ def bench_step(config: BenchConfig, runtime: Runtime, training_step: TrainingSte
         for _ in range(2):  # the peak of our model alone, before the baseline is built
             trainer()
         memory = timing.peak_memory(runtime)
-        name = baseline_name(config.against)
+        name = HF if config.against == HF else Path(config.against).resolve().name
+        if name in ("", "ours"):
+            name = "theirs"
         steps[name] = baseline_trainer(config, data, model.config.vocab_size, runtime)
     times = timing.alternate(steps, config.warmup_steps, config.bench_steps, runtime)
     memory = memory or timing.peak_memory(runtime)  # before peak_flops, which takes memory of its own
-    peak = peak_flops(runtime.device, runtime.dtype)
-    sequences = samples_per_step(config)
-    tokens, shape = sequences * config.block_size, model.config
-    size = f"{shape.n_layer}/{shape.n_head}/{shape.n_embd}"
+    peak, shape, sequences = peak_flops(runtime.device, runtime.dtype), model.config, samples_per_step(config)
+    tokens, size = sequences * config.block_size, f"{shape.n_layer}/{shape.n_head}/{shape.n_embd}"
     print(f"model    {size}, {model.get_num_params(False):,} parameters")
     print(f"step     {sequences} sequences of {config.block_size} = {tokens:,} tokens")
-    results = {name: step_results(model, sequences, seconds, peak) for name, seconds in times.items()}
-    for name, step in results.items():
-        if len(results) > 1:
-            print(f"{name}:")
+    results = {}
+    for label, seconds in times.items():
+        results[label] = step = timing.spread(seconds)
+        step["tokens_per_second"] = tokens / step["median"]
+        step["flops"] = model.flops_per_token() * step["tokens_per_second"]
+        step["mfu"] = step["flops"] / peak
+        if len(times) > 1:
+            print(f"{label}:")
         low, high = step["low"] * 1000, step["high"] * 1000
         print(f"time     {step['median'] * 1000:.2f} ms median ({low:.2f} to {high:.2f} is the middle half)")
         print(f"speed    {step['tokens_per_second']:,.0f} tokens/s, {step['flops'] / 1e9:,.0f} GFLOP/s")
@@ -143,11 +231,3 @@ def bench_step(config: BenchConfig, runtime: Runtime, training_step: TrainingSte
     if config.profile:
         profile(trainer, runtime)
     return result
-
-
-def step_results(model: GPT, sequences: int, seconds: list[float], peak: float) -> dict[str, float]:
-    """What the seconds of a step mean."""
-    result = timing.spread(seconds)
-    tokens_per_second = sequences * model.config.block_size / result["median"]
-    flops = model.flops_per_token() * tokens_per_second
-    return {**result, "tokens_per_second": tokens_per_second, "flops": flops, "mfu": flops / peak}

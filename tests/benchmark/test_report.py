@@ -79,7 +79,7 @@ def is_running(pid: int) -> bool:
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_the_commands_of_its_parts_are_right(device, tmp_path, monkeypatch):
-    monkeypatch.setattr("distrogpt.benchmark.report.prepared", lambda dataset: True)
+    monkeypatch.setattr("distrogpt.benchmark.report.SHAKESPEARE", Path(__file__))
     runtime = Runtime(torch.device(device), torch.bfloat16)
     config = read_settings(BenchConfig, [f"--against={tmp_path}"])
     parts = all_parts(config, runtime)
