@@ -81,11 +81,8 @@ def tokenizers_differ(trained_on: dict[str, Any] | None, given: dict[str, Any] |
 
 
 class VocabularyUnpickler(pickle._Unpickler):
-    """Reads dicts, lists, strings and numbers, and refuses everything that would run code.
-
-    Python's own unpickler keeps memo entries in a dict, so that a number in the file cannot allocate memory.
-    Tuples are refused, since nested ones can take years to hash.
-    """
+    """Reads dicts, lists, strings and numbers, and refuses all that would run code, and tuples: nested ones
+    can take years to hash. Its base, in Python, has a dict as memo, so that no number allocates memory."""
 
     dispatch = {
         opcode: load for opcode, load in pickle._Unpickler.dispatch.items() if "tuple" not in load.__name__

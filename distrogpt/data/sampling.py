@@ -19,10 +19,7 @@ def random_starts(seed: int, step: int, count: int, end: int, purpose: int = 0) 
 
 def epoch_starts(seed: int, first: int, count: int, length: int, T: int, part: int = 0) -> np.ndarray:
     """Starts of the samples first, first + 1, ..., of T tokens and a target, among `length` ids: (count,).
-
-    Each epoch cuts the text into windows at an offset of its own and reads each window once, in an order of
-    its own: sample n is window n % windows of epoch n // windows.
-    """
+    Each epoch cuts the text into windows at its own offset, and reads each once in its own order."""
     windows = windows_per_epoch(length, T)
     order, offsets = epoch_order(seed, first, count, windows, part)
     return order * T + (offsets % np.uint64(length - windows * T)).astype(np.int64)
@@ -34,11 +31,8 @@ def windows_per_epoch(length: int, T: int) -> int:
 
 
 def epoch_order(seed: int, first: int, count: int, size: int, part: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Which of `size` items the samples first, first + 1, ... take, each once per epoch: (count,); and a
-    random 64-bit number for each sample, the same in all of an epoch: (count,).
-
-    Each epoch, and each `part` of a mixture, has an order of its own.
-    """
+    """Which of `size` items the samples first, first + 1, ... take, each once per epoch, in an order of
+    the epoch and the `part` of a mixture; and for each a random 64-bit number of its epoch: both (count,)."""
     samples = first + np.arange(count)
     order, offsets = np.empty(count, np.int64), np.empty(count, np.uint64)
     for epoch in np.unique(samples // size):

@@ -87,10 +87,8 @@ class TokenStream:
         return ids.astype(np.int64)
 
     def chunks(self, first: int = 0, end: int | None = None) -> Iterator[tuple[int, np.ndarray]]:
-        """The ids from `first` up to `end` in chunks (N,), each with its position. Raises UserError.
-
-        They are read, not mapped: the system reads ahead in files, and not in maps for random access.
-        """
+        """The ids from `first` up to `end` in chunks (N,), each with its position; read, not mapped, as the
+        system reads ahead in files, and not in maps for random access. Raises UserError."""
         end = len(self) if end is None else end
         while first < end:
             i = bisect_right(self.offsets, first) - 1

@@ -71,7 +71,7 @@ def write_shards(folder: Path, source: Corpus, tokenizer: Tokenizer, settings: S
         "max_tokens": settings.max_tokens,
         "parts": part.of,
     }
-    writer.make_folder(folder)
+    writer.claim_folder(folder, overwrite=True)  # load_progress checks what is there
     progress = load_progress(folder, part, identity, settings.overwrite)
     progress.setdefault("starts", [[part.range_of(len(source))[0], 0, 0]])
     width = writer.id_dtype(tokenizer).itemsize

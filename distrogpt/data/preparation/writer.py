@@ -28,10 +28,8 @@ UNCHANGED = "nothing there was changed"
 
 
 def encode_in_order(pieces: Iterable[Piece], tokenizer: Tokenizer, workers: int) -> Iterator[Encoded]:
-    """Each piece with its ids, (N,), in memory a few megabytes at a time; documents end with end_of_text.
-
-    Threads suffice, since tiktoken and numpy release Python's lock.
-    """
+    """Each piece with its ids, (N,), a few megabytes at a time; documents end with end_of_text. Threads
+    suffice, since tiktoken and numpy release Python's lock."""
     dtype, end, local = id_dtype(tokenizer), tokenizer.end_of_text, threading.local()
 
     def encode(batch: list[Piece]) -> list[Encoded]:
@@ -72,14 +70,9 @@ def dataset_files(folder: Path) -> list[Path]:
 
 
 def claim_folder(folder: Path, overwrite: bool) -> None:
-    """Make the folder of a new dataset. Raises UserError if it has one that is not to be overwritten."""
+    """Make the folder of a new dataset. Raises UserError if it has one already, or takes no files."""
     if not overwrite and any(not path.name.startswith("progress") for path in dataset_files(folder)):
         raise UserError(f"{folder} has a dataset already; choose another --name or --output, or --overwrite")
-    make_folder(folder)
-
-
-def make_folder(folder: Path) -> None:
-    """Raises UserError if nothing can be written into a folder of that name."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
