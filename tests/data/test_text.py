@@ -376,6 +376,12 @@ def test_files_that_are_not_what_their_names_say(tmp_path):
         (tmp_path / name).write_bytes(content)
         assert_user_error(prepare(tmp_path, "--input", tmp_path / name, "--tokenizer=byte"), name)
         assert not (tmp_path / "out").exists(), name
+    for name, content in (
+        ("latin.txt.gz", gzip.compress(b"caf\xe9 au lait")),
+        ("latin.txt.zst", pyarrow.compress(b"caf\xe9 au lait", "zstd", asbytes=True)),
+    ):
+        (tmp_path / name).write_bytes(content)
+        assert_user_error(prepare(tmp_path, "--input", tmp_path / name), name, "0xe9", "--errors=replace")
 
 
 def test_where_things_are_not_or_may_not_be(tmp_path):

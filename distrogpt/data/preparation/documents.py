@@ -138,11 +138,11 @@ def read_text(path: Path, corpus: Corpus, by_line: bool) -> Iterator[str]:
                 yield block.removeprefix(mark)
                 mark = ""
         except UnicodeDecodeError as error:
-            position = unpacked.tell() - len(error.object) + error.start
-            raise UserError(
-                f"{path} is not {corpus.encoding} text: byte 0x{error.object[error.start]:02x} at offset "
-                f"{position}; convert it, name its --encoding, or give --errors=replace"
-            ) from None
+            fault = f"byte 0x{error.object[error.start]:02x}"
+            if suffix != ".zst":  # whose stream does not tell its position
+                fault += f" at offset {unpacked.tell() - len(error.object) + error.start}"
+            advice = "convert it, name its --encoding, or give --errors=replace"
+            raise UserError(f"{path} is not {corpus.encoding} text: {fault}; {advice}") from None
 
 
 def text_pieces(path: Path, corpus: Corpus) -> Iterator[Piece]:
