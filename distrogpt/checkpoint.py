@@ -17,7 +17,7 @@ from typing import IO, Any, get_type_hints
 import torch
 
 from distrogpt.data.meta import GPT2_META, checked_meta
-from distrogpt.errors import Diverged, MachineError, UserError
+from distrogpt.errors import MachineError, UserError
 from distrogpt.training.distributed import gather_to_cpu, shard_like
 from model import GPT, GPTConfig
 
@@ -268,14 +268,6 @@ def training_state(
     states = [gather_to_cpu(optimizer.state_dict(), keep) for optimizer in optimizers]
     named_states = dict(zip(OPTIMIZER_KEYS, states, strict=False))
     return {"model": weights, **named_states, "model_args": asdict(model.config), **extra}
-
-
-def diverged_error(step: int, out_dir: Path | None) -> Diverged:
-    """The error of a loss that is not finite; out_dir is None if the run has saved nothing."""
-    path = newest_checkpoint(out_dir) if out_dir else None
-    saved = f"{path} is the last good state" if path else "nothing was saved yet"
-    advice = "lower --learning_rate or set --grad_clip=1.0"
-    return Diverged(f"the loss is not finite any more at step {step}; {advice} ({saved})")
 
 
 def first_line(error: BaseException) -> str:

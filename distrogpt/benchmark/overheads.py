@@ -52,7 +52,7 @@ def bench_checkpoint(config: BenchConfig, runtime: Runtime, training_step: Train
             begin, n_steps = time.perf_counter(), 0
             run.save(trainer.model, trainer.optimizers, trainer.scaler, state)
             costs["wait"].append(time.perf_counter() - begin)
-            while run.saving():
+            while run.save_thread.is_alive():
                 trainer()
                 synchronize(runtime)
                 n_steps += 1
@@ -83,7 +83,7 @@ def bench_logs(config: BenchConfig, runtime: Runtime, training_step: TrainingSte
         contextlib.redirect_stdout(io.StringIO()),
         tempfile.TemporaryDirectory(**OUT_DIR) as out_dir,
         RunDirectory(replace(config, out_dir=out_dir), runtime) as run,
-        TrainLogger(run.config, runtime, run, state, trainer.model) as logger,
+        TrainLogger(run, state, trainer.model) as logger,
     ):
         for _ in range(config.warmup_steps):
             trainer()

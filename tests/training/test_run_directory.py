@@ -31,7 +31,7 @@ from distrogpt.errors import Diverged, UserError
 from distrogpt.evaluation.evaluator import Evaluator
 from distrogpt.runtime import Runtime, start_logging
 from distrogpt.settings import TrainConfig
-from distrogpt.training.guards import LossSpikeDetector
+from distrogpt.training.logger import LossSpikeDetector
 from distrogpt.training.run_directory import COLUMNS, RunDirectory
 from train import train
 
