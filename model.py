@@ -54,9 +54,7 @@ class GPTConfig:
     norm: str = "layernorm"  # or "rmsnorm", without learned weights (arXiv 1910.07467)
     rotary: bool = False  # rotary position embeddings instead of a table (arXiv 2104.09864)
     qk_norm: bool = False  # RMSNorm on queries and keys, which bounds the scores (arXiv 2010.04245)
-    n_kv_head: int | None = (
-        None  # grouped-query attention: H/K query heads share a key/value head (arXiv 2305.13245)
-    )
+    n_kv_head: int | None = None  # fewer key/value heads: grouped-query attention (arXiv 2305.13245)
     tied: bool = True  # token embedding and lm_head share their weights (arXiv 1608.05859)
     logit_softcap: float = 0.0  # cap · tanh(logits / cap) (arXiv 2408.00118); 0 is off
     embedding_skip: bool = False  # each block reads a learned mix of the residual stream and the embeddings
@@ -327,9 +325,8 @@ class GPT(nn.Module):
             raise ValueError(f"{T} tokens do not fit into block_size={config.block_size}")
         if positions is not None and mask is None and cache is not None:
             later = torch.arange(cache.length, device=idx.device) > positions[:, None, :, None]
-            mask = torch.zeros_like(later, dtype=cache.kv.dtype).masked_fill_(
-                later, -math.inf
-            )  # (1 or B, 1, T, S)
+            mask = torch.zeros_like(later, dtype=cache.kv.dtype)  # (1 or B, 1, T, S)
+            mask.masked_fill_(later, -math.inf)
         at = torch.arange(T, device=idx.device)[None] if positions is None else positions
         x, cos_sin = self.transformer.wte(idx), None  # (B, T, C)
         if config.rotary:
@@ -359,7 +356,7 @@ class GPT(nn.Module):
         """
         size = self.config.block_size
         length = min(idx.size(1) + max_new_tokens, size)
-        cache = KVCache(self.config, len(idx), length, idx.device, self.lm_head.weight.dtype)
+        cache = KVCache(self.config, len(idx), length, idx.device, self.transformer.wte.weight.dtype)
         new, positions = idx[:, -size:], None  # the tokens to read next, and their positions
         for _ in range(max_new_tokens):
             logits = self.logits(self.hidden_states(new, positions, cache=cache)[:, -1])  # (B, V)

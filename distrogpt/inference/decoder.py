@@ -3,7 +3,7 @@
 Shapes: B sequences, T positions, V = vocab_size. `model` is a GPT.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -31,28 +31,38 @@ def decode(model: GPT, ids: torch.Tensor, positions: torch.Tensor, cache: KVCach
 
 
 class DecodingBatch:
-    """Sequences that are continued together, one token of each at a time; they may join and leave in between.
+    """Sequences that are continued together, one token at a time; they may join and leave between tokens.
 
     Each token is read once. When a sequence fills block_size, its last three quarters are read again as
     positions from 0 on, which makes room for the next quarter. On a GPU, decoding runs as a CUDA graph unless
     `graph` is False.
     """
 
-    def __init__(self, model: GPT, rows: int, size: int | None = None, graph: bool = True) -> None:
-        """Room for `rows` sequences; `size` is the longest one's length, if that is below block_size."""
+    def __init__(
+        self,
+        model: GPT,
+        rows: int,
+        size: int | None = None,
+        graph: bool = True,
+        record_graph: Callable[..., Callable[..., torch.Tensor]] | None = None,
+    ) -> None:
+        """Room for `rows` sequences; `size` is the longest one's length, if that is below block_size.
+        `record_graph` replaces cuda_graph, on any device."""
         weight = model.transformer.wte.weight
         self.model, self.device, self.block_size = model, weight.device, model.config.block_size
         self.decode = getattr(model, "decode", partial(decode, model))  # compiled, if that was asked for
         size = min(size or self.block_size, self.block_size)
-        size += -size % 16  # sums of other lengths would round differently
+        size += -size % 16  # attention sums of other lengths round differently
         self.cache_dtype = weight.dtype if weight.is_cuda else torch.float32  # attention is slow in bf16
         self.cache = self.new_cache(rows, size)
         self.text = torch.zeros(rows, size + 1, dtype=torch.long, device=self.device)
-        self.last_tokens = self.text[:0, :1]  # (B, 1), the only ones that were not read yet
+        self.last_tokens = self.text[:0, :1]  # (B, 1), not read yet
         self.lengths = np.zeros(0, np.int64)  # (B,) of the texts
         self.positions: torch.Tensor | None = None  # of last_tokens, (1 or B, 1); None: from the lengths
-        self.prompts: list[tuple[np.ndarray, int]] = []  # rows to prefill, and n, how many of them are equal
-        self.graph, self.graphs = graph and weight.is_cuda, {}
+        self.prompts: list[tuple[np.ndarray, int]] = []  # rows to prefill, in groups of n equal ones
+        if record_graph is None and graph and weight.is_cuda:
+            record_graph = cuda_graph
+        self.record_graph, self.graphs = record_graph, {}
 
     def new_cache(self, rows: int, size: int) -> KVCache:
         return KVCache(self.model.config, rows, size, self.device, self.cache_dtype)
@@ -64,14 +74,14 @@ class DecodingBatch:
         self.lengths = np.append(self.lengths, np.repeat([len(prompt) for prompt in prompts], n))
         for number, prompt in enumerate(prompts):
             row = begin + number * n
-            self.text[row : row + n] = 0  # what is behind the prompt is read too, without effect
+            self.text[row : row + n] = 0  # padding is read too, without effect
             self.text[row : row + n, : len(prompt)] = prompt
         self.prompts.append((np.arange(begin, len(self.lengths)), n))
         self.last_tokens = torch.cat([self.last_tokens, self.last_tokens.new_zeros(len(prompts) * n, 1)])
         self.positions = None
 
     def remove_sequence(self, row: int) -> None:
-        """Forget a sequence; the last one takes its row. New prompts have to be read before."""
+        """Remove a sequence; the last one moves to its row. Call next_logits after add_sequences first."""
         last = len(self.lengths) - 1
         length = min(int(self.lengths[last]), self.block_size)
         if row < last:
@@ -81,51 +91,48 @@ class DecodingBatch:
         self.last_tokens, self.lengths, self.positions = self.last_tokens[:last], self.lengths[:last], None
 
     def next_logits(self) -> torch.Tensor:
-        """Read what is new; logits (B, V) of what follows each sequence, which the next call overwrites."""
+        """Read the new tokens; logits (B, V) of the next ones, which the next call overwrites."""
         B, prompts = len(self.lengths), self.prompts
         full = np.flatnonzero(self.lengths > self.block_size)  # no position is left for the last token
         self.prompts = []
         if len(full):
             prompts = [*prompts, (full, 1)]
         logits = None
-        if sum(len(rows) for rows, _ in prompts) < B:  # what is decoded in rows to prefill is overwritten
+        if sum(len(rows) for rows, _ in prompts) < B:  # rows to prefill are decoded too, and overwritten
             logits = self.decode_last_tokens()
         if len(full):
-            kept, end = max(1, self.block_size * 3 // 4), self.block_size + 1
-            self.text[full, :kept] = self.text[full, end - kept : end]
-            self.lengths[full], self.positions = kept, None
+            n_kept, end = max(1, self.block_size * 3 // 4), self.block_size + 1
+            self.text[full, :n_kept] = self.text[full, end - n_kept : end]
+            self.lengths[full], self.positions = n_kept, None
         for rows, n in prompts:
             index = torch.from_numpy(rows).to(self.device)
             prompt_logits = self.prefill(rows, index, n)
-            if len(rows) == B:
-                logits = prompt_logits
-            else:
-                logits = prompt_logits.new_zeros(B, prompt_logits.size(1)) if logits is None else logits
-                logits = logits.index_copy(0, index, prompt_logits)
+            if logits is None:
+                logits = prompt_logits.new_zeros(B, prompt_logits.size(1))
+            logits = logits.index_copy(0, index, prompt_logits)
         return logits
 
     def decode_last_tokens(self) -> torch.Tensor:
         """Logits (B, V) after the last token of each sequence."""
         B = len(self.lengths)
         ids, positions = self.last_tokens, self.last_positions().clamp(max=self.block_size - 1)
-        if not self.graph:
-            if self.device.type != "cuda":  # GPUs would copy a mask of another length each time
+        if self.record_graph is None:
+            if self.device.type != "cuda":  # on GPUs, masks of changing lengths cost more
                 length = min(int(self.lengths.max()), self.block_size)
                 self.cache.length = length + -length % 16
             return self.decode(ids, positions, cache=self.cache)
         # graphs are recorded for a few numbers of rows only; rows beyond B are overwritten when they are used
         unused = ids.new_zeros(min(len(self.text), 1 << (B - 1).bit_length()) - B, 1)
-        inputs = (
-            torch.cat([ids, unused]),
-            torch.cat([positions, unused]) if len(positions) == B else positions,
-        )
+        if len(positions) == B:
+            positions = torch.cat([positions, unused])
+        inputs = (torch.cat([ids, unused]), positions)
         shapes = tuple(len(tensor) for tensor in inputs)
         if shapes not in self.graphs:
-            self.graphs[shapes] = cuda_graph(partial(self.decode, cache=self.cache), *inputs)
+            self.graphs[shapes] = self.record_graph(partial(self.decode, cache=self.cache), *inputs)
         return self.graphs[shapes](*inputs)[:B]
 
     def prefill(self, rows: np.ndarray, index: torch.Tensor, n: int) -> torch.Tensor:
-        """Logits (len(rows), V) after the texts of these rows, n of them equal; `index` is rows, on the device."""
+        """Logits (len(rows), V) after these rows, in groups of n equal ones; `index`: rows, on the device."""
         lengths = self.lengths[rows[::n]]
         width = int(lengths.max())
         width = min(width + -width % 16, self.block_size)  # the same numbers as in another batch

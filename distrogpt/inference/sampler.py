@@ -21,7 +21,7 @@ from distrogpt.settings import SAMPLING_FIELDS, SampleConfig
 
 
 class Sampler:
-    """A model and its tokenizer, loaded once. Raises UserError where they cannot be."""
+    """A model and its tokenizer, loaded once. Raises UserError if they cannot be."""
 
     def __init__(
         self,
@@ -34,7 +34,7 @@ class Sampler:
     ) -> None:
         self.runtime = start_runtime(device, dtype)
         model, contents, self.source = load_trained(out_dir, init_from)
-        self.config = contents.get("config", {})  # the settings that it was trained with
+        self.config = contents.get("config", {})  # of its training
         self.tokenizer = find_tokenizer(contents, model.config.vocab_size, self.source)
         error = compile_error(self.runtime.device) if compile else ""
         if error:
@@ -42,82 +42,83 @@ class Sampler:
         compile = compile and not error
         self.model = optimize_for_inference(model.to(self.runtime.device), self.runtime.dtype, int8, compile)
 
-    def ids_of(self, prompt: str, name: str = "the prompt", whole: bool = True) -> list[int]:
-        """The prompt's ids, one at least; with `whole` no more than the network reads. Raises UserError."""
+    def ids_of(self, prompt: str, name: str = "the prompt", check_length: bool = True) -> list[int]:
+        """The prompt's ids, one or more; with check_length, at most block_size. Raises UserError."""
         check_value(SampleConfig, "start", prompt)
         try:
             ids = encode_prompt(self.tokenizer, prompt)
         except UserError as error:
             raise UserError(f"{name}: {error}") from None
         block_size = self.model.config.block_size
-        if whole and len(ids) > block_size:
+        if check_length and len(ids) > block_size:
             raise UserError(f"{name} has {len(ids)} tokens, the model reads {block_size}; shorten it")
         return ids
 
-    def steps(
-        self, prompts: Sequence[list[int]], draws: torch.Tensor, asked: SampleConfig, every: int = 1
+    def sample_batch(
+        self, prompts: Sequence[list[int]], uniforms: torch.Tensor, config: SampleConfig, interval: int = 1
     ) -> Iterator[list[Detokenizer]]:
-        """The samples of one batch while they are written, the same ones each time: after `every` tokens of
-        each and when all have ended. Each of N prompts goes on once for each row of draws."""
-        copies, scored = len(draws), asked.best_of > 1 or asked.show_probs
-        end = self.tokenizer.end_of_text if asked.stop_at_end else None
-        writers = [Detokenizer(self.tokenizer, asked.stop, end) for _ in range(len(prompts) * copies)]
-        drawn = stream(
+        """Yield the samples of one batch every `interval` tokens, and when all are finished: the same objects
+        each time. Each prompt has one sample for each row of `uniforms`."""
+        n, with_logprobs = len(prompts) * len(uniforms), config.best_of > 1 or config.show_probs
+        end_token = self.tokenizer.end_of_text if config.stop_at_end else None
+        samples = [Detokenizer(self.tokenizer, config.stop, end_token) for _ in range(n)]
+        steps = stream(
             self.model,
             [torch.tensor(ids) for ids in prompts],
-            SamplingParams.from_settings(asked),
-            draws.repeat(len(prompts), 1),
+            SamplingParams.from_settings(config),
+            uniforms.repeat(len(prompts), 1),
             self.tokenizer.vocab_size,
         )
-        columns, chances, none = [], [], torch.zeros(len(writers), 1)
-        for number, (ids, logits) in enumerate(drawn, 1):
-            columns.append(ids)
-            chances.append(logits.float().log_softmax(-1).gather(1, ids) if scored else none)
-            if number % every and number < asked.max_new_tokens:
-                continue  # the device need not be waited for
-            new = zip(writers, torch.cat(columns, 1).tolist(), torch.cat(chances, 1).tolist(), strict=True)
-            for writer, row, logprobs in new:
-                for id, logprob in zip(row, logprobs, strict=True):
-                    writer.add(id, logprob)
-                if number == asked.max_new_tokens:
-                    writer.close()
-            columns, chances = [], []
-            yield writers
-            if all(writer.ended for writer in writers):
+        new_ids, new_logprobs, zeros = [], [], torch.zeros(n, 1)
+        for number, (ids, logits) in enumerate(steps, 1):
+            new_ids.append(ids)
+            new_logprobs.append(logits.float().log_softmax(-1).gather(1, ids) if with_logprobs else zeros)
+            if number % interval and number < config.max_new_tokens:
+                continue  # without waiting for the device
+            rows = zip(torch.cat(new_ids, 1).tolist(), torch.cat(new_logprobs, 1).tolist(), strict=True)
+            for sample, row in zip(samples, rows, strict=True):
+                for id, logprob in zip(*row, strict=True):
+                    sample.add(id, logprob)
+                if number == config.max_new_tokens:
+                    sample.finish()
+            new_ids, new_logprobs = [], []
+            yield samples
+            if all(sample.finished for sample in samples):
                 return
 
     def samples(
         self,
         prompts: Sequence[list[int]],
-        asked: SampleConfig,
+        config: SampleConfig,
         advance: Callable[[int], object] = lambda tokens: None,
     ) -> Iterator[Detokenizer]:
-        """num_samples of each prompt, one prompt after another, each when it has ended; of its candidates the
-        likeliest. `advance` is told the tokens made."""
-        copies, candidates = asked.num_samples * asked.best_of, []
-        draws = uniform_noise(asked.seed, copies, asked.max_new_tokens)
-        together = max(1, asked.batch_size // copies)  # prompts at once
-        every = 16 if self.runtime.device.type == "cuda" else 1
-        for begin in range(0, len(prompts), together):
-            for some in draws.split(asked.batch_size):
-                told = 0
-                for writers in self.steps(prompts[begin : begin + together], some, asked, every):
-                    made = sum(len(writer.logprobs) for writer in writers)
-                    advance(made - told)
-                    told = made
-                for writer in writers:
-                    candidates.append(writer)
-                    if len(candidates) == asked.best_of:
-                        yield max(candidates, key=lambda writer: writer.score)  # of equal ones the first
+        """Yield num_samples of each prompt, prompt by prompt: each is the likeliest of best_of candidates.
+        `advance` is called with the number of new tokens."""
+        n, candidates = config.num_samples * config.best_of, []
+        uniforms = uniform_noise(config.seed, n, config.max_new_tokens)
+        prompts_per_batch = max(1, config.batch_size // n)
+        interval = 16 if self.runtime.device.type == "cuda" else 1
+        for begin in range(0, len(prompts), prompts_per_batch):
+            batch_prompts = prompts[begin : begin + prompts_per_batch]
+            for batch_uniforms in uniforms.split(config.batch_size):
+                n_tokens = 0
+                for batch in self.sample_batch(batch_prompts, batch_uniforms, config, interval):
+                    previous, n_tokens = n_tokens, sum(len(sample.logprobs) for sample in batch)
+                    advance(n_tokens - previous)
+                for sample in batch:
+                    candidates.append(sample)
+                    if len(candidates) == config.best_of:
+                        yield max(candidates, key=lambda sample: sample.score)  # the first of equal ones
                         candidates = []
 
-    def live(self, prompt: list[int], asked: SampleConfig) -> Iterator[Detokenizer]:
-        """One sample while it is written, the same again and again; the best of several when it is done."""
-        if asked.best_of > 1:
-            yield from self.samples([prompt], replace(asked, num_samples=1))
+    def stream_sample(self, prompt: list[int], config: SampleConfig) -> Iterator[Detokenizer]:
+        """Yield one sample after each of its tokens, the same object each time; the best of several once."""
+        if config.best_of > 1:
+            yield from self.samples([prompt], replace(config, num_samples=1))
         else:
-            for (writer,) in self.steps([prompt], uniform_noise(asked.seed, 1, asked.max_new_tokens), asked):
-                yield writer
+            uniforms = uniform_noise(config.seed, 1, config.max_new_tokens)
+            for (sample,) in self.sample_batch([prompt], uniforms, config):
+                yield sample
 
     def generate(
         self,
@@ -127,20 +128,21 @@ class Sampler:
         temperature: float = 0.8,
         top_k: int | None = 200,
         seed: int = 1337,
-        **more: Any,
+        **settings: Any,
     ) -> list[str]:
-        """num_samples texts of each prompt, one prompt after another, that begin with it unless echo=False.
+        """num_samples texts of each prompt, prompt by prompt, which begin with it unless echo=False.
 
-        `more` are settings of SampleConfig that concern a sample: top_p, stop, best_of, ... Raises UserError.
+        `settings` are other fields of SampleConfig that change a sample (top_p, stop, ...). Raises UserError.
         """
         several = isinstance(prompt, (list, tuple))
         prompts = prompt if several else [prompt]
-        asked = asked_for(max_new_tokens, temperature, top_k, seed, num_samples=num_samples, **more)
-        ids = [
-            self.ids_of(text, f"prompt {n}" if several else "the prompt") for n, text in enumerate(prompts, 1)
-        ]
-        begins = [text if asked.echo else "" for text in prompts for _ in range(asked.num_samples)]
-        return [begin + done.text for begin, done in zip(begins, self.samples(ids, asked), strict=True)]
+        config = sample_config(max_new_tokens, temperature, top_k, seed, num_samples=num_samples, **settings)
+        names = [f"prompt {number + 1}" if several else "the prompt" for number in range(len(prompts))]
+        ids = [self.ids_of(text, name) for text, name in zip(prompts, names, strict=True)]
+        texts = [sample.text for sample in self.samples(ids, config)]
+        if not config.echo:
+            return texts
+        return [prompts[number // config.num_samples] + text for number, text in enumerate(texts)]
 
     def stream(
         self,
@@ -149,11 +151,12 @@ class Sampler:
         temperature: float = 0.8,
         top_k: int | None = 200,
         seed: int = 1337,
-        **more: Any,
+        **settings: Any,
     ) -> Iterator[str]:
-        """What follows the prompt in one sample, in pieces, each as soon as it is certain. As `generate`."""
-        asked = asked_for(max_new_tokens, temperature, top_k, seed, **more)
-        return (text for writer in self.live(self.ids_of(prompt), asked) if (text := writer.take_text()))
+        """The continuation of the prompt in one sample, piece by piece. Settings as in `generate`."""
+        config = sample_config(max_new_tokens, temperature, top_k, seed, **settings)
+        samples = self.stream_sample(self.ids_of(prompt), config)
+        return (text for sample in samples if (text := sample.pop_text()))
 
     def tokens(
         self,
@@ -162,29 +165,30 @@ class Sampler:
         temperature: float = 0.8,
         top_k: int | None = 200,
         seed: int = 1337,
-        **more: Any,
+        **settings: Any,
     ) -> Iterator[Token]:
-        """The tokens of what `stream` yields, with the network's own log-probability of each."""
-        asked = asked_for(max_new_tokens, temperature, top_k, seed, **more | {"show_probs": True})
-        return (token for writer in self.live(self.ids_of(prompt), asked) for token in writer.take_tokens())
+        """The tokens of the text that `stream` yields, with the model's log-probability of each."""
+        config = sample_config(max_new_tokens, temperature, top_k, seed, **settings | {"show_probs": True})
+        samples = self.stream_sample(self.ids_of(prompt), config)
+        return (token for sample in samples for token in sample.pop_tokens())
 
 
-def asked_for(
-    max_new_tokens: int, temperature: float, top_k: int | None, seed: int, **more: Any
+def sample_config(
+    max_new_tokens: int, temperature: float, top_k: int | None, seed: int, **settings: Any
 ) -> SampleConfig:
-    """The settings of a call from Python. Raises UserError; TypeError for those that concern no sample."""
-    strange = set(more) - {*SAMPLING_FIELDS, "num_samples", "echo", "batch_size"}
-    if strange:
-        raise TypeError(f"{min(strange)} is no setting of a sample")
-    choices = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "seed": seed}
+    """The settings of a call from Python. Raises UserError; TypeError for settings that change no sample."""
+    unknown = set(settings) - {*SAMPLING_FIELDS, "num_samples", "echo", "batch_size"}
+    if unknown:
+        raise TypeError(f"{min(unknown)} is not a setting of a sample")
+    settings |= {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "seed": seed}
     try:
-        return SampleConfig(**choices, **more)
+        return SampleConfig(**settings)
     except ValueError as error:
         raise UserError(error) from None
 
 
 def read_text(name: str) -> str:
-    """The text of a file, or of stdin where its name is -. Raises UserError."""
+    """The text of a file, or of stdin if the name is -. Raises UserError."""
     try:
         data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
         return data.decode("utf-8-sig").replace("\r\n", "\n")
@@ -194,5 +198,5 @@ def read_text(name: str) -> str:
 
 
 def read_prompt(start: str) -> str:
-    """The prompt: the setting itself, or what stands in the file of FILE:path. Raises UserError."""
+    """The prompt: the setting itself, or the text of the file in FILE:path. Raises UserError."""
     return read_text(start[5:]) if start.startswith("FILE:") else start

@@ -39,10 +39,10 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.flatten(0, -2)  # (N, in)
-        one_each = x.dim() == 2 or x.size(1) == 1  # a row of each sequence: by the same kernel for any number
-        if x.device.type == "cpu" and one_each and rows.size(1) % 16 == 0:  # else the kernel crashes,
-            some = rows.bfloat16().split(16)  # and for more rows
-            ys = [torch.ops.aten._weight_int8pack_mm(rows, self.weight, self.scale) for rows in some]
+        decoding = x.dim() == 2 or x.size(1) == 1  # one row per sequence, by one kernel for any batch size
+        if x.device.type == "cpu" and decoding and rows.size(1) % 16 == 0:  # the kernel crashes otherwise,
+            chunks = rows.bfloat16().split(16)  # and with more rows
+            ys = [torch.ops.aten._weight_int8pack_mm(chunk, self.weight, self.scale) for chunk in chunks]
             y = (ys[0] if len(ys) == 1 else torch.cat(ys)).to(x.dtype).view(*x.shape[:-1], -1)
         else:
             y = nn.functional.linear(x, self.weight.to(x.dtype)) * self.scale.to(x.dtype)

@@ -85,19 +85,19 @@ class Sample:
 
     def append(self, id: int, logprob: float, top_logprobs: TopLogprobs) -> None:
         """Append the next token."""
-        if id != self.detokenizer.end:
+        if id != self.detokenizer.end_token:
             self.top_logprobs.append(top_logprobs)
         self.detokenizer.add(id, logprob)
         self.seen.add(id)
-        if self.detokenizer.ended:
+        if self.detokenizer.finished:
             self.finish_reason = "stop"
         elif self.num_tokens == len(self.uniforms):
-            self.detokenizer.close()
+            self.detokenizer.finish()
             self.finish_reason = "length"
 
     def emit(self) -> None:
         """Emit what became certain since the last call."""
-        tokens, text = self.detokenizer.take_tokens(), self.detokenizer.take_text()
+        tokens, text = self.detokenizer.pop_tokens(), self.detokenizer.pop_text()
         top, self.top_logprobs = self.top_logprobs[: len(tokens)], self.top_logprobs[len(tokens) :]
         progress = (self.text_offset, self.num_tokens, self.finish_reason, self.detokenizer.score)
         first = not self.emitted_at

@@ -305,7 +305,7 @@ def test_hellaswag_is_downloaded_once_and_checked(tmp_path):
     entry, folder = b'{"ctx": "a", "endings": ["b", "c"], "label": 0}\n', tmp_path / "hellaswag"
     original = tmp_path / "original.jsonl"
     original.write_bytes(entry)
-    with pytest.raises(UserError, match="is not the file expected|invalid hash"):
+    with pytest.raises(UserError, match="invalid hash"):
         hellaswag_file(folder, (original.as_uri(), "0" * 64))
     assert not list(folder.iterdir())
     source = (original.as_uri(), hashlib.sha256(entry).hexdigest())

@@ -1,8 +1,10 @@
-"""What is drawn and when it ends: limits, stop strings, several prompts, candidates, chances."""
+"""Sampling: limits, several prompts, where samples end, best_of and probabilities."""
 
 import io
-import random
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import groupby
 
 import pytest
 import torch
@@ -10,10 +12,9 @@ from conftest import assert_user_error, sample_here
 
 from distrogpt.data.tokenizer import END_OF_TEXT, ByteTokenizer, CharTokenizer, Tokenizer, train_bpe
 from distrogpt.errors import UserError
-from distrogpt.inference import decoder as decoding
-from distrogpt.inference import sampler as sample
-from distrogpt.inference.decoder import optimize_for_inference
-from distrogpt.inference.detokenizer import Detokenizer, coloured, form_of
+from distrogpt.inference.decoder import optimize_for_inference, stream
+from distrogpt.inference.display import colour, output_style
+from distrogpt.inference.sampler import sample_config
 from distrogpt.inference.sampling import SamplingParams, sample_token, uniform_noise
 from distrogpt.runtime import start_runtime
 from model import GPT, GPTConfig
@@ -23,17 +24,28 @@ CHARS = "\n abcdefghij."
 
 
 def sampler_of(tokenizer: Tokenizer, dtype: str = "float32", **more) -> Sampler:
-    """A Sampler of a network with random weights, which are large enough that it is sure of some tokens."""
+    """A Sampler of a model with random weights, large enough that some tokens are much more likely."""
     torch.manual_seed(0)
     shape = {"block_size": 32, "n_layer": 2, "n_head": 2, "n_embd": 32, "vocab_size": tokenizer.vocab_size}
     model = GPT(GPTConfig(**shape | more))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(4 if parameter.dim() == 2 else 1)
-    made = Sampler.__new__(Sampler)
-    made.runtime, made.tokenizer, made.config, made.source = start_runtime("cpu", dtype), tokenizer, {}, "-"
-    made.model = optimize_for_inference(model, made.runtime.dtype)
-    return made
+    sampler = Sampler.__new__(Sampler)
+    sampler.runtime, sampler.tokenizer = start_runtime("cpu", dtype), tokenizer
+    sampler.model = optimize_for_inference(model, sampler.runtime.dtype)
+    return sampler
+
+
+@contextmanager
+def logits_sizes(sampler: Sampler) -> Iterator[list[int]]:
+    """Collects the batch size of each computation of logits: prefills have a row for each prompt."""
+    sizes = []
+    hook = sampler.model.lm_head.register_forward_hook(lambda layer, x, logits: sizes.append(len(logits)))
+    try:
+        yield sizes
+    finally:
+        hook.remove()
 
 
 @pytest.fixture(scope="module")
@@ -46,16 +58,8 @@ def by_bytes() -> Sampler:
     return sampler_of(ByteTokenizer())
 
 
-@pytest.fixture(scope="module")
-def bpe(text) -> Tokenizer:
-    return train_bpe([text], 400)
-
-
-# what is drawn
-
-
 @pytest.mark.parametrize(
-    "choice",
+    "params",
     [
         SamplingParams(0.7),
         SamplingParams(1.3, top_k=3),
@@ -69,55 +73,55 @@ def bpe(text) -> Tokenizer:
         SamplingParams(1.0, min_p=1.0),
     ],
 )
-def test_tokens_are_drawn_from_what_transformers_makes_of_the_scores(choice):
+def test_probabilities_equal_those_of_transformers(params):
     from transformers.generation import logits_process as theirs
 
     torch.manual_seed(1)
     logits, text = 2 * torch.randn(5, 12), torch.randint(12, (5, 4))
-    scores = theirs.RepetitionPenaltyLogitsProcessor(choice.repetition_penalty)(text, logits.clone())
-    scores = theirs.TemperatureLogitsWarper(choice.temperature)(text, scores)
-    if choice.top_k:
-        scores = theirs.TopKLogitsWarper(choice.top_k)(text, scores)
-    if choice.top_p < 1:
-        scores = theirs.TopPLogitsWarper(choice.top_p)(text, scores)
-    if choice.min_p:
-        scores = theirs.MinPLogitsWarper(choice.min_p)(text, scores)
+    scores = theirs.RepetitionPenaltyLogitsProcessor(params.repetition_penalty)(text, logits.clone())
+    scores = theirs.TemperatureLogitsWarper(params.temperature)(text, scores)
+    if params.top_k:
+        scores = theirs.TopKLogitsWarper(params.top_k)(text, scores)
+    if params.top_p < 1:
+        scores = theirs.TopPLogitsWarper(params.top_p)(text, scores)
+    if params.min_p:
+        scores = theirs.MinPLogitsWarper(params.min_p)(text, scores)
     expected = scores.softmax(-1)
-    count = 1000  # draws, evenly spaced: shares are exact to 1/count
-    draws = ((torch.arange(count) + 0.5) / count)[:, None]
-    for row, chances in enumerate(expected):
+    count = 1000
+    uniforms = ((torch.arange(count) + 0.5) / count)[
+        :, None
+    ]  # evenly spaced: frequencies are exact to 1/count
+    for row, probs in enumerate(expected):
         seen = torch.zeros(1, 12, dtype=torch.bool)
         seen[0, text[row]] = True
-        seen = None if choice.repetition_penalty == 1 else seen.expand(count, 12)
-        ids = sample_token(logits[row].expand(count, 12), choice, draws, seen)
-        shares = ids.flatten().bincount(minlength=12) / count
-        assert (shares - chances).abs().max() < 2 / count
-        assert not shares[chances == 0].any()
+        seen = None if params.repetition_penalty == 1 else seen.expand(count, 12)
+        ids = sample_token(logits[row].expand(count, 12), params, uniforms, seen)
+        frequencies = ids.flatten().bincount(minlength=12) / count
+        assert (frequencies - probs).abs().max() < 2 / count
+        assert not frequencies[probs == 0].any()
 
 
 @pytest.mark.parametrize("top_p", [0.5, 0.97])
-def test_top_p_of_a_large_vocabulary_is_that_of_all_of_it_sorted(top_p):
-    """Of 5,000 tokens the first 1,024 are enough in some rows, and not in others; alone and together."""
+def test_top_p_of_a_large_vocabulary_equals_sorting_all_of_it(top_p):
+    """Of 5,000 tokens the first 1,024 are enough in some rows, and not in others; alone and in a batch."""
     torch.manual_seed(2)
-    spread = torch.tensor([0.05, 6.0, 1.0, 3.0])[:, None]
-    logits, draws = spread * torch.randn(4, 5000), torch.tensor([0.1, 0.5, 0.9, 0.999]).repeat(4, 1)
-    choice = SamplingParams(1.0, top_p=top_p)
-    chances, order = logits.double().softmax(-1).sort(dim=-1, descending=True)
-    before = chances.cumsum(-1) - chances
-    kept = chances.masked_fill(before >= top_p, 0.0)
-    sums = kept.cumsum(-1)
-    widths = (kept > 0).sum(-1)
+    scale = torch.tensor([0.05, 6.0, 1.0, 3.0])[:, None]
+    logits, uniforms = scale * torch.randn(4, 5000), torch.tensor([0.1, 0.5, 0.9, 0.999]).repeat(4, 1)
+    params = SamplingParams(1.0, top_p=top_p)
+    probs, order = logits.double().softmax(-1).sort(dim=-1, descending=True)
+    probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0.0)
+    sums, widths = probs.cumsum(-1), (probs > 0).sum(-1)
     assert widths.min() < 1024 < widths.max()
-    for column in draws.T:
-        together = sample_token(logits, choice, column[:, None])
-        alone = [sample_token(logits[n : n + 1], choice, column[n : n + 1, None]) for n in range(4)]
-        assert torch.equal(together, torch.cat(alone))
-        place = (sums <= column[:, None] * sums[:, -1:]).sum(-1, keepdim=True)
-        found = (order == together).nonzero()[:, 1:]  # where each stands in the order
-        assert (found - place).abs().max() <= 1 and bool((found < widths[:, None]).all())
+    for column in uniforms.T:
+        ids = sample_token(logits, params, column[:, None])
+        alone = [sample_token(logits[n : n + 1], params, column[n : n + 1, None]) for n in range(4)]
+        assert torch.equal(ids, torch.cat(alone))
+        expected = (sums <= column[:, None] * sums[:, -1:]).sum(-1, keepdim=True)  # indices into order
+        indices = (order == ids).nonzero()[:, 1:]
+        assert (indices - expected).abs().max() <= 1 and bool((indices < widths[:, None]).all())
 
 
-CONTROLS = [
+SETTINGS = [
     {},
     {"top_p": 0.8, "min_p": 0.02, "repetition_penalty": 1.3, "temperature": 1.1},
     {"best_of": 3, "top_k": 5},
@@ -126,95 +130,52 @@ CONTROLS = [
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("controls", CONTROLS)
-def test_a_prompt_gets_the_same_texts_alone_and_beside_others(controls, dtype):
+@pytest.mark.parametrize("changes", SETTINGS)
+def test_a_prompt_gets_the_same_texts_alone_and_in_a_batch(changes, dtype):
     """45 tokens after prompts of 1 to 32, in a block of 32."""
     sampler = sampler_of(CharTokenizer(CHARS), dtype)
     prompts = ["a", "", "abc def\n", "ij" * 16, ".bcd"]
-    how = {"num_samples": 2, "max_new_tokens": 45, "seed": 5, **controls}
-    alone = [text for prompt in prompts for text in sampler.generate(prompt, **how)]
+    settings = {"num_samples": 2, "max_new_tokens": 45, "seed": 5, **changes}
+    alone = [text for prompt in prompts for text in sampler.generate(prompt, **settings)]
     assert len(set(alone)) == 10
     for batch_size in (3, 64):
-        assert sampler.generate(prompts, batch_size=batch_size, **how) == alone
-    more = sampler.generate(prompts, **how | {"num_samples": 3})
-    assert [more[3 * n + m] for n in range(5) for m in range(2)] == alone  # a third changes no others
-    assert "".join(sampler.stream(prompts[2], **{k: v for k, v in how.items() if k != "num_samples"})) == (
-        alone[4].removeprefix(prompts[2])
-    )
+        assert sampler.generate(prompts, batch_size=batch_size, **settings) == alone
+    more = sampler.generate(prompts, **settings | {"num_samples": 3})
+    assert [more[3 * n + m] for n in range(5) for m in range(2)] == alone  # a third sample changes no others
+    assert "".join(
+        sampler.stream(prompts[2], **{k: v for k, v in settings.items() if k != "num_samples"})
+    ) == (alone[4].removeprefix(prompts[2]))
 
 
-def test_all_limits_reach_the_choice_and_no_more_sequences_are_made_at_once_than_asked(chars, monkeypatch):
-    sizes = []
-
-    def watched(model, prompts, params, uniforms, vocab_size):
-        sizes.append(len(uniforms))
-        return decoding.stream(model, prompts, params, uniforms, vocab_size)
-
-    monkeypatch.setattr(sample, "stream", watched)
+def test_generate_passes_all_limits_and_keeps_to_the_batch_size(chars):
     limits = {"temperature": 1.1, "top_k": 9, "top_p": 0.8, "min_p": 0.03, "repetition_penalty": 1.4}
-    found = chars.generate(["abc", "j"], 5, 20, seed=8, batch_size=3, echo=False, **limits)
-    assert sizes == [3, 2, 3, 2]
-    chars.generate(["a"] * 5, 2, 20, batch_size=7)
-    assert sizes[4:] == [6, 4]
+    with logits_sizes(chars) as sizes:
+        texts = chars.generate(["abc", "j"], 5, 20, seed=8, batch_size=3, echo=False, **limits)
+        assert [size for size, _ in groupby(sizes)] == [1, 3, 1, 2, 1, 3, 1, 2]
+        sizes.clear()
+        chars.generate(["a"] * 5, 2, 20, batch_size=7)
+        assert [size for size, _ in groupby(sizes)] == [3, 6, 2, 4]
     for number, prompt in enumerate(("abc", "j")):
         uniforms, idx = uniform_noise(8, 5, 20), torch.tensor([chars.ids_of(prompt)])
-        drawn = decoding.stream(chars.model, idx, SamplingParams(**limits), uniforms)
-        rows = torch.cat([ids for ids, _ in drawn], 1).tolist()
-        assert found[5 * number : 5 * number + 5] == [chars.tokenizer.decode(row) for row in rows]
+        steps = stream(chars.model, idx, SamplingParams(**limits), uniforms)
+        rows = torch.cat([ids for ids, _ in steps], 1).tolist()
+        assert texts[5 * number : 5 * number + 5] == [chars.tokenizer.decode(row) for row in rows]
 
 
-def test_what_ended_is_looked_at_now_and_then_where_that_costs(chars):
-    """GPUs are waited for every 16 tokens; the text is that of every token."""
-    asked = sample.asked_for(50, 0.8, None, 3, stop=["ab", "c"], num_samples=2)
-    draws = torch.rand(2, 50)
-    found = []
-    for every in (1, 16):
-        *_, writers = chars.steps([[1, 2], [3]], draws, asked, every)
-        found.append([writer.text for writer in writers])
-    assert found[0] == found[1] and len(set(map(len, found[0]))) > 1
+def test_the_interval_between_updates_does_not_change_the_texts(chars):
+    """GPUs are waited for every 16 tokens."""
+    config = sample_config(50, 0.8, None, 3, stop=["ab", "c"], num_samples=2)
+    uniforms, texts = torch.rand(2, 50), []
+    for interval in (1, 16):
+        *_, samples = chars.sample_batch([[1, 2], [3]], uniforms, config, interval)
+        texts.append([sample.text for sample in samples])
+    assert texts[0] == texts[1] and len(set(map(len, texts[0]))) > 1
 
 
-# where it ends
-
-TEXT = "def f(x):\n    return x\n\nclass A: # 日本 😀\n    pass\n\nEND of it"
-STOPS = ["\n\n", "END", "class", "s", "本 😀", "😀\n", ")", "d", "return x\n\nclas", "never"]
-
-
-@pytest.mark.parametrize("kind", ["char", "byte", "bpe"])
-def test_text_ends_before_a_stop_string_and_no_more_is_held_back_than_may_begin_one(kind, bpe):
-    tokenizer = {"char": CharTokenizer("".join(sorted(set(TEXT)))), "byte": ByteTokenizer(), "bpe": bpe}[kind]
-    ids = tokenizer.encode(TEXT).tolist()
-    known = [len(tokenizer.decode_bytes(ids[:n]).decode("utf-8", "ignore")) for n in range(len(ids) + 1)]
-    some = [("return", "ur"), *((stop,) for stop in STOPS)] + [
-        tuple(random.Random(n).sample(STOPS, 3)) for n in range(20)
-    ]
-    for stops in some:
-        ends = [(TEXT.index(stop) + len(stop), TEXT.index(stop)) for stop in stops if stop in TEXT]
-        expected = TEXT[: min(ends)[1]] if ends else TEXT
-        writer, out, tokens = Detokenizer(tokenizer, stops), "", []
-        for number, id in enumerate(ids, 1):
-            writer.add(id, -float(number))
-            out += writer.take_text()
-            tokens += writer.take_tokens()
-            if not writer.ended:
-                held = TEXT[len(out) : known[number]]
-                assert out + held == TEXT[: known[number]]
-                assert not held or any(stop.startswith(held) for stop in stops), (stops, held)
-                waits = any(stop.startswith(TEXT[n : known[number]]) for stop in stops for n in [len(out)])
-                assert waits or not held
-        writer.close()
-        tokens += writer.take_tokens()
-        assert out + writer.take_text() == writer.text == expected
-        assert "".join(token.text for token in tokens) == expected
-        assert [token.id for token in tokens] == ids[: len(tokens)]
-        assert not tokens or tokens[-1].text  # not the begin of a character that the text lacks
-        assert [token.logprob for token in tokens] == [-float(n + 1) for n in range(len(tokens))]
-
-
-def test_stop_strings_count_in_what_is_new_alone(chars):
-    whole = chars.generate("ab.", 3, max_new_tokens=60)
-    for stop in (".", "ab", "\n", whole[0][20:23]):
-        cut = [text[:3] + text[3:].split(stop)[0] for text in whole]
+def test_stop_strings_are_not_searched_in_the_prompt(chars):
+    texts = chars.generate("ab.", 3, max_new_tokens=60)
+    for stop in (".", "ab", "\n", texts[0][20:23]):
+        cut = [text[:3] + text[3:].split(stop)[0] for text in texts]
         assert chars.generate("ab.", 3, max_new_tokens=60, stop=stop) == cut
         assert chars.generate("ab.", 3, max_new_tokens=60, stop=["never", stop], echo=False) == [
             text[3:] for text in cut
@@ -222,50 +183,41 @@ def test_stop_strings_count_in_what_is_new_alone(chars):
 
 
 @pytest.mark.parametrize("kind", ["char", "byte", "bpe"])
-def test_a_sample_ends_with_its_document_and_the_batch_with_its_last(kind, bpe, monkeypatch):
-    sampler = sampler_of({"char": CharTokenizer(CHARS, ends=True), "byte": ByteTokenizer(), "bpe": bpe}[kind])
-    how = {"num_samples": 3, "max_new_tokens": 3000, "temperature": 3.0, "top_k": None, "echo": False}
-    made = 0
-
-    def counting(*args, **more):
-        nonlocal made
-        made = 0
-        for drawn in original(*args, **more):
-            made += 1
-            yield drawn
-
-    original = sample.stream
-    monkeypatch.setattr(sample, "stream", counting)
-    ended = sampler.generate("a", **how)
-    longest = made
-    whole = sampler.generate("a", **how | {"stop_at_end": False, "max_new_tokens": longest + 5})
-    assert made == longest + 5 and longest < 3000
-    assert ended == [text.split(END_OF_TEXT)[0] for text in whole]
-    until = sampler.generate("a", **how | {"stop_at_end": False, "max_new_tokens": longest})
-    assert any(text.find(END_OF_TEXT) == len(text) - len(END_OF_TEXT) > 0 for text in until)
-
-
-# candidates and chances
+def test_a_sample_ends_with_its_document_and_the_batch_with_its_last_sample(kind, text):
+    chars = CharTokenizer(CHARS, ends=True)
+    tokenizer = {"char": chars, "byte": ByteTokenizer(), "bpe": train_bpe([text], 400)}[kind]
+    sampler, settings = sampler_of(tokenizer), {"num_samples": 3, "temperature": 3.0, "top_k": None}
+    with logits_sizes(sampler) as sizes:
+        texts = sampler.generate("a", max_new_tokens=3000, echo=False, **settings)
+    longest = len(sizes)
+    assert longest < 3000
+    settings |= {"stop_at_end": False, "echo": False}
+    with logits_sizes(sampler) as sizes:
+        longer = sampler.generate("a", max_new_tokens=longest + 5, **settings)
+    assert len(sizes) == longest + 5
+    assert texts == [text.split(END_OF_TEXT)[0] for text in longer]
+    until_last = sampler.generate("a", max_new_tokens=longest, **settings)
+    assert any(text.find(END_OF_TEXT) == len(text) - len(END_OF_TEXT) > 0 for text in until_last)
 
 
 def plain_logprobs(sampler: Sampler, prompt: str, new: list[int]) -> list[float]:
-    """Of each new token, from a network that reads all before it anew."""
-    ids, found = sampler.ids_of(prompt), []
+    """Of each new token, without a cache."""
+    ids, logprobs = sampler.ids_of(prompt), []
     for id in new:
         with torch.no_grad():
             logits = sampler.model(torch.tensor([ids]))[0][0, -1].float()
-        found.append(float(logits.log_softmax(-1)[id]))
+        logprobs.append(float(logits.log_softmax(-1)[id]))
         ids.append(id)
-    return found
+    return logprobs
 
 
 @pytest.mark.parametrize("stop", ["", "e"])
-def test_the_best_of_some_is_the_likeliest_of_them(stop):
-    """The tokens that end a sample count, those after them do not."""
+def test_best_of_returns_the_most_likely_candidate(stop):
+    """A candidate's score includes the token that ends it, and none after it."""
     sampler = sampler_of(CharTokenizer(CHARS, ends=True))
-    how = {"max_new_tokens": 20, "temperature": 1.5, "seed": 0, "echo": False}
+    settings = {"max_new_tokens": 20, "temperature": 1.5, "seed": 0, "echo": False}
     candidates, scores, without_end = [], [], []
-    for text in sampler.generate("abc", 12, stop_at_end=False, **how):
+    for text in sampler.generate("abc", 12, stop_at_end=False, **settings):
         ids = sampler.tokenizer.encode(text).tolist()
         ends = {sampler.tokenizer.end_of_text, *sampler.tokenizer.encode(stop)}
         end = next((n for n, id in enumerate(ids) if id in ends), len(ids))
@@ -280,16 +232,18 @@ def test_the_best_of_some_is_the_likeliest_of_them(stop):
     expected = [candidates[n] for n in best]
     stops = (stop,) if stop else ()
     for batch_size in (3, 64):
-        assert sampler.generate("abc", 3, best_of=4, batch_size=batch_size, stop=stops, **how) == expected
-    assert "".join(sampler.stream("abc", best_of=4, stop=stops, **how)) == expected[0]
+        assert (
+            sampler.generate("abc", 3, best_of=4, batch_size=batch_size, stop=stops, **settings) == expected
+        )
+    assert "".join(sampler.stream("abc", best_of=4, stop=stops, **settings)) == expected[0]
     same = sampler.generate("abc", 1, best_of=3, temperature=0)
     assert same == sampler.generate("abc", 1, temperature=0)
 
 
-def test_chances_are_the_networks_own(chars):
-    how = {"max_new_tokens": 25, "temperature": 0.3, "top_k": 2, "repetition_penalty": 2.0, "seed": 9}
-    tokens = list(chars.tokens("abc", **how))
-    text = "".join(chars.stream("abc", **how))
+def test_logprobs_are_those_of_the_model(chars):
+    settings = {"max_new_tokens": 25, "temperature": 0.3, "top_k": 2, "repetition_penalty": 2.0, "seed": 9}
+    tokens = list(chars.tokens("abc", **settings))
+    text = "".join(chars.stream("abc", **settings))
     assert "".join(token.text for token in tokens) == text and len(tokens) == 25
     assert [token.id for token in tokens] == chars.tokenizer.encode(text).tolist()
     torch.testing.assert_close(
@@ -300,12 +254,9 @@ def test_chances_are_the_networks_own(chars):
     )
 
 
-def test_characters_of_several_tokens_come_with_the_last(by_bytes):
+def test_a_character_of_several_tokens_is_the_text_of_the_last(by_bytes):
     tokens = list(by_bytes.tokens("日", max_new_tokens=40, temperature=1.5, seed=1))
     assert "".join(token.text for token in tokens) == by_bytes.tokenizer.decode([t.id for t in tokens])
-
-
-# the command
 
 
 def sampled(trained, *flags) -> list[str]:
@@ -329,39 +280,39 @@ def test_prompts_of_a_file_and_of_stdin(trained, tmp_path, monkeypatch):
 
 
 def test_flags_reach_the_sample(trained):
-    whole = sampled(trained, "--start=def ", "--num_samples=3", "--max_new_tokens=80")
-    stops = whole[0][30:33], whole[1][12]
+    full = sampled(trained, "--start=def ", "--num_samples=3", "--max_new_tokens=80")
+    stops = full[0][30:33], full[1][12]
     flags = [f"--stop={stop}".replace("\n", "\\n") for stop in stops]
     python = Sampler(str(trained), device="cpu").generate("def ", 3, 80, stop=stops)
     assert sampled(trained, "--start=def ", "--num_samples=3", "--max_new_tokens=80", *flags) == python
-    assert python != whole and all(map(str.startswith, whole, python))
+    assert python != full and all(map(str.startswith, full, python))
     best = sampled(trained, "--start=def ", "--num_samples=2", "--best_of=4", "--top_p=0.9", "--min_p=0.01")
     python = Sampler(str(trained), device="cpu").generate("def ", 2, 12, best_of=4, top_p=0.9, min_p=0.01)
     assert best == python
 
 
-def test_lines_of_chances_in_a_pipe_and_colours_on_a_terminal(trained, monkeypatch):
+def test_probabilities_are_lines_in_a_pipe_and_colours_on_a_terminal(trained, monkeypatch):
     flags = ("--start=def ", "--num_samples=1", "--max_new_tokens=20", f"--out_dir={trained}", "--device=cpu")
     text = sample_here(*flags, "--echo=False").stdout[:-1]
     tokens = list(Sampler(str(trained), device="cpu").tokens("def ", 20))
     rows = [line.split(maxsplit=2) for line in sample_here(*flags, "--show_probs=True").stdout.splitlines()]
-    for (chance, logprob, shown), token in zip(rows, tokens, strict=True):
+    for (prob, logprob, shown), token in zip(rows, tokens, strict=True):
         assert eval(shown) == token.text
         assert float(logprob) == pytest.approx(token.logprob, abs=1e-4)
-        assert float(chance) == pytest.approx(2.718281828**token.logprob, abs=1e-6)
+        assert float(prob) == pytest.approx(2.718281828**token.logprob, abs=1e-6)
     several = sampled(trained, "--start=def ", "--num_samples=3", "--max_new_tokens=20", "--show_probs=True")
     assert [line.split(maxsplit=2) for line in several[0].splitlines()] == rows and len(several) == 3
     monkeypatch.delenv("NO_COLOR", raising=False)
     legend, shown = sample_here(*flags, "--show_probs=True", terminal=True).stdout.split("\n", 1)
-    assert coloured("0%", 0) in legend and coloured("100%", 1) in legend
-    assert shown == "def " + "".join(coloured(t.text, 2.718281828**t.logprob) for t in tokens) + "\n"
+    assert colour("0%", 0) in legend and colour("100%", 1) in legend
+    assert shown == "def " + "".join(colour(t.text, 2.718281828**t.logprob) for t in tokens) + "\n"
     assert "".join(part.split("m", 1)[1] for part in shown.split("\x1b")[1:]) == text + "\n"
     monkeypatch.setenv("NO_COLOR", "1")
     assert sample_here(*flags, "--show_probs=True", terminal=True).stdout.startswith(f"{rows[0][0]} ")
-    assert form_of(False) == "text"
+    assert output_style(False) == "text"
 
 
-def test_a_bar_shows_on_a_terminal_how_far_several_samples_are(trained):
+def test_a_terminal_shows_a_progress_bar_for_several_samples(trained):
     flags = (f"--out_dir={trained}", "--device=cpu", "--max_new_tokens=30", "--num_samples=3")
     plain = sample_here(*flags)
     assert "tokens" not in plain.stderr
@@ -401,6 +352,6 @@ def test_mistakes(trained, tmp_path, chars):
         chars.generate(["a", "b" * 33])
     with pytest.raises(UserError, match="start=5 does not fit"):
         chars.generate(["a", 5])
-    with pytest.raises(TypeError, match="device is no setting of a sample"):
+    with pytest.raises(TypeError, match="device is not a setting of a sample"):
         chars.generate("a", device="cuda")
     assert chars.generate([]) == []

@@ -1,4 +1,4 @@
-"""CPU layers beside those of model.py, which torch computes."""
+"""The CPU layers against those of model.py."""
 
 import math
 
@@ -18,14 +18,14 @@ def test_attention_equals_torchs(T):
     gradient = torch.randn(2, 3, T, 8, generator=torch.Generator().manual_seed(1))
     plain, ours = Attention(8**-0.5, 0.0), CPUAttention(8**-0.5, 0.0)
     expected = plain(*qkv)
-    (wanted,) = torch.autograd.grad(expected, qkv, gradient)
+    (expected_gradient,) = torch.autograd.grad(expected, qkv, gradient)
     y = ours(*qkv)
-    (got,) = torch.autograd.grad(y, qkv, gradient)
+    (result,) = torch.autograd.grad(y, qkv, gradient)
     torch.testing.assert_close(y, expected, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(got, wanted, atol=2e-5, rtol=1e-5)
-    rounded = ours(*qkv.detach().bfloat16())
-    assert rounded.dtype == torch.bfloat16
-    torch.testing.assert_close(rounded.float(), expected, atol=0.05, rtol=0.05)
+    torch.testing.assert_close(result, expected_gradient, atol=2e-5, rtol=1e-5)
+    in_bf16 = ours(*qkv.detach().bfloat16())
+    assert in_bf16.dtype == torch.bfloat16
+    torch.testing.assert_close(in_bf16.float(), expected, atol=0.05, rtol=0.05)
 
 
 @pytest.mark.parametrize(("T", "masks"), [(1, 1), (1, 2), (5, 2)])
@@ -46,44 +46,43 @@ def test_dropout_drops_its_fraction_and_keeps_the_mean(p):
     y = dropout(x, p)
     dropped = (y == 0).float().mean().item()
     assert abs(dropped - p) < 1 / 256
-    kept = 1 / (1 - round(dropped * 256) / 256)
-    assert len(y.unique()) == 2 and y.max().item() == pytest.approx(kept, 1e-3)
+    scale = 1 / (1 - round(dropped * 256) / 256)
+    assert len(y.unique()) == 2 and y.max().item() == pytest.approx(scale, 1e-3)
     y.sum().backward()
-    assert bool((x.grad == y).all())  # the gradient passes where the value did
+    assert bool((x.grad == y).all())  # the same mask in the backward pass
     layer = CPUDropout(p)
     assert layer.eval()(x) is x
     torch.manual_seed(0)
     assert bool((layer.train()(x) == y).all())
     if 0.05 < p < 0.95:  # neighbours are dropped independently of each other
-        gone = (y == 0).float()
-        assert abs((gone[:, 1:] * gone[:, :-1]).mean().item() - dropped**2) < 0.003
+        is_zero = (y == 0).float()
+        assert abs((is_zero[:, 1:] * is_zero[:, :-1]).mean().item() - dropped**2) < 0.003
 
 
 def test_rms_norm_has_torchs_values_and_gradients():
     x = torch.randn(5, 7, 12, generator=torch.Generator().manual_seed(0)).mul_(3).requires_grad_()
     gradient = torch.randn(5, 7, 12, generator=torch.Generator().manual_seed(1))
     expected = F.rms_norm(x, (12,), eps=1e-6)
-    (wanted,) = torch.autograd.grad(expected, x, gradient)
+    (expected_gradient,) = torch.autograd.grad(expected, x, gradient)
     norm = CPURMSNorm()
-    (got,) = torch.autograd.grad(norm(x), x, gradient)
+    (result,) = torch.autograd.grad(norm(x), x, gradient)
     torch.testing.assert_close(norm(x), expected)
-    torch.testing.assert_close(got, wanted)
+    torch.testing.assert_close(result, expected_gradient)
     assert norm(torch.zeros(2, 4)).tolist() == [[0.0] * 4] * 2
 
 
 def test_rotary_equals_the_plain_layer_also_compiled():
-    x, cos_sin = torch.randn(2, 3, 5, 8, requires_grad=True), rotary_cos_sin(torch.arange(5)[None], 8)[0, 0]
-    cos_sin = rotary_cos_sin(torch.arange(5)[None], 8)
+    x, cos_sin = torch.randn(2, 3, 5, 8, requires_grad=True), rotary_cos_sin(torch.arange(5)[None], 8)
     expected, layer = Rotary()(x, cos_sin), CPURotary()
     torch.testing.assert_close(layer(x, cos_sin), expected)
     torch.testing.assert_close(torch.compile(layer, backend="eager")(x, cos_sin), expected)
-    # a rotation keeps lengths, and products of queries and keys depend on their distance alone
+    # a rotation keeps lengths, and q·k depends on the distance only
     rotated = layer(x[:1, :1, :1].expand(1, 1, 5, 8), cos_sin)[0, 0]
     torch.testing.assert_close(rotated.norm(dim=-1), x[0, 0, 0].norm().expand(5))
     torch.testing.assert_close(rotated[1] @ rotated[3], rotated[0] @ rotated[2])
 
 
-def test_layers_are_replaced_in_one_model_alone():
+def test_layers_are_replaced_in_one_model_only():
     config = GPTConfig(8, 16, 2, 2, 16, dropout=0.1, norm="rmsnorm", rotary=True, qk_norm=True)
     model, other = GPT(config), GPT(config).eval()
     names = list(model.state_dict())

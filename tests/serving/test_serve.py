@@ -4,7 +4,6 @@ import gc
 import http.client
 import io
 import json
-import random
 import signal
 import socket
 import sys
@@ -26,13 +25,12 @@ from distrogpt.audio.speech import Voice
 from distrogpt.benchmark.serving import CHROMIUM, QUIET, bench_serve
 from distrogpt.data.tokenizer import ByteTokenizer
 from distrogpt.errors import UserError
-from distrogpt.inference.decoder import DecodingBatch, optimize_for_inference
+from distrogpt.inference.decoder import DecodingBatch
 from distrogpt.inference.detokenizer import Detokenizer
 from distrogpt.runtime import Runtime
 from distrogpt.serving.app import UVICORN, App, find_key, listen
 from distrogpt.serving.engine import Engine, EngineRequest, Sample
 from distrogpt.settings import BenchConfig, ServeConfig
-from model import GPT, GPTConfig
 from sample import Sampler
 
 
@@ -114,56 +112,6 @@ def server(trained):
     voice = Voice("a hum", 8000, lambda text: [b"\1\2" * 800 * len(text)])
     with LocalServer(trained, voice=voice) as server:
         yield server
-
-
-@pytest.fixture
-def exact():
-    """The precision of fp32 products in sampling, whatever was trained in this process before."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    yield
-    torch.set_float32_matmul_precision(before)
-
-
-@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="plain products depend on the batch")
-@pytest.mark.parametrize("graph", [False, True], ids=["", "with the rows of CUDA graphs"])
-def test_sequences_that_join_and_leave_continue_as_they_would_alone(exact, graph, monkeypatch):
-    monkeypatch.setattr("distrogpt.inference.decoder.cuda_graph", lambda function, *inputs: function)
-    torch.manual_seed(1)
-    shape = {"block_size": 32, "vocab_size": 50, "n_layer": 2, "n_head": 4, "n_embd": 128, "n_kv_head": 2}
-    model = optimize_for_inference(GPT(GPTConfig(**shape, rotary=True)), torch.float32)
-    rng, batch = random.Random(1), DecodingBatch(model, 6)
-    batch.graph = graph
-    running, finished = [], []  # the prompt of each row, and its logits so far
-    with torch.no_grad():
-        for _ in range(150):
-            for row in reversed(range(len(running))):
-                if rng.random() < 0.04:
-                    batch.remove_sequence(row)
-                    finished.append(running[row])
-                    running[row] = running[-1]
-                    running.pop()
-            n = rng.choice([0, 0, 0, 1, 2])
-            if n and len(running) + n <= 6:
-                prompt = [rng.randrange(50) for _ in range(rng.randint(1, 40))]
-                batch.add_sequences([torch.tensor(prompt)], n)
-                running += [(prompt, []) for _ in range(n)]
-            if running:
-                logits = batch.next_logits().clone()
-                batch.append(logits.argmax(dim=-1, keepdim=True))
-                for (_, history), row_logits in zip(running, logits, strict=True):
-                    history.append(row_logits)
-        recorded = batch.graphs
-        assert {shapes[0] for shapes in recorded} <= {1, 2, 4, 6}
-        lengths = []
-        for prompt, history in finished + running:
-            alone = DecodingBatch(model, 1)
-            alone.add_sequences([torch.tensor(prompt)])
-            for row_logits in history:
-                assert torch.equal(alone.next_logits()[0], row_logits)  # to the last bit
-                alone.append(row_logits.argmax()[None, None])
-            lengths.append(len(history))
-    assert len(lengths) > 10 and max(lengths) > 40 and graph == bool(recorded)
 
 
 def test_32_clients_at_once_get_the_texts_of_sample_py(server):
@@ -468,14 +416,14 @@ def test_an_error_ends_the_running_requests_alone(trained, capfd):
 
 
 def test_an_error_in_one_sample_leaves_the_others_alone(server, monkeypatch, capfd):
-    take_tokens = Detokenizer.take_tokens
+    pop_tokens = Detokenizer.pop_tokens
 
     def fail(detokenizer):
         if len(detokenizer.tokens) > 3 and detokenizer.stop == ("never",):
             raise ValueError("a bug")
-        return take_tokens(detokenizer)
+        return pop_tokens(detokenizer)
 
-    monkeypatch.setattr(Detokenizer, "take_tokens", fail)
+    monkeypatch.setattr(Detokenizer, "pop_tokens", fail)
     with ThreadPoolExecutor(2) as pool:
         body = {"prompt": "a", "max_tokens": 2000, "stop": ["never"]}
         bad = pool.submit(server.request, "POST", "/v1/completions", body)

@@ -16,31 +16,32 @@ from sample import Sampler
 SPAWN = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))"
 
 
-def answered(trained, monkeypatch, typed: str, *flags: str) -> subprocess.CompletedProcess:
-    """What the prompt mode makes of lines in a pipe."""
-    monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+def sample_lines(trained, lines: str, *flags: str) -> subprocess.CompletedProcess:
+    """sample.py --interactive=True with these lines in a pipe."""
     flags = (f"--out_dir={trained}", "--device=cpu", "--interactive=True", "--max_new_tokens=12", *flags)
-    done = sample_here(*flags)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdin", io.StringIO(lines))
+        done = sample_here(*flags)
     assert done.returncode == 0, done.stderr
     return done
 
 
-def text_of(trained, prompt: str, seed: int, *flags: str) -> str:
-    """The same as sample.py writes it, in one call of its own."""
+def sample_prompt(trained, prompt: str, seed: int, *flags: str) -> str:
+    """The output of sample.py for one prompt."""
     flags = (f"--start={prompt}", f"--seed={seed}", "--num_samples=1", "--max_new_tokens=12", *flags)
     return sample_here(f"--out_dir={trained}", "--device=cpu", *flags).stdout
 
 
-def test_lines_of_a_pipe_are_prompts(trained, monkeypatch):
-    done = answered(trained, monkeypatch, "def \nclass", "--seed=3")
-    assert done.stdout == text_of(trained, "def ", 3) + text_of(trained, "class", 4)
-    assert len(done.stderr.splitlines()) == 1  # where they come from
-    new = answered(trained, monkeypatch, "def \n", "--seed=3", "--echo=False").stdout
-    assert "def " + new == text_of(trained, "def ", 3)
+def test_lines_of_a_pipe_are_prompts(trained):
+    done = sample_lines(trained, "def \nclass", "--seed=3")
+    assert done.stdout == sample_prompt(trained, "def ", 3) + sample_prompt(trained, "class", 4)
+    assert len(done.stderr.splitlines()) == 1  # the model's source
+    without_prompt = sample_lines(trained, "def \n", "--seed=3", "--echo=False").stdout
+    assert "def " + without_prompt == sample_prompt(trained, "def ", 3)
 
 
-def test_prompts_of_several_lines(trained, monkeypatch):
-    for typed, prompt in (
+def test_prompts_of_several_lines(trained):
+    for lines, prompt in (
         ("a\\\nb\\\n\nx", "a\nb\n"),
         ('"""\n/x\n\n y\n"""\nx', "/x\n\n y"),
         ('"""\n"""\nx', ""),
@@ -48,38 +49,38 @@ def test_prompts_of_several_lines(trained, monkeypatch):
         ('"""\na\n', "a"),
         ("a\\b", "a\\b"),
     ):
-        rest = text_of(trained, "x", 6) if typed.endswith("x") else ""
-        assert answered(trained, monkeypatch, typed, "--seed=5").stdout == text_of(trained, prompt, 5) + rest
+        rest = sample_prompt(trained, "x", 6) if lines.endswith("x") else ""
+        assert sample_lines(trained, lines, "--seed=5").stdout == sample_prompt(trained, prompt, 5) + rest
 
 
-def test_an_empty_line_goes_on_with_the_text_so_far(trained, monkeypatch):
-    """Also where it is longer than the block of 16: with the last 16 tokens, which the model reads."""
-    shown = answered(trained, monkeypatch, "def \n\n\n/seed 1338\n\n", "--max_new_tokens=6", "--echo=False")
-    pieces = [shown.stdout[n : n + 6] for n in (0, 7, 14, 21)]
+def test_an_empty_line_continues_the_text_so_far(trained):
+    """Also if it is longer than block_size: the model then reads its last 16 tokens."""
+    done = sample_lines(trained, "def \n\n\n/seed 1338\n\n", "--max_new_tokens=6", "--echo=False")
+    pieces = [done.stdout[n : n + 6] for n in (0, 7, 14, 21)]
     sampler, text = Sampler(str(trained), device="cpu"), "def "
     for piece, seed in zip(pieces, (1337, 1338, 1339, 1338), strict=True):
         assert piece == sampler.generate(text[-16:], 1, 6, seed=seed, echo=False)[0]
         text += piece
     assert len(text) > 16
-    fresh = answered(trained, monkeypatch, "\n", "--seed=2").stdout
-    assert fresh == text_of(trained, "", 2)
+    from_nothing = sample_lines(trained, "\n", "--seed=2").stdout
+    assert from_nothing == sample_prompt(trained, "", 2)
 
 
-def test_commands(trained, monkeypatch):
-    typed = "/seed 7\n/temperature 0\n/stop )\n/top_k None\ndef f(\n/stop\n/seed 7\ndef f(\n/quit\nx"
-    done = answered(trained, monkeypatch, typed)
+def test_commands(trained):
+    lines = "/seed 7\n/temperature 0\n/stop )\n/top_k None\ndef f(\n/stop\n/seed 7\ndef f(\n/quit\nx"
+    done = sample_lines(trained, lines)
     flags = ("--temperature=0", "--top_k=None")
-    assert done.stdout == text_of(trained, "def f(", 7, *flags, "--stop=)") + text_of(
+    assert done.stdout == sample_prompt(trained, "def f(", 7, *flags, "--stop=)") + sample_prompt(
         trained, "def f(", 7, *flags
     )
-    shown = answered(trained, monkeypatch, "/seed 7\n/stop \\n\n/settings\n/help\n/quit").stderr
+    shown = sample_lines(trained, "/seed 7\n/stop \\n\n/settings\n/help\n/quit").stderr
     assert "seed=7\n" in shown and r"stop=('\n',)" in shown and "top_p=1.0\n" in shown
     assert all(word in shown for word in ("/NAME VALUE", "/quit", "repetition_penalty", "Ctrl-C"))
-    lines = answered(trained, monkeypatch, "/show_probs True\na", "--max_new_tokens=4").stdout.splitlines()
+    lines = sample_lines(trained, "/show_probs True\na", "--max_new_tokens=4").stdout.splitlines()
     assert len(lines) == 4 and all(len(line.split(maxsplit=2)) == 3 for line in lines)
 
 
-def test_mistakes_are_told_and_end_nothing(trained, monkeypatch):
+def test_mistakes_are_reported_and_the_loop_continues(trained):
     mistakes = {
         "/temprature 3": "unknown command /temprature; did you mean /temperature?",
         "/xyzzy": "unknown command /xyzzy; /help lists all",
@@ -90,42 +91,42 @@ def test_mistakes_are_told_and_end_nothing(trained, monkeypatch):
         "é": "character 'é' at position 0",
         "x" * 17: "17 tokens, the model reads 16; shorten it",
     }
-    done = answered(trained, monkeypatch, "\n".join([*mistakes, "def "]))
-    told = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(told) == len(mistakes)
-    for line, says in zip(told, mistakes.values(), strict=True):
-        assert says in line and ";" in line
-    assert done.stdout == text_of(trained, "def ", 1337)  # a mistake takes no seed
+    done = sample_lines(trained, "\n".join([*mistakes, "def "]))
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == len(mistakes)
+    for line, message in zip(errors, mistakes.values(), strict=True):
+        assert message in line and ";" in line
+    assert done.stdout == sample_prompt(trained, "def ", 1337)  # a mistake does not change the seed
     out = sample_here(f"--out_dir={trained}", "--interactive=True", "--prompts=x")
     assert_user_error(out, "give one of them")
 
 
 class Keyboard:
-    """A terminal of its own with sample.py in it: what it shows, and keys to press."""
+    """sample.py on a pseudo-terminal: its output, and keys to press."""
 
     def __init__(self, *flags: object, **environment: str) -> None:
         command = [sys.executable, "-c", SPAWN, sys.executable, str(REPO / "sample.py"), *map(str, flags)]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         env = {**ENVIRONMENT, "TERM": "dumb", **environment}
         self.process = subprocess.Popen(command, cwd=REPO, env=env, bufsize=0, **pipes)
-        self.shown = ""
+        self.output = ""
 
-    def press(self, keys: str, again: float | None = None) -> None:
-        """Where nothing is shown within `again` seconds, once more."""
-        self.shown = ""
+    def press(self, keys: str, retry_after: float | None = None) -> None:
+        """Press keys; once more if there is no output within `retry_after` seconds."""
+        self.output = ""
         self.process.stdin.write(keys.encode())
-        if again and not select.select([self.process.stdout], [], [], again)[0]:
+        if retry_after and not select.select([self.process.stdout], [], [], retry_after)[0]:
             self.process.stdin.write(keys.encode())
 
     def wait_for(self, pattern: str) -> str:
-        """What was shown since the last keys, up to the pattern."""
-        last = time.monotonic() + 60
-        while not (found := re.search(pattern, self.shown, re.S)):
-            assert select.select([self.process.stdout], [], [], last - time.monotonic())[0], self.shown
+        """The output since the last keys, up to the pattern."""
+        deadline = time.monotonic() + 60
+        while not (match := re.search(pattern, self.output, re.S)):
+            assert select.select([self.process.stdout], [], [], deadline - time.monotonic())[0], self.output
             new = os.read(self.process.stdout.fileno(), 4096)
-            assert new, f"it ended: {self.shown}"
-            self.shown += new.decode(errors="replace").replace("\r\n", "\n")
-        return self.shown[: found.end()]
+            assert new, f"it ended: {self.output}"
+            self.output += new.decode(errors="replace").replace("\r\n", "\n")
+        return self.output[: match.end()]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
@@ -134,9 +135,9 @@ def test_on_a_terminal(trained, tmp_path):
     keyboard = Keyboard(*flags, XDG_CACHE_HOME=str(tmp_path), NO_COLOR="")
     keyboard.wait_for("a line is a prompt.*> ")
     keyboard.press("def \n")
-    expected = text_of(trained, "def ", 3)
+    expected = sample_prompt(trained, "def ", 3)
     shown = keyboard.wait_for(f"{re.escape(expected[4:])}> ")
-    assert shown.count("def ") == 1  # what was typed
+    assert shown.count("def ") == 1  # as typed
 
     keyboard.press("/max_new_tokens 100000\n")
     keyboard.wait_for("\n> ")
@@ -146,8 +147,8 @@ def test_on_a_terminal(trained, tmp_path):
     keyboard.wait_for("\n> ")
     keyboard.press("half")
     keyboard.wait_for("half")
-    keyboard.press("\x03", again=1)  # readline forgets one that comes while it draws a key
-    keyboard.wait_for("Ctrl-D or /quit leaves\n> ")
+    keyboard.press("\x03", retry_after=1)  # readline ignores it while it draws a key
+    keyboard.wait_for("Ctrl-D or /quit quits\n> ")
 
     keyboard.press("/max_new_tokens 12\n")
     keyboard.wait_for("\n> ")
@@ -156,20 +157,20 @@ def test_on_a_terminal(trained, tmp_path):
     keyboard.press("a\\\n")
     keyboard.wait_for(r"\.\.\. ")
     keyboard.press("b\n")
-    greedy = text_of(trained, "a\nb", 9, "--temperature=0")
+    greedy = sample_prompt(trained, "a\nb", 9, "--temperature=0")
     keyboard.wait_for(f"{re.escape(greedy[3:])}> ")
     keyboard.press("/show_probs True\n")
-    keyboard.wait_for("chance of each token.*> ")
+    keyboard.wait_for("probability of each token.*> ")
     keyboard.press("a\n")
     keyboard.wait_for("\x1b\\[38;5;\\d+m.*\n> ")
     keyboard.press("/quit\n")
     assert keyboard.process.wait(timeout=60) == 0
 
-    again = Keyboard(*flags, XDG_CACHE_HOME=str(tmp_path))
-    again.wait_for("> ")
+    second = Keyboard(*flags, XDG_CACHE_HOME=str(tmp_path))
+    second.wait_for("> ")
     pytest.importorskip("readline")
     assert (tmp_path / "distrogpt" / "history").read_text().count("\n") >= 10
-    again.press("\x1b[A\x1b[A\n")  # the line before the last
-    again.wait_for(f"{re.escape(text_of(trained, 'a', 3)[1:])}> ")
-    again.press("\x04")
-    assert again.process.wait(timeout=60) == 0
+    second.press("\x1b[A\x1b[A\n")  # the line before the last
+    second.wait_for(f"{re.escape(sample_prompt(trained, 'a', 3)[1:])}> ")
+    second.press("\x04")
+    assert second.process.wait(timeout=60) == 0

@@ -14,8 +14,9 @@ from model import GPT, GPTConfig
 torch.manual_seed(0)
 text = b"the quick brown fox jumps over the lazy dog. " * 50
 ids = torch.tensor(list(text))
-for shape in ({}, {"rotary": True, "norm": "rmsnorm", "qk_norm": True, "n_kv_head": 2, "activation": "swiglu"}):
-    model = GPT(GPTConfig(block_size=64, vocab_size=128, n_layer=2, n_head=4, n_embd=64, dropout=0.0, **shape))
+modern = {"rotary": True, "norm": "rmsnorm", "qk_norm": True, "n_kv_head": 2, "activation": "swiglu"}
+for changes in ({}, modern):
+    model = GPT(GPTConfig(block_size=64, vocab_size=128, n_layer=2, n_head=4, n_embd=64, **changes))
     optimizer = model.configure_optimizers(0.1, 3e-3, (0.9, 0.95), "cpu")
     for step in range(150):
         starts = torch.randint(len(ids) - 65, (8,))
@@ -29,7 +30,7 @@ for shape in ({}, {"rotary": True, "norm": "rmsnorm", "qk_norm": True, "n_kv_hea
     prompt = torch.tensor([list(b"the quick brown fox jumps over the lazy")])
     out = model.generate(prompt, 100, temperature=0)
     print(bytes(out[0].tolist()).decode())
-    with torch.no_grad():  # without the cache, as long as the block is not full
+    with torch.no_grad():  # without the cache, up to block_size
         idx = prompt
         for _ in range(25):
             idx = torch.cat([idx, model(idx)[0][:, -1].argmax(-1, keepdim=True)], dim=1)

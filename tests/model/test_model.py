@@ -1,4 +1,4 @@
-"""The network against transformers' GPT-2, and against what it must hold by itself."""
+"""The model against transformers' GPT-2, and properties that it must have."""
 
 import math
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from distrogpt.inference.decoder import optimize_for_inference, stream
+from distrogpt.inference.decoder import stream
 from distrogpt.inference.sampling import SamplingParams, sample_token, uniform_noise
 from model import GPT, GPTConfig
 
@@ -24,7 +24,7 @@ def random_ids(*shape: int, vocab_size: int = 96) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def hf_gpt2(tmp_path_factory):
-    """A GPT-2 of transformers with random weights, large enough to tell formulas apart; and its folder."""
+    """transformers' GPT-2 with random weights, large enough to tell formulas apart; and its folder."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(2)
@@ -42,7 +42,7 @@ def hf_gpt2(tmp_path_factory):
 
 
 @pytest.mark.parametrize("vocab_size", [96, 1000, 50257, 50304])
-def test_loss_at_initialisation_is_that_of_a_uniform_guess(vocab_size):
+def test_loss_at_initialisation_is_that_of_uniform_probabilities(vocab_size):
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=vocab_size, block_size=64, n_layer=4, n_head=4, n_embd=128))
     idx = random_ids(8, 65, vocab_size=vocab_size)
@@ -93,9 +93,8 @@ def test_logits_and_loss_equal_transformers(hf_gpt2):
     with torch.no_grad():
         exact = GPT(GPTConfig(**SMALL, activation="gelu")).eval()
         exact.load_state_dict(ours.state_dict())
-        assert (
-            exact(idx[:, :-1], idx[:, 1:])[0] - expected
-        ).abs().max() > 1e-3  # the test can tell GELUs apart
+        other = exact(idx[:, :-1], idx[:, 1:])[0]
+        assert (other - expected).abs().max() > 1e-3  # the test can tell GELUs apart
 
 
 def test_greedy_generation_equals_transformers(hf_gpt2):
@@ -106,14 +105,14 @@ def test_greedy_generation_equals_transformers(hf_gpt2):
     assert ours.generate(idx, 20, temperature=0).tolist() == expected.tolist()
 
 
-def test_from_pretrained_overrides_dropout_alone(hf_gpt2):
+def test_from_pretrained_overrides_dropout_only(hf_gpt2):
     _, folder = hf_gpt2
     assert GPT.from_pretrained(str(folder), {"dropout": 0.25}).config.dropout == 0.25
     with pytest.raises(ValueError, match="only dropout"):
         GPT.from_pretrained(str(folder), {"n_layer": 2})
 
 
-def test_from_pretrained_refuses_what_is_not_gpt2(tmp_path):
+def test_from_pretrained_refuses_other_networks(tmp_path):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     shape = {"n_positions": 8, "vocab_size": 16, "n_layer": 1, "n_head": 1, "n_embd": 8}
@@ -139,7 +138,7 @@ def test_from_pretrained_refuses_a_file_that_lacks_weights(hf_gpt2, tmp_path):
         GPT.from_pretrained(str(tmp_path))
 
 
-def test_a_position_reads_none_after_it():
+def test_attention_is_causal():
     model = small()
     idx = random_ids(1, 16)
     changed = idx.clone()
@@ -150,7 +149,7 @@ def test_a_position_reads_none_after_it():
     assert (before[:, 10:] != after[:, 10:]).any(dim=-1).all()
 
 
-def test_without_targets_only_the_last_position_is_scored():
+def test_without_targets_only_the_last_position_has_logits():
     model = small()
     idx = random_ids(3, 9)
     with torch.no_grad():
@@ -171,7 +170,7 @@ def test_targets_of_minus_one_do_not_count():
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_dropout_works_in_training_alone():
+def test_dropout_is_active_in_training_only():
     model = small(dropout=0.5)
     idx = random_ids(2, 9)
     with torch.no_grad():
@@ -180,7 +179,7 @@ def test_dropout_works_in_training_alone():
         assert not torch.equal(model(idx)[0], model(idx)[0])
 
 
-def test_bias_false_leaves_no_bias():
+def test_bias_false_has_no_biases():
     assert not [name for name in small(bias=False).state_dict() if name.endswith("bias")]
 
 
@@ -205,7 +204,7 @@ def test_impossible_shapes_are_refused(wrong):
         GPTConfig(**{**SMALL, **wrong})
 
 
-def test_crop_block_size_changes_nothing_within_the_block():
+def test_crop_block_size_keeps_the_logits():
     model, idx = small(), random_ids(2, 8)
     with torch.no_grad():
         before, _ = model(idx, idx)
@@ -227,24 +226,24 @@ def test_only_matrices_and_embeddings_decay():
     assert len(decayed["params"]) + len(rest["params"]) == len(list(model.parameters()))
 
 
-def test_generate_slides_over_the_block_and_keeps_the_prompt():
+def test_generate_keeps_the_prompt_and_continues_past_block_size():
     model, idx = small(), random_ids(2, 30)
     torch.manual_seed(0)
     out = model.generate(idx, 10, temperature=0.9, top_k=5)
     assert out.shape == (2, 40) and torch.equal(out[:, :30], idx)
     with torch.no_grad():
         greedy = model.generate(idx, 10, temperature=0)
-        for place in range(30, 40):  # each token by a formula of its own: the likeliest after the last 32
-            logits, _ = model(greedy[:, max(0, place - 32) : place], None)
-            assert torch.equal(logits[:, 0].argmax(-1), greedy[:, place])
+        for t in range(30, 40):
+            logits, _ = model(greedy[:, max(0, t - 32) : t])
+            assert torch.equal(logits[:, 0].argmax(-1), greedy[:, t])
 
 
 @pytest.mark.parametrize("config", [{}, {"rotary": True, "n_kv_head": 2, "qk_norm": True, "n_embd": 64}])
 def test_stream_and_generate_give_the_same_greedy_tokens(config):
-    """The decoder of a batch beside the short one of model.py, also past the end of the block."""
+    """The batched decoder and the short one in model.py, also past block_size."""
     model = GPT(GPTConfig(**{**SMALL, **config})).eval()
     for parameter in model.parameters():
-        parameter.data *= 5  # so that what was read before matters
+        parameter.data *= 5  # so that earlier tokens matter
     idx = random_ids(3, 20)
     greedy = torch.cat([ids for ids, _ in stream(model, idx, SamplingParams(0.0), torch.zeros(3, 40))], 1)
     assert len(greedy.unique()) > 5
@@ -256,35 +255,37 @@ def test_generate_samples_by_temperature_and_top_k():
     torch.manual_seed(0)
     with torch.no_grad():
         logits = model(idx)[0][0, 0]
-    kept = logits.topk(3).indices
-    expected = (logits[kept] / 0.5).softmax(-1)
-    drawn = model.generate(idx.expand(4000, -1), 1, temperature=0.5, top_k=3)[:, 4]
-    counts = torch.stack([(drawn == id).float().mean() for id in kept])
-    torch.testing.assert_close(counts, expected, atol=0.03, rtol=0)
+    candidates = logits.topk(3).indices
+    expected = (logits[candidates] / 0.5).softmax(-1)
+    ids = model.generate(idx.expand(4000, -1), 1, temperature=0.5, top_k=3)[:, 4]
+    frequencies = torch.stack([(ids == id).float().mean() for id in candidates])
+    torch.testing.assert_close(frequencies, expected, atol=0.03, rtol=0)
 
 
-def test_a_padded_vocabulary_is_never_drawn_from():
+def test_padding_of_the_vocabulary_is_never_sampled():
     model = small()
     with torch.no_grad():
-        model.lm_head.weight[90:] += 10 * model.transformer.ln_f.weight  # the padding would win
-    drawn = stream(model, random_ids(8, 4), SamplingParams(1.5), torch.rand(8, 20), vocab_size=90)
-    assert max(int(ids.max()) for ids, _ in drawn) < 90
+        model.lm_head.weight[90:] += 10 * model.transformer.ln_f.weight  # the padding has the highest logits
+    steps = stream(model, random_ids(8, 4), SamplingParams(1.5), torch.rand(8, 20), vocab_size=90)
+    assert max(int(ids.max()) for ids, _ in steps) < 90
 
 
 def test_sampling_follows_the_softmax():
     logits = torch.tensor([[0.0, 1.0, 2.0, 3.0]]).expand(20_000, 4)
-    draws = uniform_noise(0, 20_000, 1)
-    for temperature, top_k, kept in ((1.0, None, 4), (0.7, None, 4), (1.0, 2, 2), (2.0, 3, 3), (1.0, 9, 4)):
-        drawn = sample_token(logits, SamplingParams(temperature, top_k), draws).flatten().bincount(
-            minlength=4
-        ) / len(logits)
+    uniforms = uniform_noise(0, 20_000, 1)
+    for temperature, top_k, n in ((1.0, None, 4), (0.7, None, 4), (1.0, 2, 2), (2.0, 3, 3), (1.0, 9, 4)):
+        ids = sample_token(logits, SamplingParams(temperature, top_k), uniforms)
+        frequencies = ids.flatten().bincount(minlength=4) / len(logits)
         expected = torch.softmax(logits[0].double() / temperature, 0)
-        expected[: 4 - kept] = 0
-        assert torch.allclose(drawn.double(), expected / expected.sum(), atol=0.02), (temperature, top_k)
-        assert (drawn[: 4 - kept] == 0).all()
+        expected[: 4 - n] = 0
+        assert torch.allclose(frequencies.double(), expected / expected.sum(), atol=0.02), (
+            temperature,
+            top_k,
+        )
+        assert (frequencies[: 4 - n] == 0).all()
 
 
-def test_mfu_counts_what_palm_counts():
+def test_mfu_counts_flops_as_palm_does():
     model = small()
     parameters, attention = model.get_num_params(), 12 * 3 * 32 * 32
     flops = (6 * parameters + attention) * 32 * 5
@@ -305,25 +306,25 @@ def greedy_without_cache(model: GPT, idx: torch.Tensor, count: int) -> torch.Ten
 def test_greedy_with_the_cache_equals_greedy_without(B, prompt):
     model = small(n_layer=4)
     for parameter in model.parameters():
-        parameter.data *= 5  # so that what was read before matters
+        parameter.data *= 5  # so that earlier tokens matter
     idx = random_ids(B, prompt)
     expected = greedy_without_cache(model, idx, 32 - prompt)
     assert len(expected.unique()) > 5
     assert bool((model.generate(idx, 32 - prompt, temperature=0.0) == expected).all())
-    shared = idx[:1].expand(4, -1)  # one prompt for all: read once
+    shared = idx[:1].expand(4, -1)
     assert bool((model.generate(shared, 32 - prompt, temperature=0.0) == expected[:1]).all())
 
 
 @pytest.mark.parametrize("prompt", [3, 32, 40])
-def test_past_the_block_three_quarters_are_read_anew(prompt):
+def test_past_block_size_three_quarters_are_read_again(prompt):
     model = small()
     for parameter in model.parameters():
         parameter.data *= 5
     idx = random_ids(2, prompt)
-    found = model.generate(idx, 60, temperature=0.0)
+    ids = model.generate(idx, 60, temperature=0.0)
     expected = idx
     window = idx[:, -32:]
-    for _ in range(60):  # the docstring, without a cache
+    for _ in range(60):  # as in the docstring of generate, without a cache
         with torch.no_grad():
             logits, _ = model(window)
         next_id = logits[:, -1].argmax(-1, keepdim=True)
@@ -331,14 +332,14 @@ def test_past_the_block_three_quarters_are_read_anew(prompt):
         window = torch.cat([window, next_id], dim=1)
         if window.size(1) > 32:
             window = window[:, -24:]
-    assert bool((found == expected).all())
+    assert bool((ids == expected).all())
 
 
 def test_activation_checkpointing_changes_no_gradient():
     gradients = []
-    for saved in (False, True):
+    for recompute in (False, True):
         model = small(dropout=0.2).train()
-        model.activation_checkpointing = saved
+        model.activation_checkpointing = recompute
         torch.manual_seed(3)
         _, loss = model(random_ids(2, 32), random_ids(2, 32))
         loss.backward()
@@ -346,7 +347,7 @@ def test_activation_checkpointing_changes_no_gradient():
     assert all(bool((a == b).all()) for a, b in zip(*gradients, strict=True))
 
 
-def test_activation_checkpointing_does_not_forget_the_cache():
+def test_activation_checkpointing_works_with_the_cache():
     model = small().train()
     model.activation_checkpointing = True
     idx = random_ids(2, 7)
@@ -354,29 +355,7 @@ def test_activation_checkpointing_does_not_forget_the_cache():
     assert bool((model.generate(idx, 12, temperature=0.0) == expected).all())
 
 
-def test_the_loss_alone():
+def test_return_logits_false_returns_the_loss_only():
     model, idx, targets = small(), random_ids(2, 7), random_ids(2, 7)
     assert model(idx, targets, return_logits=False)[0] is None
     assert torch.equal(model(idx, targets, return_logits=False)[1], model(idx, targets)[1])
-
-
-@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="plain products depend on the batch")
-@pytest.mark.parametrize(
-    "int8, dtype", [(False, torch.float32), (False, torch.bfloat16), (True, torch.bfloat16)]
-)
-def test_a_sequences_numbers_are_the_same_alone_and_beside_others(int8, dtype):
-    """To the last bit: wide layers, a large vocabulary, prompts of all lengths, past the end of the block."""
-    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        pytest.skip("no bf16 in this chip")
-    torch.manual_seed(0)
-    shape = {"block_size": 32, "vocab_size": 3000, "n_layer": 2, "n_head": 6, "n_embd": 384, "n_kv_head": 2}
-    model = optimize_for_inference(GPT(GPTConfig(**shape)), dtype, int8)
-    prompts = [torch.randint(3000, (length,)).tolist() for length in (1, 5, 17, 32)]
-    uniforms, prompts = uniform_noise(0, 2, 40), list(map(torch.tensor, prompts))
-    together = list(stream(model, prompts, SamplingParams(), uniforms.repeat(4, 1)))
-    for number, prompt in enumerate(prompts):
-        for copy_number in range(2):
-            alone = stream(model, [prompt], SamplingParams(), uniforms[copy_number][None])
-            for (ids, logits), (all_ids, all_logits) in zip(alone, together, strict=True):
-                row = 2 * number + copy_number
-                assert torch.equal(ids[0], all_ids[row]) and torch.equal(logits[0], all_logits[row])
