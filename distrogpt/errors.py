@@ -29,10 +29,8 @@ def cli_errors(out_of_memory: str = OOM_HINT) -> Iterator[None]:
     """Turn errors that are not bugs into one line and an exit status; bugs keep their traceback."""
     try:
         yield
-    except UserError as error:
-        exit_with_error(2, error)
-    except MachineError as error:
-        exit_with_error(1, error)
+    except (UserError, MachineError) as error:
+        exit_with_error(2 if isinstance(error, UserError) else 1, error)
     except KeyboardInterrupt:
         exit_process(130)  # 128 + SIGINT, as shells expect
     except BrokenPipeError:  # the reader of our output left (`| head`)

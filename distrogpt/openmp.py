@@ -1,9 +1,6 @@
-"""How OpenMP's threads wait for each other: they spin on a quiet machine and sleep on a busy one.
-
-On a quiet machine spinning at a barrier is fastest: sleeping makes a small step almost twice as slow. If
-other programs use the cores, a spinning thread holds the core that the thread it waits for needs, and a step
-takes 10 to 100 times as long. So a background thread measures how long this process waits for cores.
-"""
+"""How OpenMP's threads wait at barriers. Spinning is fastest on a quiet machine: sleeping makes a small step
+almost twice as slow. On a busy one, a spinning thread holds the core that the thread it waits for needs, and
+a step takes 10 to 100 times as long. So a thread measures how long this process waits for cores."""
 
 import ctypes
 import os

@@ -53,10 +53,8 @@ class LossSpikeDetector:
 
 
 class TrainLogger:
-    """Logs the steps and evaluations of a run, and keeps the evaluations in `history`.
-
-    Entered before the first step, left after the last one. Files are written by the run directory's rank.
-    """
+    """Logs the steps and evaluations of a run, and keeps the evaluations in `history`. Entered before the
+    first step, left after the last one. Files are written by the run directory's rank."""
 
     def __init__(
         self, run: RunDirectory, state: TrainState, model: GPT, on_evaluation: Callable | None = None

@@ -46,10 +46,8 @@ HEADER = ",".join(COLUMNS) + "\n"
 
 
 class RunDirectory:
-    """out_dir. Rank 0 writes to it, unless the run only evaluates; all ranks make the same calls.
-
-    Entering it locks it against other runs; leaving it waits for the last checkpoint.
-    """
+    """out_dir. Rank 0 writes to it, unless the run only evaluates; all ranks make the same calls. Entering it
+    locks it against other runs; leaving it waits for the last checkpoint."""
 
     def __init__(self, config: TrainConfig, runtime: Runtime, lock_timeout: float = 5.0) -> None:
         self.config, self.runtime, self.path = config, runtime, Path(config.out_dir)
@@ -192,10 +190,8 @@ class RunDirectory:
             self.log_failed = True
 
     def save(self, model: GPT, optimizers: list[Optimizer], scaler: GradScaler, state: TrainState) -> None:
-        """Write a checkpoint to last.pt, and to ckpt.pt if it is the best one, in the background.
-
-        If that fails, it is reported, and the run continues. Raises Diverged if a weight is not finite.
-        """
+        """Write a checkpoint to last.pt, and to ckpt.pt if it is the best one, in the background. If that
+        fails, it is reported, and the run continues. Raises Diverged if a weight is not finite."""
         if not weights_are_finite(model, self.runtime):
             raise self.diverged_error(state.step)
         self.report_save(wait=True)  # then the previous save's copy is freed, and best_val_loss known

@@ -54,10 +54,8 @@ def samples_per_step(config: TrainConfig) -> int:
 
 
 def checkpoint_to_resume(config: TrainConfig, restarted_id: str | None) -> tuple[Path | None, dict[str, Any]]:
-    """The file to resume from and its contents; None and {} for a new run. Raises UserError.
-
-    If torchrun has restarted the ranks of this run, restarted_id, they resume for any init_from.
-    """
+    """The file to resume from and its contents; None and {} for a new run. If torchrun has restarted the
+    ranks of the run restarted_id, they resume for any init_from. Raises UserError."""
     newest = newest_checkpoint(Path(config.out_dir))
     auto = config.init_from.partition(":")[0] == "auto"
     if config.init_from == "resume" or (auto and newest):
