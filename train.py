@@ -11,6 +11,7 @@ if __name__ == "__main__":
 
 import math
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import NamedTuple
 
 import torch
@@ -93,7 +94,7 @@ def train(config: TrainConfig, on_evaluation: Callable | None = None) -> TrainRe
         model, checkpoint = startup.initial_model(config, data.meta, run.restarted_id)
         startup.describe_run(config, runtime, data, model)
         state = TrainState(checkpoint)
-        run.resume(checkpoint, startup.checkpoint_header(config, data))
+        run.resume(checkpoint, config=asdict(config), meta=data.meta, data=startup.fingerprint(data))
         replica = distribute(model, config, runtime)
         optimizers, scaler = make_optimizers(model, config, runtime), runtime.grad_scaler()
         restore_training(optimizers, scaler, checkpoint, config)

@@ -154,7 +154,7 @@ def param_groups(named: list[tuple[str, nn.Parameter]], config: TrainConfig) -> 
     own_lrs = {"wte": config.embedding_lr, "wpe": config.embedding_lr, "lm_head": config.head_lr}
     groups: dict[Any, dict[str, Any]] = {}
     for name, p in named:
-        own_lr = own_lrs.get(name.split(".")[-2])
+        own_lr = next((lr for part, lr in own_lrs.items() if part in name), None)
         key = p.dim() >= 2 if own_lr is None else name.split(".")[0]
         lr = config.learning_rate if own_lr is None else own_lr
         weight_decay = config.weight_decay if p.dim() >= 2 else 0.0

@@ -113,8 +113,8 @@ class RunDirectory:
         number = int(self.runtime.all_reduce_sum(int(match[1], 16) if match else 0)[0])
         return f"{number:08x}" if number else None
 
-    def resume(self, checkpoint: dict[str, Any], header: dict[str, Any]) -> None:
-        """Continue the run of a checkpoint, {} for a new run."""
+    def resume(self, checkpoint: dict[str, Any], **header: Any) -> None:
+        """Continue the run of a checkpoint, {} for a new run; `header` is part of all its checkpoints."""
         step = checkpoint.get("iter_num", 0)
         message = f"the ranks do not find the same checkpoint; put out_dir={self.path} where all see it"
         self.runtime.check_equal_on_all_ranks(step, message)

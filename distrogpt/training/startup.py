@@ -119,11 +119,6 @@ def check_resumable(config: TrainConfig, checkpoint: dict[str, Any]) -> None:
         checkpoint |= {"best_val_loss": math.inf, "no_lower": 0}  # cannot be compared
 
 
-def checkpoint_header(config: TrainConfig, data: Dataset) -> dict[str, Any]:
-    """The entries that all checkpoints of a run have in common."""
-    return {"config": asdict(config), "meta": data.meta, "data": fingerprint(data)}
-
-
 def fingerprint(data: Dataset) -> dict[str, list[int]]:
     """Length and checksum of some ids of each split, to see whether the data is the same; for a mixture, of
     each part by its number, with its weight in millionths."""

@@ -211,7 +211,7 @@ def test_the_line_that_a_run_goes_on_from_is_never_out_of_the_log(tmp_path, data
     train_here(*LONG, *flags)
     before = (tmp_path / "log.csv").read_bytes()
     with run_in(tmp_path) as run:  # killed before it trains
-        run.resume(load_checkpoint(tmp_path / "last.pt"), {})
+        run.resume(load_checkpoint(tmp_path / "last.pt"))
     assert (tmp_path / "log.csv").read_bytes() == before
 
 
