@@ -1,8 +1,7 @@
 """What each ingredient of a recipe gains: python ablate.py config/train_shakespeare_cpu_modern.py
 
-Trains the recipe, the recipe without each ingredient, GPT-2, and GPT-2 with each ingredient: for the same
-number of steps, with the same seeds. Everything else (learning rates, warm-up, weight decay, batch) is the
-recipe's in all of them. Prints a table and draws ablate.png.
+Trains the recipe, the recipe without each ingredient, GPT-2, and GPT-2 with each ingredient. Everything else
+(steps, seeds, learning rates, weight decay, batch) is the recipe's. Prints a table and draws ablate.png.
 """
 
 from configurator import configure
@@ -11,13 +10,13 @@ from distrogpt.settings import AblateConfig
 if __name__ == "__main__":
     CONFIG = configure(AblateConfig)  # before torch is loaded, so that --help and mistakes answer at once
 
-import contextlib
 import json
 import math
 import statistics
 import sys
 import tempfile
 import time
+from contextlib import redirect_stdout, suppress
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,10 +30,8 @@ from distrogpt.plotting import new_figure, write_figure
 from distrogpt.settings import TrainConfig
 from train import train
 
-INGREDIENTS = (
-    "norm", "rotary", "qk_norm", "activation", "n_kv_head", "tied", "logit_softcap", "embedding_skip",
-    "zero_init", "optimizer", "lr_schedule", "sampling", "dropout",
-)  # fmt: skip
+INGREDIENTS = """norm rotary qk_norm activation n_kv_head tied logit_softcap embedding_skip zero_init
+    optimizer lr_schedule sampling dropout""".split()
 # the same in every study, whatever the recipe says
 FIXED = {
     "init_from": "scratch", "eval_iters": 0, "eval_splits": "val", "eval_only": False, "seed": 0,
@@ -50,9 +47,7 @@ def variants(config: AblateConfig) -> dict[str, dict[str, Any]]:
     gpt2 = {name: getattr(TrainConfig, name) for name in INGREDIENTS}  # a dataclass keeps its defaults there
     recipe = {name: getattr(config, name) for name in INGREDIENTS if getattr(config, name) != gpt2[name]}
     if not recipe:
-        raise UserError(
-            f"this recipe is GPT-2's; set one of {', '.join(INGREDIENTS)}, or take a config named modern"
-        )
+        raise UserError(f"this recipe is GPT-2's; set one of {', '.join(INGREDIENTS)}, or take config/modern")
     without = {f"recipe without {name}={recipe[name]}": {name: gpt2[name]} for name in recipe}
     added = {f"GPT-2 with {name}={value}": {**gpt2, name: value} for name, value in recipe.items()}
     return {"recipe": {}, **without, "GPT-2": gpt2, **added}
@@ -63,7 +58,7 @@ def train_once(settings: dict[str, Any], seed: int) -> Run:
     torch.compiler.reset()  # it compiles only a few variants of a network, then runs the others uncompiled
     begin, val = time.perf_counter(), math.inf
     with tempfile.TemporaryDirectory() as folder:
-        with contextlib.redirect_stdout(None), contextlib.suppress(Diverged):
+        with redirect_stdout(None), suppress(Diverged):
             result = train(TrainConfig(**settings | {"seed": seed, "out_dir": folder}))
             if result.stopped_by:
                 sys.exit(128 + result.stopped_by)
@@ -82,9 +77,7 @@ def read_results(path: Path, settings: dict[str, Any]) -> dict[str, list[Run]]:
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path} is not a study; name another --json, or move it away") from None
     if changed:
-        raise UserError(
-            f"{path} has a study with another {', '.join(changed)}; name another --json, or move it away"
-        )
+        raise UserError(f"{path} has a study with another {', '.join(changed)}; name another --json")
     return runs
 
 

@@ -1,7 +1,6 @@
 """Settings of a command: a dataclass's defaults, then config files, then --key=value flags; with --help.
 
-A setting is a dataclass field made by `setting(default, "explanation", ...)`; its annotation is its type. The
-flag of a tuple[str, ...] is repeated for each of its values; a config file assigns a list.
+The annotation of a setting is its type; the flag of a tuple[str, ...] is repeated for each of its values.
 """
 
 import ctypes
@@ -26,10 +25,8 @@ from distrogpt.errors import UserError, cli_errors
 REPO = Path(__file__).resolve().parent
 T = TypeVar("T")
 NOT_IN_PATHS = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")  # null, and surrogates that encode no byte
-TYPE_NAMES = {bool: "True or False", int: "a whole number", float: "a number", str: "text"} | {
-    tuple: "a list of texts that are not empty",
-    types.NoneType: "None",
-}
+TYPE_NAMES = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
+TYPE_NAMES |= {tuple: "a list of texts that are not empty", types.NoneType: "None"}
 
 
 def setting(default: Any, explanation: str, **limits: Any) -> Any:
@@ -73,8 +70,7 @@ def read_settings(cls: type[T], argv: list[str]) -> T:
         if name in values:
             value = "True" if setting_types(cls)[name] == (bool,) else "VALUE"
             raise UserError(f"{flag} has no value; write --{name}={value}, without a space")
-    for name in (word for word in argv if not word.startswith("-")):
-        path = find_config(name)
+    for path in [find_config(word) for word in argv if not word.startswith("-")]:
         for key, value in run_config_file(path, values).items():
             values[key] = check_value(cls, key, value, f"{path}: ")
     from_flags: dict[str, Any] = {}
@@ -105,24 +101,22 @@ def find_config(name: str) -> Path:
 
 
 def run_config_file(path: Path, values: dict[str, Any]) -> dict[str, Any]:
-    """Run a config file with the settings as its globals; returns those that it set or imported."""
+    """Run a config file with the settings as its globals; returns those that it set or imported, without its
+    own names: modules, functions, classes, and those that begin with _."""
     scope = {"__file__": str(path), "__name__": path.stem, **values}
     try:
         exec(compile(path.read_text(encoding="utf-8"), str(path), "exec"), scope)
     except (Exception, SystemExit) as error:  # a config file that calls exit() is a mistake too
         frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
         line = frames[-1].lineno if frames else getattr(error, "lineno", None) or "?"
-        raise UserError(
-            f"{path}, line {line}: {type(error).__name__}: {shorten(error)}; correct the config file"
-        ) from None
-    changed = {key: scope[key] for key in values if scope.get(key, values[key]) is not values[key]}
-    new = {key: value for key, value in scope.items() if key not in values and not is_helper(key, value)}
-    return changed | new
-
-
-def is_helper(key: Any, value: Any) -> bool:
-    """Whether a name of a config file is its own: a module, function or class, or one that begins with _."""
-    return not isinstance(key, str) or key.startswith("_") or inspect.ismodule(value) or callable(value)
+        reason = f"{type(error).__name__}: {shorten(error)}"
+        raise UserError(f"{path}, line {line}: {reason}; correct the config file") from None
+    changed = {}
+    for key, value in scope.items():
+        own = not isinstance(key, str) or key.startswith("_") or inspect.ismodule(value) or callable(value)
+        if value is not values[key] if key in values else not own:
+            changed[key] = value
+    return changed
 
 
 def check_value(cls: type, key: str, value: Any, source: str = "", *, is_text: bool = False) -> Any:
@@ -224,8 +218,8 @@ def help_text(cls: type) -> str:
     lines = [inspect.getdoc(cls) or "", "", "settings (--name=default, type, meaning):", ""]
     names = {types.NoneType: "None", tuple: "str, can be repeated"}
     for field in dataclasses.fields(cls):
-        choices = field.metadata.get("choices", ())
-        kinds = choices or [names.get(kind, kind.__name__) for kind in setting_types(cls)[field.name]]
+        kinds = field.metadata.get("choices")
+        kinds = kinds or [names.get(kind, kind.__name__) for kind in setting_types(cls)[field.name]]
         default = "" if field.default == () else str(field.default)
         default = default if default.isprintable() else repr(default)
         start = f"  --{field.name}={default}".ljust(36)

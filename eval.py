@@ -19,10 +19,8 @@ from distrogpt.runtime import start_runtime, stop_runtime
 
 
 def measure(config: EvalConfig) -> dict[str, Result]:
-    """Do the tasks that the settings name and print their results as a table. Raises UserError.
-
-    All tasks check what they need first, so that mistakes are reported before anything is computed.
-    """
+    """Do the tasks that the settings name and print their results as a table. Raises UserError, before
+    anything is computed."""
     runtime = start_runtime(config.device, config.dtype)
     source, tasks = load_tasks(config, runtime)
     if runtime.is_main:
@@ -39,8 +37,7 @@ def measure(config: EvalConfig) -> dict[str, Result]:
         print(result_table(results))
         if config.json:
             text = json.dumps({"source": source, **results}, indent=1)
-            with writable(config.json) as path:
-                Path(path).write_text(text + "\n", encoding="utf-8")
+            Path(config.json).write_text(text + "\n", encoding="utf-8")
     return results
 
 

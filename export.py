@@ -1,12 +1,6 @@
 """Write a trained GPT in Hugging Face's format: python export.py --out_dir=out-stdlib-char --to=my-model
 
-config.json              the network's shape, and which architecture of transformers it is
-model.safetensors        its weights
-modeling_distrogpt.py    its code, only if no architecture of transformers computes it
-tokenizer.json           its tokenizer, with tokenizer_config.json
-generation_config.json   the defaults of sample.py
-meta.json                the dataset's, to load the folder again: --init_from=my-model
-README.md                the model card
+--init_from=my-model loads the folder again; distrogpt/huggingface/export.py has its files.
 """
 
 from configurator import configure
@@ -30,8 +24,7 @@ from distrogpt.loading import find_tokenizer, load_trained
 
 
 def export(config: ExportConfig) -> Path:
-    """Write the folder, and print how to load it. Raises UserError, or MachineError if the disk fails; the
-    folder is then unchanged."""
+    """Write the folder, and print how to load it. Raises UserError, or MachineError if the disk fails."""
     to = Path(os.path.realpath(config.to))  # if it is a link, the folder that it leads to is replaced
     check_target(to, config.to, config.overwrite)
     for package in ("safetensors", "tokenizers"):

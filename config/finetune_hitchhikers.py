@@ -8,7 +8,6 @@ from config.finetune_own_text import *
 
 out_dir = "out-hitchhikers"
 dataset = "hitchhikers"
-
 eval_interval = 10  # about once per epoch
 eval_iters = 0  # all of val, each token once: it is a chapter or two
 patience = 3  # evaluations without a lower val loss: a book is memorised in few epochs

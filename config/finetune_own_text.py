@@ -6,7 +6,6 @@
 out_dir = "out-own-text"
 dataset = "mybook"
 init_from = "auto:gpt2"  # the same command resumes an interrupted run; gpt2-medium and larger know more
-
 eval_interval = 20
 eval_iters = 20
 log_interval = 1

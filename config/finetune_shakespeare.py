@@ -5,7 +5,6 @@
 out_dir = "out-shakespeare"
 dataset = "shakespeare"
 init_from = "gpt2-xl"
-
 eval_interval = 5
 eval_iters = 40
 log_interval = 1

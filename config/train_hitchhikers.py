@@ -7,7 +7,6 @@ from config.train_own_text import *
 
 out_dir = "out-hitchhikers"
 dataset = "hitchhikers"
-
 eval_interval = 100
 eval_iters = 0  # all of val, each token once: it is a chapter or two
 

@@ -7,7 +7,6 @@ from config.modern import *
 out_dir = "out-own-text"
 dataset = "mybook"
 init_from = "auto"  # the same command resumes a run that was interrupted
-
 eval_interval = 400
 eval_iters = 100  # batches; 0 is all of val, each token once
 log_interval = 50

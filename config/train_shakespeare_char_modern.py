@@ -6,7 +6,6 @@ from config.modern import *
 
 out_dir = "out-shakespeare-char-modern"
 dataset = "shakespeare_char"
-
 eval_interval = 100  # often, as the model overfits soon after its best
 eval_iters = 0  # all of val, each token once
 log_interval = 10

@@ -5,7 +5,6 @@ out_dir = "out-shakespeare-cpu"
 dataset = "shakespeare_char"
 device = "cpu"
 compile = False  # compiling takes half a minute, as long as the run
-
 eval_interval = 250
 eval_iters = 20  # batches; --eval_iters=0 is the whole val set
 log_interval = 50

@@ -8,7 +8,6 @@ out_dir = "out-shakespeare-cpu-modern"
 dataset = "shakespeare_char"
 device = "cpu"
 compile = False  # compiling takes a sixth of the run
-
 eval_interval = 1000
 eval_iters = 0  # all of val, each token once: no noise from the choice of batches
 log_interval = 50

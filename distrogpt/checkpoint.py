@@ -1,7 +1,6 @@
 """Checkpoints: written atomically, and read without running code.
 
-The keys are nanoGPT's (model, optimizer, model_args, iter_num, best_val_loss, config) and those of SCHEMA.
-nanoGPT's own files are read, too.
+The keys are nanoGPT's and those of SCHEMA; nanoGPT's own files are read, too.
 """
 
 import math
@@ -11,6 +10,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any, get_type_hints
 
@@ -27,9 +27,7 @@ OPTIMIZER_KEYS = ("optimizer", "muon")  # AdamW's or SGD's state, as in nanoGPT;
 
 def atomic_write(write: Callable[[IO[bytes]], object], *paths: Path) -> None:
     """Write one file, flush it to disk, and rename it to each of `paths`: each is complete, old or new.
-
-    Raises MachineError if it cannot be written; the old files are then unchanged.
-    """
+    Raises MachineError if it cannot be written; the old files are then unchanged."""
     temporaries = [path.with_name(path.name + ".tmp") for path in paths]
     try:
         with open(temporaries[0], "wb") as file:
@@ -72,21 +70,12 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             contents = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged, foreign and hostile files raise errors of any type
         raise UserError(f"{path} is damaged or not a checkpoint ({first_line(error)}); use another") from None
-    wrong = first_invalid_key(contents)
-    if wrong is not None:
-        raise UserError(f"{path} is no checkpoint of this project or nanoGPT (see {wrong}); use another one")
-    return contents
-
-
-def first_invalid_key(contents: Any) -> str | None:
-    """The first key of SCHEMA whose value cannot be used, or None if all can."""
     for key, (default, is_valid) in SCHEMA.items():
-        try:
-            if not is_valid(contents.get(key, default)):
-                return key
-        except Exception:  # contents and values can be of any type
-            return key
-    return None
+        with suppress(Exception):  # contents and values can be of any type
+            if is_valid(contents.get(key, default)):
+                continue
+        raise UserError(f"{path} is no checkpoint of this project or nanoGPT (see {key}); use another one")
+    return contents
 
 
 def has_str_keys(value: Any) -> bool:
@@ -97,11 +86,6 @@ def is_config(value: Any) -> bool:
     """A dict of settings; those that are used must be strings."""
     used = [value.get(key) or "" for key in ("dataset", "optimizer", "eval_splits", "loss_after")]
     return has_str_keys(value) and all(isinstance(setting, str) for setting in used)
-
-
-def is_fingerprint(value: Any) -> bool:
-    """The dataset's fingerprint: a list of integers per split."""
-    return has_str_keys(value) and all(type(n) is int for numbers in value.values() for n in numbers)
 
 
 def is_number(value: Any) -> bool:
@@ -139,7 +123,7 @@ SCHEMA: dict[str, tuple[Any, Callable[[Any], bool]]] = {
     "seconds": (0.0, lambda value: type(value) is float and math.isfinite(value)),
     "skipped": (0, lambda value: type(value) is int),  # steps
     "no_lower": (0, lambda value: type(value) is int),  # evaluations since the best one
-    "data": ({}, is_fingerprint),
+    "data": ({}, lambda value: all(type(n) is int for n in chain(*value.values()))),  # fingerprints by split
 }
 
 
@@ -220,45 +204,39 @@ def restore_optimizers(
     """Load the states of the optimizers; their settings stay. Raises UserError if a state does not fit."""
     try:
         for key, optimizer in zip(OPTIMIZER_KEYS, optimizers, strict=False):
-            saved, groups = contents[key], optimizer.param_groups
-            check_optimizer_state(saved, optimizer)
+            saved, groups, kind = contents[key], optimizer.param_groups, type(optimizer).__name__
+            numbers = [group["params"] for group in saved["param_groups"]]
             parameters = [p for group in groups for p in group["params"]]
             state = {
-                number: {name: shard_like(value, parameters[number]) for name, value in averages.items()}
-                for number, averages in saved["state"].items()
+                number: fit_averages(saved["state"][number], p, kind)
+                for number, p in zip(chain(*numbers), parameters, strict=True)
+                if number in saved["state"]  # empty before the first step
             }
-            numbers = [group["params"] for group in saved["param_groups"]]
             param_groups = [{**ours, "params": ids} for ours, ids in zip(groups, numbers, strict=True)]
             optimizer.load_state_dict({"state": state, "param_groups": param_groups})
     except Exception as error:  # a state of any structure can fail in any way
+        advice = "set optimizer, embedding_lr and head_lr as they were, or use another one"
         raise UserError(
-            f"{out_dir}: the optimizer state does not fit ({first_line(error)}); set optimizer, embedding_lr "
-            "and head_lr as they were, or use another one"
+            f"{out_dir}: the optimizer state does not fit ({first_line(error)}); {advice}"
         ) from None
 
 
-def check_optimizer_state(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
-    """Raises ValueError if a state does not fit the parameters: the first step would fail on it."""
-    kind = type(optimizer).__name__
+def fit_averages(averages: dict[str, Any], p: torch.Tensor, kind: str) -> dict[str, Any]:
+    """The averages of a parameter, sharded as it is. Raises ValueError if a step would fail on them."""
     names = {"step", "exp_avg", "exp_avg_sq"} if kind == "AdamW" else {"momentum_buffer"}
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    numbers = [number for group in state["param_groups"] for number in group["params"]]
-    for number, p in zip(numbers, parameters, strict=True):
-        averages = state["state"].get(number, {})  # none before the first step
-        if averages != {} and (set(averages) != names or not is_number(averages.get("step", 0))):
-            raise ValueError(f"{kind} keeps {', '.join(sorted(names))} of each parameter")
-        for name in set(averages) - {"step"}:
-            if not is_dense(averages[name]) or averages[name].shape != p.shape:
-                raise ValueError(f"{name} is not a dense tensor of shape {tuple(p.shape)}")
+    if averages != {} and (set(averages) != names or not is_number(averages.get("step", 0))):
+        raise ValueError(f"{kind} keeps {', '.join(sorted(names))} of each parameter")
+    for name in set(averages) - {"step"}:
+        if not is_dense(averages[name]) or averages[name].shape != p.shape:
+            raise ValueError(f"{name} is not a dense tensor of shape {tuple(p.shape)}")
+    return {name: shard_like(value, p) for name, value in averages.items()}
 
 
 def training_state(
     model: GPT, optimizers: list[torch.optim.Optimizer], keep: bool = True, **extra: Any
 ) -> dict[str, Any]:
-    """The contents of a checkpoint, copied to the CPU. `model` is the plain GPT, not DDP's wrapper.
-
-    All ranks must call it if the model is sharded; on ranks without `keep`, tensors are None.
-    """
+    """The contents of a checkpoint, copied to the CPU. `model` is the plain GPT, not DDP's wrapper. All ranks
+    must call it if the model is sharded; on ranks without `keep`, tensors are None."""
     weights = dict(model.state_dict())
     if model.config.tied:
         weights.pop("lm_head.weight")  # copied once

@@ -4,11 +4,7 @@ from typing import NamedTuple
 
 
 class GPU(NamedTuple):
-    """A GPU by its vendor's data sheet.
-
-    The network is that of the vendor's own systems (DGX B200, H200, H100, A100, DGX-1), or else what such
-    machines are often rented with.
-    """
+    """A GPU by its vendor's data sheet, with the network of the vendor's own systems, or of rented ones."""
 
     words: str  # in the name that nvidia-smi prints
     peak_flops: float  # dense FLOP/s of the tensor cores in bf16 (V100, T4: fp16)

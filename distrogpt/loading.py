@@ -18,9 +18,7 @@ GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
 def load_trained(out_dir: str, init_from: str) -> tuple[GPT, dict[str, Any], str]:
     """The network to use, on the CPU, the contents of its checkpoint, and a line that describes its source.
-
-    init_from="resume" is the best checkpoint in out_dir; otherwise see load_pretrained. Raises UserError.
-    """
+    init_from="resume" is the best checkpoint in out_dir; otherwise see load_pretrained. Raises UserError."""
     if init_from != "resume":
         return *load_pretrained(init_from), init_from
     path = best_checkpoint(Path(out_dir))
@@ -34,8 +32,8 @@ def load_trained(out_dir: str, init_from: str) -> tuple[GPT, dict[str, Any], str
 def load_pretrained(name: str, dropout: float = 0.0) -> tuple[GPT, dict[str, Any]]:
     """The network, on the CPU, and the contents of its checkpoint. Raises UserError.
 
-    `name` is a run's folder or one of its .pt files, a folder in Hugging Face's format, gpt2 and its larger
-    versions, or a name on the hub. For Hugging Face's format, contents has meta alone, or nothing (GPT-2).
+    `name` is a run's folder or one of its .pt files, a folder in Hugging Face's format, or a name on the hub.
+    For Hugging Face's format, contents has meta alone, or nothing (GPT-2).
     """
     folder = Path(name)
     is_folder = os.path.isdir(folder)  # folder.is_dir() raises OSError for 5,000 characters
@@ -53,10 +51,8 @@ def load_pretrained(name: str, dropout: float = 0.0) -> tuple[GPT, dict[str, Any
     except ImportError as error:
         raise UserError(f"init_from={name} needs {error.name}; run: pip install {error.name}") from None
     except Exception as error:  # no network, an unknown name, damaged or hostile files: errors of many types
-        raise UserError(
-            f"init_from={name} cannot be loaded ({first_line(error)}); give a folder with its "
-            "config.json and model.safetensors, or go online"
-        ) from None
+        advice = "give a folder with its config.json and model.safetensors, or go online"
+        raise UserError(f"init_from={name} cannot be loaded ({first_line(error)}); {advice}") from None
     if (folder / "meta.json").is_file():
         return model, {"meta": read_meta(folder)}
     if model_type_of(model.config) == "gpt2":
@@ -67,9 +63,7 @@ def load_pretrained(name: str, dropout: float = 0.0) -> tuple[GPT, dict[str, Any
 def check_name(name: str) -> None:
     """Raises UserError if `name` can be neither GPT-2's nor a name on the hub."""
     if name.startswith((".", "~")) or os.path.isabs(name):
-        raise UserError(
-            f"init_from={name[:200]} is not there; give a run's folder, or one in Hugging Face's format"
-        )
+        raise UserError(f"init_from={name[:200]} is not there; give a run's folder, or Hugging Face's")
     if name not in GPT2_NAMES and "/" not in name:
         near = difflib.get_close_matches(name, ("scratch", "resume", "auto", *GPT2_NAMES), n=1)
         hint = f"did you mean {near[0]}?" if near else f"use a folder, or one of {', '.join(GPT2_NAMES)}"
@@ -85,8 +79,6 @@ def find_tokenizer(contents: dict[str, Any], vocab_size: int, source: str) -> To
     if not meta["tokenizer"]:
         raise UserError(f"the vocabulary of {source} names no characters; put its meta.json beside the data")
     if meta["vocab_size"] > vocab_size:
-        raise UserError(
-            f"{source} has {vocab_size} tokens, its tokenizer {meta['vocab_size']}; "
-            "put the meta.json that it was trained with into its data folder"
-        )
+        tokens = f"{vocab_size} tokens, its tokenizer {meta['vocab_size']}"
+        raise UserError(f"{source} has {tokens}; put the meta.json of its training into its data folder")
     return from_description(meta["tokenizer"])

@@ -15,13 +15,13 @@ from distrogpt.errors import UserError
 LOG, PICTURE = "log.csv", "loss.png"  # files of an out_dir
 MAX_POINTS = 2000  # of a line: more than a picture has columns
 COLORS = ("#4477aa", "#cc6677", "#228833", "#aa3377", "#ccbb44", "#66ccee", "#777777", "#ee7733")
+Baseline = float | None  # a published value
 Log = dict[str, np.ndarray]  # columns by name, nan where a line has no value
 DISPLAYED: dict[str, tuple[Any, Any]] = {}  # by out_dir: the number of a notebook's cell, and its picture
 
 
 def read_log(path: Path) -> Log:
-    """The columns of a log.csv, of this version or an older one; incomplete lines are left out. Raises
-    UserError if it is not a log or has no loss."""
+    """The columns of a log.csv; incomplete lines are left out. Raises UserError if it has no loss."""
     try:
         header, *lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] or [""]
     except OSError as error:
@@ -32,7 +32,10 @@ def read_log(path: Path) -> Log:
         raise UserError(f"{path} is not a log of train.py; name the out_dir of a run")
     values = array("d")  # a list would take four times the memory
     for line in lines:
-        values.extend(parse_line(line, len(names)))
+        with suppress(ValueError):  # a line that is damaged
+            numbers = [float(field or "nan") for field in line.split(",")]
+            if len(numbers) == len(names):
+                values.extend(numbers)
     log = dict(zip(names, np.array(values).reshape(-1, len(names)).T, strict=True))
     losses = [log[name] for name in ("loss", "train_loss", "val_loss") if name in log]
     if not any(np.isfinite(column).any() for column in losses):
@@ -40,27 +43,17 @@ def read_log(path: Path) -> Log:
     return log
 
 
-def parse_line(line: str, n_columns: int) -> list[float]:
-    """The numbers of a line, nan for an empty field; [] if it does not have n_columns numbers."""
-    try:
-        numbers = [float(field or "nan") for field in line.split(",")]
-    except ValueError:
-        return []
-    return numbers if len(numbers) == n_columns else []
-
-
 def points(log: Log, name: str, by: str = "steps") -> tuple[np.ndarray, np.ndarray]:
     """x and y of a curve: the lines that have a value of `name`. Evaluations between two log lines have their
     tokens and seconds interpolated."""
-    steps, values = log["step"], log.get(name, np.full(len(log["step"]), np.nan))
-    known = np.isfinite(values) & np.isfinite(steps)
+    steps, nothing = log["step"], np.full(len(log["step"]), np.nan)
+    values = log.get(name, nothing)
+    known = np.isfinite(values + steps)
     x = steps[known]
     if by != "steps":
-        other = log.get(by, np.full(len(steps), np.nan))
-        logged = np.isfinite(other) & np.isfinite(steps)
-        if not logged.any():
-            return np.full(len(x), np.nan), values[known]
-        x = np.interp(x, [0, *steps[logged]], [0, *other[logged]])
+        other = log.get(by, nothing)
+        logged = np.isfinite(other + steps)
+        x = np.interp(x, [0, *steps[logged]], [0, *other[logged]]) if logged.any() else nothing[known]
     return x, values[known]
 
 
@@ -90,15 +83,15 @@ def new_figure(width: float, height: float) -> Any:
 def draw(
     logs: dict[str, Log],
     by: str = "steps",
-    baseline_loss: float | None = None,
-    baseline_hellaswag: float | None = None,
+    baseline_loss: Baseline = None,
+    baseline_hellaswag: Baseline = None,
 ) -> Any:
     """A figure of the runs by their names: losses, and HellaSwag and accuracy if a run has them."""
     panels = {"loss": ("loss (nats per token)", baseline_loss)}
-    scores = {"hellaswag": ("HellaSwag (accuracy)", baseline_hellaswag), "accuracy": ("accuracy", None)}
-    for name in scores:
-        if any(len(points(log, name)[0]) for log in logs.values()):
-            panels[name] = scores[name]
+    panels |= {"hellaswag": ("HellaSwag (accuracy)", baseline_hellaswag), "accuracy": ("accuracy", None)}
+    for name in ("hellaswag", "accuracy"):
+        if not any(len(points(log, name)[0]) for log in logs.values()):
+            del panels[name]
     figure = new_figure(8 if len(panels) == 1 else 5.5 * len(panels), 5)
     all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, (name, (title, baseline)) in zip(all_axes, panels.items(), strict=True):
@@ -123,8 +116,7 @@ def draw(
 
 
 def draw_losses(axes: Any, log: Log, by: str, color: str, run: str) -> None:
-    """The losses of a run: of its steps, as they are and smoothed, and of its evaluations. With a name of the
-    run, the legend has one line for it."""
+    """Losses of steps, as they are and smoothed, and of evaluations; a named run has one legend entry."""
     x, loss = points(log, "loss", by)
     val, train = points(log, "val_loss", by), points(log, "train_loss", by)
     labels = {"loss": "step", "val": "val", "train": "train"}
@@ -138,9 +130,8 @@ def draw_losses(axes: Any, log: Log, by: str, color: str, run: str) -> None:
     axes.plot(*val, "o-", color=color, markersize=4, label=labels["val"])
 
 
-def loss_range(logs: Iterable[Log], baseline: float | None) -> tuple[float, float] | None:
-    """The limits of the y axis without a long run's first steps, beside which the rest would look flat. None
-    if a run is not long."""
+def loss_range(logs: Iterable[Log], baseline: Baseline) -> tuple[float, float] | None:
+    """The y axis without a long run's first steps, which flatten the rest; None if a run is not long."""
     shown = [np.array([] if baseline is None else [baseline])]
     for log in logs:
         steps, loss = points(log, "loss")

@@ -10,23 +10,15 @@ NORMS = ("layernorm", "rmsnorm")
 EVAL_TASKS = ("loss", "hellaswag", "choice", "accuracy", "next")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
-# settings that several commands share
-INIT_FROM = setting(
-    "resume", "resume (out_dir's checkpoint), gpt2[-medium|-large|-xl], or a folder", path=True
-)
+# settings of several commands
+INIT_FROM = setting("resume", "resume (from out_dir), gpt2[-medium|-large|-xl], or a folder", path=True)
 OUT_DIR = setting("out", "folder of the checkpoint", path=True)
 START = setting("\n", "the prompt; FILE:path reads it from a file; empty starts a new document")
 DEVICE = setting("auto", "auto (cuda, else mps, else cpu), cpu, cuda, cuda:1, mps")
-DTYPE = setting(
-    "auto",
-    "compute dtype; auto is bfloat16 if the chip supports it; float32 uses TF32 on GPUs",
-    choices=DTYPES,
-)
+DTYPE = setting("auto", "compute dtype; auto: bfloat16 if supported; float32 is TF32 on GPUs", choices=DTYPES)
 INT8 = setting(False, "8-bit weights: less memory, slightly less exact; faster on CPUs for few samples")
 BASELINE_LOSS = setting(None, "a published val loss, to compare with", above=0)
-BASELINE_HELLASWAG = setting(
-    None, "a published accuracy on HellaSwag (acc_norm), to compare with", min=0, max=1
-)
+BASELINE_HELLASWAG = setting(None, "a published acc_norm on HellaSwag, to compare with", min=0, max=1)
 JSON = setting(None, "write the results to this file too", path=True)
 
 
@@ -54,9 +46,7 @@ class TrainConfig(Settings):
     eval_interval: int = setting(2000, "steps between evaluations", min=1)
     eval_iters: int = setting(200, "batches per split in an evaluation; 0 is every token of val once", min=0)
     eval_splits: str = setting(
-        "both",
-        "splits to evaluate; with train, the best checkpoint is the one with the lowest train loss",
-        choices=("both", "train", "val"),
+        "both", "splits to evaluate; train: the train loss chooses ckpt.pt", choices=("both", "train", "val")
     )
     eval_only: bool = setting(False, "evaluate once and stop")
     eval_hellaswag: bool = setting(False, "evaluate HellaSwag too (acc_norm)")
@@ -70,9 +60,7 @@ class TrainConfig(Settings):
     always_save_checkpoint: bool = setting(True, "write ckpt.pt at each evaluation, not only at the best")
     save_interval: int | None = setting(None, "write last.pt every N steps, not only at evaluations", min=1)
     keep_checkpoints: int = setting(0, "keep the newest N checkpoints as step-*.pt too", min=0)
-    skip_limit: int = setting(
-        5, "steps with a gradient that is not finite are skipped; end the run after N in a row", min=1
-    )
+    skip_limit: int = setting(5, "end the run after N skipped steps in a row (gradients not finite)", min=1)
     wandb_log: bool = setting(False, "log to Weights & Biases too")
     wandb_project: str = setting("owt", "Weights & Biases project")
     wandb_run_name: str = setting("gpt2", "Weights & Biases run name")
@@ -84,9 +72,7 @@ class TrainConfig(Settings):
 
     # batches: a step trains on gradient_accumulation_steps * batch_size * block_size tokens, over all ranks
     gradient_accumulation_steps: int = setting(40, "micro-steps per step, divided among ranks", min=1)
-    batch_size: int = setting(
-        12, "sequences per micro-step; bench.py --find_batch=True finds the largest", min=1
-    )
+    batch_size: int = setting(12, "sequences per micro-step; bench.py --find_batch=True finds it", min=1)
     block_size: int = setting(1024, "context length: tokens per sequence", min=1)
     sampling: str = setting(
         "random",
@@ -119,9 +105,7 @@ class TrainConfig(Settings):
 
     # optimizer and learning rate
     optimizer: str = setting(
-        "adamw",
-        "muon: Muon for the blocks' matrices, AdamW for the rest; sgd: with Nesterov momentum",
-        choices=("adamw", "muon", "sgd"),
+        "adamw", "muon: AdamW for all but matrices; sgd: Nesterov's", choices=("adamw", "muon", "sgd")
     )
     learning_rate: float = setting(6e-4, "peak learning rate", above=0)
     muon_lr: float = setting(0.02, "peak learning rate of Muon's matrices", above=0)
@@ -149,9 +133,7 @@ class TrainConfig(Settings):
     device: str = DEVICE
     dtype: str = DTYPE
     compile: bool | str = setting("auto", "torch.compile; auto: for long runs", choices=("auto", True, False))
-    activation_checkpointing: bool = setting(
-        False, "recompute activations in the backward pass: less memory, a third more compute"
-    )
+    activation_checkpointing: bool = setting(False, "recompute activations: less memory, more compute")
     shard: bool = setting(False, "shard weights, gradients and optimizer state among ranks (FSDP2)")
     backend: str = setting("auto", "torch.distributed backend on GPUs", choices=("auto", "nccl", "gloo"))
 
@@ -161,10 +143,7 @@ class TrainConfig(Settings):
             raise ValueError("out_dir or dataset is empty; name a folder")
 
 
-CHECKS = (
-    *("machine", "network", "greedy", "compile", "fp16", "resume", "ranks", "synchronize", "memory"),
-    None,
-)
+CHECKS = "machine network greedy compile fp16 resume ranks synchronize memory".split()
 
 
 @dataclass
@@ -189,16 +168,14 @@ class BenchConfig(TrainConfig):
     questions: bool = setting(False, "time multiple choice, batched and one by one")
     serve: bool = setting(False, "time out_dir's model in serve.py with 32 clients, beside sample.py")
     generate: bool = setting(False, "time sampling instead of training")
-    max_new_tokens: int | None = setting(
-        None, "generate: tokens per sample; None is 256, or what fits", min=3
-    )
+    max_new_tokens: int | None = setting(None, "generate: tokens per sample; None: 256 or what fits", min=3)
     num_samples: int = setting(10, "generate: samples in a batch, timed beside a single one", min=1)
     rounds: int = setting(3, "generate, checkpoint, logs, questions, serve: repeats of each timing", min=1)
     against: str | None = setting(None, "time beside the folder of a nanoGPT, or transformers", path=True)
     json: str | None = JSON
     report: bool = setting(False, "measure and check this machine: report/report.md and report.json")
     report_minutes: float = setting(8.0, "report: leave out the last parts that take longer", above=0)
-    check: str | None = setting(None, "run one of the report's checks by itself", choices=CHECKS)
+    check: str | None = setting(None, "run one of the report's checks by itself", choices=(*CHECKS, None))
     find_batch: bool = setting(False, "find the largest batch_size that fits, and the fastest")
     plan: bool = setting(False, "predict the run's memory, time and communication on n_gpus")
     gpu: str = setting("here", "plan: GPU to plan for; here: this machine", choices=("here", *GPUS))
@@ -236,10 +213,8 @@ class PlotConfig(Settings):
 
 
 # those of SampleConfig on which a sample's text depends, beside its model and prompt, and how it is shown
-SAMPLING_FIELDS = (
-    *("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"),
-    *("stop", "stop_at_end", "best_of", "show_probs", "seed"),
-)
+SAMPLING_FIELDS = """max_new_tokens temperature top_k top_p min_p repetition_penalty
+    stop stop_at_end best_of show_probs seed""".split()
 
 
 @dataclass
@@ -260,13 +235,9 @@ class SampleConfig(Settings):
     num_samples: int = setting(10, "samples of each prompt; a single one is streamed", min=1)
     batch_size: int = setting(64, "sequences per batch; does not change the text", min=1)
     max_new_tokens: int = setting(500, "tokens per sample, after the prompt", min=1)
-    temperature: float = setting(
-        0.8, "below 1 less random, above 1 more; 0 takes the most likely token", min=0
-    )
+    temperature: float = setting(0.8, "below 1 less random, above 1 more; 0 takes the likeliest token", min=0)
     top_k: int | None = setting(200, "sample from the k most likely tokens; None or 0 is all", min=0)
-    top_p: float = setting(
-        1.0, "nucleus sampling: the smallest set of tokens with this total probability", above=0, max=1
-    )
+    top_p: float = setting(1.0, "sample from the smallest set of this total probability", above=0, max=1)
     min_p: float = setting(0.0, "drop tokens less likely than this fraction of the likeliest", min=0, max=1)
     repetition_penalty: float = setting(1.0, "above 1 makes repeated tokens less likely; 1 is off", min=0.01)
     seed: int = setting(1337, "random seed: the same seed gives the same text", min=0, below=2**63)
@@ -275,13 +246,9 @@ class SampleConfig(Settings):
     echo: bool = setting(True, "print the prompt before each sample; False: only the new text")
     best_of: int = setting(1, "candidates per sample; keeps the one of highest mean log-likelihood", min=1)
     show_probs: bool = setting(False, "show token probabilities: as colours on a terminal, else in lines")
-    speak: str | None = setting(
-        None, "speak the samples into this .wav file, replacing an older one", path=True
-    )
+    speak: str | None = setting(None, "speak the samples into this .wav file, replacing it", path=True)
     voice: str | None = setting(
-        None,
-        "with speak: a Piper voice, NAME.onnx beside NAME.onnx.json; None or system: the system's",
-        path=True,
+        None, "with speak: a Piper voice, NAME.onnx with its .json; None or system: the system's", path=True
     )
     device: str = DEVICE
     dtype: str = DTYPE
@@ -339,9 +306,7 @@ class EvalConfig(Settings):
 
     init_from: str = INIT_FROM
     out_dir: str = OUT_DIR
-    tasks: str = setting(
-        "auto", f"some of {', '.join(EVAL_TASKS)}; auto: accuracy if trained with loss_after, else loss"
-    )
+    tasks: str = setting("auto", f"some of {', '.join(EVAL_TASKS)}; auto: accuracy if loss_after, else loss")
     batch_size: int | None = setting(None, "per batch; None is 16 sequences or questions, 256 lines", min=1)
     max_items: int | None = setting(None, "evaluate only the first N lines or questions; None is all", min=1)
     show: int = setting(10, "wrong answers and next tokens to print", min=0)
@@ -351,16 +316,10 @@ class EvalConfig(Settings):
     dataset: str | None = setting(None, "None is the dataset that the checkpoint was trained on", path=True)
     split: str = setting("val", "split of the dataset", choices=("train", "val"))
     block_size: int | None = setting(None, "loss: context length; None is the model's", min=1)
-    stride: int | None = setting(
-        None,
-        "loss: tokens between windows; fewer give more context, but take longer; None: block_size",
-        min=1,
-    )
+    stride: int | None = setting(None, "loss: tokens from window to window; None: block_size", min=1)
     separator: str | None = setting(None, "accuracy: token that ends a prompt; None: loss_after, or =")
     # hellaswag, choice
-    input: str | None = setting(
-        None, 'JSON lines: {"ctx": "text", "endings": ["one", ...], "label": 0}', path=True
-    )
+    input: str | None = setting(None, 'JSON lines {"ctx": "a", "endings": ["b", "c"], "label": 0}', path=True)
     # next
     start: str = START
 

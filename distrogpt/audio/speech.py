@@ -10,12 +10,12 @@ import unicodedata
 import wave
 from collections.abc import Callable, Iterable, Iterator
 from importlib.util import find_spec
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import IO, NamedTuple
 
 from distrogpt.checkpoint import atomic_write, first_line
-from distrogpt.errors import UserError, is_out_of_memory, writable
+from distrogpt.errors import UserError, is_out_of_memory
 
 MAX_CHARS = 400  # that a voice gets at once: its memory grows with them
 SENTENCE_PAUSE, PARAGRAPH_PAUSE, TEXT_PAUSE = 0.3, 1.2, 2.0  # seconds of silence between them
@@ -87,26 +87,21 @@ def system_speech(text: str) -> tuple[int, bytes]:
                 return wav.getframerate(), wav.readframes(wav.getnframes())
         except (OSError, EOFError, wave.Error, subprocess.TimeoutExpired) as error:
             reason = stderr.decode(errors="replace").strip().split("\n")[-1] or first_line(error)
-            raise UserError(
-                f"pyttsx3 finds no voice of the system that speaks into files ({reason[:160]}); install one "
-                "(Debian, Ubuntu: apt install espeak-ng), or give --voice=NAME.onnx for piper-tts"
-            ) from None
+            hint = "install one (Debian: apt install espeak-ng), or give --voice=NAME.onnx for piper-tts"
+            raise UserError(f"pyttsx3 finds no system voice for files ({reason[:160]}); {hint}") from None
 
 
 def check_wav(path: str) -> None:
     """Raises UserError if no wav file can be written there."""
     if not path.lower().endswith(".wav"):
         raise UserError(f"speak={path} does not end with .wav; write --speak=out.wav")
-    exists = os.path.lexists(path)
-    with writable(path):
-        pass
-    if not exists:
-        os.unlink(path)
+    if os.path.isdir(path) or not os.access(os.path.dirname(path) or ".", os.W_OK):
+        raise UserError(f"{path} cannot be written; name another, or go elsewhere")
 
 
 def speak(texts: Iterable[str], voice: Voice, path: str) -> float:
-    """Write texts as speech into a wav file; its seconds. Raises UserError if there is nothing to speak, and
-    MachineError if the disk is full; then the file is as before."""
+    """Write texts as speech into a wav file; its seconds. If it raises UserError or MachineError, the file is
+    as before."""
     atomic_write(lambda file: write_wav(texts, voice, file), Path(path))
     with wave.open(path) as wav:
         return wav.getnframes() / wav.getframerate()
@@ -123,13 +118,10 @@ def write_wav(texts: Iterable[str], voice: Voice, file: IO[bytes]) -> None:
     """Write a wav file, a sentence at a time, with silence between them. Raises UserError."""
     size, pause = 0, 0.0
     with wave.open(file, "wb") as wav:
-        wav.setnchannels(1)
-        wav.setsampwidth(2)
-        wav.setframerate(voice.sample_rate)
+        wav.setparams((1, 2, voice.sample_rate, 0, "NONE", ""))  # mono, 2 bytes a sample
         for text in texts:
             for paragraph in split_paragraphs(text):
-                chunks = split_chunks(paragraph)
-                for sentence in (sentence for chunk in chunks for sentence in voice.synthesize(chunk)):
+                for sentence in chain.from_iterable(map(voice.synthesize, split_chunks(paragraph))):
                     sound = bytes(2 * int(pause * voice.sample_rate)) + sentence
                     size += len(sound)
                     if size > MAX_BYTES:
@@ -143,8 +135,8 @@ def write_wav(texts: Iterable[str], voice: Voice, file: IO[bytes]) -> None:
 
 
 def split_paragraphs(text: str) -> Iterator[str]:
-    """The paragraphs of a text, each in one line: they end at an empty line, a heading or item of a list, and
-    at a line that ends with a sentence."""
+    """The paragraphs of a text, each in one line: an empty line, a heading, an item and a line that ends with
+    a sentence end them."""
     lines: list[str] = []  # with an empty one between paragraphs
     for line in text.splitlines():
         marker = re.match(r"\s*(#+|>|[-*+]) ", line)

@@ -7,8 +7,6 @@ import hashlib
 import os
 import re
 import sys
-import urllib.error
-import urllib.request
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import chain
@@ -17,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from distrogpt.audio.speech import INSTALL
 from distrogpt.data.preparation.documents import Corpus, checksum, find_files
 from distrogpt.data.preparation.own_text import known_tokenizer, make_dataset, new_folder, parse_options
 from distrogpt.data.preparation.sources import add_text_options, argument_parser, strip_patterns
@@ -24,10 +23,8 @@ from distrogpt.data.preparation.writer import write_text
 from distrogpt.data.tokenizer import END_OF_TEXT, interruptible
 from distrogpt.errors import UserError, is_out_of_memory
 
-KINDS = (
-    *(".mp3", ".m4a", ".m4b", ".wav", ".flac", ".ogg", ".oga", ".opus", ".aac", ".wma", ".aif", ".aiff"),
-    *(".mp4", ".mkv", ".mka", ".webm", ".mov", ".caf", ".amr", ".3gp"),
-)
+KINDS = (".mp3 .m4a .m4b .wav .flac .ogg .oga .opus .aac .wma .aif .aiff .mp4 .mkv .mka .webm .mov .caf .amr "
+         ".3gp").split()  # fmt: skip
 MODELS = (  # of faster-whisper 1.2, listed here for --help, which does not wait for its import
     "tiny, tiny.en, base, base.en, small, small.en, medium, medium.en, large-v1, large-v2, large-v3, "
     "large, distil-small.en, distil-medium.en, distil-large-v2, distil-large-v3, distil-large-v3.5, "
@@ -35,9 +32,8 @@ MODELS = (  # of faster-whisper 1.2, listed here for --help, which does not wait
 )
 COMPUTE_TYPES = ("auto", "int8", "int8_float16", "int8_bfloat16", "int16", "float16", "bfloat16", "float32")
 SAMPLE_RATE = 16_000  # of Whisper's input
-PART_SECONDS = 600  # in memory at once (about 1 GB), and the most that a kill can lose
-CUT_SECONDS = 60  # at the end of a part, in which its quietest position is found
 PAUSE = 1.0  # seconds after the end of a sentence that begin a new line
+ENDS_SENTENCE = re.compile(r"[.?!…\u3002\uff1f\uff01][\"'\u2019”») ]*\Z")
 WHISPER = {
     "word_timestamps": True,  # the times of segments hide the pauses
     # in silence, Whisper invents words; shorter pauses stay, as each cut may cost some words
@@ -52,24 +48,18 @@ class BrokenRecording(Exception):
     """A recording cannot be decoded."""
 
 
-def natural_key(name: str) -> list[tuple[int, str]]:
+def natural_key(name: str) -> list[str | int]:
     """Sorts chapter2 before chapter10."""
-    parts = re.split(r"([0-9]+)", name)
-    return [(int(part), "") if number % 2 else (-1, part.casefold()) for number, part in enumerate(parts)]
+    parts = re.split(r"([0-9]+)", name)  # every second one is a number
+    return [int(part) if i % 2 else part.casefold() for i, part in enumerate(parts)]
 
 
-def find_recordings(
-    inputs: Iterable[str], folder: Path, model: str, language: str | None
-) -> dict[Path, Path]:
-    """The audio files of the inputs in natural order, with the paths of their transcripts. Raises UserError.
-
-    A transcript's name ends with a checksum of the recording, the model and the language, so that it is found
-    again after either file was renamed.
-    """
-    names = ((re.search(r"\.[0-9a-f]{12}(?=\.txt$)", path.name), path) for path in folder.glob("[!.]*.txt"))
-    known = {match[0]: path for match, path in names if match}
-    settings, recordings = f"{model_id(model)} {language}", {}
-    for path in find_files(inputs, KINDS, natural_key):
+def find_recordings(args: argparse.Namespace, folder: Path) -> dict[Path, Path]:
+    """The audio files of --input in natural order, and the paths of their transcripts, whose names end with a
+    checksum of recording, model and language: renamed files are found again. Raises UserError."""
+    known = {path.suffixes[-2]: path for path in folder.glob("[!.]*.*.txt")}
+    settings, recordings = f"{model_id(args.model)} {args.language}", {}
+    for path in find_files(args.input, KINDS, natural_key):
         key = f".{file_checksum(path, settings)}"
         stem = os.fsencode(path.stem)[:100].decode("utf-8", "replace")
         recordings[path] = known.get(key, folder / f"{stem}{key}.txt")
@@ -82,10 +72,8 @@ def model_id(model: str) -> str:
         return model
     for name in ("model.bin", "config.json", "tokenizer.json"):
         if not os.path.isfile(os.path.join(model, name)):
-            raise UserError(
-                f"--model {model} has no {name}; give a folder in CTranslate2's format (made by "
-                "ct2-transformers-converter --copy_files tokenizer.json preprocessor_config.json)"
-            )
+            hint = "ct2-transformers-converter --copy_files tokenizer.json preprocessor_config.json makes it"
+            raise UserError(f"--model {model} has no {name}; {hint}")
     return str(checksum(Path(model, "model.bin")))
 
 
@@ -140,11 +128,10 @@ def read_samples(path: Path) -> Iterator[np.ndarray]:
         yield from (piece.to_ndarray()[0] for piece in resampler.resample(None))
 
 
-def read_parts(
-    path: Path, part_seconds: float = PART_SECONDS, cut_seconds: float = CUT_SECONDS
-) -> Iterator[np.ndarray]:
-    """The audio in parts (N,) of float32 from -1 to 1. Raises BrokenRecording."""
-    pieces, size, empty = [np.empty(0, np.int16)], 0, True
+def read_parts(path: Path, part_seconds: float = 600, cut_seconds: float = 60) -> Iterator[np.ndarray]:
+    """The audio in parts (N,) of float32 from -1 to 1, each cut where its end is quietest. The default parts
+    take about 1 GB, and are the most that a kill can lose. Raises BrokenRecording."""
+    pieces, size = [np.empty(0, np.int16)], 0
     for piece in chain(read_samples(path), [None]):
         if piece is not None:
             pieces.append(piece)
@@ -152,12 +139,10 @@ def read_parts(
         if piece is None or size >= part_seconds * SAMPLE_RATE:
             part = np.concatenate(pieces)
             end = len(part) if piece is None else quietest_position(part, cut_seconds)
-            if end:
-                empty = False
-                yield part[:end].astype(np.float32) / 32768
+            if not end:
+                raise BrokenRecording("it has no audio")
+            yield part[:end].astype(np.float32) / 32768
             pieces, size = [part[end:]], len(part) - end
-    if empty:
-        raise BrokenRecording("it has no audio")
 
 
 def quietest_position(audio: np.ndarray, cut_seconds: float) -> int:
@@ -174,9 +159,7 @@ def load_model(args: argparse.Namespace) -> Any:
         import onnxruntime  # noqa: F401  for its voice activity detection
         from faster_whisper import WhisperModel, available_models
     except ImportError as error:
-        raise UserError(
-            f"transcribing needs faster-whisper ({error}); run: pip install -r requirements-audio.txt"
-        ) from None
+        raise UserError(f"transcribing needs faster-whisper ({error}); {INSTALL}") from None
     folder = args.model
     if not os.path.isdir(folder):
         sizes = available_models()
@@ -191,10 +174,8 @@ def load_model(args: argparse.Namespace) -> Any:
     except Exception as error:  # of any kind: a damaged file, a missing device
         if is_out_of_memory(error):
             raise
-        raise UserError(
-            f"--model {args.model} cannot be loaded for --device {args.device} ({error}); "
-            "try --device cpu, or another --model"
-        ) from None
+        hint = "try --device cpu or another --model"
+        raise UserError(f"--model {args.model} cannot be loaded ({error}); {hint}") from None
     if args.language not in (None, *model.supported_languages):
         known = ", ".join(sorted(model.supported_languages))
         raise UserError(f"--language {args.language} is not known to {args.model}; give one of {known}")
@@ -204,32 +185,22 @@ def load_model(args: argparse.Namespace) -> Any:
 def download(name: str) -> str:
     """The folder of a model in the hub's cache, downloaded if it is not there. Raises UserError."""
     from faster_whisper import download_model
-    from huggingface_hub import constants
 
     with suppress(Exception):  # it is not there: the hub's client has several errors for that
         folder = download_model(name, local_files_only=True)
         if os.path.isfile(os.path.join(folder, "model.bin")):
             return folder
+    print(f"downloads the Whisper model {name}", flush=True)
     try:
-        if constants.HF_HUB_OFFLINE:
-            raise OSError("HF_HUB_OFFLINE is set")
-        with suppress(urllib.error.HTTPError):  # the hub answers
-            urllib.request.urlopen(constants.ENDPOINT, timeout=10).close()  # its client tries for long
-        print(f"downloads the Whisper model {name}", flush=True)
         return download_model(name)
     except Exception as error:
-        reason = str(getattr(error, "reason", error))[:100]
-        raise UserError(
-            f"the Whisper model {name} is not in the cache and cannot be downloaded ({reason}); "
-            "fetch it elsewhere and give its folder: --model FOLDER"
-        ) from None
+        hint = "fetch it elsewhere and give its folder: --model FOLDER"
+        raise UserError(f"no download of the Whisper model {name} ({str(error)[:100]}); {hint}") from None
 
 
 def transcribe(parts: Iterable[np.ndarray], path: Path, model: Any, language: str | None) -> Iterator[float]:
-    """Write the transcript of a recording's parts to `path`; yields the seconds that are done.
-
-    Each part's text waits in a file of its own, so that a call after a kill continues there.
-    """
+    """Write the transcript of a recording's parts to `path`; yields the seconds that are done. Each part's
+    text waits in a file of its own, so that a call after a kill continues there."""
     paths, begin = [], 0.0
     path.parent.mkdir(exist_ok=True)
     for number, audio in enumerate(parts):
@@ -249,22 +220,16 @@ def transcribe(parts: Iterable[np.ndarray], path: Path, model: Any, language: st
 
 
 def text_of_words(words: Iterable[Any]) -> str:
-    """The words as text, with a new line after a sentence and a pause; what follows continues an unfinished
-    sentence."""
+    """The words as text, with a new line after a sentence and a pause; an unfinished one ends in a space."""
     lines, end = [""], 0.0
     for word in words:
-        if word.start - end >= PAUSE and ends_sentence(lines[-1]):
+        if word.start - end >= PAUSE and ENDS_SENTENCE.search(lines[-1]):
             lines.append("")
         lines[-1] += word.word
         end = word.end
     text = "\n".join(line.strip() for line in lines)
-    if text:
-        text += "\n" if ends_sentence(text) else " "
-    return text
-
-
-def ends_sentence(text: str) -> bool:
-    return bool(re.search(r"[.?!…\u3002\uff1f\uff01][\"'\u2019”») ]*\Z", text))
+    separator = "\n" if ENDS_SENTENCE.search(text) else " "
+    return text + separator if text else ""
 
 
 def progress_bar(seconds: float) -> Any:
@@ -304,18 +269,15 @@ def transcribe_all(recordings: dict[Path, Path], args: argparse.Namespace) -> No
             done += length
             bar.write(line, file=sys.stderr)
     if broken and not args.skip_broken:
-        raise UserError(
-            f"{len(broken)} of {len(recordings)} recordings cannot be decoded: {', '.join(broken)[:300]}; "
-            "repair them, or continue without them by --skip_broken (the other transcripts are kept)"
-        )
+        hint = f"repair them, or continue without by --skip_broken: {', '.join(broken)[:300]}"
+        raise UserError(f"{len(broken)} of {len(recordings)} recordings cannot be decoded; {hint}")
 
 
 def show_progress(bar: Any, seconds: float) -> None:
     """Advance the bar to this position."""
-    if not bar.disable:
-        speed = seconds / max(1e-9, bar.format_dict["elapsed"])
-        bar.set_postfix_str(f"{speed:.1f} times as fast as speech", refresh=False)
-        bar.update(seconds / 3600 - bar.n)
+    speed = seconds / max(1e-9, bar.format_dict["elapsed"])
+    bar.set_postfix_str(f"{speed:.1f} times as fast as speech", refresh=False)
+    bar.update(seconds / 3600 - bar.n)
 
 
 def gather(transcripts: Iterable[Path], path: Path) -> None:
@@ -330,8 +292,8 @@ def gather(transcripts: Iterable[Path], path: Path) -> None:
     print(f"{path}: {sum(len(text.split()) for text in texts):,} words of {len(texts):,} recordings")
 
 
-def parse_args(description: str) -> argparse.Namespace:
-    """The command line, checked before hours of work. Raises UserError."""
+def main(description: str) -> None:
+    """The command of data/audio/prepare.py."""
     parser = argument_parser(sys.argv[0], description)
     add = parser.add_argument
     add("--input", nargs="+", metavar="PATH", help=f"recordings: files, folders, globs ({', '.join(KINDS)})")
@@ -342,20 +304,12 @@ def parse_args(description: str) -> argparse.Namespace:
     add("--skip_broken", action="store_true", help="leave out recordings that cannot be decoded")
     add_text_options(parser)
     args = parse_options(parser)
-    strip_patterns(args)
-    known_tokenizer(args.tokenizer)
-    return args
-
-
-def main(description: str) -> None:
-    """The command of data/audio/prepare.py."""
-    args = parse_args(description)
+    patterns, text = strip_patterns(args), args.output / "transcripts.txt"
+    known_tokenizer(args.tokenizer)  # which is checked before hours of work
     with new_folder(args):
-        folder = args.output / "transcripts"
-        recordings = find_recordings(args.input, folder, args.model, args.language)
-        with (
-            interruptible()
-        ):  # a large Whisper computes for minutes in one call; files are written atomically
+        recordings = find_recordings(args, args.output / "transcripts")
+        # a large Whisper computes for minutes in one call; files are written atomically
+        with interruptible():
             transcribe_all(recordings, args)
-        gather(recordings.values(), args.output / "transcripts.txt")
-        make_dataset(args, Corpus([args.output / "transcripts.txt"], strip=strip_patterns(args)))
+        gather(recordings.values(), text)
+        make_dataset(args, Corpus([text], strip=patterns))

@@ -221,7 +221,7 @@ def strided_windows(length: int, T: int, stride: int) -> tuple[np.ndarray, np.nd
 
 
 def evaluation_windows(
-    part: Part, number: int, split: str, config: TrainConfig, ranks: int = 1
+    part: Part, number: int, split: str, config: TrainConfig, ranks: int = 1, stride: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Starts of the windows that evaluate part `number`, and the number of first targets of each that do not
     count: (N,), (N,), padded to equal batches on all ranks.
@@ -235,7 +235,7 @@ def evaluation_windows(
     stream, line_starts = part.streams[split], part.line_starts.get(split)
     if not config.eval_iters and split == full_split:
         if not by_lines:
-            return pad_windows(*strided_windows(len(stream), T, T), T, ranks * B)
+            return pad_windows(*strided_windows(len(stream), T, stride or T), T, ranks * B)
         starts = line_starts
     else:
         windows = part.line_starts[full_split] if by_lines else range(0, len(part.streams[full_split]) - 1, T)

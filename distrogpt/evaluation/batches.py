@@ -7,7 +7,7 @@ import numpy as np
 from distrogpt.errors import UserError
 from distrogpt.runtime import Runtime
 
-StopCheck = Callable[[], bool]
+StopCheck = Callable[[], bool] | None  # None: never
 
 
 class EvaluationStopped(UserError):
@@ -20,18 +20,16 @@ def map_batches(
     width: int,
     batch_size: int,
     runtime: Runtime,
-    stop_requested: StopCheck = lambda: False,
+    stop_requested: StopCheck,
 ) -> np.ndarray:
-    """compute(indices), integers (B, width), in batches of samples of similar length: (N, width).
-
-    All ranks compute equally often; a batch too many is a repeated one and does not count. Raises
-    EvaluationStopped if stop_requested, which has to return the same on all ranks.
-    """
+    """compute(indices), integers (B, width), in batches of samples of similar length: (N, width). All ranks
+    compute equally often: a batch too many is repeated and does not count. Raises EvaluationStopped if
+    stop_requested, which has to return the same on all ranks."""
     results = np.zeros((len(lengths), width), np.int64)
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])  # what takes most memory comes first
     batches = [order[begin : begin + batch_size] for begin in range(0, len(order), batch_size)]
     for number in range(runtime.rank, len(batches) + runtime.rank, runtime.world_size):
-        if stop_requested():
+        if stop_requested is not None and stop_requested():
             raise EvaluationStopped("stopped by a signal; start it again")
         batch = batches[number % len(batches)]
         rows = compute(batch)

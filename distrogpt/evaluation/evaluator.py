@@ -6,14 +6,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from distrogpt.data.dataset import (
-    Dataset,
-    evaluation_windows,
-    measured_splits,
-    pad_windows,
-    strided_windows,
-    to_xy,
-)
+from distrogpt.data.dataset import Dataset, evaluation_windows, measured_splits, to_xy
 from distrogpt.data.token_stream import TokenStream
 from distrogpt.data.tokenizer import encode_prompt, from_description
 from distrogpt.errors import UserError
@@ -31,11 +24,8 @@ log = logging.getLogger("distrogpt")
 
 
 class Evaluator:
-    """Measures a model during training.
-
-    `monitor` is the split whose loss chooses the best checkpoint. `error` is set if this rank finds that its
-    data changed under the run; `evaluate` then returns None on all ranks, so that they stop together.
-    """
+    """Measures a model during training. The loss of the split `monitor` chooses the best checkpoint;
+    `error` is set if this rank finds that its data changed under the run."""
 
     def __init__(self, config: TrainConfig, data: Dataset, runtime: Runtime) -> None:
         """Raises UserError if something that the settings ask for is missing."""
@@ -55,20 +45,15 @@ class Evaluator:
             if data.separator is None:
                 raise UserError("eval_accuracy asks val's lines up to loss_after; give --loss_after='=', say")
             if "val" not in data.parts[0].streams:
-                raise UserError(
-                    "eval_accuracy asks val's lines, eval_splits=train reads none; leave one of them out"
-                )
+                raise UserError("eval_accuracy asks val's lines, eval_splits=train reads none; drop one")
             self.problems = load_problems(data, config.block_size)
         if config.eval_samples:
             self.prompt = encode_prompt(self.tokenizer, config.sample_start)
             check_prompt_length(self.prompt, config.block_size)
 
     def evaluate(self, model: GPT, stop_requested: StopCheck = lambda: False) -> Losses | None:
-        """Losses and, if configured, hellaswag (acc_norm) and accuracy, between 0 and 1; samples are logged.
-
-        Returns None on all ranks if one of them requests a stop or finds that its data changed. Raises
-        UserError if no target counts. Leaves the model in training mode.
-        """
+        """Losses and, if configured, hellaswag (acc_norm) and accuracy from 0 to 1; None on all ranks if one
+        requests a stop or finds that its data changed. Raises UserError if no target counts."""
         model.eval()
         try:
             splits = measured_splits(self.config)
@@ -89,18 +74,12 @@ class Evaluator:
     ) -> list[tuple[float, int]]:
         """Mean loss in nats of each part of a split, and the number of its targets. With a stride, windows
         that many tokens apart cover the whole split. Raises EvaluationStopped and UserError."""
-        config, ranks, results = self.config, self.runtime.world_size, []
-        T = config.block_size
+        results = []
         for number, part in enumerate(self.data.parts):
-            tokens = part.streams[split]
-            if stride is None:
-                starts, skip = evaluation_windows(part, number, split, config, ranks)
-            else:
-                windows = strided_windows(len(tokens), T, stride)
-                starts, skip = pad_windows(*windows, T, config.batch_size * ranks)
-            loss_sum, count = self.summed_loss(model, tokens, starts, skip, stop_requested)
+            windows = evaluation_windows(part, number, split, self.config, self.runtime.world_size, stride)
+            loss_sum, count = self.summed_loss(model, part.streams[split], *windows, stop_requested)
             if not count:
-                after = f"the separator {config.loss_after!r}"
+                after = f"the separator {self.config.loss_after!r}"
                 raise UserError(f"{part.name}: no target of {split} stands after {after}; choose another")
             results.append((loss_sum / count, int(count)))
         return results

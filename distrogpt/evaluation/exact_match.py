@@ -44,46 +44,37 @@ def load_problems(
 def check_prompt_length(prompt: list[int], block_size: int) -> None:
     """Raises UserError if a prompt is longer than block_size."""
     if len(prompt) > block_size:
-        raise UserError(
-            f"a prompt has {len(prompt)} tokens, the model reads {block_size}; shorten it, or train with a "
-            "larger block_size"
-        )
+        hint = "shorten it, or train with a larger block_size"
+        raise UserError(f"a prompt has {len(prompt)} tokens, the model reads {block_size}; {hint}")
 
 
+@torch.no_grad()
 def answer_problems(
     model: GPT,
     data: Dataset,
     problems: list[Problem],
     runtime: Runtime,
     batch_size: int,
-    stop_requested: StopCheck = lambda: False,
+    stop_requested: StopCheck = None,
 ) -> list[list[int]]:
-    """The greedy continuation of each prompt up to a newline, as token ids. The ranks share the prompts, as
-    in map_batches."""
+    """The greedy continuation of each prompt up to a newline, as token ids. The ranks share the prompts."""
     lengths = [len(problem.prompt) for problem in problems]
     longest = max(len(problem.answer) for problem in problems) + 1  # with the newline
 
     def answer(batch: list[int]) -> np.ndarray:
-        return greedy_lines(model, data, [problems[i].prompt for i in batch], longest, runtime)
+        """Continuations (B, longest) as ids + 1, and 0 from the newline on."""
+        prompts = [torch.tensor(problems[i].prompt) for i in batch]
+        lines = torch.zeros(len(batch), longest, dtype=torch.long, device=runtime.device)
+        finished = torch.zeros(len(batch), 1, dtype=torch.bool, device=runtime.device)
+        uniforms, vocab_size = torch.zeros(lines.shape), data.meta["vocab_size"]  # greedy decoding uses none
+        with runtime.autocast():
+            steps = stream(model, prompts, SamplingParams(0.0), uniforms, vocab_size, graph=False)
+            for n, step in enumerate(steps):
+                finished |= step.ids == data.newline  # (B, 1)
+                lines[:, n : n + 1] = (step.ids + 1).masked_fill(finished, 0)
+                if finished.all():
+                    break
+        return lines.cpu().numpy()
 
     rows = map_batches(answer, lengths, longest, batch_size, runtime, stop_requested)
     return [(row[row > 0] - 1).tolist() for row in rows]
-
-
-@torch.no_grad()
-def greedy_lines(
-    model: GPT, data: Dataset, prompts: list[list[int]], max_new_tokens: int, runtime: Runtime
-) -> np.ndarray:
-    """Greedy continuations of prompts: (B, max_new_tokens), ids + 1, and 0 from the newline on."""
-    lines = torch.zeros(len(prompts), max_new_tokens, dtype=torch.long, device=runtime.device)
-    finished = torch.zeros(len(prompts), 1, dtype=torch.bool, device=runtime.device)
-    prompt_ids, vocab_size = [torch.tensor(prompt) for prompt in prompts], data.meta["vocab_size"]
-    uniforms = torch.zeros(lines.shape)  # not used by greedy decoding
-    with runtime.autocast():
-        steps = stream(model, prompt_ids, SamplingParams(0.0), uniforms, vocab_size, graph=False)
-        for n, step in enumerate(steps):
-            finished |= step.ids == data.newline  # (B, 1)
-            lines[:, n : n + 1] = (step.ids + 1).masked_fill(finished, 0)
-            if finished.all():
-                break
-    return lines.cpu().numpy()

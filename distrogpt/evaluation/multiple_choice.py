@@ -1,7 +1,4 @@
-"""Multiple choice, such as HellaSwag: which ending of a text does the model find most likely?
-
-A file has JSON lines: {"ctx": text, "endings": [text, ...], "label": 0}.
-"""
+"""Multiple choice, such as HellaSwag, from JSON lines: which ending of a text is the most likely?"""
 
 import json
 import math
@@ -69,20 +66,17 @@ def read_questions(
             continue
         try:
             questions.append(parse_question(line, tokenizer, block_size))
-        except (ValueError, RecursionError) as error:  # RecursionError: deeply nested brackets
-            raise UserError(f"{path}, line {number}: {str(error)[:100]}; give {EXAMPLE}") from None
-        except UserError as error:
-            raise UserError(f"{path}, line {number}: {error}") from None
+        except (ValueError, RecursionError, UserError) as error:  # RecursionError: deeply nested brackets
+            reason = error if isinstance(error, UserError) else f"{str(error)[:100]}; give {EXAMPLE}"
+            raise UserError(f"{path}, line {number}: {reason}") from None
     if not questions:
         raise UserError(f"{path} has no question; name a file of JSON lines")
     return questions
 
 
 def parse_question(line: str, tokenizer: Tokenizer, block_size: int) -> Question:
-    """The question of a JSON line; of a context that does not fit together with each ending, the end.
-
-    Raises ValueError if a field is missing or wrong, UserError if the text has no tokens or too many.
-    """
+    """The question of a JSON line, with the end of a context that does not fit together with each ending.
+    Raises ValueError if a field is missing or wrong, UserError if the text has no tokens or too many."""
     entry = json.loads(line)
     if not isinstance(entry, dict):
         raise ValueError("it is not an object")
@@ -98,41 +92,31 @@ def parse_question(line: str, tokenizer: Tokenizer, block_size: int) -> Question
     ids = [tokenizer.encode(f" {ending}").tolist() for ending in endings]
     longest = max(map(len, ids))
     if longest > block_size:
-        raise UserError(
-            f"an ending has {longest} tokens, the model reads {block_size}; leave the line out, or train "
-            "with a larger block_size"
-        )
+        hint = "leave the line out, or train with a larger block_size"
+        raise UserError(f"an ending has {longest} tokens, the model reads {block_size}; {hint}")
     room = block_size + 1 - longest  # the last id of an ending is a target only
     return Question(encode_prompt(tokenizer, context)[-room:], ids, label)
 
 
 def answer_multiple_choice(
-    model: GPT,
-    questions: list[Question],
-    runtime: Runtime,
-    batch_size: int,
-    stop_requested: StopCheck = lambda: False,
+    model: GPT, questions: list[Question], runtime: Runtime, batch_size: int, stop_requested: StopCheck = None
 ) -> np.ndarray:
-    """The most likely ending of each question, by the sum and by the mean of its log-probabilities: (N, 2).
-    The ranks share the questions, as in map_batches."""
+    """The most likely ending of each question, by the sum and the mean of its log-probabilities: (N, 2)."""
     lengths = [len(context) + sum(map(len, endings)) for context, endings, _ in questions]
 
     def answer(batch: list[int]) -> np.ndarray:
         log_probs = ending_log_probs(model, [questions[i] for i in batch], runtime)
-        sums = [np.argmax([math.fsum(ending) for ending in endings]) for endings in log_probs]
-        means = [np.argmax([np.mean(ending) for ending in endings]) for endings in log_probs]
-        return np.stack([sums, means], axis=1)  # (B, 2)
+        scores = [[(math.fsum(ending), np.mean(ending)) for ending in endings] for endings in log_probs]
+        return np.array([np.argmax(pairs, axis=0) for pairs in scores])  # (B, 2)
 
     return map_batches(answer, lengths, 2, batch_size, runtime, stop_requested)
 
 
 @torch.no_grad()
 def ending_log_probs(model: GPT, questions: list[Question], runtime: Runtime) -> list[list[list[float]]]:
-    """The log-probability of each token of each ending of each question, in one forward pass.
-
-    A question is one row: the context, then the inputs of each ending, which are its ids but the last. Their
-    positions continue the context, and the mask hides the endings from one another.
-    """
+    """The log-probability of each token of each ending of each question. A question is one row: the context,
+    then each ending without its last id. Their positions continue the context, and the mask hides the endings
+    from one another."""
     T = max(len(context) + sum(len(ending) - 1 for ending in endings) for context, endings, _ in questions)
     T += -T % 16  # then a question gets the same numbers in any batch: kernels/cpu.py
     idx, positions, branch = (np.zeros((len(questions), T), np.int64) for _ in range(3))

@@ -25,11 +25,11 @@ Task = Callable[[], Result]
 
 
 class LoadedModel(NamedTuple):
-    """A trained model on its device, and what its checkpoint says; what is unknown is {}."""
+    """A trained model on its device, and what its checkpoint says."""
 
     model: GPT
     tokenizer: Tokenizer | None  # None if no task needs one
-    settings: dict[str, Any]  # of its training
+    settings: dict[str, Any]  # of its training, {} if they are unknown
     meta: dict[str, Any]  # of its dataset
     source: str
     runtime: Runtime
@@ -39,10 +39,9 @@ def load_tasks(config: EvalConfig, runtime: Runtime) -> tuple[str, dict[str, Tas
     """What the model is called, and the tasks that the settings name, checked. Raises UserError."""
     model, contents, source = load_trained(config.out_dir, config.init_from)
     settings, meta = contents.get("config", {}), contents.get("meta", {}) if contents else GPT2_META
-    if config.tasks == "auto":
+    names = [name.strip() for name in config.tasks.split(",") if name.strip()] or [config.tasks]
+    if names == ["auto"]:
         names = ["accuracy" if settings.get("loss_after") else "loss"]
-    else:
-        names = [name.strip() for name in config.tasks.split(",") if name.strip()] or [config.tasks]
     for name in names:
         if name not in EVAL_TASKS:
             raise UserError(f"tasks={name[:40]} is not known; name some of {', '.join(EVAL_TASKS)}, by comma")
@@ -71,8 +70,7 @@ def loss_task(config: EvalConfig, loaded: LoadedModel, name: str) -> Task:
     """Loss, perplexity and bits per byte of a split, each token being a target once."""
     longest, stride = loaded.model.config.block_size, config.stride
     T = config.block_size or longest
-    settings = {"block_size": T, "batch_size": config.batch_size or 16}
-    settings["loss_after"] = loaded.settings.get("loss_after")
+    settings: dict[str, Any] = {"block_size": T, "loss_after": loaded.settings.get("loss_after")}
     if T > longest:
         raise UserError(f"block_size={T} is longer than the model reads; give {longest} or less")
     if loaded.settings.get("sampling") == "lines":
@@ -81,7 +79,7 @@ def loss_task(config: EvalConfig, loaded: LoadedModel, name: str) -> Task:
             raise UserError("stride is for text; this run's windows begin with lines: leave it out")
     if stride and stride > T:
         raise UserError(f"stride={stride} is longer than a window of {T} tokens; give {T} or less")
-    data, train_config = open_eval_data(config, loaded, **settings)
+    data, train_config = open_eval_data(config, loaded, batch_size=config.batch_size or 16, **settings)
     evaluator = Evaluator(train_config, data, loaded.runtime)
 
     def task() -> Result:
@@ -94,12 +92,12 @@ def loss_task(config: EvalConfig, loaded: LoadedModel, name: str) -> Task:
 
 
 def multiple_choice_task(config: EvalConfig, loaded: LoadedModel, name: str) -> Task:
-    """How often the right ending is the most likely one, by the sum (acc) and by the mean (acc_norm) of the
-    log-probabilities of its tokens."""
+    """How often the right ending is the likeliest, by the sum (acc) and mean (acc_norm) of log-probs."""
     if name == "choice" and not config.input:
         raise UserError("choice reads a file; give --input=FILE, or --tasks=hellaswag")
-    model, runtime, block_size = loaded.model, loaded.runtime, loaded.model.config.block_size
-    questions = load_questions(config.input, loaded.tokenizer, block_size, config.max_items, runtime)
+    model, runtime = loaded.model, loaded.runtime
+    limits = (model.config.block_size, config.max_items)
+    questions = load_questions(config.input, loaded.tokenizer, *limits, runtime)
 
     def task() -> Result:
         chosen = answer_multiple_choice(model, questions, runtime, config.batch_size or 16)
@@ -121,11 +119,10 @@ def exact_match_task(config: EvalConfig, loaded: LoadedModel, name: str) -> Task
 
     def task() -> Result:
         answers = answer_problems(model, data, problems, runtime, config.batch_size or 256)
-        pairs = zip(problems, answers, strict=True)
         wrong = [
-            {"prompt": decode(problem.prompt), "given": decode(answer), "right": decode(problem.answer)}
-            for problem, answer in pairs
-            if answer != problem.answer
+            {"prompt": decode(prompt), "given": decode(answer), "right": decode(expected)}
+            for (prompt, expected), answer in zip(problems, answers, strict=True)
+            if answer != expected
         ]
         n, right = len(problems), len(problems) - len(wrong)
         return {"exact": right / n, "right": right, "lines": n, "wrong": wrong[: config.show]}

@@ -1,4 +1,4 @@
-"""The files of an export, and the folder that they are written to, which may replace an earlier export."""
+"""The files of an export, and their folder, which may replace an earlier export."""
 
 import json
 import os
@@ -17,10 +17,8 @@ from distrogpt.huggingface.model_card import model_card, public_meta
 from distrogpt.settings import SampleConfig
 from model import GPTConfig
 
-FILES = (
-    *("config.json", "model.safetensors", f"{CODE}.py", "tokenizer.json", "tokenizer_config.json"),
-    *("generation_config.json", "meta.json", "README.md"),
-)
+FILES = """config.json model.safetensors modeling_distrogpt.py tokenizer.json tokenizer_config.json
+    generation_config.json meta.json README.md""".split()
 
 
 def text_files(
@@ -63,18 +61,16 @@ def to_json(value: Any) -> str:
 
 
 def check_target(to: Path, shown: str, overwrite: bool) -> None:
-    """Raises UserError if an export cannot be written to `to`, called `shown` by the user, or would replace
-    anything else than an export."""
+    """Raises UserError if `to`, which the user called `shown`, is no name, or anything but an export."""
     if not to.name or any(category(char) in ("Cc", "Zl", "Zp") for char in shown):
         raise UserError(f"to={shown} is no name of a folder that fits into a line; name another")
     if not os.path.lexists(to):
         return
-    if not to.is_dir():
-        raise UserError(f"{shown} is a file; name a folder for --to")
     try:
         foreign, is_empty = foreign_file(to), not any(to.iterdir())
     except OSError as error:
-        raise UserError(f"{shown} cannot be read ({error.strerror}); name another folder") from None
+        reason = f"cannot be read ({error.strerror})" if to.is_dir() else "is a file"
+        raise UserError(f"{shown} {reason}; name another folder for --to") from None
     if foreign:
         raise UserError(f"{shown} has {foreign[:60]}, which is of no export; name another folder")
     if not is_empty and not overwrite:
@@ -91,10 +87,9 @@ def foreign_file(folder: Path) -> str | None:
 
 def write_folder(to: Path, shown: str, texts: dict[str, str], weights: Weights) -> None:
     """Write the files into a folder beside `to`, then rename it: `to` is complete, or what it was before.
-
-    Raises MachineError if the disk fails, UserError if the folder cannot be made.
-    """
+    Raises MachineError if the disk fails, UserError if the folder cannot be made."""
     from safetensors import SafetensorError
+    from safetensors.torch import save_file
 
     try:
         to.parent.mkdir(parents=True, exist_ok=True)
@@ -104,16 +99,21 @@ def write_folder(to: Path, shown: str, texts: dict[str, str], weights: Weights) 
     except OSError as error:
         raise UserError(f"{shown} cannot be made ({error.strerror}); name another folder") from None
     try:
-        write_files(new, texts, weights)
+        for name, text in texts.items():
+            (new / name).write_text(text, encoding="utf-8")
+        save_file(weights, new / "model.safetensors", metadata={"format": "pt"})  # read by transformers
+        copymode(new / "config.json", new / "model.safetensors")  # save_file's is for the owner alone
+        for path in new.iterdir():
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())
         if to.is_dir():
             os.rename(to, old)
         os.rename(new, to)
     except BaseException as error:
+        rmtree(new, ignore_errors=True)
         with suppress(OSError):
             if old.is_dir() and not os.path.lexists(to):
                 os.rename(old, to)
-        rmtree(new, ignore_errors=True)
-        with suppress(OSError):
             workspace.rmdir()
         if not isinstance(error, OSError | SafetensorError):
             raise
@@ -125,18 +125,4 @@ def write_folder(to: Path, shown: str, texts: dict[str, str], weights: Weights) 
             raise OSError(f"{foreign[:60]} is of no export")
         rmtree(workspace)
     except OSError as error:
-        reason = error.strerror or error
-        warn(f"note: {old} is what was in {shown}; delete it yourself ({reason})")
-
-
-def write_files(folder: Path, texts: dict[str, str], weights: Weights) -> None:
-    """Write the files, and flush them to disk."""
-    from safetensors.torch import save_file
-
-    for name, text in texts.items():
-        (folder / name).write_text(text, encoding="utf-8")
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})  # transformers needs "format"
-    copymode(folder / "config.json", folder / "model.safetensors")  # save_file's is for the owner alone
-    for path in folder.iterdir():
-        with open(path, "rb+") as file:
-            os.fsync(file.fileno())
+        warn(f"note: {old} is what was in {shown}; delete it yourself ({error.strerror or error})")

@@ -12,9 +12,10 @@ distrogpt  all others; the folder then has its code, modeling_distrogpt.py
 import json
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
@@ -38,7 +39,8 @@ OUR_ACTIVATIONS = {theirs: ours for ours, theirs in ACTIVATIONS.items()}
 OUR_ACTIVATIONS |= {"gelu_pytorch_tanh": "gelu_tanh", "swish": "swiglu"}
 CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # (in, out) in gpt2's files, not (out, in)
 NORMS = {"attn.c_attn": "input_layernorm", "mlp.c_fc": "post_attention_layernorm"}  # what they read
-ROTATED = ("self_attn.q_proj", "self_attn.k_proj")
+LLAMA_SIZES = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head"}
+LLAMA_SIZES |= {"max_position_embeddings": "block_size", "vocab_size": "vocab_size"}
 CONSTANTS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # in old files, beside the weights
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 Weights = dict[str, torch.Tensor]
@@ -86,27 +88,22 @@ def to_settings(config: GPTConfig, dtype: str, bos: int, eos: int | None) -> dic
             "bias": config.bias,  # theirs always has biases; False: they are zero
         }
     if kind == "distrogpt":
-        classes = {"AutoConfig": "DistroGPTConfig", "AutoModelForCausalLM": ARCHITECTURES[kind]}
-        auto_map = {auto: f"{CODE}.{name}" for auto, name in classes.items()}
+        auto_map = {"AutoConfig": f"{CODE}.DistroGPTConfig"}
+        auto_map |= {"AutoModelForCausalLM": f"{CODE}.{ARCHITECTURES[kind]}"}
         shape = {name: value for name, value in asdict(config).items() if name not in ("tied", "zero_init")}
         return common | shape | {"n_kv_head": config.kv_heads, "auto_map": auto_map}
-    biases = {"attention_bias": config.bias}
-    if kind != "qwen3":
-        biases["mlp_bias"] = config.bias
+    biases = ("attention_bias",) if kind == "qwen3" else ("attention_bias", "mlp_bias")
     return common | {
-        "hidden_size": config.n_embd,
+        **{theirs: getattr(config, ours) for theirs, ours in LLAMA_SIZES.items()},
         "intermediate_size": config.mlp_width,
-        "num_hidden_layers": config.n_layer,
-        "num_attention_heads": config.n_head,
         "num_key_value_heads": config.kv_heads,
         "head_dim": config.head_dim,
         "hidden_act": ACTIVATIONS[config.activation],
-        "max_position_embeddings": config.block_size,
         "rms_norm_eps": EPS,
         "rope_theta": 10000.0,  # transformers before 5, llama.cpp
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
         "attention_dropout": config.dropout,
-        **biases,
+        **dict.fromkeys(biases, config.bias),
     }
 
 
@@ -129,16 +126,22 @@ def to_weights(config: GPTConfig, weights: Mapping[str, torch.Tensor]) -> Weight
     return {name: w.contiguous() for name, w in theirs.items()}
 
 
-def llama_parts(config: GPTConfig) -> dict[str, dict[str, int]]:
-    """For each of our layers in a block, llama's that compute it together, and their output channels."""
+def llama_layers(config: GPTConfig) -> Iterator[tuple[str, dict[str, int], str | None]]:
+    """For each weight and bias of our blocks: its name, llama's names of its parts with their rows, and the
+    name of the norm that it reads."""
     C, K, D, width = config.n_embd, config.kv_heads, config.head_dim, config.mlp_width
     gate = {"mlp.gate_proj": width} if config.activation == "swiglu" else {}
-    return {
+    layers = {
         "attn.c_attn": {"self_attn.q_proj": C, "self_attn.k_proj": K * D, "self_attn.v_proj": K * D},
         "attn.c_proj": {"self_attn.o_proj": C},
         "mlp.c_fc": {**gate, "mlp.up_proj": width},
         "mlp.c_proj": {"mlp.down_proj": C},
     }
+    kinds = ("weight", "bias") if config.bias else ("weight",)
+    for n, (ours, theirs), kind in product(range(config.n_layer), layers.items(), kinds):
+        parts = {f"model.layers.{n}.{name}.{kind}": rows for name, rows in theirs.items()}
+        norm = f"model.layers.{n}.{NORMS[ours]}.weight" if kind == "weight" and ours in NORMS else None
+        yield f"transformer.h.{n}.{ours}.{kind}", parts, norm
 
 
 def to_llama(config: GPTConfig, ours: Weights) -> Weights:
@@ -147,26 +150,21 @@ def to_llama(config: GPTConfig, ours: Weights) -> Weights:
     theirs = {"model.embed_tokens.weight": ours["transformer.wte.weight"], "model.norm.weight": torch.ones(C)}
     if not config.tied:
         theirs["lm_head.weight"] = ours["lm_head.weight"]
-    for n in range(config.n_layer):
-        layer = f"model.layers.{n}"
-        for our_name, parts in llama_parts(config).items():
-            for kind in ("weight", "bias") if config.bias else ("weight",):
-                split = ours[f"transformer.h.{n}.{our_name}.{kind}"].split(list(parts.values()))
-                for name, w in zip(parts, split, strict=True):
-                    theirs[f"{layer}.{name}.{kind}"] = in_halves(w, D) if name in ROTATED else w
-        for name in NORMS.values():
-            theirs[f"{layer}.{name}.weight"] = torch.ones(C)
-        if config.qk_norm:
-            theirs[f"{layer}.self_attn.q_norm.weight"] = torch.full((D,), qk_norm_weight(D))
-            theirs[f"{layer}.self_attn.k_norm.weight"] = torch.ones(D)
+    for name, parts, norm in llama_layers(config):
+        split = ours[name].split(list(parts.values()))
+        for part, w in zip(parts, split, strict=True):
+            theirs[part] = in_halves(w, D) if is_rotated(part) else w
+        if norm:
+            theirs[norm] = torch.ones(C)
+    for n in range(config.n_layer if config.qk_norm else 0):
+        theirs[f"model.layers.{n}.self_attn.q_norm.weight"] = torch.full((D,), 12 / D**0.5)
+        theirs[f"model.layers.{n}.self_attn.k_norm.weight"] = torch.ones(D)
     return theirs
 
 
 def from_llama(config: GPTConfig, theirs: Weights) -> tuple[GPTConfig, Weights]:
-    """The weights of llama, qwen3 or arcee as ours; each norm's are multiplied into the layer that reads it.
-
-    If those of the last norm are not 1, lm_head cannot stay tied, and the config says so. Raises ValueError.
-    """
+    """The weights of llama, qwen3 or arcee as ours; each norm's are multiplied into what reads it, the last
+    one's into lm_head, which cannot stay tied if they are not 1. Raises ValueError."""
     if config.tied:
         theirs = {name: w for name, w in theirs.items() if name != "lm_head.weight"}
     with torch.device("meta"):
@@ -175,36 +173,24 @@ def from_llama(config: GPTConfig, theirs: Weights) -> tuple[GPTConfig, Weights]:
     embeddings = theirs["model.embed_tokens.weight"]
     head = theirs.get("lm_head.weight", embeddings)
     ours = {"transformer.wte.weight": embeddings, "lm_head.weight": head * last_norm}
-    for n in range(config.n_layer):
-        layer = f"model.layers.{n}"
-        for our_name, parts in llama_parts(config).items():
-            for kind in ("weight", "bias") if config.bias else ("weight",):
-                split = {name: theirs[f"{layer}.{name}.{kind}"] for name in parts}
-                w = torch.cat([in_pairs(w, D) if name in ROTATED else w for name, w in split.items()])
-                if kind == "weight" and our_name in NORMS:
-                    w = w * theirs[f"{layer}.{NORMS[our_name]}.weight"]
-                ours[f"transformer.h.{n}.{our_name}.{kind}"] = w
-        if config.qk_norm:
-            q_norm, k_norm = (theirs[f"{layer}.self_attn.{name}_norm.weight"] for name in "qk")
-            if not is_qk_norm_weight(q_norm * k_norm, D):
-                raise ValueError(f"{layer}.self_attn.q_norm has learned weights, which ours cannot have")
+    for name, parts, norm in llama_layers(config):
+        w = torch.cat([in_pairs(theirs[part], D) if is_rotated(part) else theirs[part] for part in parts])
+        ours[name] = w * theirs[norm] if norm else w
+    for n in range(config.n_layer if config.qk_norm else 0):
+        q_norm, k_norm = (theirs[f"model.layers.{n}.self_attn.{name}_norm.weight"] for name in "qk")
+        exact = torch.tensor(12 / D**0.5)  # turns Qwen3's scale of attention scores, 1/√D, into ours, 12/D
+        stored = [exact.to(dtype).float() for dtype in (torch.float32, torch.bfloat16, torch.float16)]
+        if not any(torch.allclose(q_norm * k_norm, weight, rtol=1e-6, atol=0) for weight in stored):
+            raise ValueError(f"model.layers.{n}.self_attn.q_norm has learned weights, which ours cannot have")
     return replace(config, tied=config.tied and bool((last_norm == 1).all())), ours
 
 
-def qk_norm_weight(D: int) -> float:
-    """The weight of q_norm that turns Qwen3's scale of attention scores, 1/√D, into ours, 12/D."""
-    return 12 / D**0.5
-
-
-def is_qk_norm_weight(weight: torch.Tensor, D: int) -> bool:
-    """Whether each of weight (D,) is qk_norm_weight(D), in whatever type it was stored."""
-    exact, dtypes = torch.tensor(qk_norm_weight(D)), (torch.float32, torch.bfloat16, torch.float16)
-    return any(torch.allclose(weight, exact.to(dtype).float(), rtol=1e-6, atol=0) for dtype in dtypes)
+def is_rotated(name: str) -> bool:
+    return name.split(".")[-2] in ("q_proj", "k_proj")
 
 
 def in_halves(rows: torch.Tensor, D: int) -> torch.Tensor:
-    """Reorder rows (N·D, ...) of queries or keys: ours rotates neighbouring channels of a head, transformers
-    the i-th channels of its first and its second half."""
+    """Reorder rows (N·D, ...) of heads: ours rotates neighbours, transformers channels of two halves."""
     return rows.unflatten(0, (-1, D // 2, 2)).transpose(1, 2).flatten(0, 2)
 
 
@@ -229,11 +215,9 @@ def find_folder(name: str) -> Path:
 
 
 def read_pretrained(folder: Path, dropout: float = 0.0) -> GPT:
-    """The network, in fp32, of a folder in one of the formats, of any origin; none of its code is run.
-
-    Raises OSError if a file cannot be read, ValueError if it is another network.
-    """
-    settings = read_json_object(folder / "config.json")
+    """The network, in fp32, of a folder in one of the formats, of any origin; none of its code is run. Raises
+    ValueError if it is another network, errors of many types if a file is damaged."""
+    settings = json.loads((folder / "config.json").read_bytes())
     kind = settings.get("model_type")
     if kind not in ARCHITECTURES:
         raise ValueError(f"model_type={kind} in config.json is none of {', '.join(ARCHITECTURES)}")
@@ -251,43 +235,27 @@ def read_pretrained(folder: Path, dropout: float = 0.0) -> GPT:
     return build_model(config, weights)
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
-    """Raises OSError or ValueError."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except RecursionError:  # deeply nested brackets
-        value = None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path.name} is not an object")
-    return value
-
-
 def read_weights(folder: Path) -> Weights:
     """All tensors of model.safetensors, or else pytorch_model.bin, in one file or several, in fp32."""
+    from safetensors.torch import load_file
+
+    files: set[str] = set()
     for name in WEIGHT_FILES:
         index = folder / f"{name}.index.json"
-        if (folder / name).is_file():
-            return read_tensors([folder / name])
-        if index.is_file():
-            files = {str(file) for file in read_json_object(index).get("weight_map", {}).values()}
-            if elsewhere := [file for file in files if Path(file).name != file]:
-                raise ValueError(f"{index.name} names a file that is not beside it: {elsewhere[0][:40]}")
-            return read_tensors([folder / file for file in sorted(files)])
-    raise ValueError(f"there is neither {' nor '.join(WEIGHT_FILES)}")
-
-
-def read_tensors(paths: list[Path]) -> Weights:
-    """The tensors of these files, in fp32."""
+        if not files and (folder / name).is_file():
+            files = {name}
+        elif not files and index.is_file():
+            files = {*map(str, json.loads(index.read_bytes())["weight_map"].values())}
+    if not files:
+        raise ValueError(f"there is neither {' nor '.join(WEIGHT_FILES)}")
+    if elsewhere := [file for file in files if Path(file).name != file]:
+        raise ValueError(f"the index of the weights names a file that is not beside it: {elsewhere[0][:40]}")
     tensors: Weights = {}
-    for path in paths:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            tensors |= load_file(path)
-        else:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # torch guesses what is wrong
-                tensors |= torch.load(path, map_location="cpu", weights_only=True)
+    for path in [folder / file for file in sorted(files)]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch guesses what is wrong
+            safe = path.suffix == ".safetensors"
+            tensors |= load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
     for name, tensor in tensors.items():
         if not torch.is_tensor(tensor) or not tensor.is_floating_point():
             raise ValueError(f"{str(name)[:60]} is not a floating-point tensor")
@@ -304,10 +272,10 @@ def require(settings: dict[str, Any], **expected: Any) -> None:
 
 def activation_of(settings: dict[str, Any], key: str, default: str, gated: bool) -> str:
     """Our name of an activation. Raises ValueError if it is not supported."""
-    theirs = settings.get(key, default)
-    ours = OUR_ACTIVATIONS.get(theirs) if isinstance(theirs, str) else None
+    theirs = str(settings.get(key, default))
+    ours = OUR_ACTIVATIONS.get(theirs)
     if ours is None or (ours == "swiglu") != gated:
-        raise ValueError(f"{key}={str(theirs)[:40]} is not supported in such a network")
+        raise ValueError(f"{key}={theirs[:40]} is not supported in such a network")
     return ours
 
 
@@ -338,40 +306,26 @@ def from_gpt2(config: GPTConfig, theirs: Weights, no_biases: bool) -> tuple[GPTC
 
 
 def from_own_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of GPTConfig for our own config.json. Raises ValueError."""
-    names = [name for name in asdict(GPTConfig()) if name not in ("tied", "zero_init", "dropout")]
-    missing = [name for name in names if name not in settings]
-    if missing:
-        raise ValueError(f"config.json lacks {missing[0]}")
-    return {name: settings[name] for name in names} | {"tied": settings.get("tie_word_embeddings", True)}
+    """The arguments of GPTConfig for our own config.json; one that is missing is None."""
+    names = set(asdict(GPTConfig())) - {"tied", "zero_init", "dropout"}
+    return {name: settings.get(name) for name in names} | {"tied": settings.get("tie_word_embeddings", True)}
 
 
 def from_llama_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """The arguments of GPTConfig for a LlamaConfig, Qwen3Config or ArceeConfig. Raises ValueError if ours
     computes another network."""
-    needed = ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size", "intermediate_size")
-    for name in (*needed, "max_position_embeddings", "rms_norm_eps"):
+    for name in (*LLAMA_SIZES, "intermediate_size", "rms_norm_eps"):
         value = settings.get(name)
         if not isinstance(value, (int, float)) or value <= 0:
             raise ValueError(f"{name}={str(value)[:40]} is not a positive number")
     rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise ValueError("rope_parameters is not an object")
     require(rope, rope_type="default", type="default", rope_theta=10000.0, partial_rotary_factor=1.0)
     require(settings, rms_norm_eps=EPS, rope_theta=10000.0, use_sliding_window=False, pretraining_tp=1)
     require(settings, head_dim=settings["hidden_size"] // settings["num_attention_heads"])
     is_qwen, gated = settings["model_type"] == "qwen3", settings["model_type"] != "arcee"
     bias = bool(settings.get("attention_bias"))
-    if is_qwen:
-        require(settings, attention_bias=False)
-    else:
-        require(settings, mlp_bias=bias)
-    shape = {
-        "block_size": settings["max_position_embeddings"],
-        "vocab_size": settings["vocab_size"],
-        "n_layer": settings["num_hidden_layers"],
-        "n_head": settings["num_attention_heads"],
-        "n_embd": settings["hidden_size"],
+    require(settings, **{"attention_bias": False} if is_qwen else {"mlp_bias": bias})
+    shape = {ours: settings[theirs] for theirs, ours in LLAMA_SIZES.items()} | {
         "n_kv_head": settings.get("num_key_value_heads"),
         "bias": bias,
         "norm": "rmsnorm",

@@ -14,27 +14,19 @@ from distrogpt.settings import TrainConfig
 from model import GPTConfig
 
 # settings that are reported even if they are the defaults, and those that do not matter to a reader
-MAIN = (
-    *("gradient_accumulation_steps", "batch_size", "block_size", "max_iters", "optimizer", "learning_rate"),
-    *("weight_decay", "dropout"),
-)
-NEVER_REPORTED = (
-    *("out_dir", "dataset", "init_from", "hellaswag_input", "wandb_log", "wandb_project", "wandb_run_name"),
-    *("tensorboard_log", "loss_plot", "log_interval", "eval_samples", "sample_start", "sample_tokens"),
-    *("eval_interval", "eval_iters", "save_interval", "keep_checkpoints", "always_save_checkpoint"),
-    *("device", "compile", "backend", "shard", "activation_checkpointing", "eval_only"),
-)
+MAIN = """gradient_accumulation_steps batch_size block_size max_iters optimizer learning_rate weight_decay
+    dropout""".split()
+NEVER_REPORTED = """out_dir dataset init_from hellaswag_input wandb_log wandb_project wandb_run_name
+    tensorboard_log loss_plot log_interval eval_samples sample_start sample_tokens eval_interval eval_iters
+    save_interval keep_checkpoints always_save_checkpoint device compile backend shard
+    activation_checkpointing eval_only""".split()
 SIZES = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
 TOKENIZERS = {"char": "characters", "byte": "bytes", "bpe": "own byte-pair encoding", "gpt2": "GPT-2's"}
 NO_END = "No token ends a text or fills up a batch: texts of several lengths are read one by one."
-TRUST = (
-    "`trust_remote_code=True` lets transformers, 5.0 and newer, run `modeling_distrogpt.py` of "
-    "this folder, as none of its own architectures computes this network; read it first."
-)
-LICENCE = (
-    "None is claimed here: whoever owns the weights and the text that they come from decides, "
-    "and names it above as `license:`."
-)
+TRUST = """`trust_remote_code=True` lets transformers, 5.0 and newer, run `modeling_distrogpt.py` of this \
+folder, as none of its own architectures computes this network; read it first."""
+LICENCE = """None is claimed here: whoever owns the weights and the text that they come from decides, and \
+names it above as `license:`."""
 
 
 def public_meta(meta: dict[str, Any] | None, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -62,9 +54,7 @@ def how_to_load(folder: str, shape: GPTConfig, tokenizer: Tokenizer) -> list[str
     own_code = model_type_of(shape) == "distrogpt"
     trust = ", trust_remote_code=True" if own_code else ""
     unsupported, quoted, name = unsupported_by(shape, tokenizer), repr(folder), shlex.quote(folder)
-    args: dict[str, Any] = {"pretrained": folder}
-    if own_code:
-        args["trust_remote_code"] = True
+    args: dict[str, Any] = {"pretrained": folder} | ({"trust_remote_code": True} if own_code else {})
     if tokenizer.end_of_text is None:  # stands before a text without context
         args["prefix_token_id"] = start_token(tokenizer)
     model_args = ",".join(f"{key}={value}" for key, value in args.items())
@@ -88,11 +78,9 @@ def how_to_load(folder: str, shape: GPTConfig, tokenizer: Tokenizer) -> list[str
 
 def limits_of(tokenizer: Tokenizer) -> list[str]:
     """What the tokenizer cannot do, a sentence each."""
-    limits = []
+    limits = [] if tokenizer.end_of_text is not None else [NO_END]
     if isinstance(tokenizer, CharTokenizer):
-        limits.append(f"Characters outside of its {len(tokenizer.chars)} are an error.")
-    if tokenizer.end_of_text is None:
-        limits.append(NO_END)
+        limits.insert(0, f"Characters outside of its {len(tokenizer.chars)} are an error.")
     return limits
 
 
@@ -103,18 +91,13 @@ def model_card(
     kind, config = model_type_of(shape), contents.get("config", {})
     meta = public_meta(contents.get("meta"), tokenizer)
     reasons = unsupported_by(shape, tokenizer).items()
-    loading = "\n\n".join(
-        [
-            "\n".join(["```python", *how_to_load(name, shape, tokenizer), "```"]),
-            *([TRUST] if kind == "distrogpt" else []),
-            *limits_of(tokenizer),
-            *(f"{program} {reason}." for program, reason in reasons if reason),
-        ]
-    )
-    network = {"architecture": ARCHITECTURES[kind], **shape_rows(shape), "weights": dtype}
+    loading = ["\n".join(["```python", *how_to_load(name, shape, tokenizer), "```"])]
+    if kind == "distrogpt":
+        loading.append(TRUST)
+    loading += [*limits_of(tokenizer), *(f"{program} {reason}." for program, reason in reasons if reason)]
     sections = {
-        "Load it": loading,
-        "The network": table(network),
+        "Load it": "\n\n".join(loading),
+        "The network": table({"architecture": ARCHITECTURES[kind], **shape_rows(shape), "weights": dtype}),
         "The data": table(data_rows(config, meta)),
         "The losses": table(loss_rows(contents, meta)),
         "The training": table(settings_rows(config)),
@@ -128,10 +111,8 @@ def model_card(
 
 def table(rows: dict[str, Any]) -> str:
     """A table in Markdown; "" if there are no rows."""
-    if not rows:
-        return ""
     lines = [f"| {key} | {cell(value)} |" for key, value in rows.items()]
-    return "\n".join(["| | |", "|---|---|", *lines])
+    return "\n".join(["| | |", "|---|---|", *lines]) if lines else ""
 
 
 def cell(value: Any) -> str:

@@ -1,8 +1,8 @@
 """distroGPT's network for Hugging Face's transformers (5.0 and newer), in one file and plain torch.
 
-export.py copies it beside a model that no architecture of transformers computes. The names of the weights are
-distroGPT's. Shapes: B sequences, T new positions, S positions with those in the cache, C = n_embd channels,
-V = vocab_size; H = n_head query heads of D = C/H channels, K = n_kv_head key/value heads.
+export.py copies it beside a model that no architecture of transformers computes. Shapes: B sequences, T new
+positions, S positions with those in the cache, C = n_embd channels, V = vocab_size; H = n_head query heads of
+D = C/H channels, K = n_kv_head key/value heads.
 """
 
 import inspect
@@ -14,6 +14,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import transformers
+from torch import Tensor
 from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -69,14 +70,14 @@ class DistroGPTConfig(PretrainedConfig):
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
 
 
-def rotary_cos_sin(positions: torch.Tensor, D: int) -> torch.Tensor:
+def rotary_cos_sin(positions: Tensor, D: int) -> Tensor:
     """cos and sin of the rotation angles at positions (B, T): (2, B, 1, T, D/2)."""
     inv_freq = 1 / 10_000.0 ** (torch.arange(0, D, 2, device=positions.device) / D)  # (D/2,)
     angles = positions[:, None, :, None] * inv_freq
     return torch.stack((angles.cos(), angles.sin()))
 
 
-def apply_rotary(x: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:
+def apply_rotary(x: Tensor, cos_sin: Tensor) -> Tensor:
     """Rotate each pair of neighbouring channels of x (B, heads, T, D), in fp32."""
     (a, b), (cos, sin) = x.float().unflatten(-1, (-1, 2)).unbind(-1), cos_sin  # (B, heads, T, D/2)
     return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2)
@@ -88,8 +89,12 @@ def norm_layer(config: DistroGPTConfig) -> nn.Module:
     return nn.LayerNorm(config.n_embd, bias=config.bias)
 
 
+# what all blocks read: cos_sin, cache, new positions, attention_mask, and masks made of it by number of keys
+Context = tuple[Tensor | None, Cache | None, Tensor, Tensor | None, dict[int, Tensor]]
+
+
 class Attention(nn.Module):
-    """Causal self-attention. `masks` are those that earlier blocks have made, by the number of keys."""
+    """Causal self-attention with grouped queries."""
 
     def __init__(self, config: DistroGPTConfig, layer: int) -> None:
         super().__init__()
@@ -99,15 +104,8 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, (self.H + 2 * self.K) * self.D, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        cos_sin: torch.Tensor | None,
-        cache: Cache | None,
-        new: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        masks: dict[int, torch.Tensor],
-    ) -> torch.Tensor:
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        cos_sin, cache, new, attention_mask, masks = context
         B, T, C = x.shape
         H, K = self.H, self.K
         heads = self.c_attn(x).view(B, T, H + 2 * K, self.D).transpose(1, 2)  # (B, H + 2K, T, D)
@@ -141,7 +139,7 @@ class MLP(nn.Module):
         self.c_fc = nn.Linear(config.n_embd, 2 * width if gated else width, bias=config.bias)
         self.c_proj = nn.Linear(width, config.n_embd, bias=config.bias)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         x = self.c_fc(x)
         if self.activation == "swiglu":
             gate, up = x.chunk(2, dim=-1)
@@ -162,10 +160,10 @@ class Block(nn.Module):
         self.ln_2, self.mlp = norm_layer(config), MLP(config)
         self.skip = nn.Parameter(torch.tensor([1.0, 0.0])) if config.embedding_skip else None
 
-    def forward(self, x: torch.Tensor, x0: torch.Tensor, *context: Any) -> torch.Tensor:
+    def forward(self, x: Tensor, x0: Tensor, context: Context) -> Tensor:
         if self.skip is not None:
             x = self.skip[0] * x + self.skip[1] * x0
-        x = x + self.attn(self.ln_1(x), *context)
+        x = x + self.attn(self.ln_1(x), context)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -204,14 +202,14 @@ class DistroGPTForCausalLM(PreTrainedModel, GenerationMixin):
 
     def forward(
         self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
+        logits_to_keep: int | Tensor = 0,
         cache: Cache | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
@@ -235,19 +233,17 @@ class DistroGPTForCausalLM(PreTrainedModel, GenerationMixin):
         if cache is None and use_cache:
             cache = DynamicCache(config=config)
         past, T = 0 if cache is None else int(cache.get_seq_length()), x.size(1)
-        check_positions(attention_mask, position_ids, past, T)
         new = torch.arange(past, past + T, device=x.device)  # (T,)
-        if position_ids is None:
-            position_ids = default_positions(attention_mask, new)
+        position_ids = checked_positions(attention_mask, position_ids, new, past)
         x, cos_sin = self.add_positions(x, position_ids, past)
         x = x0 = F.dropout(x, config.dropout, self.training)
         if output_hidden_states is None:
             output_hidden_states = config.output_hidden_states
-        hidden_states, masks = [], {}
+        hidden_states, context = [], (cos_sin, cache, new, attention_mask, {})
         for block in self.transformer["h"]:
             if output_hidden_states:
                 hidden_states.append(x)
-            x = block(x, x0, cos_sin, cache, new, attention_mask, masks)
+            x = block(x, x0, context)
         x = self.transformer["ln_f"](x)
         positions = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits, cap, loss = self.lm_head(x[:, positions]), config.logit_softcap, None
@@ -262,22 +258,16 @@ class DistroGPTForCausalLM(PreTrainedModel, GenerationMixin):
         return output if return_dict else output.to_tuple()
 
     def loss_arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Those of forward's further arguments that the loss reads. Raises TypeError for any other that would
-        change the result."""
+        """Arguments of forward that the loss reads. Raises TypeError for others that change the result."""
         given = {name: value for name, value in kwargs.items() if value is not None}
         for name, value in {"output_attentions": bool(self.config.output_attentions), **given}.items():
             is_fixed = name in FIXED_ARGUMENTS and value is FIXED_ARGUMENTS[name]
             # cache_position (before transformers 5.4) repeats what the cache knows
             if name not in (*LOSS_ARGUMENTS, "cache_position") and not is_fixed:
-                raise TypeError(
-                    f"distroGPT's network does not support {name}: leave it out, or, if transformers adds "
-                    "it, take modeling_distrogpt.py from a newer distroGPT"
-                )
+                raise TypeError(f"distroGPT's network does not support {name}; omit it, or update this file")
         return {name: value for name, value in given.items() if name in LOSS_ARGUMENTS}
 
-    def add_positions(
-        self, x: torch.Tensor, position_ids: torch.Tensor, past: int
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def add_positions(self, x: Tensor, position_ids: Tensor, past: int) -> tuple[Tensor, Tensor | None]:
         """x (B, T, C) with position embeddings added; or x as it is, and the rotary cos_sin."""
         config = self.config
         if config.rotary:
@@ -287,37 +277,29 @@ class DistroGPTForCausalLM(PreTrainedModel, GenerationMixin):
         return x + self.transformer["wpe"](position_ids), None
 
 
-def check_positions(
-    attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None, past: int, T: int
-) -> None:
-    """Raises ValueError if T new tokens after `past` others would not attend as the arguments mean it."""
-    if attention_mask is None:
-        if position_ids is not None and T > 1 and bool((position_ids.diff(dim=-1) < 1).any()):
-            raise ValueError(
-                "position_ids do not count up in every row; texts packed into one row would read each other: "
-                "give an attention_mask"
-            )
-        return
-    if getattr(attention_mask, "ndim", None) not in (2, 4):
+def checked_positions(
+    attention_mask: Tensor | None, position_ids: Tensor | None, new: Tensor, past: int
+) -> Tensor:
+    """Positions (1 or B, T) of the tokens after `past` others, by default from the first that is not padding.
+    Raises ValueError if the tokens would not attend as the arguments mean it."""
+    ndim, T = None if attention_mask is None else getattr(attention_mask, "ndim", 0), len(new)
+    if ndim not in (None, 2, 4):
         raise ValueError("attention_mask is no tensor of 2 or 4 dimensions")
-    if attention_mask.ndim == 2 and attention_mask.size(1) != past + T:
+    if ndim == 2 and attention_mask.size(1) != past + T:
         size = attention_mask.size(1)
         raise ValueError(f"attention_mask is for {size} tokens; {past} are in the cache, {T} are new")
+    if position_ids is not None:
+        if ndim is None and T > 1 and bool((position_ids.diff(dim=-1) < 1).any()):
+            raise ValueError("texts packed into one row (position_ids) would read each other: give a mask")
+        return position_ids
+    if ndim == 2:
+        return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -T:]
+    return new[None]
 
 
-def default_positions(attention_mask: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:
-    """Positions (1 or B, T), counted from the first token that is not padding."""
-    if attention_mask is None or attention_mask.ndim == 4:
-        return new[None]
-    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -len(new) :]
-
-
-def make_mask(attention_mask: torch.Tensor | None, new: torch.Tensor, S: int) -> torch.Tensor:
-    """Whether each new position (T,) reads each of the S keys that attention has: (1 or B, 1, T, S).
-
-    S is larger than what was read if the cache has a fixed size. Padding is read by itself alone, so that no
-    row is empty. A mask of four dimensions is used as it is.
-    """
+def make_mask(attention_mask: Tensor | None, new: Tensor, S: int) -> Tensor:
+    """Whether each new position (T,) reads each of the S keys, more than were read if the cache has a fixed
+    size: (1 or B, 1, T, S). Padding is read by itself alone, so that no row is empty."""
     if attention_mask is not None and attention_mask.ndim == 4:
         return attention_mask
     keys = torch.arange(S, device=new.device)  # (S,)

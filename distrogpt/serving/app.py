@@ -4,7 +4,6 @@ import asyncio
 import hmac
 import json
 import re
-import secrets
 import socket
 from collections.abc import AsyncIterator
 from contextlib import suppress
@@ -22,9 +21,8 @@ from starlette.routing import Route
 from distrogpt.audio.speech import Voice, wav_bytes
 from distrogpt.errors import UserError
 from distrogpt.inference.sampler import Sampler, read_prompt
-from distrogpt.serving import completions
-from distrogpt.serving.completions import Completion, choice_json, completion_json, error_json
-from distrogpt.serving.engine import Engine, EngineClosed, EngineRequest, QueueFull, RequestOutput
+from distrogpt.serving.completions import Completion, choice_json, completion_json, parse_completion
+from distrogpt.serving.engine import Engine, EngineRequest, RequestOutput
 from distrogpt.settings import ServeConfig
 
 UVICORN = {"ws": "none", "lifespan": "off", "timeout_graceful_shutdown": 1, "log_level": "warning"}
@@ -90,17 +88,15 @@ class App(Starlette):
 
     async def completions(self, request: Request) -> Response:
         self.check_key(request)
-        completion = completions.parse_completion(await read_json(request), self.sampler, self.config)
-        outputs = read_outputs(request, *self.submit(completion))
+        completion = parse_completion(await read_json(request), self.sampler, self.config)
+        outputs = self.submit(request, completion)
         if completion.config.stream:
             return StreamingResponse(self.events(completion, outputs), media_type="text/event-stream")
         return await self.answer(completion, outputs)
 
-    def submit(self, completion: Completion) -> tuple[list[EngineRequest], asyncio.Queue]:
-        """Submit the prompts to the engine; its requests, and the queue of their outputs, which None ends.
-        Raises HTTPException."""
-        loop, queue = asyncio.get_running_loop(), asyncio.Queue()
-        config, requests = completion.config, []
+    def submit(self, request: Request, completion: Completion) -> Outputs:
+        """Submit the prompts to the engine, and return their outputs. Raises HTTPException."""
+        loop, queue, config = asyncio.get_running_loop(), asyncio.Queue(), completion.config
 
         def emit(output: RequestOutput) -> None:
             with suppress(RuntimeError):  # the loop has ended, and all connections with it
@@ -109,24 +105,22 @@ class App(Starlette):
                     loop.call_soon_threadsafe(queue.put_nowait, None)
                 loop.call_soon_threadsafe(queue.put_nowait, output)
 
-        for number, (_, ids, settings) in enumerate(completion.prompts):
-            requests.append(EngineRequest(ids, settings, emit, config.stream, config.logprobs or 0))
-            requests[-1].first_index = number * config.num_samples
-        try:
-            self.engine.submit(requests)
-        except QueueFull:
+        options, n = (emit, config.stream, config.logprobs or 0), config.num_samples
+        prompts = enumerate(completion.prompts)
+        requests = [EngineRequest(ids, settings, *options, i * n) for i, (_, ids, settings) in prompts]
+        if not self.engine.submit(requests):
+            if self.engine.closed:
+                raise HTTPException(503, "the server ends, or is out of memory; start it again")
             message = f"{self.config.queue} requests may wait, and do; try again"
-            raise HTTPException(429, message, {"Retry-After": "1"}) from None
-        except EngineClosed:
-            raise HTTPException(503, "the server ends, or is out of memory; start it again") from None
-        return requests, queue
+            raise HTTPException(429, message, {"Retry-After": "1"})
+        return read_outputs(request, requests, queue)
 
     async def answer(self, completion: Completion, outputs: Outputs) -> Response:
         """One answer when all samples have finished."""
         samples: dict[int, RequestOutput] = {}
         async for output in outputs:
             if output.finish_reason == "error":
-                return error_response(503 if self.engine.closed else 500, output.text)
+                raise HTTPException(503 if self.engine.closed else 500, output.text)
             samples[output.index] = output
         n, num_samples, best = completion.config.n, completion.config.num_samples, []
         if len(samples) < len(completion.prompts) * num_samples:
@@ -137,22 +131,21 @@ class App(Starlette):
                 group.sort(key=lambda sample: sample.score, reverse=True)
             best += group[:n]
         choices = [choice_json(i, one, completion, self.sampler.tokenizer) for i, one in enumerate(best)]
-        usage = completions.usage_json(completion, sum(sample.num_tokens for sample in samples.values()))
-        return JSONResponse(completion_json(new_id(), self.name, choices, usage))
+        num_tokens = sum(sample.num_tokens for sample in samples.values())
+        return JSONResponse(completion_json(completion, self.name, choices, num_tokens))
 
     async def events(self, completion: Completion, outputs: Outputs) -> AsyncIterator[str]:
         """A server-sent event for each output."""
-        id, num_tokens = new_id(), {}  # of each choice
+        num_tokens = {}  # of each choice
         async for output in outputs:
             if output.finish_reason == "error":
                 yield event(error_json(500, output.text))
                 return
             num_tokens[output.index] = output.num_tokens
             choice = choice_json(output.index, output, completion, self.sampler.tokenizer)
-            yield event(completion_json(id, self.name, [choice]))
+            yield event(completion_json(completion, self.name, [choice]))
         if completion.include_usage:
-            usage = completions.usage_json(completion, sum(num_tokens.values()))
-            yield event(completion_json(id, self.name, [], usage))
+            yield event(completion_json(completion, self.name, [], sum(num_tokens.values())))
         yield "data: [DONE]\n\n"
 
     async def speech(self, request: Request) -> Response:
@@ -161,14 +154,12 @@ class App(Starlette):
         if self.voice is None:
             raise HTTPException(404, "this server has no voice; start it with --voice=NAME.onnx or system")
         body = await read_json(request)
-        text = body.get("input") if isinstance(body, dict) else None
-        if not isinstance(text, str):
-            raise UserError('the body has no text to speak; send {"input": "..."}')
+        text = body.get("input")
+        if not isinstance(text, str) or len(text) > MAX_SPEECH_CHARS:
+            raise UserError(f"the input is no text of up to {MAX_SPEECH_CHARS} characters; send one")
         for name, only in {"response_format": "wav", "speed": 1}.items():
             if body.get(name, only) != only:
                 raise UserError(f"{name}={body[name]!r:.40} is not supported; send {only}")
-        if len(text) > MAX_SPEECH_CHARS:
-            raise UserError(f"{len(text)} characters are too many; send {MAX_SPEECH_CHARS} or fewer")
         if self.speech_queue > MAX_SPEECH_QUEUE:
             raise HTTPException(429, f"{self.speech_queue} texts are to be spoken already; try again")
         self.speech_queue += 1
@@ -212,43 +203,44 @@ def listen(host: str, port: int) -> socket.socket:
         raise UserError(f"host={host} with port={port} cannot be used ({reason}); choose another") from None
 
 
-def new_id() -> str:
-    return f"cmpl-{secrets.token_hex(12)}"
-
-
 def event(data: dict[str, Any]) -> str:
     return f"data: {json.dumps(data)}\n\n"
 
 
-def error_response(status: int, message: str, headers: Any = None) -> Response:
-    return JSONResponse(error_json(status, " ".join(message.split())), status, headers)
+def error_json(status: int, message: str) -> dict[str, Any]:
+    """The body of an answer that is an error."""
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return {"error": {"message": " ".join(message.split()), "type": kind, "param": None, "code": status}}
 
 
 async def handle_error(request: Request, error: Exception) -> Response:
+    status, message, headers = 500, "internal error", None
     if isinstance(error, UserError):
-        return error_response(400, str(error))
-    if not isinstance(error, HTTPException):
-        return error_response(500, "internal error")
-    message = error.detail
+        status, message = 400, str(error)
+    elif isinstance(error, HTTPException):
+        status, message, headers = error.status_code, error.detail, error.headers
     if message in ("Not Found", "Method Not Allowed"):
         route = f"{request.method} {request.url.path[:100]}"
         message = f"{route} is not served; POST /v1/completions is, with a prompt"
-    return error_response(error.status_code, message, error.headers)
+    return JSONResponse(error_json(status, message), status, headers)
 
 
-async def read_json(request: Request) -> Any:
-    """The JSON of a request's body. Raises HTTPException and UserError."""
+async def read_json(request: Request) -> dict[str, Any]:
+    """The fields of a body's JSON object that are not null. Raises HTTPException and UserError."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":  # other websites can have browsers send other types without asking
         raise HTTPException(415, "the body is not declared as JSON; send Content-Type: application/json")
     try:
-        return json.loads(await asyncio.wait_for(read_body(request), MAX_BODY_SECONDS))
+        body = json.loads(await asyncio.wait_for(read_body(request), MAX_BODY_SECONDS))
     except ClientDisconnect:
         raise HTTPException(499, "the client has disconnected") from None
     except asyncio.TimeoutError:
         raise HTTPException(408, f"the body took over {MAX_BODY_SECONDS} s; send it faster") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"the body is not JSON ({error}); send an object") from None
+    if not isinstance(body, dict):
+        raise UserError('the body is not a JSON object; send {"prompt": "..."}')
+    return {name: value for name, value in body.items() if value is not None}
 
 
 async def read_body(request: Request) -> bytes:
@@ -261,8 +253,7 @@ async def read_body(request: Request) -> bytes:
 
 
 async def read_outputs(request: Request, requests: list[EngineRequest], queue: asyncio.Queue) -> Outputs:
-    """The outputs of some of the engine's requests until their samples have finished. A client that
-    disconnects cancels them."""
+    """The outputs of requests until their samples have finished. A client that disconnects cancels them."""
 
     async def watch_connection() -> None:
         while (await request.receive())["type"] != "http.disconnect":

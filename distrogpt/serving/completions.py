@@ -14,9 +14,7 @@ from distrogpt.serving.engine import RequestOutput
 from distrogpt.settings import SampleConfig, ServeConfig
 
 NOT_SUPPORTED = ("logit_bias", "suffix", "presence_penalty", "frequency_penalty")
-OF_SAMPLE_CONFIG = (  # fields of a body that sample.py has, too
-    *("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop", "stop_at_end"),
-)
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop", "stop_at_end")
 
 
 @dataclass
@@ -56,13 +54,11 @@ class Completion(NamedTuple):
     config: CompletionConfig
     prompts: list[Prompt]
     include_usage: bool  # at the end of a stream
+    id: str
 
 
-def parse_completion(body: Any, sampler: Sampler, limits: ServeConfig) -> Completion:
-    """Check the JSON of a body, in which null is the same as a missing field. Raises UserError."""
-    if not isinstance(body, dict):
-        raise UserError('the body is not a JSON object; send {"prompt": "..."}')
-    body = {name: value for name, value in body.items() if value is not None}
+def parse_completion(body: dict[str, Any], sampler: Sampler, limits: ServeConfig) -> Completion:
+    """Check the fields of a body. Raises UserError."""
     prompts, options = body.pop("prompt", ""), body.pop("stream_options", {})
     if not isinstance(options, dict):
         raise UserError("stream_options is not a JSON object; leave it out")
@@ -80,7 +76,7 @@ def parse_completion(body: Any, sampler: Sampler, limits: ServeConfig) -> Comple
         if number and not has_seed:  # equal prompts get different texts
             settings = replace(settings, seed=settings.seed + 1)
         parsed.append(Prompt(text, ids, settings))
-    return Completion(config, parsed, bool(options.get("include_usage")))
+    return Completion(config, parsed, bool(options.get("include_usage")), f"cmpl-{secrets.token_hex(12)}")
 
 
 def parse_settings(body: dict[str, Any], limits: ServeConfig) -> tuple[CompletionConfig, SampleConfig]:
@@ -88,18 +84,18 @@ def parse_settings(body: dict[str, Any], limits: ServeConfig) -> tuple[Completio
     for name in NOT_SUPPORTED:
         if body.pop(name, None):
             raise UserError(f"{name} is not supported; leave it out")
-    names = ["prompt", *(field.name for field in fields(CompletionConfig)), *OF_SAMPLE_CONFIG]
+    names = ["prompt", *(field.name for field in fields(CompletionConfig)), *SAMPLING]
     for name in set(body) - set(names):
         near = ["max_tokens"] if name == "max_new_tokens" else difflib.get_close_matches(name, names, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(names)}"
         raise UserError(f"{shorten(name)} is not a field of a completion; {hint}")
-    params = {name: body.pop(name) for name in OF_SAMPLE_CONFIG if name in body}
+    params = {name: body.pop(name) for name in SAMPLING if name in body}
     defaults = {"temperature": 1.0, "top_k": None, "seed": secrets.randbits(31)}
     try:
         config = CompletionConfig(**body)
+        lengths = {"num_samples": config.num_samples, "max_new_tokens": config.max_tokens}
         show_probs = config.logprobs is not None or config.num_samples > config.n
-        more = {"num_samples": config.num_samples, "max_new_tokens": config.max_tokens}
-        settings = SampleConfig(**defaults | params, **more, show_probs=show_probs)
+        settings = SampleConfig(**defaults | params | lengths, show_probs=show_probs)
     except ValueError as error:
         raise UserError(error) from None
     if len(settings.stop) > 16 or any(len(stop) > 200 for stop in settings.stop):
@@ -127,9 +123,8 @@ def parse_prompt(prompt: Any, name: str, sampler: Sampler, truncate: bool) -> tu
     else:
         text, ids = sampler.tokenizer.decode(prompt), prompt
     if len(ids) > block_size and not truncate:
-        raise UserError(
-            f"{name} has {len(ids)} tokens, the model reads {block_size}; shorten it, or send truncate=true"
-        )
+        hint = "shorten it, or send truncate=true"
+        raise UserError(f"{name} has {len(ids)} tokens, the model reads {block_size}; {hint}")
     return text, ids[-block_size:]
 
 
@@ -143,9 +138,7 @@ def choice_json(index: int, output: RequestOutput, completion: Completion, token
         logprobs = {
             "tokens": texts,
             "token_logprobs": [token.logprob for token in output.tokens],
-            "top_logprobs": [
-                {token_name(id, tokenizer): logprob for id, logprob in top} for top in output.top_logprobs
-            ],
+            "top_logprobs": [{token_name(i, tokenizer): lp for i, lp in top} for top in output.top_logprobs],
             "text_offset": list(accumulate(map(len, texts), initial=output.text_offset))[:-1],
         }
     return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": output.finish_reason}
@@ -160,18 +153,13 @@ def token_name(id: int, tokenizer: Any) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
-def completion_json(id: str, model: str, choices: list[Any], usage: Any = None) -> dict[str, Any]:
-    """The body of an answer, or an event of a stream."""
-    head = {"id": id, "object": "text_completion", "created": int(time.time()), "model": model}
+def completion_json(
+    completion: Completion, model: str, choices: list[Any], num_tokens: int | None = None
+) -> dict[str, Any]:
+    """The body of an answer, or an event of a stream; with num_tokens, it has the usage."""
+    usage = None
+    if num_tokens is not None:
+        read = sum(len(prompt.ids) for prompt in completion.prompts)
+        usage = {"prompt_tokens": read, "completion_tokens": num_tokens, "total_tokens": read + num_tokens}
+    head = {"id": completion.id, "object": "text_completion", "created": int(time.time()), "model": model}
     return {**head, "choices": choices, "usage": usage}
-
-
-def usage_json(completion: Completion, num_tokens: int) -> dict[str, int]:
-    read = sum(len(prompt.ids) for prompt in completion.prompts)
-    return {"prompt_tokens": read, "completion_tokens": num_tokens, "total_tokens": read + num_tokens}
-
-
-def error_json(status: int, message: str) -> dict[str, Any]:
-    """The body of an answer that is an error."""
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    return {"error": {"message": message, "type": kind, "param": None, "code": status}}

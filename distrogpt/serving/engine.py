@@ -1,7 +1,4 @@
-"""Continuous batching: requests join and leave a running batch.
-
-`Engine.run` decodes in one thread and emits each sample's text; other threads submit requests.
-"""
+"""Continuous batching: one thread decodes a batch that requests of other threads join and leave."""
 
 import threading
 import time
@@ -22,14 +19,6 @@ from distrogpt.settings import SampleConfig
 
 EMIT_INTERVAL = 0.05  # seconds: readers hardly want more, and each output wakes a thread on the same cores
 TopLogprobs = list[tuple[int, float]]  # the likeliest ids of a position with their log-probabilities
-
-
-class QueueFull(Exception):
-    """Too many requests wait."""
-
-
-class EngineClosed(Exception):
-    """The engine takes no more requests."""
 
 
 class RequestOutput(NamedTuple):
@@ -112,18 +101,10 @@ class Sample:
 
 
 class Engine:
-    """A queue of requests, first come, first served, and a batch of at most `rows` samples.
+    """A queue of requests, first come, first served, and a batch of at most `rows` samples, whose texts are
+    those of sample.py with the same settings."""
 
-    A sample's text is that of sample.py with the same settings, whatever else is in the batch.
-    """
-
-    def __init__(
-        self,
-        sampler: Any,
-        rows: int,
-        queue: int,
-        make_batch: Callable[[Any, int], DecodingBatch] = DecodingBatch,
-    ) -> None:
+    def __init__(self, sampler: Any, rows: int, queue: int, make_batch: Callable = DecodingBatch) -> None:
         """`sampler` is a Sampler; at most `queue` requests wait."""
         self.model, self.tokenizer, self.rows, self.queue = sampler.model, sampler.tokenizer, rows, queue
         self.make_batch, self.emit_interval = make_batch, EMIT_INTERVAL
@@ -132,19 +113,18 @@ class Engine:
         self.batch: DecodingBatch | None = make_batch(self.model, rows)
         self.changed, self.closed = threading.Condition(), False
 
-    def submit(self, requests: list[EngineRequest]) -> None:
-        """Queue all requests, or none and raise QueueFull or EngineClosed. Each one has to fit the batch."""
+    def submit(self, requests: list[EngineRequest]) -> bool:
+        """Queue all requests, each of which has to fit the batch; or none if closed or too many wait."""
         with self.changed:
-            if self.closed:
-                raise EngineClosed
             self.waiting = deque(request for request in self.waiting if not request.cancelled)
             free = self.rows - len(self.samples)
             totals = accumulate(request.n for request in [*self.waiting, *requests])
             starting = sum(total <= free for total in totals)  # requests that need not wait
-            if len(self.waiting) + len(requests) > self.queue + starting:
-                raise QueueFull
-            self.waiting.extend(requests)
-            self.changed.notify()
+            accepted = not self.closed and len(self.waiting) + len(requests) <= self.queue + starting
+            if accepted:
+                self.waiting.extend(requests)
+                self.changed.notify()
+            return accepted
 
     def close(self) -> None:
         """Let `run` end; a signal handler may call this, too."""
@@ -168,20 +148,19 @@ class Engine:
             except Exception as error:  # clients must learn of it, and others can still be served
                 message = error_message(error)
             if message:  # outside of the except block, which refers to the old batch
-                self.restart(message)
+                self.fail_all(message)
+                self.samples, self.batch = [], None
+                try:
+                    self.batch = self.make_batch(self.model, self.rows)
+                except Exception as error:  # without memory for a new batch, the server ends
+                    error_message(error)
+                    self.close()
         for request in self.waiting:
-            self.samples += [Sample(request, number, self.tokenizer) for number in range(request.n)]
+            self.start(request)
         self.fail_all("the server ends")
 
-    def restart(self, message: str) -> None:
-        """Fail all running samples and make a new batch; without memory for one, close."""
-        self.fail_all(message)
-        self.samples, self.batch = [], None
-        try:
-            self.batch = self.make_batch(self.model, self.rows)
-        except Exception as error:
-            error_message(error)
-            self.close()
+    def start(self, request: EngineRequest) -> None:
+        self.samples += [Sample(request, number, self.tokenizer) for number in range(request.n)]
 
     def fail_all(self, message: str) -> None:
         for sample in self.samples:
@@ -199,15 +178,14 @@ class Engine:
         """Start the requests that are next, as far as there is room."""
         admitted: list[EngineRequest] = []
         with self.changed:
+            self.waiting = deque(request for request in self.waiting if not request.cancelled)
             free = self.rows - len(self.samples)
-            while self.waiting and (self.waiting[0].cancelled or self.waiting[0].n <= free):
-                request = self.waiting.popleft()
-                if not request.cancelled:
-                    admitted.append(request)
-                    free -= request.n
+            while self.waiting and self.waiting[0].n <= free:
+                admitted.append(self.waiting.popleft())
+                free -= admitted[-1].n
             admitted.sort(key=lambda request: request.n)
             for request in admitted:
-                self.samples += [Sample(request, number, self.tokenizer) for number in range(request.n)]
+                self.start(request)
         for n, requests in groupby(admitted, key=lambda request: request.n):
             self.batch.add_sequences([torch.tensor(request.prompt) for request in requests], n)
 
@@ -235,18 +213,16 @@ class Engine:
         uniforms = uniforms.to(logits.device)
         ids = torch.empty(uniforms.shape, dtype=torch.long, device=logits.device)  # (B, 1)
         for params, rows in groups.items():
-            seen = None if params.repetition_penalty == 1 else self.seen_ids(rows, logits)
+            seen = None  # which ids the samples have already: (rows, V)
+            if params.repetition_penalty != 1:
+                seen = torch.zeros(len(rows), logits.size(1), dtype=torch.bool)
+                for mask, row in zip(seen, rows, strict=True):
+                    mask[list(self.samples[row].seen)] = True
+                seen = seen.to(logits.device)
             if len(groups) == 1:  # spares the copies
                 return sample_token(logits, params, uniforms, seen)
             ids[rows] = sample_token(logits[rows], params, uniforms[rows], seen)
         return ids
-
-    def seen_ids(self, rows: list[int], logits: torch.Tensor) -> torch.Tensor:
-        """Which ids these samples have already: (rows, V)."""
-        seen = torch.zeros(len(rows), logits.size(1), dtype=torch.bool)
-        for mask, row in zip(seen, rows, strict=True):
-            mask[list(self.samples[row].seen)] = True
-        return seen.to(logits.device)
 
     def logprobs(self, logits: torch.Tensor, ids: torch.Tensor) -> tuple[list[float], list[TopLogprobs]]:
         """The log-probability of each sample's id, and of the likeliest ids that its request wants."""
