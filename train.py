@@ -11,6 +11,7 @@ if __name__ == "__main__":
 
 import math
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import NamedTuple
 
 import torch
@@ -19,22 +20,13 @@ from torch.nn.parallel import DistributedDataParallel
 from distrogpt.data.dataset import open_dataset
 from distrogpt.errors import cli_errors, exit_process
 from distrogpt.evaluation.evaluator import Evaluator
-from distrogpt.runtime import Runtime, StopSignals, start_runtime, stop_runtime
+from distrogpt.runtime import Runtime, collect_signals, start_runtime, stop_runtime
+from distrogpt.training import startup
 from distrogpt.training.batches import BatchLoader, MicroBatch
 from distrogpt.training.distributed import distribute
 from distrogpt.training.logger import TrainLogger
-from distrogpt.training.optim import clip_gradients, make_optimizers, set_learning_rates
+from distrogpt.training.optim import clip_gradients, make_optimizers, restore_training, set_learning_rates
 from distrogpt.training.run_directory import RunDirectory
-from distrogpt.training.startup import (
-    check_ranks,
-    checkpoint_header,
-    describe_result,
-    describe_resumption,
-    describe_run,
-    initial_model,
-    resolve_max_iters,
-    restore_training,
-)
 from distrogpt.training.state import TrainState
 from model import GPT
 
@@ -88,36 +80,34 @@ def training_step(
     return Step(mean_loss, grad_norm.item(), applied)
 
 
-def train(
-    config: TrainConfig, on_evaluation: Callable[[list[dict[str, float]]], object] | None = None
-) -> TrainResult:
+def train(config: TrainConfig, on_evaluation: Callable | None = None) -> TrainResult:
     """Train as the settings say; returns the model and its losses. Raises UserError and MachineError.
 
     `on_evaluation` is called on rank 0 after each evaluation, with the losses of all so far.
     """
     runtime = start_runtime(config.device, config.dtype, config.backend)
-    check_ranks(config, runtime)
+    startup.check_ranks(config, runtime)
     data = open_dataset(config)
-    config = resolve_max_iters(config, data)
+    config = startup.resolve_max_iters(config, data)
     evaluator = Evaluator(config, data, runtime)
     with RunDirectory(config, runtime) as run:
-        model, checkpoint = initial_model(config, data.meta, run.restarted_id)
-        describe_run(config, runtime, data, model)
+        model, checkpoint = startup.initial_model(config, data.meta, run.restarted_id)
+        startup.describe_run(config, runtime, data, model)
         state = TrainState(checkpoint)
-        run.resume(checkpoint, checkpoint_header(config, data))
+        run.resume(checkpoint, config=asdict(config), meta=data.meta, data=startup.fingerprint(data))
         replica = distribute(model, config, runtime)
         optimizers, scaler = make_optimizers(model, config, runtime), runtime.grad_scaler()
         restore_training(optimizers, scaler, checkpoint, config)
-        describe_resumption(config, model, checkpoint, data)
+        startup.describe_resumption(config, model, checkpoint, data)
         del checkpoint  # frees the copy on the CPU
         batches = BatchLoader(data, config, runtime, state.step)
-        logger = TrainLogger(config, runtime, run, state, model, on_evaluation)
-        with logger, StopSignals(enabled=not config.eval_only) as signals:
+        logger = TrainLogger(run, state, model, on_evaluation)
+        with logger, collect_signals(enabled=not config.eval_only) as signals:
             while True:
                 # evaluate at intervals, and at the end of the run
                 losses = None
                 if state.evaluation_due(config):
-                    losses = evaluator.evaluate(model, signals.requested)
+                    losses = evaluator.evaluate(model, lambda: bool(signals))
                     state.record_evaluation(losses, evaluator.monitor)
                     if state.diverged(config):
                         raise run.diverged_error(state.step)
@@ -135,7 +125,7 @@ def train(
                 state.record_step(step.applied, scaler)
                 if state.diverged(config):
                     raise run.diverged_error(state.step)
-                state.sync(runtime, stop_requested=signals.requested() or batches.error is not None)
+                state.sync(runtime, stop_requested=bool(signals) or batches.error is not None)
                 logger.log_step(step.loss, step.grad_norm, lr, step.applied)
                 run.report_save()
             run.finish()  # while signals are still collected: none may end the last save
@@ -143,8 +133,8 @@ def train(
     stop_runtime()
     if batches.error or evaluator.error:
         raise batches.error or evaluator.error
-    describe_result(config, state, run.best_val_loss)
-    stopped_by = signals.received[0] if signals.received and state.stop_requested else None
+    logger.log_result()
+    stopped_by = signals[0] if signals and state.stop_requested else None
     return TrainResult(model, state.step, run.best_val_loss, logger.history, stopped_by)
 
 

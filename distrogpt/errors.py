@@ -26,16 +26,11 @@ OOM_HINT = "lower --batch_size (and raise --gradient_accumulation_steps), --bloc
 
 @contextmanager
 def cli_errors(out_of_memory: str = OOM_HINT) -> Iterator[None]:
-    """Turn errors that are not bugs into one line and an exit status; bugs keep their traceback.
-
-    `out_of_memory` is the advice if memory does not suffice.
-    """
+    """Turn errors that are not bugs into one line and an exit status; bugs keep their traceback."""
     try:
         yield
-    except UserError as error:
-        exit_with_error(2, error)
-    except MachineError as error:
-        exit_with_error(1, error)
+    except (UserError, MachineError) as error:
+        exit_with_error(2 if isinstance(error, UserError) else 1, error)
     except KeyboardInterrupt:
         exit_process(130)  # 128 + SIGINT, as shells expect
     except BrokenPipeError:  # the reader of our output left (`| head`)
@@ -88,9 +83,7 @@ def writable(path: str) -> Iterator[str]:
             pass
         yield path
     except OSError as error:
-        raise UserError(
-            f"{path} cannot be written ({error.strerror}); name another, or go elsewhere"
-        ) from None
+        raise UserError(f"{path} cannot be written ({error.strerror}); choose another path") from None
 
 
 def warn(line: str) -> None:

@@ -16,18 +16,18 @@ def find_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"device={name} is no device; use auto, cpu, cuda, cuda:1 or mps") from None
+        device = None
+    if device is None or device.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"device={name} is no device here; use auto, cpu, cuda, cuda:1 or mps")
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("device=mps, but this is no Apple GPU; use --device=cpu")
-    if device.type not in ("cpu", "cuda", "mps"):
-        raise UserError(f"device={name} is not supported; use auto, cpu, cuda or mps")
     if device.type != "cuda":
         return device
     if not torch.cuda.is_available():
         raise UserError(f"device={name}, but torch {torch.__version__} finds no CUDA here; use --device=cpu")
-    index = device.index or 0
-    if index >= torch.cuda.device_count():
-        raise UserError(f"device={name}, but there are {torch.cuda.device_count()} GPUs; count from cuda:0")
+    index, count = device.index or 0, torch.cuda.device_count()
+    if index >= count:
+        raise UserError(f"device={name}, but there are {count} GPUs; count from cuda:0")
     return torch.device("cuda", index)
 
 

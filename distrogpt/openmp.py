@@ -1,9 +1,6 @@
-"""How OpenMP's threads wait for each other: they spin on a quiet machine and sleep on a busy one.
-
-On a quiet machine spinning at a barrier is fastest: sleeping makes a small step almost twice as slow. If
-other programs use the cores, a spinning thread holds the core that the thread it waits for needs, and a step
-takes 10 to 100 times as long. So a background thread measures how long this process waits for cores.
-"""
+"""How OpenMP's threads wait at barriers. Spinning is fastest on a quiet machine: sleeping makes a small step
+almost twice as slow. On a busy one, a spinning thread holds the core that the thread it waits for needs, and
+a step takes 10 to 100 times as long. So a thread measures how long this process waits for cores."""
 
 import ctypes
 import os
@@ -25,8 +22,7 @@ SET_BY_USER = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 class ThreadWaits:
     """`sleeping` is True while the threads of this process sleep at barriers instead of spinning."""
 
-    def __init__(self) -> None:
-        self.sleeping = False
+    sleeping = False
 
     def watch(self, seconds_waited: Callable[[], float], sleep_at_barriers: Callable[[bool], None]) -> None:
         """Switch by what is measured, forever; `seconds_waited` counts up while threads wait for cores."""
@@ -50,16 +46,10 @@ def adapt_waits() -> None:
     """Start to adapt the waits of this process, unless the user has chosen how threads wait, there is one
     thread only, or this system or its OpenMP does not support it."""
     if torch.get_num_threads() > 1 and not any(name in os.environ for name in SET_BY_USER):
-        functions = find_waited(), find_switch()
+        linux_counts = Path("/proc/self/schedstat").is_file()
+        functions = run_delay if linux_counts else find_cores_taken(), find_switch()
         if None not in functions:
             threading.Thread(target=WAITS.watch, args=functions, daemon=True).start()
-
-
-def find_waited() -> Callable[[], float] | None:
-    """A function that returns for how many seconds this process has waited for cores, if there is one."""
-    if Path("/proc/self/task").is_dir() and Path("/proc/self/schedstat").is_file():
-        return run_delay
-    return find_cores_taken()
 
 
 def run_delay() -> float:
@@ -103,16 +93,17 @@ def find_switch() -> Callable[[bool], None] | None:
 
 def switch_of_llvm(library: ctypes.CDLL) -> Callable[[bool], None]:
     """LLVM's and Intel's OpenMP: a property of the computing thread, the main thread, which has to set it."""
-    milliseconds, calls = library.kmp_get_blocktime(), {}
-    for sleeping, blocktime in ((False, milliseconds), (True, 0)):
+    default = library.kmp_get_blocktime()  # milliseconds
 
-        @ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p)
-        def call(_: None, blocktime: int = blocktime) -> int:
-            library.kmp_set_blocktime(blocktime)
-            return 0
+    @ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_size_t)
+    def set_blocktime(milliseconds: int) -> int:
+        library.kmp_set_blocktime(milliseconds)
+        return 0
 
-        calls[sleeping] = call
-    return lambda sleeping: ctypes.pythonapi.Py_AddPendingCall(calls[sleeping], None)
+    def switch(sleeping: bool) -> None:
+        ctypes.pythonapi.Py_AddPendingCall(set_blocktime, ctypes.c_size_t(0 if sleeping else default))
+
+    return switch
 
 
 def switch_of_gnu(library: ctypes.CDLL) -> Callable[[bool], None]:

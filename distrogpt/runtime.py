@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import numpy as np
 import torch
@@ -26,14 +26,11 @@ class LineHandler(logging.Handler):
     """Prints messages to sys.stdout at once, above the progress bar if there is one. If the reader of a pipe
     leaves (`| head`), a run that saves its state on SIGTERM stops as by that signal."""
 
-    bar: Any = None  # tqdm's, on a terminal
+    write = staticmethod(partial(print, flush=True))  # or the progress bar's
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            if self.bar is None:
-                print(record.getMessage(), flush=True)
-            else:
-                self.bar.write(record.getMessage())
+            self.write(record.getMessage())
         except BrokenPipeError:
             if signal.getsignal(signal.SIGTERM) in (signal.SIG_DFL, None):
                 raise
@@ -82,8 +79,6 @@ class Runtime:
 
     def all_reduce_sum(self, *values: float) -> list[float]:
         """The sum of each value over all ranks."""
-        if self.world_size == 1:
-            return list(values)
         return self.sum_over_ranks(np.array(values, np.float64)).tolist()
 
     def sum_over_ranks(self, array: np.ndarray) -> np.ndarray:
@@ -176,47 +171,36 @@ def enable_onednn_float32(runtime: Runtime) -> None:
         torch.set_float32_matmul_precision("highest")
 
 
-class StopSignals:
-    """Collects SIGINT, SIGTERM and SIGUSR1 (a cluster's warning) in `received`, so that a step is finished
-    first; a second Ctrl-C ends at once."""
+@contextmanager
+def collect_signals(enabled: bool = True) -> Iterator[list[int]]:
+    """Yields a list to which SIGINT, SIGTERM and SIGUSR1 (a cluster's warning) are added, so that a step is
+    finished first; a second Ctrl-C ends at once."""
+    received: list[int] = []
 
-    def __init__(self, enabled: bool = True) -> None:
-        self.enabled = enabled
-        self.received: list[int] = []
-        self.previous_handlers: dict[int, Any] = {}
-
-    def requested(self) -> bool:
-        return bool(self.received)
-
-    def collect(self, number: int, frame: object) -> None:
-        if number == signal.SIGINT and number in self.received:
+    def collect(number: int, frame: object) -> None:
+        if number == signal.SIGINT and number in received:
             raise KeyboardInterrupt
-        self.received.append(number)
+        received.append(number)
         if number == signal.SIGINT and "TORCHELASTIC_RUN_ID" not in os.environ:
             # print() is not safe in a signal handler
             os.write(2, b"\nfinishes the step and saves; Ctrl-C again ends at once\n")
 
-    def __enter__(self) -> "StopSignals":
-        with suppress(ValueError):  # not in the main thread, which alone can catch signals
-            for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
-                if self.enabled and hasattr(signal, name):
-                    number = getattr(signal, name)
-                    self.previous_handlers[number] = signal.signal(number, self.collect)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.previous_handlers.items():
+    previous_handlers = {}
+    with suppress(ValueError):  # not in the main thread, which alone can catch signals
+        for name in ("SIGINT", "SIGTERM", "SIGUSR1") if enabled else ():
+            if number := getattr(signal, name, None):  # Windows has no SIGUSR1
+                previous_handlers[number] = signal.signal(number, collect)
+    try:
+        yield received
+    finally:
+        for number, handler in previous_handlers.items():
             signal.signal(number, handler)
 
 
 @contextmanager
-def progress_bar(
-    first: int, last: int, runtime: Runtime, unit: str = "step"
-) -> Iterator[Callable[..., object]]:
+def progress_bar(first: int, last: int, runtime: Runtime, unit: str = "step") -> Iterator[Callable]:
     """Yields advance(units=1, loss=None): on a terminal, it moves tqdm's bar with the loss and the time left.
-
-    In a file, on other ranks and without tqdm, there is no bar. Logged lines are printed above it.
-    """
+    In a file, on other ranks and without tqdm, there is no bar. Logged lines are printed above it."""
     tqdm = None
     if runtime.is_main and sys.stderr.isatty() and first < last:
         with suppress(ImportError):
@@ -231,8 +215,8 @@ def progress_bar(
                 bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)  # shown at the bar's next update
             bar.update(units)
 
-        HANDLER.bar = bar
+        HANDLER.write = bar.write
         try:
             yield advance
         finally:
-            HANDLER.bar = None
+            del HANDLER.write

@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from itertools import accumulate
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +18,6 @@ from distrogpt.openmp import (
     ThreadWaits,
     find_cores_taken,
     find_switch,
-    find_waited,
     switch_of_llvm,
 )
 
@@ -74,7 +74,7 @@ for _ in range(3):
 
 @linux
 def test_a_team_of_idle_threads_comes_and_goes():
-    if getattr(find_switch(), "__name__", "") == "<lambda>":
+    if "switch_of_gnu" not in getattr(find_switch(), "__qualname__", ""):
         pytest.skip("this torch has no GNU OpenMP")
     run_script(TOGGLE, OMP_NUM_THREADS="2")
 
@@ -96,7 +96,7 @@ assert WAITS.sleeping == EXPECTED
 
 @linux
 def test_a_process_whose_threads_share_a_core_switches_unless_the_user_has_chosen():
-    if find_waited() is None or find_switch() is None:
+    if not Path("/proc/self/schedstat").is_file() or find_switch() is None:
         pytest.skip("this machine does not say how long threads wait, or torch has another OpenMP")
     run_script(ADAPT.replace("WATCH", "60").replace("EXPECTED", "True"), OMP_NUM_THREADS="2")
     passive = {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"}

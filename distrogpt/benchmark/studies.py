@@ -157,7 +157,7 @@ def bench_checkpoint(config: BenchConfig, runtime: Runtime, training_step: Train
             begin, n_steps = time.perf_counter(), 0
             run.save(trainer.model, trainer.optimizers, trainer.scaler, state)
             costs["wait"].append(time.perf_counter() - begin)
-            while run.saving():
+            while run.save_thread.is_alive():
                 trainer()
                 timing.synchronize(runtime)
                 n_steps += 1
@@ -191,7 +191,7 @@ def bench_logs(config: BenchConfig, runtime: Runtime, training_step: TrainingSte
 
     with (
         temporary_run(config, runtime) as run,
-        TrainLogger(run.config, runtime, run, state, trainer.model) as logger,
+        TrainLogger(run, state, trainer.model) as logger,
     ):
         for _ in range(config.warmup_steps):
             trainer()

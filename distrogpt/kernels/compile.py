@@ -6,22 +6,21 @@ import warnings
 from collections.abc import Callable, Iterable
 
 import torch
+import torch.nn as nn
 
 log = logging.getLogger("distrogpt")
 
 
 def maybe_compile(
-    model: torch.nn.Module,
-    wanted: bool | str,
-    device: torch.device,
-    steps: int,
-    modules: Iterable[torch.nn.Module] = (),
+    model: nn.Module, wanted: bool | str, device: torch.device, steps: int, modules: Iterable[nn.Module] = ()
 ) -> None:
     """Compile the model, or some of its modules, in place if that is wanted and works here; logs why not.
 
     'auto' weighs the `steps` to come: compiling takes half a minute. On CPUs (and Apple's GPUs) the step of a
     model of a few million parameters and more is as fast without; a smaller one's gains some 2 ms.
     """
+    if not wanted:
+        return
     if wanted == "auto":
         small = sum(p.numel() for p in model.parameters()) < 3e6
         if device.type != "cuda" and not small:
@@ -30,8 +29,6 @@ def maybe_compile(
         if steps < (200 if device.type == "cuda" else 20_000):
             log.info(f"compile  off: half a minute, which {steps} steps would not earn back")
             return
-    if not wanted:
-        return
     if error := compile_error(device):
         log.info(f"note     {error}")
         return
@@ -54,10 +51,8 @@ def compile_error(device: torch.device) -> str:
 
 @torch.no_grad()
 def cuda_graph(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> Callable[..., torch.Tensor]:
-    """`function` for inputs of these shapes as one CUDA graph: one launch instead of some hundred.
-
-    It is run on these inputs, too. Each call overwrites the result of the call before.
-    """
+    """`function`, for inputs of these shapes and run on these first, as one CUDA graph: one launch instead of
+    some hundred. Each call overwrites the result of the call before."""
     static_inputs = [tensor.clone() for tensor in inputs]  # each replay reads these
     device, autocast = static_inputs[0].device, torch.is_autocast_enabled("cuda")
     with torch.cuda.device(device), torch.autocast("cuda", enabled=autocast, cache_enabled=False):

@@ -8,12 +8,13 @@ from functools import lru_cache
 
 import torch
 import torch.nn as nn
+from torch import Tensor
 
 from distrogpt.kernels import replace_layers
 from model import EPS, GPT, Attention, RMSNorm, Rotary
 
 
-def dropout(x: torch.Tensor, p: float) -> torch.Tensor:
+def dropout(x: Tensor, p: float) -> Tensor:
     """F.dropout (arXiv 1207.0580) from random bytes, ten times as fast; p is rounded to 1/256."""
     dropped = min(max(round(256 * p), 1), 255)  # bytes below this drop
     noise = torch.empty((x.numel() + 7) // 8, dtype=torch.int64).random_(-(2**63), None)
@@ -23,7 +24,7 @@ def dropout(x: torch.Tensor, p: float) -> torch.Tensor:
 
 
 class CPUDropout(nn.Dropout):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return dropout(x, self.p) if self.training and self.p else x
 
 
@@ -31,7 +32,7 @@ class RMSNormFunction(torch.autograd.Function):
     """Three passes forward and three backward, in fp32: torch's own takes twice the time."""
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor) -> torch.Tensor:
+    def forward(ctx, x: Tensor) -> Tensor:
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
         scale = norm.square_().div_(x.size(-1)).add_(EPS).rsqrt_()
         y = x * scale
@@ -39,21 +40,21 @@ class RMSNormFunction(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
+    def backward(ctx, gradient: Tensor) -> Tensor:
         y, scale = ctx.saved_tensors
         along = (gradient * y).mean(dim=-1, keepdim=True)  # the part that would only change the length
         return torch.addcmul(gradient, y, along, value=-1).mul_(scale)
 
 
 class CPURMSNorm(RMSNorm):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return RMSNormFunction.apply(x).to(x.dtype)
 
 
 class CPURotary(Rotary):
     """As complex products, in a third of the time; torch.compile knows no complex numbers."""
 
-    def forward(self, x: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor, cos_sin: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             return super().forward(x, cos_sin)
         x = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
@@ -61,7 +62,7 @@ class CPURotary(Rotary):
 
 
 @lru_cache(maxsize=64)
-def causal_mask(begin: int, end: int, dtype: torch.dtype) -> torch.Tensor:
+def causal_mask(begin: int, end: int, dtype: torch.dtype) -> Tensor:
     """Added to the scores of queries begin..end-1: -inf for later keys. (end - begin, end)"""
     return torch.full((end - begin, end), -math.inf, dtype=dtype).triu(1 + begin)
 
@@ -69,9 +70,7 @@ def causal_mask(begin: int, end: int, dtype: torch.dtype) -> torch.Tensor:
 class CPUAttention(Attention):
     """Plain products: in bf16 and with dropout several times as fast as torch's own kernel."""
 
-    def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         if mask is None:
             return self.causal(q, k, v)
         if q.size(2) == 1:
@@ -80,7 +79,7 @@ class CPUAttention(Attention):
         scores = torch.add(mask, torch.matmul(q, k.transpose(2, 3)), alpha=self.scale)  # (B, H, T, S)
         return torch.matmul(scores.softmax(dim=-1), v)
 
-    def causal(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def causal(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """On blocks of queries, so that most of what causality hides is not computed."""
         B, H, T, D = q.shape
         q, k, v = (x.reshape(B * H, T, D) for x in (q, *self.repeat_heads(q, k, v)))
@@ -96,9 +95,7 @@ class CPUAttention(Attention):
         y = blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
         return y.view(B, H, T, D)
 
-    def one_query(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
-    ) -> torch.Tensor:
+    def one_query(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         """If S is a multiple of 16, a sequence gets the same numbers to the last bit alone and beside others,
         which torch's own kernel does not grant. q (B, H, 1, D), mask (1 or B, 1, 1, S)."""
         B, H, _, D = q.shape
@@ -109,7 +106,7 @@ class CPUAttention(Attention):
         return torch.bmm(scores.softmax(dim=-1), v.flatten(0, 1)).view(B, H, 1, D)
 
     @staticmethod
-    def repeat_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def repeat_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """k and v (B, K, S, D) once for each query head: (B, H, S, D)."""
         groups = q.size(1) // k.size(1)
         if groups == 1:
@@ -119,15 +116,13 @@ class CPUAttention(Attention):
 
 def use_cpu_kernels(model: GPT) -> GPT:
     """The same network with the layers of this file."""
-    return replace_layers(
-        model,
-        {
-            nn.Dropout: lambda layer: CPUDropout(layer.p),
-            RMSNorm: lambda layer: CPURMSNorm(),
-            Rotary: lambda layer: CPURotary(),
-            Attention: lambda layer: CPUAttention(layer.scale, layer.dropout),
-        },
-    )
+    replacements = {
+        nn.Dropout: lambda layer: CPUDropout(layer.p),
+        RMSNorm: lambda layer: CPURMSNorm(),
+        Rotary: lambda layer: CPURotary(),
+        Attention: lambda layer: CPUAttention(layer.scale, layer.dropout),
+    }
+    return replace_layers(model, replacements)
 
 
 def to_device(model: GPT, device: torch.device) -> GPT:

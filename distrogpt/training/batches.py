@@ -13,8 +13,6 @@ from distrogpt.settings import TrainConfig
 
 
 class MicroBatch(NamedTuple):
-    """A micro-batch of one rank."""
-
     x: torch.Tensor  # (B, T)
     y: torch.Tensor  # (B, T)
     dropout_seed: int
@@ -22,33 +20,25 @@ class MicroBatch(NamedTuple):
 
 
 def step_batches(data: Dataset, config: TrainConfig, runtime: Runtime, step: int) -> list[MicroBatch]:
-    """This rank's micro-batches of one step.
-
-    The samples of a step are drawn as one set, by seed and step alone; ranks and micro-steps share it out.
-    Raises UserError if the data changed, or if no target of a micro-batch counts.
-    """
+    """This rank's micro-batches of a step, whose samples are drawn as one set, by seed and step alone. Raises
+    UserError if the data changed, or if no target of a micro-batch counts."""
     B, T, micro_steps = config.batch_size, config.block_size, config.gradient_accumulation_steps
-    parts, starts = step_windows(data, config, step)  # (micro_steps·B,)
+    parts, starts = (array.reshape(micro_steps, B) for array in step_windows(data, config, step))
     mine = range(runtime.rank, micro_steps, runtime.world_size)
-    windows, masks = {}, {}
-    for micro_step in mine if data.separator is None else range(micro_steps):  # weights need all masks
-        rows = slice(micro_step * B, (micro_step + 1) * B)
-        windows[micro_step] = data.windows("train", parts[rows], starts[rows], T + 1)
-        masks[micro_step] = data.loss_mask(windows[micro_step])
+    needed = mine if data.separator is None else range(micro_steps)  # weights need all masks
+    windows = {i: data.windows("train", parts[i], starts[i], T + 1) for i in needed}
+    masks = {i: data.loss_mask(ids) for i, ids in windows.items()}
     weights = np.ones(micro_steps)
     if data.separator is not None:
         counts = np.array([mask.sum() for mask in masks.values()])
         if not counts.all():
-            raise UserError(
-                f"no target of a micro-step stands after loss_after={config.loss_after}; "
-                "raise batch_size, or choose another"
-            )
+            reason = f"no target of a micro-step stands after loss_after={config.loss_after}"
+            raise UserError(f"{reason}; raise batch_size, or choose another")
         weights = counts / counts.mean()
     batches = []
-    for micro_step in mine:
-        seed = np.random.SeedSequence((config.seed, step, micro_step)).generate_state(1, np.uint64)
-        x, y = to_xy(windows[micro_step], masks[micro_step], runtime)
-        batches.append(MicroBatch(x, y, int(seed[0]), float(weights[micro_step])))
+    for i in mine:
+        seed = np.random.SeedSequence((config.seed, step, i)).generate_state(1, np.uint64)
+        batches.append(MicroBatch(*to_xy(windows[i], masks[i], runtime), int(seed[0]), float(weights[i])))
     return batches
 
 
@@ -66,9 +56,6 @@ class BatchLoader:
 
     def __iter__(self) -> Iterator[MicroBatch]:
         yield from self.current
-        self.prefetch()
-
-    def prefetch(self) -> None:
         self.step += 1
         try:
             self.current = step_batches(self.data, self.config, self.runtime, self.step)

@@ -1,7 +1,5 @@
-"""How the ranks train one model: each has all of it (DDP), or a shard of each weight (FSDP2).
-
-If the weights are sharded, they, their gradients and the optimizers' averages are DTensors.
-"""
+"""How the ranks train one model: each has all of it (DDP), or a shard of each weight (FSDP2), of its gradient
+and of the optimizer's averages, as DTensors."""
 
 import logging
 import warnings

@@ -10,17 +10,18 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from distrogpt.data.dataset import measured_splits
 from distrogpt.errors import UserError
 from distrogpt.evaluation.loss import Losses
 from distrogpt.hardware import peak_flops
 from distrogpt.openmp import WAITS
 from distrogpt.plotting import PICTURE
-from distrogpt.runtime import Runtime, progress_bar
+from distrogpt.runtime import progress_bar
 from distrogpt.settings import TrainConfig
-from distrogpt.training.guards import LossSpikeDetector
 from distrogpt.training.run_directory import COLUMNS, TENSORBOARD, RunDirectory
 from distrogpt.training.state import TrainState
 from model import GPT
@@ -28,26 +29,38 @@ from model import GPT
 log = logging.getLogger("distrogpt")
 
 COLUMN_OF = {"train": "train_loss", "val": "val_loss", "bits_per_byte": "val_bits_per_byte"}  # of log.csv
-STEP_SCALARS = ("loss", "lr", "grad_norm", "mfu", "tokens_per_second")
-BUSY = "note     other programs use the cores: steps take longer, and threads sleep while they wait"
+SCALAR_OF = {name: f"val/{name}" for name in ("bits_per_byte", "hellaswag", "accuracy")}  # others: NAME/loss
+
+
+class LossSpikeDetector:
+    """Reports a loss far above those before it, at most once in 50 steps: by a tenth of their running mean,
+    and by six times their usual distance from it."""
+
+    def __init__(self) -> None:
+        self.mean, self.distance = 0.0, 0.0
+        self.count, self.silent_until = 0, 0
+
+    def update(self, step: int, loss: float) -> None:
+        above = loss - self.mean
+        is_spike = self.count >= 50 and above > max(0.1 * self.mean, 6 * self.distance)
+        if is_spike and step >= self.silent_until:
+            self.silent_until = step + 50
+            log.info(f"note     step {step}: the loss jumped to {loss:.4f}, where {self.mean:.4f} was usual")
+        self.count += 1
+        weight = max(1 / self.count, 0.02)  # of the newest loss; a plain mean at first
+        self.mean += weight * above
+        self.distance += weight * (abs(above) - self.distance)
 
 
 class TrainLogger:
-    """Logs the steps and evaluations of a run, and keeps the evaluations in `history`.
-
-    Entered before the first step, left after the last one. Files are written by the run directory's rank.
-    """
+    """Logs the steps and evaluations of a run, and keeps the evaluations in `history`. Entered before the
+    first step, left after the last one. Files are written by the run directory's rank."""
 
     def __init__(
-        self,
-        config: TrainConfig,
-        runtime: Runtime,
-        run: RunDirectory,
-        state: TrainState,
-        model: GPT,
-        on_evaluation: Callable[[list[dict[str, float]]], object] | None = None,
+        self, run: RunDirectory, state: TrainState, model: GPT, on_evaluation: Callable | None = None
     ) -> None:
         """Raises UserError if a package is missing."""
+        config, runtime = run.config, run.runtime
         self.config, self.run, self.state = config, run, state
         self.on_evaluation = on_evaluation if runtime.is_main else None
         self.history: list[dict[str, float]] = []
@@ -62,7 +75,10 @@ class TrainLogger:
         self.progress_bar = progress_bar(state.step, last_step, runtime)
         self.wandb = start_wandb(config, run.run_id) if config.wandb_log and runtime.is_main else None
         self.tensorboard = TensorBoard(run, state) if config.tensorboard_log and run.writes else None
-        self.plot = LossPlot(config) if config.loss_plot and run.writes and has_matplotlib(config) else None
+        self.plot = LossPlot(config) if config.loss_plot and run.writes else None
+        if self.plot and importlib.util.find_spec("matplotlib") is None:
+            log.info(f"note     no {config.out_dir}/{PICTURE}: pip install matplotlib")
+            self.plot = None
 
     def __enter__(self) -> "TrainLogger":
         self.advance = self.progress_bar.__enter__()
@@ -82,12 +98,11 @@ class TrainLogger:
             return
         seconds = (time.perf_counter() - self.clock) / (step - self.clock_step)
         speed, mfu = self.tokens_per_step / seconds, self.mfu_per_step_second / seconds
-        log.info(
-            f"step {step}: loss {loss:.4f}, {seconds * 1000:.2f} ms, {speed:,.0f} tokens/s, mfu {mfu:.1%}"
-        )
+        rates = f"{seconds * 1000:.2f} ms, {speed:,.0f} tokens/s, mfu {mfu:.1%}"
+        log.info(f"step {step}: loss {loss:.4f}, {rates}")
         if WAITS.sleeping and not self.busy_reported:
             self.busy_reported = True
-            log.info(BUSY)
+            log.info("note     other programs use the cores: steps take longer, waiting threads sleep")
         self.row = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens_per_second": round(speed)}
         self.scalars = {**self.row, "mfu": mfu}
         self.row |= {"tokens": step * self.tokens_per_step, "seconds": round(self.state.elapsed(), 3)}
@@ -100,7 +115,7 @@ class TrainLogger:
             self.history.append({"step": step, **losses})
             columns = {COLUMN_OF.get(name, name): value for name, value in losses.items()}
             self.row |= {name: value for name, value in columns.items() if name in COLUMNS}
-            self.scalars |= scalar_names(losses)
+            self.scalars |= {SCALAR_OF.get(name, f"{name}/loss"): value for name, value in losses.items()}
             log_comparison(self.config, step, losses)
         if self.row:
             self.run.append_log({"step": step, **self.row})
@@ -115,6 +130,19 @@ class TrainLogger:
             if self.on_evaluation:
                 self.on_evaluation(self.history)
             self.reset_clock()
+
+    def log_result(self) -> None:
+        """Log how the run ended."""
+        config, state = self.config, self.state
+        if state.stop_requested:
+            flag = "" if config.init_from.partition(":")[0] == "auto" else " and --init_from=resume"
+            log.info(f"stopped after step {state.step}; go on with the same command{flag}")
+        elif not config.eval_only:
+            reason = state.early_stop_reason(config)
+            early = f"early stop after step {state.step}: {reason}; " if reason else ""
+            loss = f"best {measured_splits(config)[-1]} loss {self.run.best_val_loss:.4f}"
+            sample = f"python sample.py --out_dir={config.out_dir}"
+            log.info(f"done: {early}{loss} in {state.elapsed():.0f} s; {sample}")
 
     def __exit__(self, kind: type | None, *error: Any) -> None:
         self.progress_bar.__exit__(kind, *error)
@@ -134,9 +162,8 @@ def start_wandb(config: TrainConfig, run_id: str) -> Any:
         names = {"project": config.wandb_project, "name": config.wandb_run_name}
         return wandb.init(**names, config=asdict(config), id=run_id, resume="allow")
     except Exception as error:
-        raise UserError(
-            f"wandb does not start ({error}); pip install wandb and log in, or --wandb_log=False"
-        ) from None
+        advice = "pip install wandb and log in, or --wandb_log=False"
+        raise UserError(f"wandb does not start ({error}); {advice}") from None
 
 
 class TensorBoard:
@@ -147,39 +174,28 @@ class TensorBoard:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except Exception as error:
-            raise UserError(
-                f"TensorBoard does not start ({error}); pip install tensorboard, or --tensorboard_log=False"
-            ) from None
-        self.run, self.writer_class, self.failed = run, SummaryWriter, False
-        self.first_step = state.step + state.evaluated  # the first whose evaluation is not written yet
+            advice = "pip install tensorboard, or --tensorboard_log=False"
+            raise UserError(f"TensorBoard does not start ({error}); {advice}") from None
+        # steps that are repeated are written anew
+        self.open = partial(SummaryWriter, run.path / TENSORBOARD, purge_step=state.step + 1)
         self.writer: Any = None  # opened after an older run's folder has been renamed
+        self.failed = False
 
     def add(self, step: int, scalars: dict[str, float]) -> None:
         if self.failed:
             return
         try:
-            if self.writer is None:
-                self.writer = self.writer_class(self.run.path / TENSORBOARD, purge_step=self.first_step)
-                row = self.run.resumed_row
-                if row.get("step") == str(self.first_step):  # it stays in log.csv, but is purged here
-                    scalars = {name: float(row[name]) for name in STEP_SCALARS if row.get(name)} | scalars
+            self.writer = self.writer or self.open()
             for name, value in scalars.items():
                 self.writer.add_scalar(name, value, step)
             self.writer.flush()
         except Exception as error:
-            log.info(f"note     {TENSORBOARD} takes no more ({error}); the run goes on without")
+            log.info(f"note     {TENSORBOARD} takes no more ({error}); continues without")
             self.failed = True
 
     def close(self) -> None:
         if self.writer and not self.failed:
             self.writer.close()
-
-
-def has_matplotlib(config: TrainConfig) -> bool:
-    if importlib.util.find_spec("matplotlib") is None:
-        log.info(f"note     no {config.out_dir}/{PICTURE}: pip install matplotlib")
-        return False
-    return True
 
 
 class LossPlot:
@@ -193,12 +209,9 @@ class LossPlot:
         self.process: subprocess.Popen | None = None
         self.outdated = False
 
-    def drawing(self) -> bool:
-        return self.process is not None and self.process.poll() is None
-
     def redraw(self) -> None:
         """Draw the log as it is now, unless an earlier drawing is still under way."""
-        self.outdated = self.drawing()
+        self.outdated = self.process is not None and self.process.poll() is None
         if self.outdated:
             return
         options: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
@@ -206,36 +219,29 @@ class LossPlot:
         if os.name == "nt":
             new_group, low = subprocess.CREATE_NEW_PROCESS_GROUP, subprocess.BELOW_NORMAL_PRIORITY_CLASS
             options["creationflags"] = new_group | low
-        elif sys.version_info >= (3, 11):  # in another group, it gets no Ctrl-C from the terminal
-            options["process_group"] = 0
-        with suppress(OSError):
-            self.process = subprocess.Popen(self.command, **options)
+        with suppress(OSError):  # in a session of its own, it gets no Ctrl-C from the terminal
+            self.process = subprocess.Popen(self.command, start_new_session=True, **options)
             if os.name != "nt":
                 os.setpriority(os.PRIO_PROCESS, self.process.pid, 19)
 
     def finish(self, seconds: float = 5.0) -> None:
-        """Wait for the drawing of the whole log."""
-        end = time.monotonic() + seconds
+        """Wait for the drawing of the whole log, `seconds` for each process."""
         with suppress(subprocess.TimeoutExpired):
-            while self.process:
-                self.process.wait(max(0.0, end - time.monotonic()))
-                if not self.outdated:
-                    return
+            if self.process:
+                self.process.wait(seconds)
+            if self.process and self.outdated:
                 self.redraw()
-
-
-def scalar_names(losses: Losses) -> dict[str, float]:
-    """An evaluation by the names in Weights & Biases and TensorBoard: train/loss, val/bits_per_byte."""
-    scores = {name: f"val/{name}" for name in ("bits_per_byte", "hellaswag", "accuracy")}
-    return {scores.get(name, f"{name}/loss"): value for name, value in losses.items()}
+                self.process.wait(seconds)
 
 
 def log_comparison(config: TrainConfig, step: int, losses: Losses) -> None:
     """Log how an evaluation compares with published results."""
-    published = {"train": config.baseline_train_loss, "val": config.baseline_loss}
-    published["hellaswag"] = config.baseline_hellaswag
-    words = {"train": "train loss", "val": "val loss", "hellaswag": "HellaSwag"}
-    for name, level in published.items():
+    published = (
+        ("train", "train loss", config.baseline_train_loss),
+        ("val", "val loss", config.baseline_loss),
+        ("hellaswag", "HellaSwag", config.baseline_hellaswag),
+    )
+    for name, words, level in published:
         if level is not None and name in losses:
             value = losses[name]
-            log.info(f"step {step}: {words[name]} {value:.4f}, published {level:g} ({value - level:+.4f})")
+            log.info(f"step {step}: {words} {value:.4f}, published {level:g} ({value - level:+.4f})")

@@ -1,12 +1,16 @@
 """Optimizers: AdamW, Muon or SGD; the learning rate over the steps of a run; gradient clipping."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn as nn
+from torch.amp import GradScaler
+from torch.optim import Optimizer
 
+from distrogpt.checkpoint import restore_optimizers
 from distrogpt.runtime import Runtime
 from distrogpt.settings import TrainConfig
 from distrogpt.training.distributed import full_tensor, is_dtensor, local, shard_like
@@ -19,11 +23,8 @@ POLYNOMIALS = ((8.0937, -23.6209, 17.4463), (3.6376, -2.7228, 0.5367), (2.6626, 
 
 
 def get_lr(step: int, config: TrainConfig) -> float:
-    """Learning rate of a step: linear warm-up over warmup_iters, then what lr_schedule says.
-
-    'cosine': half a cosine down to min_lr at lr_decay_iters, then min_lr. 'wsd' (warm-up, stable, decay,
-    arXiv 2405.18392): constant, then a linear decay to min_lr in the last `cooldown` of the steps.
-    """
+    """Learning rate of a step: linear warm-up over warmup_iters, then lr_schedule's decay to min_lr: half a
+    cosine, or for 'wsd' (arXiv 2405.18392) a line in the last `cooldown` of the steps, constant before."""
     peak = config.learning_rate
     if not config.decay_lr:
         return peak
@@ -40,7 +41,7 @@ def get_lr(step: int, config: TrainConfig) -> float:
     return min_lr + (peak - min_lr) * min(1.0, remaining)
 
 
-def set_learning_rates(optimizers: list[torch.optim.Optimizer], step: int, config: TrainConfig) -> float:
+def set_learning_rates(optimizers: list[Optimizer], step: int, config: TrainConfig) -> float:
     """Scale each group's own peak as the schedule does; returns the learning rate of the step."""
     lr = get_lr(step, config)
     for optimizer in optimizers:
@@ -54,9 +55,9 @@ def orthogonalize(stacks: list[torch.Tensor], dtype: torch.dtype) -> list[torch.
     """Bring the singular values of each matrix near to 1: stacks (N, rows, columns) with the same shorter
     side, computed in `dtype`, fp32 or bf16.
 
-    This is Newton-Schulz iteration, but on the square matrices x xᵀ, all of them at once; x itself is
-    multiplied at the end. Values above 1/100 of the bound below end between 0.7 and 1.3, in bf16 within some
-    tenths more; smaller ones are multiplied by up to 78. Zeros stay zeros.
+    Newton-Schulz iteration on the square matrices x xᵀ, all of them at once; x is multiplied at the end.
+    Values above 1/100 of the bound below end between 0.7 and 1.3, in bf16 within some tenths more; smaller
+    ones are multiplied by up to 78. Zeros stay zeros.
     """
     xs = [stack.to(dtype) for stack in stacks]
     grams = torch.cat([x.mT @ x if x.size(1) > x.size(2) else x @ x.mT for x in xs])  # (all, short, short)
@@ -74,18 +75,18 @@ def orthogonalize(stacks: list[torch.Tensor], dtype: torch.dtype) -> list[torch.
     return [x @ p if x.size(1) > x.size(2) else p @ x for x, p in zip(xs, products, strict=True)]
 
 
-def unwrapped(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A method of torch's optimizers without the wrapper that loads torch's compiler at its first call."""
+def unwrapped(method: Callable) -> Callable:
+    """A method without the wrapper that loads torch's compiler at its first call."""
     return getattr(method, "__wrapped__", method)
 
 
 class UncompiledOptimizer:
     """Methods of torch's optimizers, but uncompiled training starts 1.3 s sooner."""
 
-    add_param_group = unwrapped(torch.optim.Optimizer.add_param_group)
-    zero_grad = unwrapped(torch.optim.Optimizer.zero_grad)
-    state_dict = unwrapped(torch.optim.Optimizer.state_dict)
-    load_state_dict = unwrapped(torch.optim.Optimizer.load_state_dict)
+    add_param_group = unwrapped(Optimizer.add_param_group)
+    zero_grad = unwrapped(Optimizer.zero_grad)
+    state_dict = unwrapped(Optimizer.state_dict)
+    load_state_dict = unwrapped(Optimizer.load_state_dict)
 
 
 class AdamW(UncompiledOptimizer, torch.optim.AdamW):
@@ -99,9 +100,7 @@ class SGD(UncompiledOptimizer, torch.optim.SGD):
 class Muon(UncompiledOptimizer, torch.optim.Muon):
     """torch.optim.Muon (https://kellerjordan.github.io/posts/muon/, arXiv 2502.16982), but all matrices of a
     size are orthogonalised at once, in three iterations instead of five: in a third of the time if small.
-
-    A group may have "parts": the rows of its matrices are that many matrices, one after another.
-    """
+    A group may have "parts": the rows of its matrices are that many matrices, one after another."""
 
     def __init__(self, groups: list[dict[str, Any]], dtype: torch.dtype, **settings: float) -> None:
         super().__init__(groups, **settings)
@@ -137,10 +136,8 @@ class Muon(UncompiledOptimizer, torch.optim.Muon):
             torch._foreach_add_(local_ps, local_updates, alpha=-lr)
 
     def nesterov_momentum(self, ps: list[nn.Parameter], momentum: float) -> torch.Tensor:
-        """Update the averages of the gradients, and look ahead as Nesterov does: (N, rows, columns).
-
-        An average is sharded as its weight is; what is returned is whole on each rank.
-        """
+        """Update the averages of the gradients, sharded as the weights are, and look ahead as Nesterov does:
+        (N, rows, columns), whole on each rank."""
         for p in ps:
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
@@ -151,70 +148,62 @@ class Muon(UncompiledOptimizer, torch.optim.Muon):
         return torch.stack([full_tensor(p.grad) for p in ps])
 
 
-def param_groups(
-    named_parameters: Iterable[tuple[str, nn.Parameter]],
-    weight_decay: float,
-    learning_rate: float,
-    embedding_lr: float | None = None,
-    head_lr: float | None = None,
-) -> list[dict[str, Any]]:
+def param_groups(named: list[tuple[str, nn.Parameter]], config: TrainConfig) -> list[dict[str, Any]]:
     """Matrices and vectors, which are not decayed, as in nanoGPT; and embeddings and an untied lm_head if
     they have learning rates of their own."""
+    own_lrs = {"wte": config.embedding_lr, "wpe": config.embedding_lr, "lm_head": config.head_lr}
     groups: dict[Any, dict[str, Any]] = {}
-    for name, p in named_parameters:
-        own_lr = None
-        if "wte" in name or "wpe" in name:
-            own_lr = embedding_lr
-        elif "lm_head" in name:
-            own_lr = head_lr
+    for name, p in named:
+        own_lr = next((lr for part, lr in own_lrs.items() if part in name), None)
         key = p.dim() >= 2 if own_lr is None else name.split(".")[0]
-        settings = {
-            "lr": learning_rate if own_lr is None else own_lr,
-            "weight_decay": weight_decay if p.dim() >= 2 else 0.0,
-        }
-        groups.setdefault(key, {"params": [], **settings})["params"].append(p)
+        lr = config.learning_rate if own_lr is None else own_lr
+        weight_decay = config.weight_decay if p.dim() >= 2 else 0.0
+        groups.setdefault(key, {"params": [], "lr": lr, "weight_decay": weight_decay})["params"].append(p)
     return list(groups.values())
 
 
 def num_submatrices(name: str, shape: GPTConfig) -> int:
     """The number of matrices in the rows of a weight: a query, key or value for each head; SwiGLU's halves.
-
-    Orthogonalised together, keys and queries, whose gradients are small at first, would hardly move.
-    """
+    Orthogonalised together, keys and queries, whose gradients are small at first, would hardly move."""
     if "c_attn" in name:
         return shape.n_head + 2 * shape.kv_heads
     return 2 if "c_fc" in name and shape.activation == "swiglu" else 1
 
 
-def make_optimizers(model: GPT, config: TrainConfig, runtime: Runtime) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: GPT, config: TrainConfig, runtime: Runtime) -> list[Optimizer]:
     """AdamW or SGD for all parameters; or AdamW, and Muon for the matrices of the blocks."""
-    named = list(model.named_parameters())
     muon_weights: dict[int, list[nn.Parameter]] = {}  # by the number of their submatrices
     others = []
-    for name, p in named:
+    for name, p in model.named_parameters():
         if config.optimizer == "muon" and ".h." in name and p.dim() == 2:
             muon_weights.setdefault(num_submatrices(name, model.config), []).append(p)
         else:
             others.append((name, p))
-    lr, weight_decay, momentum = config.learning_rate, config.weight_decay, config.momentum
-    groups = param_groups(others, weight_decay, lr, config.embedding_lr, config.head_lr)
+    groups, lr, momentum = param_groups(others, config), config.learning_rate, config.momentum
     if config.optimizer == "sgd":
         optimizers = [SGD(groups, momentum=momentum, nesterov=momentum > 0)]
     else:
         fused = runtime.device.type in ("cuda", "cpu")  # one kernel for all parameters
         optimizers = [AdamW(groups, lr=lr, betas=(config.beta1, config.beta2), fused=fused)]
     if muon_weights:
-        dtype = (
-            runtime.dtype if runtime.dtype == torch.bfloat16 else torch.float32
-        )  # fp16's range is too small
+        # fp16's range is too small
+        dtype = torch.bfloat16 if runtime.dtype == torch.bfloat16 else torch.float32
         groups = [{"params": ps, "parts": parts} for parts, ps in muon_weights.items()]
-        optimizers.append(
-            Muon(groups, dtype, lr=config.muon_lr, weight_decay=weight_decay, momentum=momentum)
-        )
+        settings = {"lr": config.muon_lr, "weight_decay": config.weight_decay, "momentum": momentum}
+        optimizers.append(Muon(groups, dtype, **settings))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
     return optimizers
+
+
+def restore_training(
+    optimizers: list[Optimizer], scaler: GradScaler, checkpoint: dict[str, Any], config: TrainConfig
+) -> None:
+    """Load the optimizers' averages and the scale of fp16's loss. Raises UserError if they do not fit."""
+    if "optimizer" in checkpoint and not config.eval_only:
+        restore_optimizers(optimizers, checkpoint, Path(config.out_dir))
+        scaler.load_state_dict(checkpoint.get("scaler") or scaler.state_dict())
 
 
 def clip_gradients(model: nn.Module, grad_clip: float) -> torch.Tensor:

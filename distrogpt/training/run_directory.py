@@ -18,10 +18,13 @@ import re
 import secrets
 import socket
 import threading
+from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
+from torch.amp import GradScaler
+from torch.optim import Optimizer
 
 from distrogpt.checkpoint import BEST, NEWEST, atomic_write, newest_checkpoint, training_state
 from distrogpt.errors import Diverged, MachineError, UserError
@@ -39,13 +42,12 @@ COLUMNS = (
     "step", "tokens", "seconds", "loss", "lr", "grad_norm", "tokens_per_second", "train_loss", "val_loss",
     "val_bits_per_byte", "hellaswag", "accuracy",
 )  # fmt: skip
+HEADER = ",".join(COLUMNS) + "\n"
 
 
 class RunDirectory:
-    """out_dir. Rank 0 writes to it, unless the run only evaluates; all ranks make the same calls.
-
-    Entering it locks it against other runs; leaving it waits for the last checkpoint.
-    """
+    """out_dir. Rank 0 writes to it, unless the run only evaluates; all ranks make the same calls. Entering it
+    locks it against other runs; leaving it waits for the last checkpoint."""
 
     def __init__(self, config: TrainConfig, runtime: Runtime, lock_timeout: float = 5.0) -> None:
         self.config, self.runtime, self.path = config, runtime, Path(config.out_dir)
@@ -55,8 +57,7 @@ class RunDirectory:
         self.run_id = "0"
         self.owned = False  # the files here are this run's
         self.best_val_loss = math.inf  # that of ckpt.pt
-        self.resumed_row: dict[str, str] = {}  # log.csv's row of the step at which the run resumes
-        self.log_file: IO[bytes] | None = None
+        self.rows: list[dict[str, str]] = []  # of log.csv, up to the step at which the run resumes
         self.log_failed = False
         self.save_thread: threading.Thread | None = None
         self.save_error: MachineError | None = None  # of the newest save
@@ -86,22 +87,19 @@ class RunDirectory:
                 for unfinished in self.path.glob(name + ".tmp"):  # by a run that was killed while it wrote
                     unfinished.unlink()
         except Timeout:
-            message = (
-                f"{self.read_owner()[0]} writes to out_dir={self.path}; stop it, or choose another --out_dir"
-            )
-            raise UserError(message) from None
+            advice = "stop it, or choose another --out_dir"
+            raise UserError(f"{self.read_owner()[0]} writes to out_dir={self.path}; {advice}") from None
         except OSError as error:
-            message = f"out_dir={self.path} cannot be written ({error.strerror}); choose another"
-            raise UserError(message) from None
+            reason = f"out_dir={self.path} cannot be written ({error.strerror})"
+            raise UserError(f"{reason}; choose another") from None
 
     def read_owner(self) -> tuple[str, str]:
         """The process that writes here or was the last to do so, and its run, "" if that has no files yet."""
         try:
-            lines = (self.path / OWNER).read_text(encoding="utf-8", errors="replace").splitlines()
-        except OSError:
-            lines = []
-        process, run = [*lines, "", ""][:2]
-        return process or "another process", run
+            process, run = (self.path / OWNER).read_text(encoding="utf-8").splitlines()
+        except (OSError, ValueError):
+            return "another process", ""
+        return process, run
 
     def write_owner(self, run: str) -> None:
         text = f"process {os.getpid()} on {socket.gethostname()}\n{run}\n"
@@ -109,16 +107,14 @@ class RunDirectory:
 
     def find_restarted_id(self) -> str | None:
         """The id of this run if torchrun has restarted its ranks after rank 0 had written here, else None."""
-        number = 0
+        match = None
         if self.runtime.is_main and is_restart():
-            match = re.fullmatch(r"run ([0-9a-f]{8}), job (.*)", self.read_owner()[1])
-            if match and match[2] == job_name():
-                number = int(match[1], 16)
-        number = int(self.runtime.all_reduce_sum(number)[0])
+            match = re.fullmatch(f"run ([0-9a-f]{{8}}), job {re.escape(job_name())}", self.read_owner()[1])
+        number = int(self.runtime.all_reduce_sum(int(match[1], 16) if match else 0)[0])
         return f"{number:08x}" if number else None
 
-    def resume(self, checkpoint: dict[str, Any], header: dict[str, Any]) -> None:
-        """Continue the run of a checkpoint, {} for a new run."""
+    def resume(self, checkpoint: dict[str, Any], **header: Any) -> None:
+        """Continue the run of a checkpoint, {} for a new run; `header` is part of all its checkpoints."""
         step = checkpoint.get("iter_num", 0)
         message = f"the ranks do not find the same checkpoint; put out_dir={self.path} where all see it"
         self.runtime.check_equal_on_all_ranks(step, message)
@@ -140,13 +136,11 @@ class RunDirectory:
         names = lines[0] if lines[0][0] == "step" else COLUMNS  # those of older versions are fewer
         rows = [dict(zip(names, line, strict=True)) for line in lines if len(line) == len(names)]
         by_step = {int(row["step"]): row for row in rows if row["step"].isdecimal()}
-        self.rows = [by_step[number] for number in sorted(by_step) if number < step]
-        self.resumed_row = by_step.get(step, {})
+        self.rows = [by_step[number] for number in sorted(by_step) if number <= step]
         self.rewrite_log()
 
     def rewrite_log(self) -> None:
-        rows = [*self.rows, self.resumed_row] if self.resumed_row else self.rows
-        text = ",".join(COLUMNS) + "\n" + "".join(map(csv_line, rows))
+        text = HEADER + "".join(map(csv_line, self.rows))
         atomic_write(lambda file: file.write(text.encode()), self.path / LOG)
 
     def take_ownership(self) -> None:
@@ -178,36 +172,26 @@ class RunDirectory:
         if not self.writes:
             return
         self.claim()
-        if str(row["step"]) == self.resumed_row.get("step"):  # the run was stopped before it was evaluated
-            self.resumed_row |= {name: str(value) for name, value in row.items()}
+        if self.rows and self.rows[-1]["step"] == str(row["step"]):  # stopped before it was evaluated
+            self.rows[-1] |= {name: str(value) for name, value in row.items()}
             self.rewrite_log()
             return
         try:
-            if self.log_file is None:
-                self.log_file = open(self.path / LOG, "ab", buffering=0)
-            end = self.log_file.seek(0, os.SEEK_END)
-            line = (csv_line(row) if end else ",".join(COLUMNS) + "\n" + csv_line(row)).encode()
-            if self.log_file.write(line) != len(line):
-                self.log_file.truncate(end)
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            with open(self.path / LOG, "ab", buffering=0) as file:
+                end = file.tell()
+                line = (csv_line(row) if end else HEADER + csv_line(row)).encode()
+                if file.write(line) != len(line):
+                    file.truncate(end)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             self.log_failed = False
         except OSError as error:
             if not self.log_failed:
                 log.info(f"note     {self.path / LOG} takes no more ({error.strerror}); continues without")
             self.log_failed = True
 
-    def save(
-        self,
-        model: GPT,
-        optimizers: list[torch.optim.Optimizer],
-        scaler: torch.amp.GradScaler,
-        state: TrainState,
-    ) -> None:
-        """Write a checkpoint to last.pt, and to ckpt.pt if it is the best one, in the background.
-
-        A save that fails is reported, the files stay what they were, and the run continues. Raises Diverged
-        if a weight is not finite.
-        """
+    def save(self, model: GPT, optimizers: list[Optimizer], scaler: GradScaler, state: TrainState) -> None:
+        """Write a checkpoint to last.pt, and to ckpt.pt if it is the best one, in the background. If that
+        fails, it is reported, and the run continues. Raises Diverged if a weight is not finite."""
         if not weights_are_finite(model, self.runtime):
             raise self.diverged_error(state.step)
         self.report_save(wait=True)  # then the previous save's copy is freed, and best_val_loss known
@@ -243,13 +227,9 @@ class RunDirectory:
         except BaseException as error:  # none may end the thread unnoticed
             self.save_error = error if isinstance(error, MachineError) else MachineError(repr(error))
 
-    def saving(self) -> bool:
-        """Whether a checkpoint is being written in the background."""
-        return self.save_thread is not None and self.save_thread.is_alive()
-
     def report_save(self, wait: bool = False) -> None:
         """Log how the save in the background ended, if it has; `wait` until it has."""
-        if self.save_thread is None or (self.saving() and not wait):
+        if self.save_thread is None or (self.save_thread.is_alive() and not wait):
             return
         self.save_thread.join()
         self.save_thread = None
@@ -260,18 +240,16 @@ class RunDirectory:
 
     def finish(self) -> None:
         """Wait for the last save. Raises MachineError if the newest checkpoint could not be written."""
-        self.join_save()
-        if self.save_error:
-            raise MachineError(f"{self.save_error}; make room, and resume from it")
-
-    def join_save(self) -> None:
         if self.save_thread:
             self.save_thread.join()
-            if not self.save_error:
-                self.report_save()
+        if self.save_error:
+            raise MachineError(f"{self.save_error}; make room, and resume from it")
+        self.report_save()
 
     def diverged_error(self, step: int) -> Diverged:
         """The error of a loss that is not finite."""
+        if self.save_thread:
+            self.save_thread.join()
         path = newest_checkpoint(self.path) if self.owned else None
         saved = f"{path} is the last good state" if path else "nothing was saved yet"
         advice = "lower --learning_rate or set --grad_clip=1.0"
@@ -279,11 +257,10 @@ class RunDirectory:
 
     def __exit__(self, kind: type | None, *_: object) -> None:
         if kind is not KeyboardInterrupt:
-            self.join_save()
+            with suppress(MachineError):  # reported before, or the run ends with another error
+                self.finish()
         if not self.writes:
             return
-        if self.log_file:
-            self.log_file.close()
         if kind and self.created and {path.name for path in self.path.glob("*")} == {LOCK, OWNER}:
             for path in self.path.glob("*"):  # a start that failed leaves nothing
                 path.unlink()

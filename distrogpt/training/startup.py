@@ -11,15 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from distrogpt.checkpoint import (
-    BEST,
-    NEWEST,
-    load_checkpoint,
-    newest_checkpoint,
-    restore_model,
-    restore_optimizers,
-)
-from distrogpt.data.dataset import Dataset, measured_splits, samples_per_epoch
+from distrogpt.checkpoint import BEST, NEWEST, load_checkpoint, newest_checkpoint, restore_model
+from distrogpt.data.dataset import Dataset, samples_per_epoch
 from distrogpt.data.meta import tokenizers_differ
 from distrogpt.errors import UserError
 from distrogpt.loading import load_pretrained
@@ -31,14 +24,14 @@ from model import GPT, GPTConfig
 
 log = logging.getLogger("distrogpt")
 
+OTHER_DATA = "choose the dataset that it was trained on, or --init_from=scratch"
+
 
 def check_ranks(config: TrainConfig, runtime: Runtime) -> None:
     """Raises UserError if the ranks cannot share the micro-steps, or have different settings."""
     if config.gradient_accumulation_steps % runtime.world_size:
-        raise UserError(
-            f"gradient_accumulation_steps={config.gradient_accumulation_steps} cannot be shared among "
-            f"{runtime.world_size} ranks; make it a multiple"
-        )
+        setting = f"gradient_accumulation_steps={config.gradient_accumulation_steps}"
+        raise UserError(f"{setting} cannot be shared among {runtime.world_size} ranks; make it a multiple")
     message = "the ranks have not all the same settings; start them with the same command"
     runtime.check_equal_on_all_ranks(zlib.crc32(repr(config).encode()), message)
 
@@ -61,11 +54,8 @@ def samples_per_step(config: TrainConfig) -> int:
 
 
 def checkpoint_to_resume(config: TrainConfig, restarted_id: str | None) -> tuple[Path | None, dict[str, Any]]:
-    """The file to resume from and its contents; None and {} for a new run. Raises UserError.
-
-    If torchrun has restarted its ranks, they resume from the file of the run `restarted_id`, which was this
-    one, for any init_from.
-    """
+    """The file to resume from and its contents; None and {} for a new run. If torchrun has restarted the
+    ranks of the run restarted_id, they resume for any init_from. Raises UserError."""
     newest = newest_checkpoint(Path(config.out_dir))
     auto = config.init_from.partition(":")[0] == "auto"
     if config.init_from == "resume" or (auto and newest):
@@ -89,10 +79,9 @@ def new_model_config(config: TrainConfig, meta: dict[str, Any]) -> GPTConfig:
         raise UserError(error) from None
 
 
-def initial_model(
-    config: TrainConfig, meta: dict[str, Any], restarted_id: str | None = None
-) -> tuple[GPT, dict[str, Any]]:
-    """The model to train, on the CPU, and the checkpoint to resume from, {} for a new run. UserError."""
+def initial_model(config: TrainConfig, meta: dict, restarted_id: str | None = None) -> tuple[GPT, dict]:
+    """The model to train, on the CPU, and the checkpoint to resume from, {} for a new run. Raises UserError
+    if they do not fit the settings or the dataset."""
     path, checkpoint = checkpoint_to_resume(config, restarted_id)
     weights_from = checkpoint  # the checkpoint that has the weights, resumed or not
     source = "scratch" if config.init_from == "auto" else config.init_from.removeprefix("auto:") or "scratch"
@@ -105,11 +94,13 @@ def initial_model(
     else:
         model, weights_from = load_pretrained(source, config.dropout)
     if tokenizers_differ(weights_from.get("meta", meta)["tokenizer"], meta["tokenizer"]):
-        raise UserError(
-            f"{source} was trained with another tokenizer than {config.dataset} has; choose the dataset that "
-            "it was trained on, or --init_from=scratch"
-        )
-    check_fits(config, meta, model)
+        raise UserError(f"{source} was trained with another tokenizer than {config.dataset}'s; {OTHER_DATA}")
+    if meta["vocab_size"] > model.config.vocab_size:
+        sizes = f"the dataset has {meta['vocab_size']} tokens, {source} only {model.config.vocab_size}"
+        raise UserError(f"{sizes}; {OTHER_DATA}")
+    if config.block_size > model.config.block_size:
+        limit = f"--block_size={model.config.block_size} or less"
+        raise UserError(f"block_size={config.block_size} is longer than {source} reads; set {limit}")
     if config.block_size < model.config.block_size:
         model.crop_block_size(config.block_size)
         if not model.config.rotary:
@@ -121,44 +112,11 @@ def check_resumable(config: TrainConfig, checkpoint: dict[str, Any]) -> None:
     """Raises UserError if it was trained with another optimizer. Forgets a best loss of another split."""
     optimizer = checkpoint.get("config", {}).get("optimizer", "adamw")
     if optimizer != config.optimizer and not config.eval_only:
-        raise UserError(
-            f"{config.out_dir} was trained with optimizer={optimizer}; resume with that, or begin "
-            f"from its weights: --init_from={config.out_dir} and another --out_dir"
-        )
+        advice = f"resume with that, or start a new run with --init_from={config.out_dir}"
+        raise UserError(f"{config.out_dir} was trained with optimizer={optimizer}; {advice}")
     eval_splits = checkpoint.get("config", {}).get("eval_splits", "both")
     if (eval_splits == "train") != (config.eval_splits == "train"):
         checkpoint |= {"best_val_loss": math.inf, "no_lower": 0}  # cannot be compared
-
-
-def check_fits(config: TrainConfig, meta: dict[str, Any], model: GPT) -> None:
-    """Raises UserError if the vocabulary or the context of a model is too small."""
-    if meta["vocab_size"] > model.config.vocab_size:
-        raise UserError(
-            f"the dataset has {meta['vocab_size']} tokens, the model of init_from={config.init_from} only "
-            f"{model.config.vocab_size}; choose the dataset that it was trained on, or --init_from=scratch"
-        )
-    if config.block_size > model.config.block_size:
-        raise UserError(
-            f"block_size={config.block_size} is longer than the model of init_from={config.init_from} reads; "
-            f"set --block_size={model.config.block_size} or less"
-        )
-
-
-def restore_training(
-    optimizers: list[torch.optim.Optimizer],
-    scaler: torch.amp.GradScaler,
-    checkpoint: dict[str, Any],
-    config: TrainConfig,
-) -> None:
-    """Load the optimizers' averages and the scale of fp16's loss. Raises UserError if they do not fit."""
-    if "optimizer" in checkpoint and not config.eval_only:
-        restore_optimizers(optimizers, checkpoint, Path(config.out_dir))
-        scaler.load_state_dict(checkpoint.get("scaler") or scaler.state_dict())
-
-
-def checkpoint_header(config: TrainConfig, data: Dataset) -> dict[str, Any]:
-    """The entries that all checkpoints of a run have in common."""
-    return {"config": asdict(config), "meta": data.meta, "data": fingerprint(data)}
 
 
 def fingerprint(data: Dataset) -> dict[str, list[int]]:
@@ -191,9 +149,8 @@ def describe_run(config: TrainConfig, runtime: Runtime, data: Dataset, model: GP
     sizes = f"{shape.n_layer} layers, {shape.n_head} heads, {shape.n_embd} wide, block {shape.block_size}"
     log.info(f"model    {sizes}: {parameters:,} parameters")
     log.info(f"machine  {runtime.describe()}")
-    tokens, micro_steps = samples_per_step(config) * config.block_size, config.gradient_accumulation_steps
-    sizes = f"{micro_steps} x {config.batch_size} sequences of {config.block_size}"
-    log.info(f"step     {tokens:,} tokens: {sizes}")
+    sizes = f"{config.gradient_accumulation_steps} x {config.batch_size} sequences of {config.block_size}"
+    log.info(f"step     {samples_per_step(config) * config.block_size:,} tokens: {sizes}")
     if config.eval_only:
         return
     if config.max_epochs is not None:
@@ -203,10 +160,9 @@ def describe_run(config: TrainConfig, runtime: Runtime, data: Dataset, model: GP
     # beside the weights; Muon's AdamW has few of them
     averages = {"adamw": 2, "muon": 1, "sgd": int(config.momentum > 0)}[config.optimizer]
     interval = min(config.eval_interval, config.save_interval or config.eval_interval)
-    log.info(
-        f"writes   {config.out_dir}/{BEST} (best), {NEWEST} (newest) and {LOG}, every {interval} steps up to "
-        f"{config.max_iters}, {4 * (1 + averages) * parameters / 1e6:,.0f} MB each"
-    )
+    files = f"{config.out_dir}/{BEST} (best), {NEWEST} (newest) and {LOG}"
+    megabytes = f"{4 * (1 + averages) * parameters / 1e6:,.0f} MB each"
+    log.info(f"writes   {files}, every {interval} steps up to {config.max_iters}, {megabytes}")
 
 
 def describe_resumption(config: TrainConfig, model: GPT, checkpoint: dict[str, Any], data: Dataset) -> None:
@@ -229,15 +185,3 @@ def describe_resumption(config: TrainConfig, model: GPT, checkpoint: dict[str, A
         chosen = bool(checkpoint) or wanted != getattr(TrainConfig, name, wanted)
         if wanted != value and chosen and name not in ("block_size", "dropout", "zero_init"):
             log.info(f"note     the model's {name}={value} holds, not {wanted}")
-
-
-def describe_result(config: TrainConfig, state: TrainState, best_val_loss: float) -> None:
-    """Log how the run ended."""
-    if state.stop_requested:
-        flag = "" if config.init_from.partition(":")[0] == "auto" else " and --init_from=resume"
-        log.info(f"stopped after step {state.step}; go on with the same command{flag}")
-    elif not config.eval_only:
-        reason = state.early_stop_reason(config)
-        early = f"early stop after step {state.step}: {reason}; " if reason else ""
-        result = f"best {measured_splits(config)[-1]} loss {best_val_loss:.4f} in {state.elapsed():.0f} s"
-        log.info(f"done: {early}{result}; python sample.py --out_dir={config.out_dir}")

@@ -54,8 +54,8 @@ class TrainState:
     def evaluation_due(self, config: TrainConfig) -> bool:
         if config.eval_only:
             return True
-        at_interval = self.step % config.eval_interval == 0
-        return (at_interval or self.finished(config)) and not (self.evaluated or self.stop_requested)
+        is_due = self.step % config.eval_interval == 0 or self.finished(config)
+        return is_due and not (self.evaluated or self.stop_requested)
 
     def save_due(self, config: TrainConfig) -> bool:
         """After an evaluation, every save_interval steps, and before the run stops."""
@@ -90,8 +90,8 @@ class TrainState:
         elif scaler.get_scale() <= 1:  # above, fp16 still lowers its scale
             self.skipped_steps += 1
             self.consecutive_skips += 1
-            reason = f"loss or gradient is not finite ({self.skipped_steps} so far)"
-            log.info(f"note     step {self.step} is skipped: {reason}")
+            count = f"{self.skipped_steps} so far"
+            log.info(f"note     step {self.step} is skipped: loss or gradient is not finite ({count})")
 
     def sync(self, runtime: Runtime, stop_requested: bool) -> None:
         """A request on any rank stops all ranks, and rank 0's clock counts."""

@@ -55,7 +55,7 @@ def test_the_last_evaluation_is_drawn_even_if_the_one_before_is_still_being_draw
     for _ in range(5):
         plot.redraw()  # waits for nothing
     plot.finish(60)
-    assert not plot.drawing() and (tmp_path / "loss.png").read_bytes() != before
+    assert plot.process.poll() is not None and (tmp_path / "loss.png").read_bytes() != before
 
 
 def test_a_drawing_that_fails_stops_nothing(tmp_path):
@@ -157,7 +157,7 @@ def test_scores_go_wherever_losses_go_and_none_is_needed(tmp_path, dataset, monk
     )
     wandb = types.SimpleNamespace(init=lambda **settings: wandb_run)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    with RunDirectory(config, runtime) as run, TrainLogger(config, runtime, run, state, model) as logger:
+    with RunDirectory(config, runtime) as run, TrainLogger(run, state, model) as logger:
         evaluations = ({"hellaswag": 0.3, "accuracy": 0.5, "val/part": 2.0}, None, {"train": 3.0})
         for state.step, losses in enumerate(evaluations):
             logger.write(losses)

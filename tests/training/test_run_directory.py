@@ -31,7 +31,7 @@ from distrogpt.errors import Diverged, UserError
 from distrogpt.evaluation.evaluator import Evaluator
 from distrogpt.runtime import Runtime, start_logging
 from distrogpt.settings import TrainConfig
-from distrogpt.training.guards import LossSpikeDetector
+from distrogpt.training.logger import LossSpikeDetector
 from distrogpt.training.run_directory import COLUMNS, RunDirectory
 from train import train
 
@@ -211,7 +211,7 @@ def test_the_line_that_a_run_goes_on_from_is_never_out_of_the_log(tmp_path, data
     train_here(*LONG, *flags)
     before = (tmp_path / "log.csv").read_bytes()
     with run_in(tmp_path) as run:  # killed before it trains
-        run.resume(load_checkpoint(tmp_path / "last.pt"), {})
+        run.resume(load_checkpoint(tmp_path / "last.pt"))
     assert (tmp_path / "log.csv").read_bytes() == before
 
 
