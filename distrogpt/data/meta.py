@@ -10,6 +10,7 @@ from typing import Any
 from distrogpt.errors import UserError
 
 DATA = Path(__file__).resolve().parents[2] / "data"
+MAX_PICKLE = 1 << 26  # bytes: a vocabulary of all of Unicode fits
 GPT2_META = {"tokenizer": {"kind": "gpt2"}, "vocab_size": 50257, "dtype": "uint16"}
 
 
@@ -94,6 +95,8 @@ class VocabularyUnpickler(pickle._Unpickler):
 
 def read_meta_pickle(path: Path) -> dict[str, Any]:
     """The contents of nanoGPT's meta.pkl in the form of a meta.json. Raises errors of many kinds."""
+    if path.stat().st_size > MAX_PICKLE:
+        raise ValueError("it is too large for a vocabulary")
     with open(path, "rb") as file:
         meta = VocabularyUnpickler(file).load()
     vocab_size, itos = int(meta["vocab_size"]), meta.get("itos")

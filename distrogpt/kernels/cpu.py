@@ -77,7 +77,10 @@ class CPUAttention(Attention):
             return self.one_query(q.to(k.dtype), k, v, mask).to(q.dtype)
         k, v = self.repeat_heads(q, k, v)
         scores = torch.add(mask, torch.matmul(q, k.transpose(2, 3)), alpha=self.scale)  # (B, H, T, S)
-        return torch.matmul(scores.softmax(dim=-1), v)
+        weights = scores.softmax(dim=-1)
+        if self.training and self.dropout:
+            weights = dropout(weights, self.dropout)
+        return torch.matmul(weights, v)
 
     def causal(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """On blocks of queries, so that most of what causality hides is not computed."""

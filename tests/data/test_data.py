@@ -264,6 +264,14 @@ def test_a_damaged_meta_pkl_is_refused(content, tmp_path):
         read_meta(tmp_path)
 
 
+def test_a_meta_pkl_that_is_too_large_is_not_read(tmp_path):
+    with open(tmp_path / "meta.pkl", "wb") as file:
+        pickle.dump({"vocab_size": 1, "itos": {0: "a"}}, file)
+        file.truncate(100 << 20)
+    with pytest.raises(UserError, match="too large"):
+        read_meta(tmp_path)
+
+
 @pytest.mark.parametrize(
     "content",
     [
