@@ -59,7 +59,7 @@ class TokenStream:
                 pass
         expected = meta.get("tokens", {}).get(split, len(self))
         if expected != len(self):
-            fault = f"{len(self):,} tokens, but {expected:,} by its meta.json: it was cut off or changed"
+            fault = f"{len(self):,} tokens, but its meta.json says {expected:,} (cut off or changed)"
             raise UserError(f"{self.name} has {fault}; run the dataset's prepare.py again")
 
     def __len__(self) -> int:

@@ -394,7 +394,7 @@ def test_data_that_changes_under_an_evaluation_ends_it(copy, tmp_path):
     flags = (f"--dataset={copy}", f"--out_dir={tmp_path / 'out'}", "--eval_iters=100000")
     process = begin(*flags)
     wait_until_it_catches(process, signal.SIGTERM)
-    # replaced, not truncated in place: that could hit the microseconds in which a batch is copied from the map
+    # replaced, not truncated in place: that could hit the microseconds in which a batch is copied
     (copy / "short.bin").write_bytes(bytes(100))
     os.replace(copy / "short.bin", copy / "train.bin")
     _, errors = process.communicate(timeout=30)
