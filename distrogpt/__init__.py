@@ -1,1 +1,1 @@
-"""Everything that nobody types: the commands in the folder above import it."""
+"""What the commands are made of; they import this package."""

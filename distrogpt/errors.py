@@ -44,7 +44,7 @@ def cli_errors(out_of_memory: str = OOM_HINT) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         text = str(error).lower()
         if "gloo" in text or "nccl" in text or type(error).__name__ == "DistBackendError":
-            exit_with_error(1, f"another rank was lost ({text[:60]}); start again: --init_from=auto goes on")
+            exit_with_error(1, f"another rank was lost ({text[:60]}); start again: --init_from=auto resumes")
         if not is_out_of_memory(error):
             raise
         exit_with_error(1, f"out of memory; {out_of_memory}")

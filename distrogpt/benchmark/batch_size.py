@@ -119,9 +119,9 @@ class BatchTrials:
             if not is_out_of_memory(error):
                 raise
             trial = trial._replace(fits=False)
+            gc.collect()  # what an unfinished step has left
         if self.trainer:
             self.trainer.model.zero_grad(set_to_none=True)
-        gc.collect()  # what an unfinished step has left
         if self.on_gpu:
             torch.cuda.reset_peak_memory_stats()
             torch.cuda.empty_cache()

@@ -18,7 +18,7 @@ modern = {"rotary": True, "norm": "rmsnorm", "qk_norm": True, "n_kv_head": 2, "a
 for changes in ({}, modern):
     model = GPT(GPTConfig(block_size=64, vocab_size=128, n_layer=2, n_head=4, n_embd=64, **changes))
     optimizer = model.configure_optimizers(0.1, 3e-3, (0.9, 0.95), "cpu")
-    for step in range(150):
+    for step in range(100):
         starts = torch.randint(len(ids) - 65, (8,))
         batch = torch.stack([ids[i : i + 65] for i in starts])
         _, loss = model(batch[:, :-1], batch[:, 1:])

@@ -142,10 +142,10 @@ def test_two_runs_in_one_folder_are_refused_until_the_first_ends_however_it_ends
     first = begin(*flags)
     assert until(first, "step 5: loss")
     before = (tmp_path / "log.csv").read_bytes()
-    second = run_here("train.py", *LONG, *flags, "--max_iters=2")
-    assert_user_error(
-        second, f"process {first.pid} on ", f"writes to out_dir={tmp_path}", "another --out_dir"
-    )
+    config = read_settings(TrainConfig, [*LONG, *flags])
+    with pytest.raises(UserError, match=f"process {first.pid} on .* writes to out_dir=.*another --out_dir"):
+        with RunDirectory(config, Runtime(torch.device("cpu"), torch.float32), lock_timeout=0.2):
+            pass
     assert (tmp_path / "log.csv").read_bytes().startswith(before) and first.poll() is None
     first.kill()
     first.communicate()

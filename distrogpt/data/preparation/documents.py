@@ -14,7 +14,6 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -131,12 +130,13 @@ def read_text(path: Path, corpus: Corpus, by_line: bool) -> Iterator[str]:
         text = io.TextIOWrapper(unpacked, corpus.encoding, corpus.errors)
         mark = "\ufeff"  # with which Windows begins a file
         try:
-            for block in iter(text.readline if by_line else partial(text.read, BLOCK), ""):
-                if "\0" in block and corpus.errors == "strict":
+            while texts := text.readlines(BLOCK) if by_line else list(filter(None, [text.read(BLOCK)])):
+                if corpus.errors == "strict" and any("\0" in one for one in texts):
                     raise UserError(f"{path} is binary (a null character); leave it out, or --errors=replace")
                 corpus.bytes_read = before + file.tell()
-                yield block.removeprefix(mark)
+                texts[0] = texts[0].removeprefix(mark)
                 mark = ""
+                yield from texts
         except UnicodeDecodeError as error:
             fault = f"byte 0x{error.object[error.start]:02x}"
             if suffix != ".zst":  # whose stream does not tell its position
