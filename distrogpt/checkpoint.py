@@ -40,6 +40,8 @@ def atomic_write(write: Callable[[IO[bytes]], object], *paths: Path) -> None:
                 os.link(temporaries[0], temporary)
             except OSError:  # a file system without hard links
                 shutil.copyfile(temporaries[0], temporary)
+                with open(temporary, "rb+") as copy:
+                    os.fsync(copy.fileno())
         for temporary, path in zip(temporaries, paths, strict=True):
             os.replace(temporary, path)
     except BaseException as error:

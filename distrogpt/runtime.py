@@ -143,7 +143,7 @@ def stop_runtime() -> None:
 
 
 def tune_malloc() -> None:
-    """Let glibc keep the memory that a step frees: to fetch it anew costs a tenth of the step."""
+    """Let glibc keep the memory that a step frees: to fetch it again costs a tenth of the step."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # another libc, another system

@@ -92,7 +92,7 @@ def loss_task(config: EvalConfig, loaded: LoadedModel, name: str) -> Task:
 
 
 def multiple_choice_task(config: EvalConfig, loaded: LoadedModel, name: str) -> Task:
-    """How often the right ending is the likeliest, by the sum (acc) and mean (acc_norm) of log-probs."""
+    """How often the right ending is the most likely, by the sum (acc) and mean (acc_norm) of log-probs."""
     if name == "choice" and not config.input:
         raise UserError("choice reads a file; give --input=FILE, or --tasks=hellaswag")
     model, runtime = loaded.model, loaded.runtime

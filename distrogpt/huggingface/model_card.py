@@ -25,7 +25,7 @@ TOKENIZERS = {"char": "characters", "byte": "bytes", "bpe": "own byte-pair encod
 NO_END = "No token ends a text or fills up a batch: texts of several lengths are read one by one."
 TRUST = """`trust_remote_code=True` lets transformers, 5.0 and newer, run `modeling_distrogpt.py` of this \
 folder, as none of its own architectures computes this network; read it first."""
-LICENCE = """None is claimed here: whoever owns the weights and the text that they come from decides, and \
+LICENCE = """None is claimed here: the owner of the weights and of the text that they come from decides, and \
 names it above as `license:`."""
 
 

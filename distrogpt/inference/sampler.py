@@ -92,7 +92,7 @@ class Sampler:
         config: SampleConfig,
         advance: Callable[[int], object] = lambda tokens: None,
     ) -> Iterator[Detokenizer]:
-        """Yield num_samples of each prompt, prompt by prompt: each is the likeliest of best_of candidates.
+        """Yield num_samples of each prompt, prompt by prompt: each is the most likely of best_of candidates.
         `advance` is called with the number of new tokens."""
         n, candidates = config.num_samples * config.best_of, []
         uniforms = uniform_noise(config.seed, n, config.max_new_tokens)

@@ -238,7 +238,7 @@ class Engine:
 
 
 def error_message(error: Exception) -> str:
-    """What clients are told of an error; the trace of a bug goes to stderr."""
+    """The message that clients get; the trace of a bug goes to stderr."""
     if is_out_of_memory(error):
         return "out of memory; ask for fewer samples at once"
     traceback.print_exception(error)

@@ -176,7 +176,7 @@ class TensorBoard:
         except Exception as error:
             advice = "pip install tensorboard, or --tensorboard_log=False"
             raise UserError(f"TensorBoard does not start ({error}); {advice}") from None
-        # steps that are repeated are written anew
+        # steps that are repeated are written again
         self.open = partial(SummaryWriter, run.path / TENSORBOARD, purge_step=state.step + 1)
         self.writer: Any = None  # opened after an older run's folder has been renamed
         self.failed = False

@@ -165,7 +165,7 @@ class RunDirectory:
                 path.rename(self.path / name)
             except OSError as error:
                 raise MachineError(f"{path} cannot be renamed ({error.strerror}); see {self.path}") from None
-            log.info(f"note     {path} is not what this run goes on from, and is {name} now")
+            log.info(f"note     {path} is not what this run resumes from, and is {name} now")
 
     def append_log(self, row: dict[str, Any]) -> None:
         """Add a row to log.csv. A full disk is reported once, and the run continues without the row."""
@@ -234,7 +234,7 @@ class RunDirectory:
         self.save_thread.join()
         self.save_thread = None
         if self.save_error:
-            log.info(f"note     {self.save_error}; the run goes on and tries again")
+            log.info(f"note     {self.save_error}; the run continues and tries again")
         else:
             log.info(self.save_result)
 

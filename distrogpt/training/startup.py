@@ -175,11 +175,11 @@ def describe_resumption(config: TrainConfig, model: GPT, checkpoint: dict[str, A
             line += f": nothing left to do ({reason})" if reason else ": nothing left to do"
         log.info(line)
         if "optimizer" not in checkpoint:
-            log.info("note     without the optimizer's averages, which start anew")
+            log.info("note     without the optimizer's averages, which start from zero")
         if "data" in checkpoint and not same_data(checkpoint["data"], fingerprint(data)):
             if is_restart():
                 raise UserError("the data changed under the run; put back what it was, and resume")
-            log.info("note     the data changed since: the run goes on, but not as it would have")
+            log.info("note     the data changed since: the run continues, but not as it would have")
     for name, value in asdict(model.config).items():
         wanted = getattr(config, name, value)
         chosen = bool(checkpoint) or wanted != getattr(TrainConfig, name, wanted)

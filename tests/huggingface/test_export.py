@@ -641,7 +641,7 @@ def test_the_model_card_reports_where_the_model_comes_from(tmp_path):
     card = ModelCard.load(folder / "README.md", ignore_metadata_errors=False)
     metadata = card.data.to_dict()
     assert metadata["library_name"] == "transformers" and metadata["pipeline_tag"] == "text-generation"
-    assert "license" not in metadata and "whoever owns" in card.text
+    assert "license" not in metadata and "the owner of the weights" in card.text
     bits = 1.6 / math.log(2) * 100 / 200
     for row in (
         "| name | mybook |", "| train tokens | 900 |", f"| sha256 | {'ab' * 32} |", "| step | 7 |",

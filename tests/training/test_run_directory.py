@@ -261,7 +261,7 @@ def test_a_full_disk_is_told_and_the_run_goes_on_with_the_old_files_whole(unbrok
     full = limited(len(before["last.pt"]) // 2, *flags)
     assert full.returncode == 1 and full.stderr.startswith("error: ") and len(full.stderr.splitlines()) == 1
     assert "last.pt cannot be written (File too large)" in full.stderr
-    assert full.stdout.count("the run goes on and tries again") == 2 and "step 200: train" in full.stdout
+    assert full.stdout.count("the run continues and tries again") == 2 and "step 200: train" in full.stdout
     assert {name: (tmp_path / name).read_bytes() for name in before} == before
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "ckpt.pt",
@@ -288,7 +288,7 @@ def test_a_folder_that_vanishes_is_told(tmp_path, dataset):
     assert until(process, "step 60: loss")
     os.rename(out_dir, tmp_path / "elsewhere")
     output, errors = process.communicate(timeout=60)
-    assert process.returncode == 1 and "the run goes on" in output
+    assert process.returncode == 1 and "the run continues" in output
     assert errors.startswith("error: ") and "No such file" in errors and len(errors.splitlines()) == 1
     assert load_checkpoint(tmp_path / "elsewhere" / "last.pt")["iter_num"] == 50
 
@@ -348,7 +348,7 @@ def test_a_new_run_renames_the_old_ones_files(tmp_path, dataset):
             assert (tmp_path / moved).read_bytes() == content
     assert (
         len(list(tmp_path.glob("*.previous-*"))) == 8
-        and printed.count("is not what this run goes on from") == 4
+        and printed.count("is not what this run resumes from") == 4
     )
 
 

@@ -76,7 +76,7 @@ def write_shards(folder: Path, source: Corpus, tokenizer: Tokenizer, settings: S
     progress.setdefault("starts", [[part.range_of(len(source))[0], 0, 0]])
     width = writer.id_dtype(tokenizer).itemsize
     if is_complete(folder, width):
-        print(f"{folder} is complete; --overwrite writes it anew")
+        print(f"{folder} is complete; --overwrite writes it again")
         return
     with writer.report_full_disk(folder, "its shards are kept: free some space, run the same command again"):
         (folder / "meta.json").unlink(missing_ok=True)  # a shard is missing
@@ -167,7 +167,7 @@ class ShardWriter:
         if len(self.starts) == len(self.shards):
             return
         file, document, skipped = self.starts[-1]
-        token = 0  # within the document, at the begin of a piece
+        token = 0  # within the document, at the beginning of a piece
         pieces = skip_documents(source.pieces(file, self.part.range_of(len(source))[1]), document)
         done_before = source.done()
 
