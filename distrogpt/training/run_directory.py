@@ -165,7 +165,7 @@ class RunDirectory:
                 path.rename(self.path / name)
             except OSError as error:
                 raise MachineError(f"{path} cannot be renamed ({error.strerror}); see {self.path}") from None
-            log.info(f"note     {path} is not what this run resumes from, and is {name} now")
+            log.info(f"note     {path} is not part of this run, and is {name} now")
 
     def append_log(self, row: dict[str, Any]) -> None:
         """Add a row to log.csv. A full disk is reported once, and the run continues without the row."""
