@@ -19,13 +19,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from distrogpt.data.token_stream import open_file
-from distrogpt.data.tokenizer import END_OF_TEXT
+from distrogpt.data.tokenizer import END_OF_TEXT, SAFE_CUT
 from distrogpt.errors import UserError
 
 BLOCK = 1 << 16  # bytes read at once, and characters of a piece: small, as one wide character widens them all
 ROWS = 64  # of a parquet file at once: they can be long
 PACKED = (".gz", ".zst")
-SAFE_CUT = re.compile(r"(?s).*\S(?=[ \n\t])")  # up to the last white space that follows something else
 
 
 class Piece(NamedTuple):
