@@ -70,6 +70,7 @@ def by_bytes() -> Sampler:
         SamplingParams(1.4, 8, 0.85, 0.1, 1.4),
         SamplingParams(2.0, 5, 0.4, 0.01, 3.0),
         SamplingParams(1.0, top_p=1e-6),
+        SamplingParams(1.0, top_k=9, top_p=1e-320),  # 0 in fp32
         SamplingParams(1.0, min_p=1.0),
     ],
 )
