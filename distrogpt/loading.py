@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from distrogpt.checkpoint import best_checkpoint, first_line, load_checkpoint, restore_model
+from distrogpt.checkpoint import NotFinite, best_checkpoint, first_line, load_checkpoint, restore_model
 from distrogpt.data.dataset import find_parts
 from distrogpt.data.meta import GPT2_META, read_meta
 from distrogpt.data.tokenizer import Tokenizer, from_description
@@ -48,6 +48,8 @@ def load_pretrained(name: str, dropout: float = 0.0) -> tuple[GPT, dict[str, Any
 
         folder = find_folder(name)
         model = read_pretrained(folder, dropout)
+    except NotFinite as error:
+        raise UserError(f"init_from={name}: {error}; use another model") from None
     except ImportError as error:
         raise UserError(f"init_from={name} needs {error.name}; run: pip install {error.name}") from None
     except Exception as error:  # no network, an unknown name, damaged or hostile files: errors of many types

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from distrogpt.checkpoint import check_range
 from distrogpt.data.dataset import Dataset, open_dataset
 from distrogpt.data.meta import GPT2_META, tokenizers_differ
 from distrogpt.data.tokenizer import Tokenizer, encode_prompt
@@ -38,6 +39,7 @@ class LoadedModel(NamedTuple):
 def load_tasks(config: EvalConfig, runtime: Runtime) -> tuple[str, dict[str, Task]]:
     """What the model is called, and the tasks that the settings name, checked. Raises UserError."""
     model, contents, source = load_trained(config.out_dir, config.init_from)
+    check_range(model, runtime.dtype)
     settings, meta = contents.get("config", {}), contents.get("meta", {}) if contents else GPT2_META
     names = [name.strip() for name in config.tasks.split(",") if name.strip()] or [config.tasks]
     if names == ["auto"]:

@@ -23,7 +23,7 @@ from urllib.request import urlopen
 
 import torch
 
-from distrogpt.checkpoint import build_model, check_weights, make_config, meta_model
+from distrogpt.checkpoint import build_model, check_finite, check_weights, make_config, meta_model
 from model import EPS, GPT, GPTConfig
 
 ARCHITECTURES = {
@@ -226,6 +226,7 @@ def read_pretrained(folder: Path, dropout: float = 0.0) -> GPT:
     if config.n_kv_head == config.n_head:
         config = replace(config, n_kv_head=None)
     weights = {name: w for name, w in read_weights(folder).items() if not name.endswith(CONSTANTS)}
+    check_finite(weights)
     if kind == "gpt2":
         config, weights = from_gpt2(config, weights, settings.get("bias") is False)
     elif kind != "distrogpt":

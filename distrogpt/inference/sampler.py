@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from configurator import check_value
+from distrogpt.checkpoint import check_range
 from distrogpt.data.tokenizer import encode_prompt
 from distrogpt.errors import UserError, warn
 from distrogpt.inference.decoder import optimize_for_inference, stream
@@ -34,6 +35,7 @@ class Sampler:
     ) -> None:
         self.runtime = start_runtime(device, dtype)
         model, contents, self.source = load_trained(out_dir, init_from)
+        check_range(model, self.runtime.dtype)
         self.config = contents.get("config", {})  # of its training
         self.tokenizer = find_tokenizer(contents, model.config.vocab_size, self.source)
         error = compile_error(self.runtime.device) if compile else ""
