@@ -10,7 +10,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any, get_type_hints
@@ -23,6 +23,8 @@ from distrogpt.training.distributed import gather_to_cpu, shard_like
 from model import GPT, GPTConfig
 
 BEST, NEWEST, HISTORY = "ckpt.pt", "last.pt", "step-????????.pt"
+# in the names of weights: torch.compile, DDP and DataParallel, FSDP1, its checkpointing, Lightning
+WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "model")
 OPTIMIZER_KEYS = ("optimizer", "muon")  # AdamW's or SGD's state, as in nanoGPT; Muon's beside AdamW's
 
 
@@ -153,13 +155,12 @@ def restore_model(contents: dict[str, Any], path: Path, dropout: float = 0.0) ->
         config = make_config(args)
     except ValueError as error:
         raise UserError(f"{path} has {error}; use another, or update") from None
-    weights = {
-        name.removeprefix("_orig_mod."): tensor  # of a compiled model
-        for name, tensor in contents["model"].items()
-        if not name.endswith(".attn.bias")  # nanoGPT's causal mask, with torch before 2.0
-    }
     try:
-        return build_model(config, weights)
+        weights = without_wrappers(contents["model"])
+        weights = {  # without nanoGPT's causal mask, with torch before 2.0
+            name: tensor for name, tensor in weights.items() if not name.endswith(".attn.bias")
+        }
+        return build_model(tie_weights(config, weights), weights)
     except NotFinite as error:
         raise not_finite_error(path, error) from None
     except (ValueError, RuntimeError) as error:
@@ -176,6 +177,31 @@ def make_config(args: dict[str, Any]) -> GPTConfig:
             shown = str(value)[:40] if isinstance(value, (int, float, str)) else type(value).__name__
             raise ValueError(f"{name[:40]}={shown}, not known here")
     return GPTConfig(**args)
+
+
+def without_wrappers(weights: Mapping[str, Any], wrappers: tuple[str, ...] = WRAPPERS) -> dict[str, Any]:
+    """Weights by the names that the network has without what was around it or its layers. Raises ValueError
+    if two have the same name then."""
+    unwrapped: dict[str, Any] = {}
+    for name, tensor in weights.items():
+        own = ".".join(part for part in name.split(".") if part not in wrappers)
+        if own in unwrapped:
+            raise ValueError(f"{own[:60]} is there twice")
+        unwrapped[own] = tensor
+    return unwrapped
+
+
+def tie_weights(config: GPTConfig, weights: dict[str, Any], wte: str = "transformer.wte.weight") -> GPTConfig:
+    """Complete `weights` if one of two tied ones is missing. If both are there and differ, they are not tied,
+    and the config that is returned says so, as transformers does."""
+    tied = [name for name in (wte, "lm_head.weight") if name in weights]
+    if not config.tied or not tied:
+        return config
+    first, last = weights[tied[0]], weights[tied[-1]]
+    if first is not last and is_dense(first) and is_dense(last) and not torch.equal(first, last):
+        return replace(config, tied=False)
+    weights |= dict.fromkeys((wte, "lm_head.weight"), first)
+    return config
 
 
 def meta_model(config: GPTConfig, n_weights: int) -> GPT:

@@ -23,7 +23,15 @@ from urllib.request import urlopen
 
 import torch
 
-from distrogpt.checkpoint import build_model, check_finite, check_weights, make_config, meta_model
+from distrogpt.checkpoint import (
+    build_model,
+    check_finite,
+    check_weights,
+    make_config,
+    meta_model,
+    tie_weights,
+    without_wrappers,
+)
 from model import EPS, GPT, GPTConfig
 
 ARCHITECTURES = {
@@ -42,6 +50,7 @@ NORMS = {"attn.c_attn": "input_layernorm", "mlp.c_fc": "post_attention_layernorm
 LLAMA_SIZES = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head"}
 LLAMA_SIZES |= {"max_position_embeddings": "block_size", "vocab_size": "vocab_size"}
 CONSTANTS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # in old files, beside the weights
+WRAPPERS = ("_orig_mod", "module")  # in the names of weights: torch.compile, DDP
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 Weights = dict[str, torch.Tensor]
 
@@ -165,8 +174,9 @@ def to_llama(config: GPTConfig, ours: Weights) -> Weights:
 def from_llama(config: GPTConfig, theirs: Weights) -> tuple[GPTConfig, Weights]:
     """The weights of llama, qwen3 or arcee as ours; each norm's are multiplied into what reads it, the last
     one's into lm_head, which cannot stay tied if they are not 1. Raises ValueError."""
+    config = tie_weights(config, theirs, "model.embed_tokens.weight")
     if config.tied:
-        theirs = {name: w for name, w in theirs.items() if name != "lm_head.weight"}
+        del theirs["lm_head.weight"]
     with torch.device("meta"):
         check_weights(theirs, to_weights(config, meta_model(config, len(theirs)).state_dict()))
     D, last_norm = config.head_dim, theirs["model.norm.weight"]
@@ -225,15 +235,14 @@ def read_pretrained(folder: Path, dropout: float = 0.0) -> GPT:
     config = make_config({**shape_of(settings), "dropout": dropout})
     if config.n_kv_head == config.n_head:
         config = replace(config, n_kv_head=None)
-    weights = {name: w for name, w in read_weights(folder).items() if not name.endswith(CONSTANTS)}
+    weights = without_wrappers(read_weights(folder), WRAPPERS)
+    weights = {name: w for name, w in weights.items() if not name.endswith(CONSTANTS)}
     check_finite(weights)
     if kind == "gpt2":
         config, weights = from_gpt2(config, weights, settings.get("bias") is False)
     elif kind != "distrogpt":
         config, weights = from_llama(config, weights)
-    if config.tied:
-        weights["lm_head.weight"] = weights["transformer.wte.weight"]
-    return build_model(config, weights)
+    return build_model(tie_weights(config, weights), weights)
 
 
 def read_weights(folder: Path) -> Weights:
