@@ -330,8 +330,10 @@ def training_state(
     if model.config.tied:
         weights["lm_head.weight"] = weights["transformer.wte.weight"]
     states = [gather_to_cpu(optimizer.state_dict(), keep) for optimizer in optimizers]
-    named_states = dict(zip(OPTIMIZER_KEYS, states, strict=False))
-    return {"model": weights, **named_states, "model_args": asdict(model.config), **extra}
+    named_states, model_args = dict(zip(OPTIMIZER_KEYS, states, strict=False)), asdict(model.config)
+    if not model.config.qk_norm_weights:
+        del model_args["qk_norm_weights"]  # which versions before it do not know
+    return {"model": weights, **named_states, "model_args": model_args, **extra}
 
 
 def first_line(error: BaseException) -> str:
