@@ -27,7 +27,8 @@ def main(config: ServeConfig) -> None:
     key, signals = find_key(config), []
     voice = load_voice(config.voice) if config.voice else None
     with listen(config.host, config.port) as address:
-        sampler = Sampler(config.out_dir, config.init_from, config.device, config.dtype, int8=config.int8)
+        source, hardware = (config.out_dir, config.init_from), (config.device, config.dtype)
+        sampler = Sampler(*source, *hardware, int8=config.int8, dataset=config.dataset)
         engine = Engine(sampler, config.batch_size, config.queue)
         server = Server(App(config, sampler, engine, key, voice))
         host, port = address.getsockname()[:2]

@@ -6,7 +6,7 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from hashlib import sha1
 from itertools import pairwise
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from distrogpt.errors import UserError
+from distrogpt.errors import UserError, warn
 
 END_OF_TEXT = "<|endoftext|>"
 GPT2_FILES = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
@@ -100,6 +100,32 @@ class ByteTokenizer(Tokenizer):
 
     def describe(self) -> dict[str, Any]:
         return {"kind": "byte"}
+
+
+class IdTokenizer(Tokenizer):
+    """The ids themselves, written as numbers: of a vocabulary that names no characters."""
+
+    end_of_text, chars = None, ""
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+
+    def encode_text(self, text: str) -> np.ndarray:
+        """ids (N,) of numbers with spaces or commas between them. Raises UserError that names the first word
+        that is none."""
+        ids = []
+        for word in text.replace(",", " ").split():
+            if not (word.isascii() and word.isdecimal() and len(word) < 20 and int(word) < self.vocab_size):
+                advice = f"give numbers from 0 to {self.vocab_size - 1}, such as '0 1 2'"
+                raise UserError(f"{word[:40]!r} is not a token id, and no tokenizer is known; {advice}")
+            ids.append(int(word))
+        return np.array(ids, np.int64)
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        return "".join(f" {i}" for i in ids).encode()
+
+    def describe(self) -> None:
+        return None
 
 
 class TiktokenTokenizer(Tokenizer):
@@ -263,6 +289,25 @@ def start_token(tokenizer: Tokenizer) -> int:
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
     """The prompt's ids, at least one. Raises UserError."""
     return tokenizer.encode(prompt).tolist() or [start_token(tokenizer)]
+
+
+def keep_ends(
+    prompts: Mapping[str, list[int]], block_size: int, note: Callable[[str], object] = warn
+) -> list[list[int]]:
+    """The last block_size ids of each prompt, by its name, as nanoGPT reads them; a note says of which."""
+    longer = [name for name, ids in prompts.items() if len(ids) > block_size]
+    if longer[1:]:
+        names = f"{longer[0]}, and {len(longer) - 1} more,"
+        note(f"note     {names} have over {block_size} tokens; the model reads their last {block_size}")
+    elif longer:
+        count = len(prompts[longer[0]])
+        note(f"note     {longer[0]} has {count} tokens; the model reads the last {block_size}")
+    return [ids[-block_size:] for ids in prompts.values()]
+
+
+def tokenizer_of(meta: dict[str, Any]) -> Tokenizer:
+    """The tokenizer of a dataset's meta; an IdTokenizer if it names none. Raises UserError."""
+    return from_description(meta["tokenizer"]) if meta["tokenizer"] else IdTokenizer(meta["vocab_size"])
 
 
 def from_description(description: dict[str, Any]) -> Tokenizer:

@@ -119,7 +119,7 @@ def parse_prompt(prompt: Any, name: str, sampler: Sampler, truncate: bool) -> tu
     """The text and the ids of a prompt that is either of them. Raises UserError."""
     block_size, vocab_size = sampler.model.config.block_size, sampler.tokenizer.vocab_size
     if isinstance(prompt, str):
-        text, ids = prompt, sampler.ids_of(prompt, name, check_length=False)
+        text, ids = prompt, sampler.ids_of(prompt, name)
     elif not is_ids(prompt):
         raise UserError(f"{name} is neither text nor a list of ids; send one of these")
     elif not all(0 <= id < vocab_size for id in prompt):
