@@ -19,9 +19,9 @@ from distrogpt.audio.speech import INSTALL
 from distrogpt.data.preparation.documents import Corpus, checksum, find_files
 from distrogpt.data.preparation.own_text import known_tokenizer, make_dataset, new_folder, parse_options
 from distrogpt.data.preparation.sources import add_text_options, argument_parser, strip_patterns
-from distrogpt.data.preparation.writer import write_text
 from distrogpt.data.tokenizer import END_OF_TEXT, interruptible
 from distrogpt.errors import UserError, is_out_of_memory
+from distrogpt.files import write_text
 
 KINDS = (".mp3 .m4a .m4b .wav .flac .ogg .oga .opus .aac .wma .aif .aiff .mp4 .mkv .mka .webm .mov .caf .amr "
          ".3gp").split()  # fmt: skip
