@@ -204,10 +204,7 @@ class App(Starlette):
 
 def find_key(config: ServeConfig) -> str | None:
     """The API key. Raises UserError if other machines could connect without one."""
-    try:
-        key = None if config.api_key is None else read_prompt(config.api_key).strip()
-    except UserError:
-        raise UserError(f"api_key={config.api_key} is not a text file; write the key into one") from None
+    key = None if config.api_key is None else read_prompt(config.api_key, "api_key: the file").strip()
     if key is not None and not re.fullmatch("[!-~]+", key):
         raise UserError("api_key is not one word of ASCII characters; choose a long one")
     if key is None and config.host not in LOCAL_HOSTS:

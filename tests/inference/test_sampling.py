@@ -325,7 +325,7 @@ def test_a_terminal_shows_a_progress_bar_for_several_samples(trained):
 def test_mistakes(trained, tmp_path, chars):
     (tmp_path / "e.txt").write_text("def \né\n", encoding="utf-8")
     (tmp_path / "none.txt").write_text("\n\n")
-    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe")
+    (tmp_path / "bytes.txt").write_bytes(b"caf\xe9")
     for flags, *says in (
         ([f"--prompts={tmp_path / 'e.txt'}"], "e.txt, line 2: character 'é' at position 0"),
         ([f"--prompts={tmp_path / 'none.txt'}"], "none.txt has no prompts"),
