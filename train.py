@@ -102,7 +102,7 @@ def train(config: TrainConfig, on_evaluation: Callable | None = None) -> TrainRe
         del checkpoint  # frees the copy on the CPU
         batches = BatchLoader(data, config, runtime, state.step)
         logger = TrainLogger(run, state, model, on_evaluation)
-        with logger, collect_signals(enabled=not config.eval_only) as signals:
+        with logger, collect_signals(run.abandon_save, enabled=not config.eval_only) as signals:
             while True:
                 # evaluate at intervals, and at the end of the run
                 losses = None
