@@ -85,6 +85,7 @@ def train(config: TrainConfig, on_evaluation: Callable | None = None) -> TrainRe
 
     `on_evaluation` is called on rank 0 after each evaluation, with the losses of all so far.
     """
+    config = startup.inherit_settings(config)
     runtime = start_runtime(config.device, config.dtype, config.backend)
     startup.check_ranks(config, runtime)
     data = open_dataset(config)
