@@ -41,18 +41,16 @@ def find_dataset(name: str) -> Path:
     """The folder of a dataset: data/NAME here or in the repository, or NAME as a path. Raises UserError."""
     if folder := dataset_folder(name):
         return folder
-    folder = next(filter(os.path.isdir, folders_of(name)), None)
-    if folder and (folder / "prepare.py").is_file():
-        raise UserError(f"{folder} is not prepared; {how_to_prepare(folder)}")
+    if folder := next(filter(os.path.isdir, folders_of(name)), None):
+        raise UserError(f"{folder / 'train.bin'} is missing; {how_to_prepare(folder)}")
     if os.path.isfile(name):
         here = has_dataset(Path(name).parent)
         hint = f"give {Path(name).parent}" if here else how_to_prepare(DATA / "text")
         raise UserError(f"no dataset {name}, which is a file; {hint}")
-    fault = f"no dataset {name[:200]}" + (", but a folder without token files" if folder else "")
     scripts = {path.parent.name for path in DATA.glob("*/prepare.py")}
     hint = did_you_mean(name, scripts - set(NAMING))
     hint = hint or f"prepared: {prepared_names(name)}; data/ can make {', '.join(sorted(scripts))}"
-    raise UserError(f"{fault}; {hint}")
+    raise UserError(f"no dataset {name[:200]}; {hint}")
 
 
 def prepared_near(name: str) -> list[str]:
