@@ -289,7 +289,7 @@ def test_what_is_no_tokenizer(script, tmp_path):
         assert ("did you mean gpt2?" in done.stderr) == (name == "GPT2")
         assert not (tmp_path / "out").exists()
     assert prepare_here(SCRIPT, *words, "--tokenizer=byte").returncode == 0
-    done = prepare_here(script, *words, f"--tokenizer={tmp_path / 'aut'}")
+    done = prepare_here(script, *words, f"--tokenizer={tmp_path / 'outt'}")
     assert_user_error(done, f"did you mean {tmp_path / 'out'}?", f"prepared dataset ({tmp_path / 'out'})")
 
 

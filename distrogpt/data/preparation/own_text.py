@@ -197,7 +197,7 @@ def parse_options(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """The command line, with a dataset's name, tokenizer and val added to the parser. Raises UserError."""
     add = parser.add_argument
     add("--name", metavar="NAME", help="the dataset becomes data/NAME")
-    add("--tokenizer", default="char", help=f"{', '.join(KINDS)}, or another dataset's name (default: char)")
+    add("--tokenizer", default="char", help="char (default), byte, gpt2, bpe:4096, or another dataset's name")
     add("--val_fraction", type=float, default=0.1, help="of documents, or the end of one (default: 0.1)")
     args = parser.parse_args()
     if not args.input:
