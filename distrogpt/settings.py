@@ -237,7 +237,7 @@ class SampleConfig(Settings):
     )
     interactive: bool = setting(False, "read prompts from the keyboard; /help there says more")
     num_samples: int = setting(10, "samples of each prompt; a single one is streamed", min=1)
-    batch_size: int = setting(64, "sequences per batch; does not change the text", min=1)
+    batch_size: int = setting(64, "sequences per batch; on CPUs, does not change the text", min=1)
     max_new_tokens: int = setting(500, "tokens per sample, after the prompt", min=1)
     temperature: float = setting(0.8, "below 1 less random, above 1 more; 0 takes the most likely", min=0)
     top_k: int | None = setting(200, "sample from the k most likely tokens; None or 0 is all", min=0)

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 from distrogpt.data.meta import read_meta
 from distrogpt.data.preparation.documents import Corpus, cut, find_files
+from distrogpt.data.preparation.own_text import next_commands
 from distrogpt.data.token_stream import TokenStream
-from distrogpt.data.tokenizer import END_OF_TEXT, from_description
+from distrogpt.data.tokenizer import END_OF_TEXT, ByteTokenizer, from_description
 
 SCRIPT = "data/text/prepare.py"
 STORIES = [
@@ -248,6 +249,8 @@ def test_the_commands_that_it_names_run(tmp_path, text):
     (tmp_path / "book.txt").write_text(text[:4000], encoding="utf-8")
     done = prepare(tmp_path, "--input", tmp_path / "book.txt", "--tokenizer=bpe:300")
     train, sample = [line.split() for line in done.stdout.splitlines() if line.startswith("  python ")]
+    book = next_commands(tmp_path / "out", "mybook", ByteTokenizer())[0].split()  # as in the README
+    assert book[2] == "config/train_own_text.py" and {"--dataset=mybook", "--out_dir=out-mybook"} <= set(book)
     out_dir = tmp_path / "run"
     quick = (
         "--max_iters=3",

@@ -266,6 +266,16 @@ def test_a_full_queue_refuses_requests_and_serves_those_that_wait(trained):
         third.close()
 
 
+def test_truncate_keeps_the_end_of_a_prompt_as_sample_py_does(server):
+    for prompt in ("def f(x):\n    return x + 1\n", "import os\n" * 20_000):
+        expected = server.sampler.generate(prompt, 2, 12, temperature=1.0, top_k=None, seed=4)
+        params = {"max_tokens": 12, "n": 2, "seed": 4, "truncate": True}
+        assert server.texts(prompt, echo=True, **params) == expected
+        ids = server.sampler.tokenizer.encode(prompt).tolist()
+        assert server.texts(ids, echo=True, **params) == expected
+        assert server.complete(prompt, **params)["usage"]["prompt_tokens"] == 16
+
+
 def test_equal_prompts_get_different_texts_unless_there_is_a_seed(server):
     first, second = server.texts(["def ", "def "], max_tokens=30)
     assert first != second

@@ -182,7 +182,8 @@ def next_commands(folder: Path, name: str, tokenizer: Tokenizer) -> tuple[str, s
         flags["max_iters"] = max(100, round(steps / 100) * 100)
         flags["eval_interval"] = max(50, round(steps / 100) * 10)
     defaults = run_path(str(DATA.parent / "config" / f"{config}.py"))
-    changed = {key: value for key, value in flags.items() if value != defaults.get(key)}
+    shown = ("dataset", "out_dir")  # even if they are the config's
+    changed = {key: value for key, value in flags.items() if key in shown or value != defaults.get(key)}
     words = [f"--{key}={shlex.quote(str(value))}" for key, value in changed.items()]
     sample = f"python sample.py --out_dir={shlex.quote(flags['out_dir'])}"
     if tokenizer.end_of_text is not None:
