@@ -92,7 +92,7 @@ class TrainConfig(Settings):
     dropout: float = setting(0.0, "0 for pretraining; 0.1 or more for finetuning, small data", min=0, below=1)
     bias: bool = setting(False, "biases in the linear layers and LayerNorms, as in GPT-2")
     activation: str = setting(
-        "gelu_tanh", "GPT-2's GELU; gelu is the exact one, five times as fast on CPUs", choices=ACTIVATIONS
+        "gelu_tanh", "GPT-2's GELU; gelu is the exact one, several times as fast on CPUs", choices=ACTIVATIONS
     )
     # improvements since GPT-2; model.py says what each does, BENCHMARKS.md what it gains
     norm: str = setting("layernorm", "rmsnorm normalises the length alone and has no weights", choices=NORMS)
