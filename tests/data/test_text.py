@@ -280,6 +280,22 @@ def test_another_datasets_tokenizer(tmp_path):
     assert_user_error(done, "no dataset nothing")
 
 
+@pytest.mark.parametrize("script", [SCRIPT, "data/hub/prepare.py"])
+def test_what_is_no_tokenizer(script, tmp_path):
+    """A folder that was never prepared is no dataset; what there is, kinds and datasets, is listed."""
+    write_stories(tmp_path / "in", "stories.txt")
+    words = ("--input", tmp_path / "in", "--output", tmp_path / "out")
+    for name in (*"audio text hub word GPT2".split(), tmp_path / "out", tmp_path / "in", REPO):
+        done = prepare_here(script, *words, f"--tokenizer={name}")
+        assert_user_error(done, f"no dataset {name}", "byte", "gpt2, " if script == SCRIPT else "gpt2")
+        assert ("bpe:4096" in done.stderr) == (script == SCRIPT)
+        assert ("did you mean gpt2?" in done.stderr) == (name == "GPT2")
+        assert not (tmp_path / "out").exists()
+    assert prepare_here(SCRIPT, *words, "--tokenizer=byte").returncode == 0
+    done = prepare_here(script, *words, f"--tokenizer={tmp_path / 'outt'}")
+    assert_user_error(done, f"did you mean {tmp_path / 'out'}?", f"prepared dataset ({tmp_path / 'out'})")
+
+
 def test_a_large_vocabulary_takes_uint32_and_says_so(tmp_path):
     (tmp_path / "all.txt").write_text(
         "".join(map(chr, range(0x10000, 0x10000 + 70_000))) * 2, encoding="utf-8"

@@ -24,6 +24,7 @@ from distrogpt.errors import UserError, cli_errors
 from distrogpt.files import write_text
 
 BPE_SAMPLE = 50_000_000  # characters that train a tokenizer: its memory grows with the number of words
+KINDS = ("char", "byte", "gpt2", "bpe:4096")  # what --tokenizer can be besides a dataset
 SIZE_FLAGS = ("n_layer", "n_head", "n_embd", "block_size", "batch_size", "gradient_accumulation_steps")
 SIZES = (  # bytes of train up to which these SIZE_FLAGS fit, and epochs
     (100_000, 2, 2, 64, 128, 4, 1, 8),
@@ -103,7 +104,7 @@ def known_tokenizer(name: str) -> Tokenizer | None:
     kind, _, size = name.partition(":")
     if kind == "bpe" and (not re.fullmatch("[0-9]{3,7}", size) or int(size) < 258):
         raise UserError(f"--tokenizer {name} has no size from 258 to 9999999; write bpe:4096")
-    return None if kind == "bpe" or name == "char" else named_tokenizer(name)
+    return None if kind == "bpe" or name == "char" else named_tokenizer(name, KINDS)
 
 
 def make_tokenizer(name: str, chars: str, documents: int, train: Iterable[str]) -> Tokenizer:
@@ -222,7 +223,7 @@ def new_folder(args: argparse.Namespace) -> Iterator[None]:
         with writer.claim_folder(args.output, args.overwrite):
             yield
     finally:
-        with suppress(OSError):  # an empty folder would look like a dataset
+        with suppress(OSError):  # an empty one is of no use
             args.output.rmdir()
 
 
@@ -248,5 +249,6 @@ def copy_pipes(inputs: list[str], folder: Path) -> Iterator[list[str]]:
 def main(description: str) -> None:
     """Any text as a dataset."""
     args = parse_options(text_parser(sys.argv[0], description, "files, folders, globs; - is stdin"))
+    known_tokenizer(args.tokenizer)  # which is checked before the text is read
     with new_folder(args), copy_pipes(args.input, args.output) as inputs:
         make_dataset(args, open_corpus(args, inputs))

@@ -7,10 +7,10 @@ import os
 import re
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from distrogpt.data.meta import find_dataset, read_meta
+from distrogpt.data.meta import dataset_folder, did_you_mean, prepared_names, read_meta
 from distrogpt.data.preparation.documents import READERS, Corpus, find_files
 from distrogpt.data.preparation.writer import text_bytes, write_dataset
 from distrogpt.data.tokenizer import Tokenizer, from_description
@@ -72,11 +72,15 @@ def strip_patterns(args: argparse.Namespace) -> tuple[re.Pattern[str], ...]:
         raise UserError(f"--strip_lines {args.strip_lines}: {error}; mend the regular expression") from None
 
 
-def named_tokenizer(name: str) -> Tokenizer:
-    """gpt2, byte, or the tokenizer of a dataset, by its name or folder. Raises UserError."""
+def named_tokenizer(name: str, kinds: Sequence[str] = ("gpt2", "byte")) -> Tokenizer:
+    """gpt2, byte, or the tokenizer of a dataset, by its name or folder. `kinds` are what a command's
+    --tokenizer takes besides datasets. Raises UserError."""
     if name in ("gpt2", "byte"):
         return from_description({"kind": name})
-    meta = read_meta(find_dataset(name))
+    if not (folder := dataset_folder(name)):
+        hint = f"{did_you_mean(name, kinds)} --tokenizer is {', '.join(kinds)}, or a prepared dataset".strip()
+        raise UserError(f"no dataset {name[:200]} is prepared; {hint} ({prepared_names(name)})")
+    meta = read_meta(folder)
     if not meta["tokenizer"]:
         raise UserError(f"the dataset {name} has no tokenizer in its meta.json; choose another --tokenizer")
     return from_description(meta["tokenizer"])
