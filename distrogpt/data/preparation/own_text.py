@@ -172,6 +172,7 @@ def next_commands(folder: Path, name: str, tokenizer: Tokenizer) -> tuple[str, s
         config = "train_gpt2_modern"
     elif tokenizer.describe()["kind"] == "gpt2":
         config = "finetune_own_text"
+        flags["out_dir"] += "-gpt2"  # where no other network of this text is
         flags["block_size"] = min(1024, longest)
     else:
         config = "train_own_text"
