@@ -44,9 +44,8 @@ def main(config: SampleConfig) -> None:
     if config.speak:  # mistakes are reported before the model is loaded
         check_wav(config.speak)
         voice = load_voice(config.voice)
-    sampler = Sampler(
-        config.out_dir, config.init_from, config.device, config.dtype, config.compile, config.int8
-    )
+    hardware = (config.device, config.dtype, config.compile, config.int8)
+    sampler = Sampler(config.out_dir, config.init_from, *hardware, dataset=config.dataset)
     warn(f"{sampler.source} ({sampler.runtime.describe()})")
     if config.interactive:
         prompt_loop(sampler, config)
@@ -58,7 +57,7 @@ def main(config: SampleConfig) -> None:
 
 def print_samples(sampler: Sampler, prompts: dict[str, str], config: SampleConfig) -> list[str]:
     """Print a single sample while it is generated, several when they are finished; returns their texts."""
-    ids = [sampler.ids_of(prompt, name) for name, prompt in prompts.items()]
+    ids = sampler.prompt_ids(prompts)
     echoed = [prompt if config.echo else "" for prompt in prompts.values()]
     style, texts = output_style(config.show_probs), []
     if style == "colours":

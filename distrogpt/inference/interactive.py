@@ -55,7 +55,8 @@ def prompt_loop(sampler: Sampler, config: SampleConfig) -> None:
                 config = run_command(line[1:], config)
                 continue
             prompt = read_prompt_lines(line) if line else text
-            ids = sampler.ids_of(prompt, check_length=bool(line))  # the text so far may be longer
+            # of the text so far, the decoder reads the end, without a note each time
+            (ids,) = sampler.prompt_ids({"the prompt": prompt}) if line else [sampler.ids_of(prompt)]
             on_screen = sys.stdin.isatty()  # as typed, or as printed before
             echoed = prompt if config.echo and not on_screen else ""
             updates = sampler.stream_sample(ids, config)

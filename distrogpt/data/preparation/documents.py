@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from distrogpt.data.token_stream import open_file
-from distrogpt.data.tokenizer import END_OF_TEXT
+from distrogpt.data.tokenizer import END_OF_TEXT, SAFE_CUT
 from distrogpt.errors import UserError
 from distrogpt.files import encoding_of, fault_of, likely_encoding
 
@@ -28,7 +28,6 @@ BLOCK = 1 << 16  # bytes read at once, and characters of a piece: small, as one 
 ROWS = 64  # of a parquet file at once: they can be long
 PACKED = (".gz", ".zst")
 BETWEEN = re.compile(r"[\s,]*")  # the values of a JSON array
-SAFE_CUT = re.compile(r"(?s).*\S(?=[ \n\t])")  # up to the last white space that follows something else
 
 
 class Piece(NamedTuple):
@@ -289,7 +288,8 @@ def strip_lines(lines: Iterable[str], patterns: tuple[re.Pattern[str], ...]) -> 
 def cut(texts: Iterable[str], separator: str | None = None, block: int = BLOCK) -> Iterator[Piece]:
     """Consecutive texts as documents, which the separator separates, in pieces of some `block` characters."""
     waiting: list[str] = []
-    size, enough = 0, block
+    searched = size = 0  # characters that wait: those that have no safe cut, and all of them
+    enough = block
     for text in chain(texts, [""]):
         waiting.append(text)
         size += len(text)
@@ -298,12 +298,13 @@ def cut(texts: Iterable[str], separator: str | None = None, block: int = BLOCK) 
         *documents, rest = "".join(waiting).split(separator) if separator else ["".join(waiting)]
         yield from (Piece(document, True) for document in documents)
         position = len(rest)
-        if text and (safe := SAFE_CUT.match(rest)):
+        if text and (safe := SAFE_CUT.match(rest, max(0, len(rest) - size + searched - 1))):
             position = safe.end()
         elif text:  # wait for white space, but not for ever; the last characters may be half a separator
             position = max(0, len(rest) - len(END_OF_TEXT)) if len(rest) > 64 * block else 0
         yield Piece(rest[:position], not text)
-        waiting, size = [rest[position:]], len(rest) - position
+        waiting, searched = [rest[position:]], len(rest) - position
+        size = searched
         enough = size + block
 
 
