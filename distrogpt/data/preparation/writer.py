@@ -21,6 +21,7 @@ from distrogpt.data.preparation.documents import Piece
 from distrogpt.data.tokenizer import Tokenizer
 from distrogpt.errors import MachineError, UserError
 from distrogpt.files import locked, write_text
+from distrogpt.progress import show_wait
 
 Encoded = tuple[Piece, np.ndarray]
 BATCH = 16  # pieces that a thread encodes at once
@@ -76,7 +77,8 @@ def lock_folder(folder: Path, timeout: float = 1.0) -> Iterator[None]:
     with ExitStack() as stack:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(locked(folder / "prepare.lock", busy(folder), timeout))
+            with show_wait(f"waits for another prepare.py, which holds {folder}"):
+                stack.enter_context(locked(folder / "prepare.lock", busy(folder), timeout))
         except OSError as error:
             advice = "choose another --output"
             raise UserError(f"{folder} cannot be written ({error.strerror}); {advice}") from None
@@ -197,7 +199,7 @@ def write_splits(folder: Path, tokenizer: Tokenizer, **about: Any) -> Iterator[C
         for split, count in tokens.items():
             if count < 2:
                 raise UserError(f"the text is too short: {split} has {count} tokens; give a longer one")
-        with report_full_disk(folder, UNCHANGED):
+        with report_full_disk(folder, UNCHANGED), show_wait("writes to the disk"):
             for file in files.values():
                 sync(file)
             write_meta(folder / "meta.json.tmp", tokenizer, tokens, text, **about)
