@@ -1,10 +1,12 @@
-"""A line on the terminal about work that has no bar, so that nothing is silent for long."""
+"""What a terminal shows of work that takes a while, so that nothing is silent for long."""
 
+import os
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import Any
 
 
 @contextmanager
@@ -33,3 +35,12 @@ def show_wait(what: str, state: Callable[[], str] = str, after: float = 2.0) -> 
     finally:
         ended.set()
         thread.join()
+
+
+def bar_size() -> dict[str, Any]:
+    """tqdm's options that fit its bar to the terminal. One that does not know its size, as in containers,
+    has no rows, and tqdm would show nothing."""
+    with suppress(OSError, ValueError, AttributeError):
+        if 0 in os.get_terminal_size(sys.stderr.fileno()):
+            return {"ncols": 80, "nrows": 24}
+    return {"dynamic_ncols": True}

@@ -22,7 +22,7 @@ from distrogpt.data.preparation.sources import add_text_options, argument_parser
 from distrogpt.data.tokenizer import END_OF_TEXT, interruptible
 from distrogpt.errors import UserError, is_out_of_memory
 from distrogpt.files import read_text, write_text
-from distrogpt.progress import show_wait
+from distrogpt.progress import bar_size, show_wait
 
 KINDS = (".mp3 .m4a .m4b .wav .flac .ogg .oga .opus .aac .wma .aif .aiff .mp4 .mkv .mka .webm .mov .caf .amr "
          ".3gp").split()  # fmt: skip
@@ -241,7 +241,7 @@ def progress_bar(seconds: float) -> Any:
 
     form = "{percentage:3.0f}%|{bar}| {n:.2f} of {total:.2f} h{postfix}, {remaining} left"
     hidden = seconds < 60 or not sys.stderr.isatty()
-    return tqdm(total=seconds / 3600, bar_format=form, disable=hidden, dynamic_ncols=True)
+    return tqdm(total=seconds / 3600, bar_format=form, disable=hidden, **bar_size())
 
 
 def transcribe_all(recordings: dict[Path, Path], args: argparse.Namespace) -> None:

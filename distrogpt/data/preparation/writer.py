@@ -21,7 +21,7 @@ from distrogpt.data.preparation.documents import Piece
 from distrogpt.data.tokenizer import Tokenizer
 from distrogpt.errors import MachineError, UserError
 from distrogpt.files import locked, write_text
-from distrogpt.progress import show_wait
+from distrogpt.progress import bar_size, show_wait
 
 Encoded = tuple[Piece, np.ndarray]
 BATCH = 16  # pieces that a thread encodes at once
@@ -150,7 +150,7 @@ def token_progress(done: Callable[[], float], delay: float = 0) -> Iterator[Call
     from tqdm import tqdm
 
     interval = 0.1 if sys.stderr.isatty() else 5
-    with tqdm(unit=" tokens", unit_scale=True, dynamic_ncols=True, mininterval=interval, delay=delay) as bar:
+    with tqdm(unit=" tokens", unit_scale=True, mininterval=interval, delay=delay, **bar_size()) as bar:
 
         def advance(tokens: int) -> None:
             fraction = done()
