@@ -222,13 +222,11 @@ def test_while_shards_are_written_only_other_parts_may_begin(number, source, ids
     first.start()
     while not list(tmp_path.glob("progress*.json")) or (tmp_path / "prepare.lock").exists():
         time.sleep(0.001)
-    refused = pytest.raises(UserError, match="another prepare.py writes to .*; wait until it ends")
+    refused = pytest.raises(UserError, match="another prepare.py writes to")
     try:
-        for overwrite in (False, True):
-            with refused:  # the same, and another that would delete the shards of this one
-                write(source, tmp_path, part=Part(1, number), overwrite=overwrite)
-        with refused:
-            write(source, tmp_path, part=Part(2, 2), overwrite=True)
+        for part in (Part(1, number), Part(2, 2)):  # the same, and one that would delete its shards
+            with refused:
+                write(source, tmp_path, part=part, overwrite=True)
         with refused, write_dataset(tmp_path, ByteTokenizer(), overwrite=True):
             pass
         for other in range(2, number + 1):
