@@ -222,7 +222,7 @@ def test_while_shards_are_written_only_other_parts_may_begin(number, source, ids
     first.start()
     while not list(tmp_path.glob("progress*.json")) or (tmp_path / "prepare.lock").exists():
         time.sleep(0.001)
-    refused = pytest.raises(UserError, match="another prepare.py writes to")
+    refused = pytest.raises(UserError, match=r"another prepare\.py writes to")
     try:
         for part in (Part(1, number), Part(2, 2)):  # the same, and one that would delete its shards
             with refused:
