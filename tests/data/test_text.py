@@ -214,6 +214,15 @@ def test_stdin_globs_and_formats(tmp_path):
     ]
 
 
+def test_what_a_killed_command_left_is_removed(tmp_path):
+    (tmp_path / "book.txt").write_text("some text " * 100)
+    (tmp_path / "out").mkdir()
+    for name in ("pipe0", "train.bin.tmp", "meta.json.1234abcd.part", "prepare.lock", "progress.lock"):
+        (tmp_path / "out" / name).write_bytes(b"half")
+    assert prepare(tmp_path, "--input", tmp_path / "book.txt").returncode == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"meta.json", "train.bin", "val.bin"}
+
+
 def test_cleaning_leaves_out_lines_by_pattern(tmp_path):
     page = "THE TITLE\nIt was a dark night. THE TITLE of it was\nPage 12\nunknown.\n"
     (tmp_path / "book.txt").write_text(page * 500 + "THE TITLE")

@@ -115,6 +115,8 @@ def claim_folder(folder: Path, overwrite: bool, **about: Any) -> Iterator[None]:
             raise UserError(f"{folder} has a dataset already; {advice}")
         if busy_parts(folder):
             raise UserError(busy(folder))
+        for path in (*folder.glob("*.part"), *folder.glob("pipe[0-9]*")):  # of a command that was killed
+            path.unlink()
         yield
 
 
