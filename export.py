@@ -36,7 +36,7 @@ def export(config: ExportConfig) -> Path:
     weights = convert(to_weights(shape, model.state_dict()), config.dtype)
     count = sum(w.numel() for w in weights.values())
     texts = text_files(to.name, shape, tokenizer, contents, count, config.dtype)
-    write_folder(to, config.to, texts, weights)
+    write_folder(to, config.to, config.overwrite, texts, weights)
     kind = ARCHITECTURES[model_type_of(shape)]
     print(f"{source}\n{config.to}: {kind}, {count:,} parameters in {config.dtype}, {len(texts) + 1} files")
     print("\n".join([*how_to_load(config.to, shape, tokenizer), *limits_of(tokenizer)]))

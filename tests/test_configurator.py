@@ -84,6 +84,14 @@ def test_every_config_is_valid():
         settings_of(str(path))
 
 
+def test_every_config_trains_into_a_folder_of_its_own():
+    """Else one resumes the other's run, or moves its files aside."""
+    configs = {path.stem: read_settings(TrainConfig, [str(path)]) for path in REPO.glob("config/train_*.py")}
+    configs |= {path.stem: read_settings(TrainConfig, [str(path)]) for path in REPO.glob("config/fine*.py")}
+    folders = [config.out_dir for config in configs.values()]
+    assert len(folders) > 10 and len(set(folders)) == len(folders), configs
+
+
 @pytest.mark.parametrize(
     ("flag", "name", "value"),
     [

@@ -23,6 +23,7 @@ import torch
 
 from distrogpt.benchmark.timing import ROOT, dtype_name
 from distrogpt.errors import UserError
+from distrogpt.files import locked
 from distrogpt.plotting import draw, points, read_log, write_figure
 from distrogpt.runtime import Runtime
 from distrogpt.settings import BenchConfig
@@ -108,7 +109,15 @@ class Part:
 
 
 def bench_report(config: BenchConfig, runtime: Runtime, parts: list[Part] | None = None) -> Result:
-    """Run the parts, by default those for this device, and write the report. An older report is renamed."""
+    """Run the parts, by default those for this device, and write the report. An older report is renamed.
+    Raises UserError if another process writes one here."""
+    advice = "wait until it ends, or start this one in another folder"
+    with locked(Path(f"{FOLDER}.lock"), f"another bench.py writes to {FOLDER}; {advice}"):
+        return write_report(config, runtime, parts)
+
+
+def write_report(config: BenchConfig, runtime: Runtime, parts: list[Part] | None) -> Result:
+    """As bench_report, which keeps others out."""
     begin = time.monotonic()
     with suppress(ValueError):  # SIGTERM ends the running part too, as Ctrl-C does; not in other threads
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))

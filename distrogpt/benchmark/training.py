@@ -3,6 +3,7 @@ transformers' GPT-2."""
 
 import importlib.util
 import math
+import os
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, redirect_stdout
@@ -181,8 +182,10 @@ def profile(step: timing.Step, runtime: Runtime) -> None:
         timing.synchronize(runtime)
     order = "self_cuda_time_total" if runtime.device.type == "cuda" else "self_cpu_time_total"
     print(profiler.key_averages().table(sort_by=order, row_limit=15, max_name_column_width=40))
-    with writable(TRACE) as file:
-        profiler.export_chrome_trace(file)
+    with writable(TRACE):
+        temporary = f"{TRACE}.{os.getpid()}.part"
+        profiler.export_chrome_trace(temporary)
+        os.replace(temporary, TRACE)
     print(f"trace    {Path(TRACE).resolve()}: open it at chrome://tracing or https://ui.perfetto.dev")
 
 

@@ -85,7 +85,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
         return GPT2_META
     try:
         if path.is_file():
-            return checked_meta(json.loads(path.read_text(encoding="utf-8")))
+            return checked_meta(json.loads(path.read_bytes()))
         path = pickled
         return checked_meta(read_meta_pickle(path))
     except Exception as error:  # bytes from anywhere can fail in any way

@@ -12,6 +12,7 @@ from distrogpt.data.preparation.documents import Corpus, Piece, row_pieces, skip
 from distrogpt.data.preparation.shards import Part, ShardSettings, write_shards
 from distrogpt.data.preparation.sources import named_tokenizer, open_corpus, text_parser
 from distrogpt.errors import MachineError, UserError, cli_errors
+from distrogpt.progress import show_wait
 
 
 class HubText:
@@ -19,11 +20,13 @@ class HubText:
 
     def __init__(self, name: str, config: str | None, split: str, field: str) -> None:
         """Raises UserError if there is no such dataset, or no way to it."""
-        from datasets import load_dataset
+        with show_wait("loads datasets"):
+            from datasets import load_dataset
 
         self.settings = {"dataset": name, "config": config, "split": split, "field": field}
         try:
-            self.rows = load_dataset(name, config, split=split, streaming=True)
+            with show_wait(f"looks for {name}"):
+                self.rows = load_dataset(name, config, split=split, streaming=True)
         except Exception as error:  # the hub's client raises many kinds
             url, reason = f"https://huggingface.co/datasets/{name}", " ".join(str(error).split())[:200]
             advice = f"check --dataset, --config, --split, or fetch the files of {url} and give --input PATH"

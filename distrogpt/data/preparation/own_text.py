@@ -22,6 +22,7 @@ from distrogpt.data.preparation.sources import named_tokenizer, open_corpus, tex
 from distrogpt.data.tokenizer import BPETokenizer, CharTokenizer, Tokenizer, tokenizer_json, train_bpe
 from distrogpt.errors import UserError, cli_errors
 from distrogpt.files import write_text
+from distrogpt.progress import show_wait
 
 BPE_SAMPLE = 50_000_000  # characters that train a tokenizer: its memory grows with the number of words
 KINDS = ("char", "byte", "gpt2", "bpe:4096")  # what --tokenizer can be besides a dataset
@@ -127,7 +128,8 @@ def make_tokenizer(name: str, chars: str, documents: int, train: Iterable[str]) 
 def make_dataset(args: argparse.Namespace, corpus: Corpus) -> None:
     """Write the dataset of parse_options, and print the next commands. Raises UserError and MachineError."""
     enough = math.ceil(10 / args.val_fraction)
-    sizes, chars = scan(corpus, enough, want_chars=args.tokenizer == "char")
+    with show_wait("reads the text,", lambda: f"{corpus.done():.0%}"):
+        sizes, chars = scan(corpus, enough, want_chars=args.tokenizer == "char")
     is_val, position = choose_validation(sizes, args.val_fraction, enough)
 
     def sample() -> Iterator[str]:
@@ -173,6 +175,7 @@ def next_commands(folder: Path, name: str, tokenizer: Tokenizer) -> tuple[str, s
         config = "train_gpt2_modern"
     elif tokenizer.describe()["kind"] == "gpt2":
         config = "finetune_own_text"
+        flags["out_dir"] += "-gpt2"  # where no other network of this text is
         flags["block_size"] = min(1024, longest)
     else:
         config = "train_own_text"
@@ -237,7 +240,11 @@ def copy_pipes(inputs: list[str], folder: Path) -> Iterator[list[str]]:
     try:
         with writer.report_full_disk(folder, writer.UNCHANGED):
             for word, path in copies.items():
-                with sys.stdin.buffer if word == "-" else open(word, "rb") as pipe, open(path, "wb") as copy:
+                with (
+                    sys.stdin.buffer if word == "-" else open(word, "rb") as pipe,
+                    open(path, "wb") as copy,
+                    show_wait(f"reads {word},", lambda copy=copy: f"{copy.tell() >> 20} MB"),
+                ):
                     shutil.copyfileobj(pipe, copy, 1 << 20)
         yield [str(copies.get(word, word)) for word in inputs]
     finally:

@@ -16,6 +16,7 @@ from distrogpt.data.preparation.writer import text_bytes, write_dataset
 from distrogpt.data.tokenizer import Tokenizer, from_description
 from distrogpt.errors import UserError, cli_errors, exit_with_error
 from distrogpt.files import read_text
+from distrogpt.progress import show_wait
 
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -61,7 +62,9 @@ def open_corpus(args: argparse.Namespace, inputs: list[str]) -> Corpus:
     except (LookupError, UnicodeError):
         raise UserError(f"--encoding {args.encoding} is not known; try utf-8, latin-1 or utf-16") from None
     strip = strip_patterns(args)
-    return Corpus(find_files(inputs), args.field, args.encoding, args.errors, strip, args.format)
+    with show_wait("looks for the files"):
+        files = find_files(inputs)
+        return Corpus(files, args.field, args.encoding, args.errors, strip, args.format)
 
 
 def strip_patterns(args: argparse.Namespace) -> tuple[re.Pattern[str], ...]:
@@ -91,14 +94,15 @@ def prepare_shakespeare(about: str, make_tokenizer: Callable[[str], Tokenizer]) 
     """The command of a prepare.py of tiny Shakespeare: the first nine tenths are train, the rest is val."""
     args = argument_parser(sys.argv[0], about, "a copy of the text, instead of the download").parse_args()
     path = args.input or download(SHAKESPEARE, SHAKESPEARE_SHA256, args.output / "input.txt")
-    text = read_text(path)
-    actual = hash_of(path)
+    with show_wait("reads the text"):
+        text, actual = read_text(path), hash_of(path)
     if actual != SHAKESPEARE_SHA256:
         print(f"note: {path} is not tiny Shakespeare as published, but another text; it is used as it is")
     tokenizer, split, source = make_tokenizer(text), int(len(text) * 0.9), str(args.input or SHAKESPEARE)
     with write_dataset(args.output, tokenizer, args.overwrite, source=source, sha256=actual) as add:
         for name, part in (("train", text[:split]), ("val", text[split:])):
-            add(name, tokenizer.encode(part), text_bytes(part))
+            with show_wait("tokenizes the text"):
+                add(name, tokenizer.encode(part), text_bytes(part))
 
 
 def download(url: str, sha256: str, path: Path) -> Path:
