@@ -55,6 +55,7 @@ def load_pretrained(name: str, dropout: float = 0.0) -> tuple[GPT, dict[str, Any
         raise UserError(f"init_from={name} needs {error.name}; run: pip install {error.name}") from None
     except Exception as error:  # no network, an unknown name, damaged or hostile files: errors of many types
         advice = "give a folder with its config.json and model.safetensors, or go online"
+        advice = "use another one, or update" if is_folder else advice
         raise UserError(f"init_from={name} cannot be loaded ({first_line(error)}); {advice}") from None
     if (folder / "meta.json").is_file():
         return model, {"meta": read_meta(folder)}

@@ -4,6 +4,7 @@ import ast
 import json
 import math
 import shlex
+import shutil
 import signal
 import sys
 from dataclasses import asdict
@@ -467,6 +468,51 @@ def test_a_gpt2_that_is_another_network_is_refused(settings, tmp_path):
     change_settings(folder, **settings)
     with pytest.raises(UserError, match=f"{next(iter(settings))}=.* is not"):
         load_pretrained(str(folder))
+
+
+OTHER_NETWORKS = [
+    ("modern", {"value_embeddings": True}),  # as a newer version may write
+    ("modern", {"logit_scale": 0.5}),
+    ("own, LayerNorm", {"window": [128, 128]}),
+    ("own, LayerNorm", {"rope_theta": 5e5}),
+    ("Llama", {"logit_softcap": 15.0}),
+    ("Llama", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}),
+    ("Llama", {"partial_rotary_factor": 0.5}),
+    ("Arcee", {"quantization_config": {"bits": 4}}),
+    ("Qwen3", {"layer_types": ["full_attention", "sliding_attention"]}),
+    ("GPT-2", {"pruned_heads": {"0": [1]}}),
+    ("GPT-2", {"embedding_skip": True}),
+]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """An export of each of these kinds."""
+    kinds = {kind for kind, _ in OTHER_NETWORKS}
+    return {
+        kind: export_model(tmp_path_factory.mktemp("kind"), random_model(**KINDS[kind][1])) for kind in kinds
+    }
+
+
+@pytest.mark.parametrize(("kind", "settings"), OTHER_NETWORKS)
+def test_settings_of_another_network_are_refused(kind, settings, folders, tmp_path):
+    folder = shutil.copytree(folders[kind], tmp_path / "folder")
+    change_settings(folder, **settings)
+    wrong = sample_here(f"--init_from={folder}")
+    name = "rope_type" if "rope_scaling" in settings else next(iter(settings))
+    assert_user_error(wrong, f"{name}=", "use another one, or update")
+
+
+def test_settings_that_change_nothing_are_read(folders, tmp_path):
+    folder = shutil.copytree(folders["modern"], tmp_path / "folder")
+    off = {"value_embeddings": False, "logit_scale": 0.0, "window": None, "rope_scaling": {}}
+    change_settings(
+        folder, **off, _name_or_path="me/mine", torch_dtype="float32", transformers_version="5.0.0"
+    )
+    assert load_pretrained(str(folder))[0].config.logit_softcap == 15
+    old = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in old.items() if k != "qk_norm_weights"}))
+    assert load_pretrained(str(folder))[0].config.qk_norm  # an export of an older version
 
 
 def test_files_of_sharded_weights_must_lie_beside_their_index(qwen, tmp_path):
