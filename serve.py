@@ -15,10 +15,9 @@ from distrogpt.inference.sampler import Sampler
 
 with cli_errors():
     try:
-        import uvicorn
-
-        from distrogpt.serving.app import UVICORN, App, find_key, listen
+        from distrogpt.serving.app import App, find_key, listen
         from distrogpt.serving.engine import Engine
+        from distrogpt.serving.server import Server
     except ModuleNotFoundError as error:
         raise UserError(f"serve.py needs {error.name}; run: pip install -r requirements-serve.txt") from None
 
@@ -31,7 +30,7 @@ def main(config: ServeConfig) -> None:
         source, hardware = (config.out_dir, config.init_from), (config.device, config.dtype)
         sampler = Sampler(*source, *hardware, int8=config.int8, dataset=config.dataset)
         engine = Engine(sampler, config.batch_size, config.queue)
-        server = uvicorn.Server(uvicorn.Config(App(config, sampler, engine, key, voice), **UVICORN))
+        server = Server(App(config, sampler, engine, key, voice))
         host, port = address.getsockname()[:2]
         warn(f"{sampler.source} ({sampler.runtime.describe()})")
 

@@ -86,6 +86,7 @@ def train(config: TrainConfig, on_evaluation: Callable | None = None) -> TrainRe
 
     `on_evaluation` is called on rank 0 after each evaluation, with the losses of all so far.
     """
+    config = startup.inherit_settings(config)
     runtime = start_runtime(config.device, config.dtype, config.backend)
     startup.check_ranks(config, runtime)
     data = open_dataset(config)
@@ -104,7 +105,7 @@ def train(config: TrainConfig, on_evaluation: Callable | None = None) -> TrainRe
         del checkpoint  # frees the copy on the CPU
         batches = BatchLoader(data, config, runtime, state.step)
         logger = TrainLogger(run, state, model, on_evaluation)
-        with logger, collect_signals(enabled=not config.eval_only) as signals:
+        with logger, collect_signals(run.abandon_save, enabled=not config.eval_only) as signals:
             while True:
                 # evaluate at intervals, and at the end of the run
                 losses = None

@@ -8,6 +8,7 @@ import os
 import shlex
 import shutil
 import warnings
+import zipfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -65,8 +66,9 @@ def atomic_write(write: Callable[[IO[bytes]], object], *paths: Path) -> None:
         os.close(folder)
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """The contents of a checkpoint, on the CPU. Raises UserError if it is missing, damaged or hostile."""
+def load_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
+    """The contents of a checkpoint, on the CPU. Raises UserError if it is missing, damaged or hostile. With
+    `mmap`, tensors stay on disk until they are read, as long as the file is not replaced."""
     if not os.path.isfile(path):  # Path.is_file raises OSError for 5,000 characters
         if os.path.isfile(path.parent):
             raise UserError(f"{path.parent} is a file; give the folder that it is in")
@@ -76,7 +78,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch guesses what is wrong; the error below is enough
-            contents = torch.load(path, map_location="cpu", weights_only=True)
+            mmap = mmap and zipfile.is_zipfile(path)  # torch's format before 1.6 has no such thing
+            contents = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # damaged, foreign and hostile files raise errors of any type
         raise UserError(f"{path} is damaged or not a checkpoint ({first_line(error)}); use another") from None
     for key, (default, is_valid) in SCHEMA.items():
@@ -166,6 +169,16 @@ def restore_model(contents: dict[str, Any], path: Path, dropout: float = 0.0) ->
     except (ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[-1].strip()
         raise UserError(f"{path}: weights and model_args do not fit ({reason}); use another one") from None
+
+
+def run_settings(contents: dict[str, Any]) -> dict[str, Any]:
+    """The settings with which a checkpoint was trained, its network's shape among them; of any type."""
+    shape = {"activation": "gelu", **contents["model_args"]}
+    dropout = shape.pop("dropout", 0.0)  # the config's counts, as the model is made anew
+    settings = {"dropout": dropout, **contents.get("config", {}), **shape}
+    if "meta" not in contents:  # nanoGPT names the dtype of its GPU, also where nobody chose it
+        settings.pop("dtype", None)
+    return settings
 
 
 def make_config(args: dict[str, Any]) -> GPTConfig:

@@ -7,6 +7,8 @@ from distrogpt.gpus import GPUS
 
 ACTIVATIONS = ("gelu_tanh", "gelu", "relu2", "swiglu")  # as in model.py, which --help must not load
 NORMS = ("layernorm", "rmsnorm")
+# of train.py, and not taken from the checkpoint that a run resumes from: they belong to this call or machine
+OF_THIS_CALL = ("out_dir", "init_from", "eval_only", "device", "compile", "backend")
 EVAL_TASKS = ("loss", "hellaswag", "choice", "accuracy", "next")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 

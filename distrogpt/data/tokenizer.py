@@ -2,11 +2,14 @@
 
 import copy
 import json
+import re
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from hashlib import sha1
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -18,6 +21,11 @@ GPT2_FILES = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 GPT2_CACHED = [sha1(f"{GPT2_FILES}{name}".encode()).hexdigest() for name in ("vocab.bpe", "encoder.json")]
 # GPT-2's words: an ending as in 's, or letters, digits or signs with a space before them, or white space
 GPT2_WORDS = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+WHITE = r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"  # \s in GPT2_WORDS; not Python's
+# of white space without end before something else, all but the last: more than a regular expression's stack
+ENDLESS_SPACE = re.compile(rf"(?<!{WHITE}){WHITE}{{100000,}}(?={WHITE}(?!{WHITE}|\Z))")
+SAFE_CUT = re.compile(r"(?s).*\S(?=[ \n\t])")  # up to the last white space that follows something else
+LONGEST_WORD = 1000  # characters that train a byte-pair encoding as one: the time grows with the square
 BYTE_CHARS = {b: chr(b) for b in range(256) if chr(b).isprintable() and not chr(b).isspace()}
 BYTE_CHARS |= {b: chr(256 + n) for n, b in enumerate(b for b in range(256) if b not in BYTE_CHARS)}
 # BYTE_CHARS: a visible character for each byte, in the order of GPT-2's ids
@@ -126,10 +134,13 @@ class TiktokenTokenizer(Tokenizer):
     bpe: Any
 
     def encode_text(self, text: str) -> np.ndarray:
+        cuts = [at for found in ENDLESS_SPACE.finditer(text) for at in found.span()]
+        parts = [text[begin:end] for begin, end in pairwise([0, *cuts, len(text)])]
         try:
-            return self.bpe.encode_to_numpy(text, disallowed_special=())
+            ids = [self.bpe.encode_to_numpy(part, disallowed_special=()) for part in parts]
         except UnicodeEncodeError:  # halves of characters, which UTF-8 cannot write
-            return self.bpe.encode_to_numpy(text.encode("utf-8", "replace").decode(), disallowed_special=())
+            return self.encode_text(text.encode("utf-8", "replace").decode())
+        return ids[0] if len(ids) == 1 else np.concatenate(ids)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         return self.bpe.decode_bytes(list(ids))
@@ -212,6 +223,17 @@ def interruptible() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
+def trainable(texts: Iterable[str]) -> Iterator[str]:
+    """The texts in pieces that a trainer counts the same words in, but for those over LONGEST_WORD."""
+    for text in texts:
+        begin = 0
+        while begin < len(text):
+            safe = SAFE_CUT.match(text, begin, begin + LONGEST_WORD)
+            end = safe.end() if safe else begin + LONGEST_WORD
+            yield text[begin:end]
+            begin = end
+
+
 def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
     """A byte-pair encoding of vocab_size ids, or fewer if the texts have too few pairs to merge."""
     from tokenizers import Tokenizer as HuggingFaceTokenizer
@@ -220,9 +242,11 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
     bpe = HuggingFaceTokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = [BYTE_CHARS[b] for b in range(256)]
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=sys.stderr.isatty()
+    )
     with interruptible():
-        bpe.train_from_iterator(texts, trainer)
+        bpe.train_from_iterator(trainable(texts), trainer)
     merges: dict[str, tuple[str, str]] = {}  # by the token that they make: if two do, the first
     for left, right in json.loads(bpe.to_str())["model"]["merges"]:
         merges.setdefault(left + right, (left, right))

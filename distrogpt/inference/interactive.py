@@ -11,6 +11,7 @@ from pathlib import Path
 
 from configurator import check_value, shorten
 from distrogpt.errors import UserError, warn
+from distrogpt.files import encoding_of
 from distrogpt.inference.display import colour_legend, output_style, print_stream
 from distrogpt.inference.sampler import Sampler
 from distrogpt.settings import SAMPLING_FIELDS, SampleConfig
@@ -36,6 +37,9 @@ def prompt_loop(sampler: Sampler, config: SampleConfig) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a command's Ctrl-C would end the process
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="replace")
+        if not sys.stdin.isatty():
+            encoding = encoding_of(sys.stdin.buffer.peek(4), sys.stdin.encoding)
+            sys.stdin.reconfigure(encoding=encoding, newline=None)
     if sys.stdin.isatty():
         warn("a line is a prompt; /help shows more")
     if output_style(config.show_probs) == "colours":

@@ -1,9 +1,7 @@
 """A model and its tokenizer, loaded once, to generate text from Python."""
 
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +10,7 @@ from configurator import check_value
 from distrogpt.checkpoint import check_range
 from distrogpt.data.tokenizer import encode_prompt, keep_ends
 from distrogpt.errors import UserError, warn
+from distrogpt.files import read_text
 from distrogpt.inference.decoder import optimize_for_inference, stream
 from distrogpt.inference.detokenizer import Detokenizer, Token
 from distrogpt.inference.sampling import SamplingParams, uniform_noise
@@ -197,16 +196,6 @@ def sample_config(
         raise UserError(error) from None
 
 
-def read_text(name: str) -> str:
-    """The text of a file, or of stdin if the name is -. Raises UserError."""
-    try:
-        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-        return data.decode("utf-8-sig").replace("\r\n", "\n")
-    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a null character in the name
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise UserError(f"the prompt file {name} cannot be read ({reason}); name a text file") from None
-
-
-def read_prompt(start: str) -> str:
+def read_prompt(start: str, what: str = "the prompt file") -> str:
     """The prompt: the setting itself, or the text of the file in FILE:path. Raises UserError."""
-    return read_text(start[5:]) if start.startswith("FILE:") else start
+    return read_text(start[5:], f"{what} {start[5:]}") if start.startswith("FILE:") else start

@@ -70,6 +70,7 @@ def by_bytes() -> Sampler:
         SamplingParams(1.4, 8, 0.85, 0.1, 1.4),
         SamplingParams(2.0, 5, 0.4, 0.01, 3.0),
         SamplingParams(1.0, top_p=1e-6),
+        SamplingParams(1.0, top_k=9, top_p=1e-320),  # 0 in fp32
         SamplingParams(1.0, min_p=1.0),
     ],
 )
@@ -324,7 +325,7 @@ def test_a_terminal_shows_a_progress_bar_for_several_samples(trained):
 def test_mistakes(trained, tmp_path, chars):
     (tmp_path / "e.txt").write_text("def \né\n", encoding="utf-8")
     (tmp_path / "none.txt").write_text("\n\n")
-    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe")
+    (tmp_path / "bytes.txt").write_bytes(b"caf\xe9")
     for flags, *says in (
         ([f"--prompts={tmp_path / 'e.txt'}"], "e.txt, line 2: character 'é' at position 0"),
         ([f"--prompts={tmp_path / 'none.txt'}"], "none.txt has no prompts"),
