@@ -242,7 +242,9 @@ def test_token_ids_without_a_tokenizer(out_dir, tmp_path):
     ids = model.generate(torch.tensor([[5, 7]]), 9, temperature=0)[0].tolist()
     done = sample_here(f"--out_dir={out_dir}", "--start=5 7", *GREEDY)
     assert done.stdout == " ".join(map(str, ids)) + "\n"
-    assert f"note     {out_dir}/ckpt.pt has no tokenizer: prompts and samples are token ids" in done.stderr
+    assert (
+        f"note     {out_dir}/ckpt.pt has no known tokenizer: prompts and samples are token ids" in done.stderr
+    )
     (tmp_path / "ids.txt").write_text("5,\n7\n")
     listed = sample_here(
         f"--out_dir={out_dir}", f"--start=FILE:{tmp_path / 'ids.txt'}", "--echo=False", *GREEDY

@@ -195,9 +195,12 @@ def test_a_model_comes_back_from_training_in_transformers_and_leaves_again(kind,
         torch.testing.assert_close(back(ids, ids)[0], expected, atol=2e-5, rtol=0)
         generated = back.generate(ids[:1, :5], 20, temperature=0)  # by the KV cache
         assert generated.tolist() == greedy(theirs, ids[:1, :5], 20).tolist()
-        flags = (f"--init_from={tmp_path / 'saved'}", f"--dataset={folder}", f"--to={tmp_path / 'again'}")
-        done = run_here("export.py", *flags)
+        load_tokenizer(folder).save_pretrained(tmp_path / "saved")  # without our meta.json
+        done = run_here("export.py", f"--init_from={tmp_path / 'saved'}", f"--to={tmp_path / 'again'}")
         assert done.returncode == 0 and KINDS[kind][0] in done.stdout
+        assert (tmp_path / "again" / "tokenizer.json").read_bytes() == (
+            folder / "tokenizer.json"
+        ).read_bytes()
         again = load_in_transformers(tmp_path / "again")
         torch.testing.assert_close(again(ids).logits, expected, atol=2e-5, rtol=0)
     assert expected.std() > 1
@@ -277,6 +280,26 @@ def test_tokenizers_give_the_same_ids_and_text(kind, tmp_path, text, request):
     saved = tmp_path / "saved"
     theirs.save_pretrained(saved)
     assert load_tokenizer(saved)(ODD)["input_ids"] == tokenizer.encode(ODD).tolist()
+    network.save_pretrained(saved)  # as after finetuning elsewhere: without our meta.json
+    assert load_pretrained(str(saved))[1]["meta"]["tokenizer"] == tokenizer.describe()
+
+
+@pytest.mark.parametrize("change", ["another alphabet", "another kind", "a normalizer", "no JSON"])
+def test_a_foreign_tokenizer_json_is_not_taken_for_ours(change, tmp_path, text):
+    folder = export_model(tmp_path, random_model(vocab_size=300), train_bpe([text], 300))
+    (folder / "meta.json").unlink()
+    path = folder / "tokenizer.json"
+    exported = json.loads(path.read_text(encoding="utf-8"))
+    vocab = exported["model"]["vocab"]
+    if change == "another alphabet":
+        vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    elif change == "another kind":
+        exported["model"]["type"] = "Unigram"
+    elif change == "a normalizer":
+        exported["normalizer"] = {"type": "Lowercase"}
+    path.write_text("[" * 10**5 if change == "no JSON" else json.dumps(exported), encoding="utf-8")
+    done = sample_here(f"--init_from={folder}", "--start=3 4", "--num_samples=1", "--max_new_tokens=2")
+    assert done.stdout.startswith("3 4 ") and "has no known tokenizer" in done.stderr
 
 
 def test_sample_py_and_transformers_write_the_same_text(tmp_path):
@@ -404,7 +427,7 @@ def test_a_foreign_llama_is_loaded_exactly(tmp_path):
     done = sample_here(f"--init_from={tmp_path / 'llama'}", "--start=3 4", "--num_samples=1")
     assert (
         done.stdout.startswith("3 4 ")
-        and "has no tokenizer: prompts and samples are token ids" in done.stderr
+        and "has no known tokenizer: prompts and samples are token ids" in done.stderr
     )
 
 
