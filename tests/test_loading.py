@@ -14,6 +14,8 @@ from distrogpt.checkpoint import load_checkpoint, restore_model
 from distrogpt.data.meta import read_meta
 from distrogpt.errors import UserError
 from distrogpt.loading import find_tokenizer, load_pretrained
+from distrogpt.serving.completions import parse_completion
+from distrogpt.settings import ServeConfig
 from eval import EvalConfig, measure
 from sample import Sampler
 from train import TrainConfig, train
@@ -255,6 +257,9 @@ def test_token_ids_without_a_tokenizer(out_dir, tmp_path):
     for start in ("5 x", str(size), "-1", "1.5", "٣", "9" * 5000):
         wrong = sample_here(f"--out_dir={out_dir}", f"--start={start}", *GREEDY)
         assert_user_error(wrong, "is not a token id", f"numbers from 0 to {size - 1}")
+    sampler = Sampler(str(out_dir), device="cpu")  # of serve.py
+    for prompt in ("5 7", [5, 7]):
+        assert parse_completion({"prompt": prompt}, sampler, ServeConfig()).prompts[0].ids == [5, 7]
     to = tmp_path / "to"
     exported = run_here("export.py", f"--out_dir={out_dir}", f"--to={to}")
     assert exported.returncode == 0 and "It has no tokenizer" in exported.stdout

@@ -294,11 +294,8 @@ def described_by_json(text: str) -> dict[str, Any] | None:
     merged, alphabet = ["".join(pair) for pair in pairs], [BYTE_CHARS[b] for b in range(256)]
     if model["type"] != "BPE" or before.get("type") != "ByteLevel" or not ends or tokens[256:] != merged:
         return None
-    if (
-        tokens[:256] == [*BYTE_CHARS.values()]
-        and len(pairs) == 50_000
-        and merged[6] == BYTE_CHARS[32] + "the"
-    ):
+    the = merged[6] if len(merged) == 50_000 else None  # in GPT-2's vocabulary, the seventh merge
+    if tokens[:256] == [*BYTE_CHARS.values()] and the == BYTE_CHARS[32] + "the":
         return {"kind": "gpt2"}
     if tokens[:256] != alphabet or before["add_prefix_space"]:
         return None

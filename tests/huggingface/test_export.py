@@ -570,6 +570,10 @@ def test_pytorch_model_bin_is_read_and_runs_no_code(tmp_path):
     torch.save(old, folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
     assert_same_network(model, load_pretrained(str(folder))[0])
+    torch.save({f"module.{name}": w for name, w in old.items()}, folder / "pytorch_model.bin")  # of DDP
+    assert_same_network(model, load_pretrained(str(folder))[0])
+    torch.save({**old, "wpe.weight": old["wpe.weight"] / 0}, folder / "pytorch_model.bin")
+    assert_user_error(sample_here(f"--init_from={folder}"), "wpe.weight has NaN or infinite", "another model")
     (folder / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch trap'\ntR.")
     assert_user_error(sample_here(f"--init_from={folder}"), "cannot be loaded")
 
@@ -715,6 +719,10 @@ def test_weights_too_large_for_a_type_are_reported(tmp_path):
     assert_user_error(wrong, "wte.weight has weights that are not finite in float16", "--dtype=bfloat16")
     assert not (tmp_path / "to").exists()
     assert export_run(out_dir, tmp_path / "to", "--dtype=bfloat16").returncode == 0
+    model.transformer.wte.weight.data[3, 4] = 3.4e38
+    out_dir = make_run(tmp_path / "larger", model, LETTERS)
+    wrong = export_run(out_dir, tmp_path / "other", "--dtype=bfloat16")
+    assert_user_error(wrong, "not finite in bfloat16; set --dtype=float32")
 
 
 def test_batches_are_padded_if_a_token_can_do_it(tmp_path):
