@@ -48,8 +48,8 @@ def convert(weights: Weights, dtype: str) -> Weights:
     converted = {name: w.to(getattr(torch, dtype)) for name, w in weights.items()}
     for name, w in converted.items():
         if not w.isfinite().all():
-            advice = "set --dtype=bfloat16" if weights[name].isfinite().all() else "use another checkpoint"
-            raise UserError(f"{name} has weights that are not finite in {dtype}; {advice}")
+            larger = "bfloat16" if dtype == "float16" else "float32"
+            raise UserError(f"{name} has weights that are not finite in {dtype}; set --dtype={larger}")
     return converted
 
 

@@ -269,7 +269,7 @@ def last_good_checkpoint(folder: Path) -> Path | None:
     paths = [folder / BEST, folder / NEWEST, *folder.glob(HISTORY)]
     for path in sorted(filter(os.path.isfile, paths), key=os.path.getmtime, reverse=True):
         with suppress(Exception):  # an optimizer's state can be of any structure
-            contents = load_checkpoint(path)
+            contents = load_checkpoint(path, mmap=True)
             check_finite({name: weight.float() for name, weight in contents["model"].items()})
             for key in OPTIMIZER_KEYS:
                 for averages in contents.get(key, {"state": {}})["state"].values():

@@ -3,13 +3,14 @@
 import difflib
 import math
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from distrogpt.checkpoint import NotFinite, best_checkpoint, first_line, load_checkpoint, restore_model
 from distrogpt.data.dataset import find_parts, parse_mixture
-from distrogpt.data.meta import GPT2_META, dataset_folder, read_meta, tokenizers_differ
-from distrogpt.data.tokenizer import Tokenizer, tokenizer_of
+from distrogpt.data.meta import GPT2_META, dataset_folder, described_vocab_size, read_meta, tokenizers_differ
+from distrogpt.data.tokenizer import Tokenizer, described_by_json, tokenizer_of
 from distrogpt.errors import UserError, warn
 from model import GPT, GPTConfig
 
@@ -55,12 +56,18 @@ def load_pretrained(name: str, dropout: float = 0.0) -> tuple[GPT, dict[str, Any
         raise UserError(f"init_from={name} needs {error.name}; run: pip install {error.name}") from None
     except Exception as error:  # no network, an unknown name, damaged or hostile files: errors of many types
         advice = "give a folder with its config.json and model.safetensors, or go online"
+        advice = "use another one, or update" if is_folder else advice
         raise UserError(f"init_from={name} cannot be loaded ({first_line(error)}); {advice}") from None
     if (folder / "meta.json").is_file():
         return model, {"meta": read_meta(folder)}
-    if model_type_of(model.config) == "gpt2":
+    described = None
+    if (folder / "tokenizer.json").is_file():  # of an export that was saved again elsewhere
+        with suppress(Exception):  # a file from anywhere
+            described = described_by_json((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    elif model_type_of(model.config) == "gpt2":
         return model, {}
-    return model, {"meta": {"tokenizer": None, "vocab_size": model.config.vocab_size, "dtype": "uint32"}}
+    vocab_size = described_vocab_size(described) if described else model.config.vocab_size
+    return model, {"meta": {"tokenizer": described, "vocab_size": vocab_size, "dtype": "uint32"}}
 
 
 def check_name(name: str) -> None:
@@ -85,7 +92,7 @@ def find_tokenizer(
     if "meta" not in contents and vocab_size - count >= 128:  # more than padding
         warn(f"note     {source} has {vocab_size:,} tokens, its tokenizer only {count:,}")
     if not meta["tokenizer"]:
-        warn(f"note     {source} has no tokenizer: prompts and samples are token ids, 0 to {count - 1}")
+        warn(f"note     {source} has no known tokenizer: prompts and samples are token ids, 0 to {count - 1}")
     return tokenizer_of(meta)
 
 

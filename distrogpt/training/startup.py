@@ -23,7 +23,7 @@ from distrogpt.checkpoint import (
 from distrogpt.data.dataset import Dataset, samples_per_epoch
 from distrogpt.data.meta import tokenizers_differ
 from distrogpt.errors import UserError
-from distrogpt.loading import load_pretrained
+from distrogpt.loading import is_here, load_pretrained
 from distrogpt.runtime import Runtime
 from distrogpt.settings import OF_THIS_CALL, TrainConfig
 from distrogpt.training.run_directory import LOG, is_restart
@@ -67,6 +67,9 @@ def inherit_settings(config: TrainConfig) -> TrainConfig:
     if path is None or not inherits(config):
         return config
     inherited = inherited_settings(config, load_checkpoint(path, mmap=True))
+    dataset = inherited.get("dataset")
+    if dataset and not is_here(dataset):
+        raise UserError(f"{path} was trained on {dataset[:200]}, which is not here; give --dataset=FOLDER")
     values = {name: check_value(TrainConfig, name, value, f"{path}: ") for name, value in inherited.items()}
     return with_changes(config, **values)
 
