@@ -75,6 +75,18 @@ def exit_process(status: int) -> NoReturn:
     sys.exit(status)
 
 
+def leave_to_rank_0(command: str) -> None:
+    """For commands that work in one process: under torchrun, all ranks but the first end, and that goes on
+    as if alone."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return
+    if int(os.environ.get("RANK", 0)):
+        exit_process(0)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        os.environ.pop(name, None)
+    warn(f"note     {command} works in one process, without torchrun; the other ranks end")
+
+
 @contextmanager
 def writable(path: str) -> Iterator[str]:
     """Raises UserError if the file cannot be written."""
