@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from distrogpt.errors import UserError, cli_errors, leave_to_rank_0
+from distrogpt.files import read_text
 
 REPO = Path(__file__).resolve().parent
 T = TypeVar("T")
@@ -126,8 +127,9 @@ def run_config_file(path: Path, values: dict[str, Any]) -> dict[str, Any]:
     """Run a config file with the settings as its globals; returns those that it set or imported, without its
     own names: modules, functions, classes, and those that begin with _."""
     scope = Namespace({"__file__": str(path), "__name__": path.stem, **values})
+    source = read_text(path)
     try:
-        exec(compile(path.read_text(encoding="utf-8"), str(path), "exec"), scope)
+        exec(compile(source, str(path), "exec"), scope)
     except (Exception, SystemExit) as error:  # a config file that calls exit() is a mistake too
         frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
         line = frames[-1].lineno if frames else getattr(error, "lineno", None) or "?"

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from distrogpt.checkpoint import check_range
 from distrogpt.data.dataset import open_dataset
 from distrogpt.errors import cli_errors, exit_process
 from distrogpt.evaluation.evaluator import Evaluator
@@ -93,6 +94,7 @@ def train(config: TrainConfig, on_evaluation: Callable | None = None) -> TrainRe
     evaluator = Evaluator(config, data, runtime)
     with RunDirectory(config, runtime) as run:
         model, checkpoint = startup.initial_model(config, data.meta, run.restarted_id)
+        check_range(model, runtime.dtype)
         startup.describe_run(config, runtime, data, model)
         state = TrainState(checkpoint)
         run.resume(checkpoint, config=asdict(config), meta=data.meta, data=startup.fingerprint(data))

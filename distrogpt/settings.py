@@ -15,6 +15,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 # settings of several commands
 INIT_FROM = setting("resume", "resume (from out_dir), gpt2[-medium|-large|-xl], or a folder", path=True)
 OUT_DIR = setting("out", "folder of the checkpoint", path=True)
+DATASET = setting(None, "dataset with the tokenizer, if the checkpoint names none that is here", path=True)
 START = setting("\n", "the prompt; FILE:path reads it from a file; empty starts a new document")
 DEVICE = setting("auto", "auto (cuda, else mps, else cpu), cpu, cuda, cuda:1, mps")
 DTYPE = setting("auto", "compute dtype; auto: bfloat16 if supported; float32 is TF32 on GPUs", choices=DTYPES)
@@ -233,6 +234,7 @@ class SampleConfig(Settings):
 
     init_from: str = INIT_FROM
     out_dir: str = OUT_DIR
+    dataset: str | None = DATASET
     start: str = START
     prompts: str | None = setting(
         None, r"file with a prompt on each line, or - for stdin, instead of start; \n is a newline", path=True
@@ -284,6 +286,7 @@ class ServeConfig(Settings):
 
     init_from: str = INIT_FROM
     out_dir: str = OUT_DIR
+    dataset: str | None = DATASET
     host: str = setting("127.0.0.1", "address to listen on; 0.0.0.0 is all, and needs an api_key")
     port: int = setting(8000, "port to listen on; 0 takes any free one", min=0, max=65535)
     api_key: str | None = setting(None, "API key that clients must send; FILE:path reads it from a file")
@@ -345,6 +348,7 @@ class ExportConfig(Settings):
 
     init_from: str = INIT_FROM
     out_dir: str = OUT_DIR
+    dataset: str | None = DATASET
     to: str = setting("", "the folder to write", path=True)
     dtype: str = setting("float32", "dtype of the weights", choices=DTYPES[1:])
     overwrite: bool = setting(False, "replace an existing export")

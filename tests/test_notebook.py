@@ -1,10 +1,12 @@
 """The notebook, executed on a tiny setting."""
 
-import nbformat
+import pytest
 from conftest import REPO
-from nbclient import NotebookClient
 
 from distrogpt.plotting import read_log
+
+nbformat = pytest.importorskip("nbformat", reason="needs requirements-test.txt")
+NotebookClient = pytest.importorskip("nbclient", reason="needs requirements-test.txt").NotebookClient
 
 
 def test_the_quickstart_runs_from_its_own_folder(dataset, tmp_path):

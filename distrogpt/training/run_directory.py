@@ -28,7 +28,7 @@ import torch
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from distrogpt.checkpoint import BEST, NEWEST, atomic_write, newest_checkpoint, training_state
+from distrogpt.checkpoint import BEST, HISTORY, NEWEST, atomic_write, newest_checkpoint, training_state
 from distrogpt.errors import Diverged, MachineError, UserError
 from distrogpt.plotting import LOG, PICTURE
 from distrogpt.runtime import Runtime
@@ -39,7 +39,7 @@ from model import GPT
 
 log = logging.getLogger("distrogpt")
 
-TENSORBOARD, LOCK, OWNER, HISTORY = "tensorboard", "run.lock", "run.owner", "step-????????.pt"
+TENSORBOARD, LOCK, OWNER = "tensorboard", "run.lock", "run.owner"
 FILES = (BEST, NEWEST, LOG, TENSORBOARD, PICTURE, HISTORY)  # of a run
 COLUMNS = (
     "step", "tokens", "seconds", "loss", "lr", "grad_norm", "tokens_per_second", "train_loss", "val_loss",

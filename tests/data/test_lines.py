@@ -251,7 +251,9 @@ def test_eval_counts_what_a_plain_loop_counts(lines, tmp_path, capsys):
     assert printed[0].split(maxsplit=2) == ["accuracy", "exact", f"{100 * exact / 6:.1f} % ({exact} of 6)"]
     assert 0 < exact < 6  # the test sees both kinds
     assert sorted(line.split()[2].split("=")[0] for line in printed[1:]) == sorted(wrong)
-    assert "not" in printed[1] and [one["prompt"] for one in found["wrong"]]
+    assert (
+        ": got " in printed[1] and ", expected " in printed[1] and [one["prompt"] for one in found["wrong"]]
+    )
     assert (found["right"], found["lines"]) == (exact, 6)
 
     for more, says in (

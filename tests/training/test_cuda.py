@@ -26,7 +26,9 @@ def test_training_has_the_losses_of_a_cpu(dataset, tmp_path, dtype, more):
     expected = val_losses(train_here(*TINY, *flags, f"--out_dir={tmp_path / 'cpu'}"))
     found = val_losses(train_here(*ON_GPU, *flags, f"--dtype={dtype}", f"--out_dir={tmp_path / 'gpu'}"))
     assert len(found) == len(expected) > 1
-    tolerance = 2e-3 if dtype == "float32" else 6e-2
+    tolerance = 6e-2
+    if dtype == "float32":  # products are TF32; rounding those of Muon alone to it changes a loss by 2.4e-3
+        tolerance = 1e-2 if more else 2e-3
     assert found == pytest.approx(expected, abs=tolerance)
 
 
