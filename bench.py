@@ -8,13 +8,13 @@ if __name__ == "__main__":
 
 import json
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from distrogpt.benchmark import batch_size, checks, decoding, plan, report, serving, studies, training
 from distrogpt.errors import UserError, cli_errors, writable
+from distrogpt.files import write_text
 from distrogpt.runtime import enable_onednn_float32, start_runtime
 from train import training_step
 
@@ -56,7 +56,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
         result = TRAINING[name](config, runtime, training_step)
     result |= {"device": runtime.describe(), "torch": torch.__version__, "settings": asdict(config)}
     if config.json:
-        Path(config.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_text(config.json, json.dumps(result, indent=1) + "\n")
     return result
 
 

@@ -28,8 +28,16 @@ import torch
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from distrogpt.checkpoint import BEST, HISTORY, NEWEST, atomic_write, newest_checkpoint, training_state
-from distrogpt.errors import Diverged, MachineError, UserError
+from distrogpt.checkpoint import (
+    BEST,
+    HISTORY,
+    NEWEST,
+    atomic_write,
+    bytes_of,
+    newest_checkpoint,
+    training_state,
+)
+from distrogpt.errors import Diverged, MachineError, UserError, why_not_written
 from distrogpt.plotting import LOG, PICTURE
 from distrogpt.runtime import Runtime
 from distrogpt.settings import TrainConfig
@@ -94,7 +102,8 @@ class RunDirectory:
             advice = "stop it, or choose another --out_dir"
             raise UserError(f"{self.read_owner()[0]} writes to out_dir={self.path}; {advice}") from None
         except OSError as error:
-            reason = f"out_dir={self.path} cannot be written ({error.strerror})"
+            reason = f"out_dir={self.path} cannot be written ({why_not_written(error, self.path / LOCK)})"
+            self.remove_if_empty()
             raise UserError(f"{reason}; choose another") from None
 
     def read_owner(self) -> tuple[str, str]:
@@ -209,7 +218,8 @@ class RunDirectory:
             self.log_failed = False
         except OSError as error:
             if not self.log_failed:
-                log.info(f"note     {self.path / LOG} takes no more ({error.strerror}); continues without")
+                reason = why_not_written(error, self.path / LOG)
+                log.info(f"note     {self.path / LOG} takes no more ({reason}); continues without")
             self.log_failed = True
 
     def save(self, model: GPT, optimizers: list[Optimizer], scaler: GradScaler, state: TrainState) -> None:
@@ -240,7 +250,11 @@ class RunDirectory:
             paths.insert(0, self.path / f"step-{contents['iter_num']:08}.pt")
         self.save_result = f"step {contents['iter_num']}: wrote {' and '.join(map(str, paths))}"
         try:
-            atomic_write(lambda file: torch.save(contents, StoppableFile(file, self.save_abandoned)), *paths)
+            atomic_write(
+                lambda file: torch.save(contents, StoppableFile(file, self.save_abandoned)),
+                *paths,
+                needed=bytes_of(contents),
+            )
             self.save_error = None
             if BEST in names:
                 self.best_val_loss = contents["best_val_loss"]
@@ -291,11 +305,15 @@ class RunDirectory:
                 self.finish()
         if not self.writes:
             return
-        if kind and self.created and {path.name for path in self.path.glob("*")} == {LOCK, OWNER}:
-            for path in self.path.glob("*"):  # a start that failed leaves nothing
-                path.unlink()
-            self.path.rmdir()
+        if kind:
+            self.remove_if_empty()
         self.file_lock.release()
+
+    def remove_if_empty(self) -> None:
+        """Remove the folder after a start that failed, if that has made it and nothing else is there."""
+        if self.created and {path.name for path in self.path.glob("*")} <= {LOCK, OWNER}:
+            with suppress(OSError):
+                shutil.rmtree(self.path)
 
 
 class StoppableFile:

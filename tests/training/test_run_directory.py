@@ -1,13 +1,16 @@
 """What lies in out_dir: whole after every fault, gone on with bit for bit, and written by one run alone."""
 
+import errno
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -232,6 +235,24 @@ def test_a_writer_that_ends_in_any_way_is_told(tmp_path, dataset, monkeypatch):
     assert load_checkpoint(tmp_path / "last.pt")["iter_num"] == 30 and not list(tmp_path.glob("*.tmp"))
 
 
+def test_a_full_disk_is_told_with_what_is_needed_and_free(tmp_path, dataset, monkeypatch):
+    def full(contents, file):
+        try:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            raise RuntimeError("unexpected pos 833280 vs 833168") from None  # torch's words
+
+    monkeypatch.setattr(torch, "save", full)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=123_456_789))
+    done = run_here(
+        "train.py", *TINY, "--n_embd=256", f"--dataset={dataset}", f"--out_dir={tmp_path / 'out'}"
+    )
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "unexpected" not in done.stderr
+    reason = r"No space left on device, the disk is full: ([\d.]+) MB needed, 123\.5 MB free"
+    weights = 256 * (88 + 16) + 12 * 256**2  # and two averages of each
+    assert float(re.search(reason, done.stderr)[1]) == pytest.approx(3 * 4 * weights / 1e6, rel=0.02)
+
+
 def test_a_resumed_run_compiles_as_the_whole_one_does(tmp_path, dataset):
     flags = (f"--dataset={dataset}", f"--out_dir={tmp_path}", "--save_interval=5", "--keep_checkpoints=9")
     flags += ("--max_iters=20", "--compile=auto")
@@ -290,7 +311,8 @@ def test_a_full_disk_is_told_and_the_run_goes_on_with_the_old_files_whole(unbrok
     before = {name: (tmp_path / name).read_bytes() for name in ("ckpt.pt", "last.pt")}
     full = limited(len(before["last.pt"]) // 2, *flags)
     assert full.returncode == 1 and full.stderr.startswith("error: ") and len(full.stderr.splitlines()) == 1
-    assert "last.pt cannot be written (File too large)" in full.stderr
+    size = f"{len(before['last.pt']) / 1e6:.1f}"
+    assert f"last.pt cannot be written (File too large: {size} MB needed)" in full.stderr
     assert full.stdout.count("the run continues and tries again") == 2 and "step 200: train" in full.stdout
     assert {name: (tmp_path / name).read_bytes() for name in before} == before
     assert sorted(path.name for path in tmp_path.iterdir()) == [
