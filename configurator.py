@@ -20,7 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from distrogpt.errors import UserError, cli_errors
+from distrogpt.errors import UserError, cli_errors, leave_to_rank_0
 from distrogpt.files import read_text
 
 REPO = Path(__file__).resolve().parent
@@ -38,6 +38,7 @@ def setting(default: Any, explanation: str, **limits: Any) -> Any:
 class Settings:
     """Base class of dataclasses of settings: checks and converts the fields. Raises ValueError."""
 
+    uses_ranks = False  # under torchrun, this command's ranks work together
     given: frozenset[str] | None = None  # what config files and flags have set; None: made in Python, all is
 
     def __post_init__(self) -> None:
@@ -58,8 +59,11 @@ def configure(cls: type[T], argv: list[str] | None = None) -> T:
         pr_set_pdeathsig = 1  # if torchrun is killed, its ranks get SIGTERM and do not train on unnoticed
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
     with cli_errors():
+        if not cls.uses_ranks:
+            leave_to_rank_0(Path(sys.argv[0]).name)
         if "--help" in argv or "-h" in argv:
-            print(help_text(cls))
+            if not int(os.environ.get("RANK", 0)):
+                print(help_text(cls))
             sys.exit(0)
         return read_settings(cls, argv)
 

@@ -19,7 +19,7 @@ from typing import IO, Any, get_type_hints
 import torch
 
 from distrogpt.data.meta import GPT2_META, checked_meta
-from distrogpt.errors import MachineError, UserError
+from distrogpt.errors import MachineError, UserError, first_line, why_not_written
 from distrogpt.training.distributed import gather_to_cpu, shard_like
 from model import GPT, GPTConfig
 
@@ -33,9 +33,10 @@ class NotFinite(ValueError):
     """A weight, or an optimizer's average, is infinite or not a number."""
 
 
-def atomic_write(write: Callable[[IO[bytes]], object], *paths: Path) -> None:
+def atomic_write(write: Callable[[IO[bytes]], object], *paths: Path, needed: int = 0) -> None:
     """Write one file, flush it to disk, and rename it to each of `paths`: each is complete, old or new.
-    Raises MachineError if it cannot be written; the old files are then unchanged."""
+    Raises MachineError if it cannot be written, which tells the bytes `needed` if the disk is full; the old
+    files are then unchanged."""
     temporaries = [path.with_name(path.name + ".tmp") for path in paths]
     try:
         with open(temporaries[0], "wb") as file:
@@ -58,7 +59,7 @@ def atomic_write(write: Callable[[IO[bytes]], object], *paths: Path) -> None:
                 temporary.unlink(missing_ok=True)
         if not isinstance(error, (OSError, RuntimeError, MemoryError)):  # torch raises RuntimeError
             raise
-        reason = getattr(error, "strerror", None) or first_line(error)
+        reason = why_not_written(error, paths[-1], needed)
         raise MachineError(f"{paths[-1]} cannot be written ({reason}), and is what it was before") from None
     with suppress(OSError):  # some systems cannot flush folders
         folder = os.open(paths[0].parent, os.O_RDONLY)
@@ -349,6 +350,14 @@ def training_state(
     return {"model": weights, **named_states, "model_args": model_args, **extra}
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, cut to 100 characters; its type if the message is empty."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:100]
+def bytes_of(tree: Any) -> int:
+    """The size of all tensors in nested dicts and lists, each counted once."""
+    tensors: dict[int, int] = {}
+    trees = [tree]
+    while trees:
+        tree = trees.pop()
+        if torch.is_tensor(tree):
+            tensors[tree.data_ptr()] = tree.nbytes
+        elif isinstance(tree, (dict, list)):
+            trees += tree.values() if isinstance(tree, dict) else tree
+    return sum(tensors.values())

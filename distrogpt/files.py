@@ -76,6 +76,9 @@ def write_text(path: str | Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # which Python knows of opening alone
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from distrogpt.errors import UserError
+from distrogpt.errors import UserError, why_not_written
 
 LOG, PICTURE = "log.csv", "loss.png"  # files of an out_dir
 MAX_POINTS = 2000  # of a line: more than a picture has columns
@@ -163,7 +163,8 @@ def write_figure(figure: Any, path: Path, dpi: int = 110) -> None:
     except OSError as error:
         with suppress(OSError):
             temporary.unlink()
-        raise UserError(f"{path} cannot be written ({error.strerror}); name another file") from None
+        reason = why_not_written(error, path)
+        raise UserError(f"{path} cannot be written ({reason}); name another file") from None
 
 
 def show(out_dir: str | Path, by: str = "steps", **baselines: float) -> None:

@@ -35,6 +35,8 @@ class TrainConfig(Settings):
     Config files come first, flags override them. The defaults are GPT-2 124M on OpenWebText.
     """
 
+    uses_ranks = True
+
     # files
     out_dir: str = setting("out", "folder of the checkpoints: ckpt.pt (best), last.pt (newest)", path=True)
     dataset: str = setting("openwebtext", "folder of data/, path, or mixture: NAME:0.9,OTHER:0.1", path=True)
@@ -159,6 +161,7 @@ class BenchConfig(TrainConfig):
     Takes all settings of train.py; those that do not concern a step have no effect.
     """
 
+    uses_ranks = False
     gradient_accumulation_steps: int = setting(1, "micro-steps per step", min=1)
     batch_size: int | None = setting(None, "sequences per micro-step; None is 12 on a GPU, 1 on a CPU", min=1)
     real_data: bool = setting(True, "read the dataset; False: random ids of GPT-2's vocabulary")
@@ -197,6 +200,7 @@ class AblateConfig(TrainConfig):
     Takes all settings of train.py. The same command resumes an interrupted study.
     """
 
+    uses_ranks = False
     seeds: int = setting(3, "runs of each variant, with seeds from `seed` on", min=1)
     json: str = setting("ablate.json", "file of the results", path=True)
     plot: str = setting("ablate.png", "file of the plot", path=True)
@@ -311,6 +315,7 @@ class EvalConfig(Settings):
 
     init_from: str = INIT_FROM
     out_dir: str = OUT_DIR
+    uses_ranks = True
     tasks: str = setting("auto", f"some of {', '.join(EVAL_TASKS)}; auto: accuracy if loss_after, else loss")
     batch_size: int | None = setting(None, "per batch; None is 16 sequences or questions, 256 lines", min=1)
     max_items: int | None = setting(None, "evaluate only the first N lines or questions; None is all", min=1)

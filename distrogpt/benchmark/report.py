@@ -4,9 +4,9 @@ Parts run one after another, most important first, each in its own processes wit
 that fails or hangs does not affect the others. report/report.md and report.json are rewritten after each.
 """
 
-import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -109,8 +109,8 @@ class Part:
 
 
 def bench_report(config: BenchConfig, runtime: Runtime, parts: list[Part] | None = None) -> Result:
-    """Run the parts, by default those for this device, and write the report. An older report is renamed.
-    Raises UserError if another process writes one here."""
+    """Run the parts, by default those for this device, and write the report. The last report is renamed, the
+    one before it removed. Raises UserError if another process writes one here."""
     advice = "wait until it ends, or start this one in another folder"
     with locked(Path(f"{FOLDER}.lock"), f"another bench.py writes to {FOLDER}; {advice}"):
         return write_report(config, runtime, parts)
@@ -122,8 +122,10 @@ def write_report(config: BenchConfig, runtime: Runtime, parts: list[Part] | None
     with suppress(ValueError):  # SIGTERM ends the running part too, as Ctrl-C does; not in other threads
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     if FOLDER.exists():
-        paths = (Path(f"{FOLDER}.previous-{number}") for number in itertools.count(1))
-        FOLDER.rename(next(path for path in paths if not path.exists()))
+        previous = Path(f"{FOLDER}.previous-1")
+        if previous.exists():
+            shutil.rmtree(previous)
+        FOLDER.rename(previous)
     FOLDER.mkdir()
     parts = all_parts(config, runtime) if parts is None else parts
     for number, part in enumerate(parts, 1):

@@ -174,7 +174,10 @@ def result_rows(result: Result) -> list[tuple[str, str]]:
         return [(repr(row["token"]), f"{100 * row['probability']:.2f} %") for row in result["tokens"]]
     if "exact" in result:
         exact = f"{100 * result['exact']:.1f} % ({result['right']} of {result['lines']})"
-        wrong = [f"{one['prompt']}{one['given']}, not {one['right']}" for one in result["wrong"]]
+        wrong = [
+            f"{one['prompt']} got {one['given'] or 'nothing'}, expected {one['right']}"
+            for one in result["wrong"]
+        ]
         return [("exact", exact), *(("wrong", line) for line in wrong)]
     rows = []
     for what, value in result.items():

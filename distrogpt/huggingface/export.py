@@ -9,9 +9,8 @@ from tempfile import mkdtemp
 from typing import Any
 from unicodedata import category
 
-from distrogpt.checkpoint import first_line
 from distrogpt.data.tokenizer import END_OF_TEXT, IdTokenizer, Tokenizer, start_token, tokenizer_json
-from distrogpt.errors import MachineError, UserError, warn
+from distrogpt.errors import MachineError, UserError, warn, why_not_written
 from distrogpt.files import locked
 from distrogpt.huggingface.formats import CODE, Weights, model_type_of, to_settings
 from distrogpt.huggingface.model_card import model_card, public_meta
@@ -125,7 +124,7 @@ def write_folder(to: Path, shown: str, overwrite: bool, texts: dict[str, str], w
             workspace.rmdir()
         if not isinstance(error, OSError | SafetensorError):
             raise
-        reason = getattr(error, "strerror", None) or first_line(error)
+        reason = why_not_written(error, to, sum(weight.nbytes for weight in weights.values()))
         before = f"what was there is {old}" if old.is_dir() else "and is what it was before"
         raise MachineError(f"{shown} cannot be written ({reason}), {before}") from None
     try:

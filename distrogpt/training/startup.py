@@ -26,6 +26,7 @@ from distrogpt.errors import UserError
 from distrogpt.loading import is_here, load_pretrained
 from distrogpt.runtime import Runtime
 from distrogpt.settings import OF_THIS_CALL, TrainConfig
+from distrogpt.training.pitfalls import pitfalls
 from distrogpt.training.run_directory import LOG, is_restart
 from distrogpt.training.state import TrainState
 from model import GPT, GPTConfig
@@ -208,6 +209,8 @@ def describe_run(config: TrainConfig, runtime: Runtime, data: Dataset, model: GP
     log.info(f"machine  {runtime.describe()}")
     sizes = f"{config.gradient_accumulation_steps} x {config.batch_size} sequences of {config.block_size}"
     log.info(f"step     {samples_per_step(config) * config.block_size:,} tokens: {sizes}")
+    for pitfall in pitfalls(config, data):
+        log.info(f"note     {pitfall}")
     if config.eval_only:
         return
     if config.max_epochs is not None:

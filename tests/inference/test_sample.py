@@ -102,7 +102,10 @@ def test_a_full_disk_is_reported(trained):
     with open("/dev/full", "w") as full:
         done = sample_outside(trained, "--num_samples=1", stdout=full)
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("error: no space left") and "Traceback" not in done.stderr
+    assert (
+        done.stderr.splitlines()[-1].startswith("error: the output cannot be written (No space left")
+        and "Traceback" not in done.stderr
+    )
 
 
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))), reason="no C++ compiler")

@@ -14,7 +14,7 @@ from distrogpt.data.meta import dataset_folder, did_you_mean, prepared_names, re
 from distrogpt.data.preparation.documents import READERS, Corpus, find_files
 from distrogpt.data.preparation.writer import text_bytes, write_dataset
 from distrogpt.data.tokenizer import Tokenizer, from_description
-from distrogpt.errors import UserError, cli_errors, exit_with_error
+from distrogpt.errors import UserError, cli_errors, exit_with_error, leave_to_rank_0
 from distrogpt.files import read_text
 from distrogpt.progress import show_wait
 
@@ -24,6 +24,7 @@ SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2d
 
 def argument_parser(script: str, about: str, input_help: str | None = None) -> argparse.ArgumentParser:
     """The options of every prepare.py, with --input if it reads a file; mistakes end in one line."""
+    leave_to_rank_0(script)
     parser = argparse.ArgumentParser(prog=f"python {script}", description=about)
     add, folder = parser.add_argument, Path(script).resolve().parent
     if input_help:

@@ -19,7 +19,7 @@ import numpy as np
 
 from distrogpt.data.preparation.documents import Piece
 from distrogpt.data.tokenizer import Tokenizer
-from distrogpt.errors import MachineError, UserError
+from distrogpt.errors import MachineError, UserError, why_not_written
 from distrogpt.files import locked, write_text
 from distrogpt.progress import bar_size, show_wait
 
@@ -169,7 +169,8 @@ def report_full_disk(folder: Path, kept: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise MachineError(f"{folder} takes no more ({error.strerror}); {kept}") from None
+        reason = why_not_written(error, folder / "train.bin")
+        raise MachineError(f"{folder} takes no more ({reason}); {kept}") from None
 
 
 @contextmanager
