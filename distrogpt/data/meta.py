@@ -1,13 +1,12 @@
 """The folder of a dataset, and what its meta.json, or nanoGPT's meta.pkl, says of the token ids in it."""
 
-import difflib
 import json
 import os
 import pickle
 from pathlib import Path
 from typing import Any
 
-from distrogpt.errors import UserError
+from distrogpt.errors import UserError, near_name
 
 DATA = Path(__file__).resolve().parents[2] / "data"
 MAX_PICKLE = 1 << 26  # bytes: a vocabulary of all of Unicode fits
@@ -27,8 +26,8 @@ def find_dataset(name: str) -> Path:
     if folder := dataset_folder(name):
         return folder
     known = sorted(path.parent.name for path in DATA.glob("*/prepare.py"))
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"data/ has {', '.join(known)}"
+    near = near_name(name, known)
+    hint = f"did you mean {near}?" if near else f"data/ has {', '.join(known)}"
     raise UserError(f"no dataset {name[:200]}; {hint}")
 
 

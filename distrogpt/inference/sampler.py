@@ -1,5 +1,6 @@
 """A model and its tokenizer, loaded once, to generate text from Python."""
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -33,6 +34,7 @@ class Sampler:
         int8: bool = False,
     ) -> None:
         self.runtime = start_runtime(device, dtype)
+        out_dir, init_from = os.path.expanduser(out_dir), os.path.expanduser(init_from)
         model, contents, self.source = load_trained(out_dir, init_from)
         self.config = contents.get("config", {})  # of its training
         self.tokenizer = find_tokenizer(contents, model.config.vocab_size, self.source)

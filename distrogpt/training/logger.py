@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from distrogpt.data.dataset import measured_splits
-from distrogpt.errors import UserError
+from distrogpt.errors import UserError, command
 from distrogpt.evaluation.loss import Losses
 from distrogpt.hardware import peak_flops
 from distrogpt.openmp import WAITS
@@ -141,7 +141,7 @@ class TrainLogger:
             reason = state.early_stop_reason(config)
             early = f"early stop after step {state.step}: {reason}; " if reason else ""
             loss = f"best {measured_splits(config)[-1]} loss {self.run.best_val_loss:.4f}"
-            sample = f"python sample.py --out_dir={config.out_dir}"
+            sample = command("sample.py", out_dir=config.out_dir)
             log.info(f"done: {early}{loss} in {state.elapsed():.0f} s; {sample}")
 
     def __exit__(self, kind: type | None, *error: Any) -> None:

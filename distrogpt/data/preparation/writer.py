@@ -69,16 +69,16 @@ def dataset_files(folder: Path) -> list[Path]:
     return sorted(path for pattern in patterns for path in folder.glob(pattern))
 
 
-def claim_folder(folder: Path, overwrite: bool) -> None:
+def claim_folder(folder: Path, overwrite: bool, advice: str = "choose another --output") -> None:
     """Make the folder of a new dataset. Raises UserError if it has one already, or takes no files."""
     if not overwrite and any(not path.name.startswith("progress") for path in dataset_files(folder)):
-        raise UserError(f"{folder} has a dataset already; choose another --name or --output, or --overwrite")
+        raise UserError(f"{folder} has a dataset already; {advice}, or --overwrite")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
             raise PermissionError(13, "no permission")
     except OSError as error:
-        raise UserError(f"{folder} cannot be written ({error.strerror}); choose another --output") from None
+        raise UserError(f"{folder} cannot be written ({error.strerror}); {advice}") from None
 
 
 def write_meta(path: Path, tokenizer: Tokenizer, tokens: dict, text: dict, **about: Any) -> None:
