@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from distrogpt.errors import CLOSE_OTHERS, REPO, UserError, cli_errors, near_name, quote
+from distrogpt.files import read_text
 
 NOT_IN_PATHS = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")  # null, and surrogates that encode no byte
 TYPE_NAMES = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
@@ -34,6 +35,8 @@ def setting(default: Any, explanation: str, **limits: Any) -> Any:
 
 class Settings:
     """Base class of dataclasses of settings: checks and converts the fields. Raises ValueError."""
+
+    given: frozenset[str] | None = None  # what config files and flags have set; None: made in Python, all is
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -92,10 +95,11 @@ def read_settings(cls: type[T], argv: list[str]) -> T:
         if name in values:
             value = "True" if setting_types(cls)[name] == (bool,) else "VALUE"
             raise UserError(f"{flag} has no value; write --{name}={value}, without a space")
-    shown = values.keys() - cls.never_used()
+    given, shown = set(), values.keys() - cls.never_used()
     for path in [find_config(word, shown) for word in argv if not word.startswith("-")]:
         for key, value in run_config_file(path, values).items():
             values[key] = check_value(cls, key, value, f"{path}: ")
+            given.add(key)
     from_flags: dict[str, Any] = {}
     for flag in flags:
         key, _, text = flag.removeprefix("--").partition("=")
@@ -103,9 +107,23 @@ def read_settings(cls: type[T], argv: list[str]) -> T:
         repeated = isinstance(value, tuple) and value != ()
         from_flags[key] = from_flags.get(key, ()) + value if repeated else value
     try:
-        return cls(**values | from_flags)
+        config = cls(**values | from_flags)
     except ValueError as error:  # raised by the dataclass itself
         raise UserError(error) from None
+    config.given = frozenset(given | from_flags.keys())
+    return config
+
+
+class Namespace(dict[str, Any]):
+    """The globals of a config file; `assigned` has the names that it sets, be it to the same value."""
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        super().__init__(values)
+        self.assigned: set[str] = set()
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        super().__setitem__(name, value)
+        self.assigned.add(name)
 
 
 def find_config(name: str, settings: Container[str] = ()) -> Path:
@@ -130,9 +148,10 @@ def find_config(name: str, settings: Container[str] = ()) -> Path:
 def run_config_file(path: Path, values: dict[str, Any]) -> dict[str, Any]:
     """Run a config file with the settings as its globals; returns those that it set or imported, without its
     own names: modules, functions, classes, and those that begin with _."""
-    scope = {"__file__": str(path), "__name__": path.stem, **values}
+    scope = Namespace({"__file__": str(path), "__name__": path.stem, **values})
+    source = read_text(path)
     try:
-        exec(compile(path.read_text(encoding="utf-8"), str(path), "exec"), scope)
+        exec(compile(source, str(path), "exec"), scope)
     except (Exception, SystemExit) as error:  # a config file that calls exit() is a mistake too
         frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
         line = frames[-1].lineno if frames else getattr(error, "lineno", None) or "?"
@@ -141,7 +160,7 @@ def run_config_file(path: Path, values: dict[str, Any]) -> dict[str, Any]:
     changed = {}
     for key, value in scope.items():
         own = not isinstance(key, str) or key.startswith("_") or inspect.ismodule(value) or callable(value)
-        if value is not values[key] if key in values else not own:
+        if key in scope.assigned or value is not values[key] if key in values else not own:
             changed[key] = value
     return changed
 

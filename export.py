@@ -31,7 +31,7 @@ def export(config: ExportConfig) -> Path:
         if find_spec(package) is None:
             raise UserError(f"export.py needs {package}; run: pip install {package}")
     model, contents, source = load_trained(config.out_dir, config.init_from)
-    tokenizer = find_tokenizer(contents, model.config.vocab_size, source)
+    tokenizer = find_tokenizer(contents, model.config.vocab_size, source, config.dataset)
     shape = replace(model.config, vocab_size=tokenizer.vocab_size)  # without padding
     weights = convert(to_weights(shape, model.state_dict()), config.dtype)
     count = sum(w.numel() for w in weights.values())

@@ -59,6 +59,7 @@ class GPTConfig:
     logit_softcap: float = 0.0  # cap · tanh(logits / cap) (arXiv 2408.00118); 0 is off
     embedding_skip: bool = False  # each block reads a learned mix of the residual stream and the embeddings
     zero_init: bool = False  # projections into the residual stream, and an untied lm_head, start at zero
+    qk_norm_weights: bool = False  # qk_norm with learned weights and GPT-2's scale, as Qwen3 has it
 
     def __post_init__(self) -> None:
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
@@ -75,6 +76,8 @@ class GPTConfig:
             raise ValueError(f"n_kv_head={self.n_kv_head} does not divide n_head={self.n_head}; change one")
         if self.rotary and self.head_dim % 2:
             raise ValueError(f"rotary rotates pairs: n_embd/n_head={self.head_dim} must be even; change one")
+        if self.qk_norm_weights and not self.qk_norm:
+            raise ValueError("qk_norm_weights has no effect without qk_norm; set both")
         self.logit_softcap = float(self.logit_softcap)
         if not 0 <= self.logit_softcap < math.inf:
             raise ValueError(f"logit_softcap={self.logit_softcap}; it must be at least 0 and finite")
@@ -185,8 +188,11 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.qk_norm = RMSNorm() if config.qk_norm else None
         self.rotary = Rotary() if config.rotary else None
+        learned = config.qk_norm_weights
+        self.q_weight, self.k_weight = (nn.Parameter(torch.ones(self.D)) if learned else None for _ in "qk")
         # with qk_norm, q·k is at most D: GPT-2's 1/√D would leave scores too small to single out a position
-        self.attention = Attention(12 / self.D if config.qk_norm else self.D**-0.5, config.dropout)
+        scale = 12 / self.D if config.qk_norm and not learned else self.D**-0.5
+        self.attention = Attention(scale, config.dropout)
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(
@@ -203,6 +209,8 @@ class CausalSelfAttention(nn.Module):
         qk, v = heads.split((H + K, K), dim=1)
         if self.qk_norm is not None:
             qk = self.qk_norm(qk.float())
+        if self.q_weight is not None:
+            qk = qk * torch.cat((self.q_weight.expand(H, 1, -1), self.k_weight.expand(K, 1, -1)))
         if self.rotary is not None:
             qk = self.rotary(qk, cos_sin)
         q, k = qk.to(v.dtype).split((H, K), dim=1)
@@ -389,15 +397,16 @@ class GPT(nn.Module):
         theirs, report = GPT2LMHeadModel.from_pretrained(model_type, output_loading_info=True)
         if report["missing_keys"]:
             raise ValueError(f"{model_type}: {len(report['missing_keys'])} weights are missing")
-        if theirs.config.activation_function != "gelu_new":
-            raise ValueError(
-                f"{model_type}: activation_function={theirs.config.activation_function}, not GPT-2's"
-            )
+        kind = theirs.config.activation_function
+        if kind != "gelu_new":
+            raise ValueError(f"{model_type}: activation_function={kind}, not GPT-2's")
         shape = {"block_size": theirs.config.n_positions, "vocab_size": theirs.config.vocab_size}
         shape |= {name: getattr(theirs.config, name) for name in ("n_layer", "n_head", "n_embd")}
         model = cls(GPTConfig(**shape, **(override_args or {})))
         conv1d = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # stored as (in, out), not (out, in)
         weights = {name: w.t() if name.endswith(conv1d) else w for name, w in theirs.state_dict().items()}
+        if not all(w.isfinite().all() for w in weights.values()):
+            raise ValueError(f"{model_type} has weights that are NaN or infinite")
         model.load_state_dict(weights)
         return model
 

@@ -15,9 +15,10 @@ if __name__ == "__main__":
 from configurator import unescape
 from distrogpt.audio.speech import check_wav, load_voice, speak
 from distrogpt.errors import UserError, cli_errors, warn
+from distrogpt.files import read_text
 from distrogpt.inference.display import colour_legend, format_sample, output_style, print_stream
 from distrogpt.inference.interactive import prompt_loop
-from distrogpt.inference.sampler import Sampler, read_prompt, read_text
+from distrogpt.inference.sampler import Sampler, read_prompt
 from distrogpt.runtime import progress_bar
 
 SEPARATOR = "---------------"
@@ -30,7 +31,7 @@ def read_prompts(config: SampleConfig) -> dict[str, str]:
     if config.prompts is None:
         return {"the prompt": read_prompt(config.start)}
     source = "stdin" if config.prompts == "-" else config.prompts
-    lines = enumerate(read_text(config.prompts).split("\n"), 1)
+    lines = enumerate(read_text(config.prompts, f"the prompt file {config.prompts}").split("\n"), 1)
     prompts = {f"{source}, line {number}": unescape(line) for number, line in lines if line}
     if not prompts:
         raise UserError(f"{source} has no prompts; write one per line")
@@ -43,9 +44,8 @@ def main(config: SampleConfig) -> None:
     if config.speak:  # mistakes are reported before the model is loaded
         check_wav(config.speak)
         voice = load_voice(config.voice)
-    sampler = Sampler(
-        config.out_dir, config.init_from, config.device, config.dtype, config.compile, config.int8
-    )
+    hardware = (config.device, config.dtype, config.compile, config.int8)
+    sampler = Sampler(config.out_dir, config.init_from, *hardware, dataset=config.dataset)
     warn(f"{sampler.source} ({sampler.runtime.describe()})")
     if config.interactive:
         prompt_loop(sampler, config)
@@ -57,7 +57,7 @@ def main(config: SampleConfig) -> None:
 
 def print_samples(sampler: Sampler, prompts: dict[str, str], config: SampleConfig) -> list[str]:
     """Print a single sample while it is generated, several when they are finished; returns their texts."""
-    ids = [sampler.ids_of(prompt, name) for name, prompt in prompts.items()]
+    ids = sampler.prompt_ids(prompts)
     echoed = [prompt if config.echo else "" for prompt in prompts.values()]
     style, texts = output_style(config.show_probs), []
     if style == "colours":

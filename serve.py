@@ -15,10 +15,9 @@ from distrogpt.inference.sampler import Sampler
 
 with cli_errors("lower --batch_size"):
     try:
-        import uvicorn
-
-        from distrogpt.serving.app import UVICORN, App, find_key, listen
+        from distrogpt.serving.app import App, find_key, listen
         from distrogpt.serving.engine import Engine
+        from distrogpt.serving.server import Server
     except ModuleNotFoundError as error:
         path = path_from_here("requirements-serve.txt")
         raise UserError(f"serve.py needs {error.name}; run: pip install -r {path}") from None
@@ -29,9 +28,10 @@ def main(config: ServeConfig) -> None:
     key, signals = find_key(config), []
     voice = load_voice(config.voice) if config.voice else None
     with listen(config.host, config.port) as address:
-        sampler = Sampler(config.out_dir, config.init_from, config.device, config.dtype, int8=config.int8)
+        source, hardware = (config.out_dir, config.init_from), (config.device, config.dtype)
+        sampler = Sampler(*source, *hardware, int8=config.int8, dataset=config.dataset)
         engine = Engine(sampler, config.batch_size, config.queue)
-        server = uvicorn.Server(uvicorn.Config(App(config, sampler, engine, key, voice), **UVICORN))
+        server = Server(App(config, sampler, engine, key, voice))
         host, port = address.getsockname()[:2]
         warn(f"{sampler.source} ({sampler.runtime.describe()})")
 

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from distrogpt.checkpoint import check_range
 from distrogpt.data.dataset import open_dataset
 from distrogpt.errors import cli_errors, exit_process
 from distrogpt.evaluation.evaluator import Evaluator
@@ -85,6 +86,7 @@ def train(config: TrainConfig, on_evaluation: Callable | None = None) -> TrainRe
 
     `on_evaluation` is called on rank 0 after each evaluation, with the losses of all so far.
     """
+    config = startup.inherit_settings(config)
     runtime = start_runtime(config.device, config.dtype, config.backend)
     startup.check_ranks(config, runtime)
     data = open_dataset(config)
@@ -92,6 +94,7 @@ def train(config: TrainConfig, on_evaluation: Callable | None = None) -> TrainRe
     evaluator = Evaluator(config, data, runtime)
     with RunDirectory(config, runtime) as run:
         model, checkpoint = startup.initial_model(config, data.meta, run.restarted_id)
+        check_range(model, runtime.dtype)
         startup.describe_run(config, runtime, data, model)
         state = TrainState(checkpoint)
         run.resume(checkpoint, config=asdict(config), meta=data.meta, data=startup.fingerprint(data))
@@ -102,7 +105,7 @@ def train(config: TrainConfig, on_evaluation: Callable | None = None) -> TrainRe
         del checkpoint  # frees the copy on the CPU
         batches = BatchLoader(data, config, runtime, state.step)
         logger = TrainLogger(run, state, model, on_evaluation)
-        with logger, collect_signals(enabled=not config.eval_only) as signals:
+        with logger, collect_signals(run.abandon_save, enabled=not config.eval_only) as signals:
             while True:
                 # evaluate at intervals, and at the end of the run
                 losses = None

@@ -7,9 +7,10 @@ import math
 import os
 import shutil
 import warnings
+import zipfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any, get_type_hints
@@ -17,12 +18,18 @@ from typing import IO, Any, get_type_hints
 import torch
 
 from distrogpt.data.meta import GPT2_META, checked_meta
-from distrogpt.errors import MachineError, UserError
+from distrogpt.errors import MachineError, UserError, quote
 from distrogpt.training.distributed import gather_to_cpu, shard_like
 from model import GPT, GPTConfig
 
-BEST, NEWEST = "ckpt.pt", "last.pt"
+BEST, NEWEST, HISTORY = "ckpt.pt", "last.pt", "step-????????.pt"
+# in the names of weights: torch.compile, DDP and DataParallel, FSDP1, its checkpointing, Lightning
+WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "model")
 OPTIMIZER_KEYS = ("optimizer", "muon")  # AdamW's or SGD's state, as in nanoGPT; Muon's beside AdamW's
+
+
+class NotFinite(ValueError):
+    """A weight, or an optimizer's average, is infinite or not a number."""
 
 
 def atomic_write(write: Callable[[IO[bytes]], object], *paths: Path) -> None:
@@ -58,8 +65,9 @@ def atomic_write(write: Callable[[IO[bytes]], object], *paths: Path) -> None:
         os.close(folder)
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """The contents of a checkpoint, on the CPU. Raises UserError if it is missing, damaged or hostile."""
+def load_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
+    """The contents of a checkpoint, on the CPU. Raises UserError if it is missing, damaged or hostile. With
+    `mmap`, tensors stay on disk until they are read, as long as the file is not replaced."""
     if not os.path.isfile(path):  # Path.is_file raises OSError for 5,000 characters
         if os.path.isfile(path.parent):
             raise UserError(f"{path.parent} is a file; give the folder that it is in")
@@ -69,7 +77,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch guesses what is wrong; the error below is enough
-            contents = torch.load(path, map_location="cpu", weights_only=True)
+            mmap = mmap and zipfile.is_zipfile(path)  # torch's format before 1.6 has no such thing
+            contents = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # damaged, foreign and hostile files raise errors of any type
         raise UserError(f"{path} is damaged or not a checkpoint ({first_line(error)}); use another") from None
     for key, (default, is_valid) in SCHEMA.items():
@@ -77,6 +86,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             if is_valid(contents.get(key, default)):
                 continue
         raise UserError(f"{path} is no checkpoint of this project or nanoGPT (see {key}); use another one")
+    if math.isnan(float(contents.get("best_val_loss", math.inf))):
+        contents["best_val_loss"] = math.inf  # no loss would be below nan
     return contents
 
 
@@ -146,16 +157,27 @@ def restore_model(contents: dict[str, Any], path: Path, dropout: float = 0.0) ->
         config = make_config(args)
     except ValueError as error:
         raise UserError(f"{path} has {error}; use another, or update") from None
-    weights = {
-        name.removeprefix("_orig_mod."): tensor  # of a compiled model
-        for name, tensor in contents["model"].items()
-        if not name.endswith(".attn.bias")  # nanoGPT's causal mask, with torch before 2.0
-    }
     try:
-        return build_model(config, weights)
+        weights = without_wrappers(contents["model"])
+        weights = {  # without nanoGPT's causal mask, with torch before 2.0
+            name: tensor for name, tensor in weights.items() if not name.endswith(".attn.bias")
+        }
+        return build_model(tie_weights(config, weights), weights)
+    except NotFinite as error:
+        raise not_finite_error(path, error) from None
     except (ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[-1].strip()
         raise UserError(f"{path}: weights and model_args do not fit ({reason}); use another one") from None
+
+
+def run_settings(contents: dict[str, Any]) -> dict[str, Any]:
+    """The settings with which a checkpoint was trained, its network's shape among them; of any type."""
+    shape = {"activation": "gelu", **contents["model_args"]}
+    dropout = shape.pop("dropout", 0.0)  # the config's counts, as the model is made anew
+    settings = {"dropout": dropout, **contents.get("config", {}), **shape}
+    if "meta" not in contents:  # nanoGPT names the dtype of its GPU, also where nobody chose it
+        settings.pop("dtype", None)
+    return settings
 
 
 def make_config(args: dict[str, Any]) -> GPTConfig:
@@ -167,6 +189,31 @@ def make_config(args: dict[str, Any]) -> GPTConfig:
             shown = str(value)[:40] if isinstance(value, (int, float, str)) else type(value).__name__
             raise ValueError(f"{name[:40]}={shown}, not known here")
     return GPTConfig(**args)
+
+
+def without_wrappers(weights: Mapping[str, Any], wrappers: tuple[str, ...] = WRAPPERS) -> dict[str, Any]:
+    """Weights by the names that the network has without what was around it or its layers. Raises ValueError
+    if two have the same name then."""
+    unwrapped: dict[str, Any] = {}
+    for name, tensor in weights.items():
+        own = ".".join(part for part in name.split(".") if part not in wrappers)
+        if own in unwrapped:
+            raise ValueError(f"{own[:60]} is there twice")
+        unwrapped[own] = tensor
+    return unwrapped
+
+
+def tie_weights(config: GPTConfig, weights: dict[str, Any], wte: str = "transformer.wte.weight") -> GPTConfig:
+    """Complete `weights` if one of two tied ones is missing. If both are there and differ, they are not tied,
+    and the config that is returned says so, as transformers does."""
+    tied = [name for name in (wte, "lm_head.weight") if name in weights]
+    if not config.tied or not tied:
+        return config
+    first, last = weights[tied[0]], weights[tied[-1]]
+    if first is not last and is_dense(first) and is_dense(last) and not torch.equal(first, last):
+        return replace(config, tied=False)
+    weights |= dict.fromkeys((wte, "lm_head.weight"), first)
+    return config
 
 
 def meta_model(config: GPTConfig, n_weights: int) -> GPT:
@@ -189,11 +236,54 @@ def check_weights(weights: Mapping[str, Any], expected: Mapping[str, torch.Tenso
             raise ValueError(f"{name} is not a dense floating-point tensor of shape {tuple(tensor.shape)}")
 
 
+def check_finite(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raises NotFinite with the first name whose tensor has an element that is infinite or not a number."""
+    for name, tensor in tensors.items():
+        # a tenth of the time of isfinite().all(); of a nan, both are nan
+        if tensor.numel() and not all(extreme.isfinite() for extreme in tensor.detach().aminmax()):
+            raise NotFinite(f"{name} has NaN or infinite values")
+
+
+def check_range(model: GPT, dtype: torch.dtype) -> None:
+    """Raises UserError if a weight is too large for the dtype in which the network is to compute."""
+    for name, p in model.named_parameters() if dtype != torch.float32 else ():
+        largest = max(p.detach().aminmax(), key=abs)
+        if not largest.to(dtype).isfinite():
+            kind = str(dtype).removeprefix("torch.")
+            advice = "set --dtype=bfloat16 or float32" if dtype == torch.float16 else "set --dtype=float32"
+            raise UserError(f"{name} has {largest:.3g}, which is too large for {kind}; {advice}")
+
+
+def not_finite_error(path: Path, error: NotFinite, otherwise: str = "use another checkpoint") -> UserError:
+    """The error of a file that cannot be used. Says which newest one of its run can be, else `otherwise`."""
+    good = last_good_checkpoint(path.parent)
+    if good:
+        flag = f"--init_from={quote(good)}"
+        otherwise = f"{good} is the last good file: copy it to {path.name}, or give {flag}"
+    return UserError(f"{path}: {error}; {otherwise}")
+
+
+def last_good_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint of a run whose weights and averages are finite; None if there is none."""
+    paths = [folder / BEST, folder / NEWEST, *folder.glob(HISTORY)]
+    for path in sorted(filter(os.path.isfile, paths), key=os.path.getmtime, reverse=True):
+        with suppress(Exception):  # an optimizer's state can be of any structure
+            contents = load_checkpoint(path)
+            check_finite({name: weight.float() for name, weight in contents["model"].items()})
+            for key in OPTIMIZER_KEYS:
+                for averages in contents.get(key, {"state": {}})["state"].values():
+                    check_finite({name: torch.as_tensor(value) for name, value in averages.items()})
+            return path
+    return None
+
+
 def build_model(config: GPTConfig, weights: Mapping[str, Any]) -> GPT:
-    """The network with a copy of these weights, in fp32. Raises ValueError if they are not its own."""
+    """The network with a copy of these weights, in fp32. Raises ValueError if they are not its own, NotFinite
+    if they are not finite."""
     model = meta_model(config, len(weights))
     check_weights(weights, model.state_dict())
     copies = {name: tensor.to(torch.float32, copy=True) for name, tensor in weights.items()}
+    check_finite(copies)
     model.load_state_dict(copies, assign=True)
     if config.tied:  # assigning has made them two parameters
         model.transformer.wte.weight = model.lm_head.weight
@@ -216,6 +306,10 @@ def restore_optimizers(
             }
             param_groups = [{**ours, "params": ids} for ours, ids in zip(groups, numbers, strict=True)]
             optimizer.load_state_dict({"state": state, "param_groups": param_groups})
+    except NotFinite as error:
+        path = newest_checkpoint(out_dir) or out_dir / NEWEST
+        otherwise = f"--init_from={quote(path)} starts a new run with its weights"
+        raise not_finite_error(path, error, otherwise) from None
     except Exception as error:  # a state of any structure can fail in any way
         advice = "set optimizer, embedding_lr and head_lr as they were, or use another one"
         raise UserError(
@@ -224,13 +318,15 @@ def restore_optimizers(
 
 
 def fit_averages(averages: dict[str, Any], p: torch.Tensor, kind: str) -> dict[str, Any]:
-    """The averages of a parameter, sharded as it is. Raises ValueError if a step would fail on them."""
+    """The averages of a parameter, sharded as it is. Raises ValueError if a step would fail on them, and
+    NotFinite."""
     names = {"step", "exp_avg", "exp_avg_sq"} if kind == "AdamW" else {"momentum_buffer"}
     if averages != {} and (set(averages) != names or not is_number(averages.get("step", 0))):
         raise ValueError(f"{kind} keeps {', '.join(sorted(names))} of each parameter")
     for name in set(averages) - {"step"}:
         if not is_dense(averages[name]) or averages[name].shape != p.shape:
             raise ValueError(f"{name} is not a dense tensor of shape {tuple(p.shape)}")
+    check_finite({f"the optimizer's {name}": torch.as_tensor(value) for name, value in averages.items()})
     return {name: shard_like(value, p) for name, value in averages.items()}
 
 
@@ -246,8 +342,10 @@ def training_state(
     if model.config.tied:
         weights["lm_head.weight"] = weights["transformer.wte.weight"]
     states = [gather_to_cpu(optimizer.state_dict(), keep) for optimizer in optimizers]
-    named_states = dict(zip(OPTIMIZER_KEYS, states, strict=False))
-    return {"model": weights, **named_states, "model_args": asdict(model.config), **extra}
+    named_states, model_args = dict(zip(OPTIMIZER_KEYS, states, strict=False)), asdict(model.config)
+    if not model.config.qk_norm_weights:
+        del model_args["qk_norm_weights"]  # which versions before it do not know
+    return {"model": weights, **named_states, "model_args": model_args, **extra}
 
 
 def first_line(error: BaseException) -> str:

@@ -5,14 +5,15 @@ import os
 from pathlib import Path
 from typing import Any
 
-from distrogpt.checkpoint import best_checkpoint, first_line, load_checkpoint, restore_model
-from distrogpt.data.dataset import find_parts
-from distrogpt.data.meta import GPT2_META, read_meta
-from distrogpt.data.tokenizer import Tokenizer, from_description
-from distrogpt.errors import UserError, near_name
-from model import GPT
+from distrogpt.checkpoint import NotFinite, best_checkpoint, first_line, load_checkpoint, restore_model
+from distrogpt.data.dataset import find_parts, parse_mixture
+from distrogpt.data.meta import GPT2_META, dataset_folder, read_meta, tokenizers_differ
+from distrogpt.data.tokenizer import Tokenizer, tokenizer_of
+from distrogpt.errors import UserError, near_name, warn
+from model import GPT, GPTConfig
 
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+NAME_DATASET = "name the folder that has its meta.pkl or meta.json: --dataset=FOLDER"
 
 
 def load_trained(out_dir: str, init_from: str) -> tuple[GPT, dict[str, Any], str]:
@@ -50,6 +51,8 @@ def load_pretrained(
 
         folder = find_folder(name)
         model = read_pretrained(folder, dropout)
+    except NotFinite as error:
+        raise UserError(f"init_from={name}: {error}; use another model") from None
     except ImportError as error:
         raise UserError(f"init_from={name} needs {error.name}; run: pip install {error.name}") from None
     except Exception as error:  # no network, an unknown name, damaged or hostile files: errors of many types
@@ -74,15 +77,47 @@ def check_name(name: str, ways: tuple[str, ...]) -> None:
         raise UserError(f"init_from={name[:200]} is neither a way to start nor a folder; {hint}")
 
 
-def find_tokenizer(contents: dict[str, Any], vocab_size: int, source: str) -> Tokenizer:
-    """The tokenizer of a checkpoint: its own, else its dataset's, else GPT-2's. Raises UserError."""
-    meta = contents.get("meta")
-    if meta is None and "dataset" in contents.get("config", {}):  # nanoGPT saves only the dataset's name
-        *_, meta = find_parts(contents["config"]["dataset"])[0]
-    meta = meta or GPT2_META
+def find_tokenizer(
+    contents: dict[str, Any], vocab_size: int, source: str, dataset: str | None = None
+) -> Tokenizer:
+    """The tokenizer of a checkpoint, as find_meta says; if there is none, one that reads and writes ids, with
+    a note. Raises UserError."""
+    source = source.partition(", step ")[0]
+    meta = find_meta(contents, vocab_size, source, dataset)
+    if (count := meta["vocab_size"]) > vocab_size:
+        raise UserError(f"{source} has {vocab_size} tokens, its tokenizer {count}; {NAME_DATASET}")
+    if "meta" not in contents and vocab_size - count >= 128:  # more than padding
+        warn(f"note     {source} has {vocab_size:,} tokens, its tokenizer only {count:,}")
     if not meta["tokenizer"]:
-        raise UserError(f"the vocabulary of {source} names no characters; put its meta.json beside the data")
-    if meta["vocab_size"] > vocab_size:
-        tokens = f"{vocab_size} tokens, its tokenizer {meta['vocab_size']}"
-        raise UserError(f"{source} has {tokens}; put the meta.json of its training into its data folder")
-    return from_description(meta["tokenizer"])
+        warn(f"note     {source} has no tokenizer: prompts and samples are token ids, 0 to {count - 1}")
+    return tokenizer_of(meta)
+
+
+def find_meta(
+    contents: dict[str, Any], vocab_size: int, source: str, dataset: str | None = None
+) -> dict[str, Any]:
+    """What is known of a checkpoint's vocabulary: its own meta; else that of `dataset`, or of the dataset it
+    was trained on if that is here; else GPT-2's if it has its size, with a note. Raises UserError."""
+    own, trained_on = contents.get("meta"), contents.get("config", {}).get("dataset")
+    if dataset:
+        *_, meta = find_parts(dataset)[0]
+        if own and tokenizers_differ(own["tokenizer"], meta["tokenizer"]):
+            raise UserError(f"{source} has another tokenizer than {dataset}; use a dataset of its own")
+        return own if own and own["tokenizer"] else meta
+    if own:
+        return own
+    if trained_on and is_here(trained_on):  # nanoGPT saves only the dataset's name
+        *_, meta = find_parts(trained_on)[0]
+        return meta
+    if not contents:
+        return GPT2_META
+    names = f"was trained on {trained_on[:200]}, which is not here" if trained_on else "names no dataset"
+    if vocab_size not in (GPT2_META["vocab_size"], GPTConfig.vocab_size):
+        raise UserError(f"{source} {names}, and its {vocab_size} tokens are not GPT-2's; {NAME_DATASET}")
+    warn(f"note     {source} {names}; its {vocab_size:,} tokens are taken for GPT-2's")
+    return GPT2_META
+
+
+def is_here(dataset: str) -> bool:
+    """Whether there is a folder for each part of a mixture."""
+    return all(dataset_folder(name) for name, _ in parse_mixture(dataset))

@@ -145,13 +145,18 @@ def loss_range(logs: Iterable[Log], baseline: Baseline) -> tuple[float, float] |
     return (float(values.min()) - margin, float(values.max()) + margin) if margin else None
 
 
+def temporary_name(path: Path, process: int) -> Path:
+    """Where the process of this number writes a picture, until it is complete."""
+    return path.with_name(f"{path.name}.{process}.tmp")
+
+
 def write_figure(figure: Any, path: Path, dpi: int = 110) -> None:
     """Write it in the format of the file's ending, without leaving half a file. Raises UserError."""
     path = Path(os.path.realpath(path))
     suffix = path.suffix[1:].lower() or "png"
     if suffix not in figure.canvas.get_supported_filetypes() or (path.exists() and not path.is_file()):
         raise UserError(f"{path} is not the name of a picture; end it in .png, .svg or .pdf")
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_name(path, os.getpid())
     try:
         figure.savefig(temporary, format=suffix, dpi=dpi)
         os.replace(temporary, path)

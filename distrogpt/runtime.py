@@ -172,18 +172,21 @@ def enable_onednn_float32(runtime: Runtime) -> None:
 
 
 @contextmanager
-def collect_signals(enabled: bool = True) -> Iterator[list[int]]:
+def collect_signals(abandon: Callable[[], None], enabled: bool = True) -> Iterator[list[int]]:
     """Yields a list to which SIGINT, SIGTERM and SIGUSR1 (a cluster's warning) are added, so that a step is
-    finished first; a second Ctrl-C ends at once."""
+    finished first. A second Ctrl-C calls `abandon` and raises KeyboardInterrupt, further ones do nothing."""
     received: list[int] = []
 
     def collect(number: int, frame: object) -> None:
-        if number == signal.SIGINT and number in received:
-            raise KeyboardInterrupt
         received.append(number)
-        if number == signal.SIGINT and "TORCHELASTIC_RUN_ID" not in os.environ:
-            # print() is not safe in a signal handler
-            os.write(2, b"\nfinishes the step and saves; Ctrl-C again ends at once\n")
+        if number != signal.SIGINT:
+            return
+        if received.count(number) == 2:
+            abandon()  # here, as a third Ctrl-C could interrupt whoever catches the exception
+            raise KeyboardInterrupt
+        if received.count(number) == 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
+            with suppress(OSError):  # print() is not safe in a signal handler
+                os.write(2, b"\nfinishes the step and saves; Ctrl-C again ends at once\n")
 
     previous_handlers = {}
     with suppress(ValueError):  # not in the main thread, which alone can catch signals

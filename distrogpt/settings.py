@@ -10,6 +10,8 @@ from distrogpt.gpus import GPUS
 
 ACTIVATIONS = ("gelu_tanh", "gelu", "relu2", "swiglu")  # as in model.py, which --help must not load
 NORMS = ("layernorm", "rmsnorm")
+# of train.py, and not taken from the checkpoint that a run resumes from: they belong to this call or machine
+OF_THIS_CALL = ("out_dir", "init_from", "eval_only", "device", "compile", "backend")
 EVAL_TASKS = ("loss", "hellaswag", "choice", "accuracy", "next")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -18,6 +20,12 @@ MIXTURE = r"\A|,\s*"  # what stands before the name of a dataset
 # settings of several commands
 INIT_FROM = setting("resume", "resume (from out_dir), gpt2[-medium|-large|-xl], or a folder", path=True)
 OUT_DIR = setting("out", "folder of the checkpoint", path=True)
+DATASET = setting(
+    None,
+    "dataset with the tokenizer, if the checkpoint names none that is here",
+    path=True,
+    path_after=MIXTURE,
+)
 FILE = r"\AFILE:"
 START = setting(
     "\n", "the prompt; FILE:path reads it from a file; empty starts a new document", path_after=FILE
@@ -338,6 +346,7 @@ class SampleConfig(Settings):
 
     init_from: str = INIT_FROM
     out_dir: str = OUT_DIR
+    dataset: str | None = DATASET
     start: str = START
     prompts: str | None = setting(
         None, r"file with a prompt on each line, or - for stdin, instead of start; \n is a newline", path=True
@@ -396,6 +405,7 @@ class ServeConfig(Settings):
 
     init_from: str = INIT_FROM
     out_dir: str = OUT_DIR
+    dataset: str | None = DATASET
     host: str = setting("127.0.0.1", "address to listen on; 0.0.0.0 is all, and needs an api_key")
     port: int = setting(8000, "port to listen on; 0 takes any free one", min=0, max=65535)
     api_key: str | None = setting(
@@ -488,6 +498,7 @@ class ExportConfig(Settings):
 
     init_from: str = INIT_FROM
     out_dir: str = OUT_DIR
+    dataset: str | None = DATASET
     to: str = setting("", "the folder to write", path=True)
     dtype: str = setting("float32", "dtype of the weights", choices=DTYPES[1:])
     overwrite: bool = setting(False, "replace an existing export")

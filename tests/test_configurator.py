@@ -247,9 +247,9 @@ def test_configure_ends_the_process_with_status_2(capsys):
 @pytest.mark.parametrize(
     ("cls", "names"),
     [
-        (SampleConfig, "dataset version checkpoint restart model_path weights file text port name eval"),
-        (ServeConfig, "version dataset report max_minutes reload workers timeout"),
-        (PlotConfig, "eval_hellaswag title input file format"),
+        (SampleConfig, "version checkpoint restart model_path weights file text port name eval"),
+        (ServeConfig, "version report max_minutes reload workers timeout"),
+        (PlotConfig, "dataset eval_hellaswag title input file format"),
         (TrainConfig, "version hidden_size vocab_size temperature top_k port scheduler_type start int8"),
         (AblateConfig, "out_dirs initfrom log_intervall"),  # which train.py has, not this
     ],

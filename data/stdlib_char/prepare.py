@@ -25,7 +25,7 @@ def source_files(folder: Path) -> list[str]:
     for path in sorted(folder.rglob("*.py"), key=lambda path: path.relative_to(folder).as_posix()):
         if LEFT_OUT.isdisjoint(path.relative_to(folder).parts):
             try:
-                text = path.read_text(encoding="utf-8", errors="replace")  # a foreign byte is not in CHARS
+                text = path.read_text(encoding="utf-8-sig", errors="replace")  # which CHARS has not
             except OSError:  # such as a link that leads nowhere
                 continue
             if text.strip() and set(text) <= set(CHARS):

@@ -18,9 +18,9 @@ from distrogpt.audio.speech import INSTALL
 from distrogpt.data.preparation.documents import Corpus, checksum, find_files
 from distrogpt.data.preparation.own_text import known_tokenizer, make_dataset, new_folder, parse_options
 from distrogpt.data.preparation.sources import add_text_options, argument_parser, strip_patterns
-from distrogpt.data.preparation.writer import write_text
 from distrogpt.data.tokenizer import END_OF_TEXT, interruptible
 from distrogpt.errors import UserError, is_out_of_memory, near_name
+from distrogpt.files import read_text, write_text
 
 KINDS = (".mp3 .m4a .m4b .wav .flac .ogg .oga .opus .aac .wma .aif .aiff .mp4 .mkv .mka .webm .mov .caf .amr "
          ".3gp").split()  # fmt: skip
@@ -282,7 +282,7 @@ def show_progress(bar: Any, seconds: float) -> None:
 def gather(transcripts: Iterable[Path], path: Path) -> None:
     """Write all transcripts into one file, in their order. Raises UserError if there are none."""
     existing = [transcript for transcript in transcripts if transcript.exists()]
-    texts = [text for transcript in existing if (text := transcript.read_text(encoding="utf-8")).strip()]
+    texts = [text for transcript in existing if (text := read_text(transcript)).strip()]
     if not texts:
         raise UserError("no speech was found in any recording; listen to them, or try a larger --model")
     write_text(path, END_OF_TEXT.join(texts))

@@ -2,22 +2,30 @@
 
 import copy
 import json
+import re
 import signal
+import sys
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from hashlib import sha1
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-from distrogpt.errors import UserError
+from distrogpt.errors import UserError, warn
 
 END_OF_TEXT = "<|endoftext|>"
 GPT2_FILES = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 GPT2_CACHED = [sha1(f"{GPT2_FILES}{name}".encode()).hexdigest() for name in ("vocab.bpe", "encoder.json")]
 # GPT-2's words: an ending as in 's, or letters, digits or signs with a space before them, or white space
 GPT2_WORDS = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+WHITE = r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"  # \s in GPT2_WORDS; not Python's
+# of white space without end before something else, all but the last: more than a regular expression's stack
+ENDLESS_SPACE = re.compile(rf"(?<!{WHITE}){WHITE}{{100000,}}(?={WHITE}(?!{WHITE}|\Z))")
+SAFE_CUT = re.compile(r"(?s).*\S(?=[ \n\t])")  # up to the last white space that follows something else
+LONGEST_WORD = 1000  # characters that train a byte-pair encoding as one: the time grows with the square
 BYTE_CHARS = {b: chr(b) for b in range(256) if chr(b).isprintable() and not chr(b).isspace()}
 BYTE_CHARS |= {b: chr(256 + n) for n, b in enumerate(b for b in range(256) if b not in BYTE_CHARS)}
 # BYTE_CHARS: a visible character for each byte, in the order of GPT-2's ids
@@ -94,16 +102,45 @@ class ByteTokenizer(Tokenizer):
         return {"kind": "byte"}
 
 
+class IdTokenizer(Tokenizer):
+    """The ids themselves, written as numbers: of a vocabulary that names no characters."""
+
+    end_of_text, chars = None, ""
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+
+    def encode_text(self, text: str) -> np.ndarray:
+        """ids (N,) of numbers with spaces or commas between them. Raises UserError that names the first word
+        that is none."""
+        ids = []
+        for word in text.replace(",", " ").split():
+            if not (word.isascii() and word.isdecimal() and len(word) < 20 and int(word) < self.vocab_size):
+                advice = f"give numbers from 0 to {self.vocab_size - 1}, such as '0 1 2'"
+                raise UserError(f"{word[:40]!r} is not a token id, and no tokenizer is known; {advice}")
+            ids.append(int(word))
+        return np.array(ids, np.int64)
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        return "".join(f" {i}" for i in ids).encode()
+
+    def describe(self) -> None:
+        return None
+
+
 class TiktokenTokenizer(Tokenizer):
     """A byte-pair encoding that tiktoken computes, `bpe`."""
 
     bpe: Any
 
     def encode_text(self, text: str) -> np.ndarray:
+        cuts = [at for found in ENDLESS_SPACE.finditer(text) for at in found.span()]
+        parts = [text[begin:end] for begin, end in pairwise([0, *cuts, len(text)])]
         try:
-            return self.bpe.encode_to_numpy(text, disallowed_special=())
+            ids = [self.bpe.encode_to_numpy(part, disallowed_special=()) for part in parts]
         except UnicodeEncodeError:  # halves of characters, which UTF-8 cannot write
-            return self.bpe.encode_to_numpy(text.encode("utf-8", "replace").decode(), disallowed_special=())
+            return self.encode_text(text.encode("utf-8", "replace").decode())
+        return ids[0] if len(ids) == 1 else np.concatenate(ids)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         return self.bpe.decode_bytes(list(ids))
@@ -186,6 +223,17 @@ def interruptible() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
+def trainable(texts: Iterable[str]) -> Iterator[str]:
+    """The texts in pieces that a trainer counts the same words in, but for those over LONGEST_WORD."""
+    for text in texts:
+        begin = 0
+        while begin < len(text):
+            safe = SAFE_CUT.match(text, begin, begin + LONGEST_WORD)
+            end = safe.end() if safe else begin + LONGEST_WORD
+            yield text[begin:end]
+            begin = end
+
+
 def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
     """A byte-pair encoding of vocab_size ids, or fewer if the texts have too few pairs to merge."""
     from tokenizers import Tokenizer as HuggingFaceTokenizer
@@ -194,9 +242,11 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
     bpe = HuggingFaceTokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = [BYTE_CHARS[b] for b in range(256)]
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=sys.stderr.isatty()
+    )
     with interruptible():
-        bpe.train_from_iterator(texts, trainer)
+        bpe.train_from_iterator(trainable(texts), trainer)
     merges: dict[str, tuple[str, str]] = {}  # by the token that they make: if two do, the first
     for left, right in json.loads(bpe.to_str())["model"]["merges"]:
         merges.setdefault(left + right, (left, right))
@@ -239,6 +289,25 @@ def start_token(tokenizer: Tokenizer) -> int:
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
     """The prompt's ids, at least one. Raises UserError."""
     return tokenizer.encode(prompt).tolist() or [start_token(tokenizer)]
+
+
+def keep_ends(
+    prompts: Mapping[str, list[int]], block_size: int, note: Callable[[str], object] = warn
+) -> list[list[int]]:
+    """The last block_size ids of each prompt, by its name, as nanoGPT reads them; a note says of which."""
+    longer = [name for name, ids in prompts.items() if len(ids) > block_size]
+    if longer[1:]:
+        names = f"{longer[0]}, and {len(longer) - 1} more,"
+        note(f"note     {names} have over {block_size} tokens; the model reads their last {block_size}")
+    elif longer:
+        count = len(prompts[longer[0]])
+        note(f"note     {longer[0]} has {count} tokens; the model reads the last {block_size}")
+    return [ids[-block_size:] for ids in prompts.values()]
+
+
+def tokenizer_of(meta: dict[str, Any]) -> Tokenizer:
+    """The tokenizer of a dataset's meta; an IdTokenizer if it names none. Raises UserError."""
+    return from_description(meta["tokenizer"]) if meta["tokenizer"] else IdTokenizer(meta["vocab_size"])
 
 
 def from_description(description: dict[str, Any]) -> Tokenizer:

@@ -8,10 +8,10 @@ import torch
 
 from distrogpt.data.dataset import Dataset, evaluation_windows, measured_splits, to_xy
 from distrogpt.data.token_stream import TokenStream
-from distrogpt.data.tokenizer import encode_prompt, from_description
+from distrogpt.data.tokenizer import encode_prompt, keep_ends, tokenizer_of
 from distrogpt.errors import UserError
 from distrogpt.evaluation.batches import EvaluationStopped, StopCheck
-from distrogpt.evaluation.exact_match import answer_problems, check_prompt_length, load_problems
+from distrogpt.evaluation.exact_match import answer_problems, load_problems
 from distrogpt.evaluation.loss import Losses, mean_losses
 from distrogpt.evaluation.multiple_choice import answer_multiple_choice, load_questions
 from distrogpt.inference.decoder import stream
@@ -35,9 +35,9 @@ class Evaluator:
         # ranks share questions and lines; but if they share the weights, each has to answer all of them
         self.task_runtime = replace(runtime, rank=0, world_size=1) if config.shard else runtime
         if config.eval_hellaswag or config.eval_samples:
-            if not data.meta["tokenizer"]:
+            if config.eval_hellaswag and not data.meta["tokenizer"]:
                 raise UserError("the dataset names no tokenizer, so nothing can be asked; prepare it here")
-            self.tokenizer = from_description(data.meta["tokenizer"])
+            self.tokenizer = tokenizer_of(data.meta)
         if config.eval_hellaswag:
             file, sizes = config.hellaswag_input, (config.block_size, config.hellaswag_items)
             flag = "--hellaswag_input=FILE"
@@ -49,8 +49,8 @@ class Evaluator:
                 raise UserError("eval_accuracy asks val's lines, eval_splits=train reads none; drop one")
             self.problems = load_problems(data, config.block_size)
         if config.eval_samples:
-            self.prompt = encode_prompt(self.tokenizer, config.sample_start)
-            check_prompt_length(self.prompt, config.block_size)
+            prompt = {"sample_start": encode_prompt(self.tokenizer, config.sample_start)}
+            (self.prompt,) = keep_ends(prompt, config.block_size, log.info)
 
     def evaluate(self, model: GPT, stop_requested: StopCheck = lambda: False) -> Losses | None:
         """Losses and, if configured, hellaswag (acc_norm) and accuracy from 0 to 1; None on all ranks if one

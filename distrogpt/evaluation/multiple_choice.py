@@ -1,19 +1,20 @@
-"""Multiple choice, such as HellaSwag, from JSON lines: which ending of a text is the most likely?"""
+"""Multiple choice, such as HellaSwag, from JSON: which ending of a text is the most likely?"""
 
-import json
 import math
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from distrogpt.data.meta import DATA
+from distrogpt.data.preparation.documents import json_values
 from distrogpt.data.preparation.sources import download
 from distrogpt.data.tokenizer import Tokenizer, encode_prompt
 from distrogpt.errors import UserError
 from distrogpt.evaluation.batches import StopCheck, map_batches
+from distrogpt.files import read_text
 from distrogpt.runtime import Runtime
 from model import GPT
 
@@ -59,18 +60,13 @@ def read_questions(
     path: Path, tokenizer: Tokenizer, block_size: int, limit: int | None = None
 ) -> list[Question]:
     """The first `limit` questions of a file, or all. Raises UserError that names the line."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8"
-        raise UserError(f"{path} cannot be read ({reason}); name a file of JSON lines") from None
     questions = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip() or len(questions) == limit:
-            continue
+    for number, entry in json_values([read_text(path)], str(path)):
+        if len(questions) == limit:
+            break
         try:
-            questions.append(parse_question(line, tokenizer, block_size))
-        except (ValueError, RecursionError, UserError) as error:  # RecursionError: deeply nested brackets
+            questions.append(parse_question(entry, tokenizer, block_size))
+        except (ValueError, UserError) as error:
             reason = error if isinstance(error, UserError) else f"{str(error)[:100]}; give {EXAMPLE}"
             raise UserError(f"{path}, line {number}: {reason}") from None
     if not questions:
@@ -78,10 +74,9 @@ def read_questions(
     return questions
 
 
-def parse_question(line: str, tokenizer: Tokenizer, block_size: int) -> Question:
-    """The question of a JSON line, with the end of a context that does not fit together with each ending.
+def parse_question(entry: Any, tokenizer: Tokenizer, block_size: int) -> Question:
+    """The question of a JSON object, with the end of a context that does not fit together with each ending.
     Raises ValueError if a field is missing or wrong, UserError if the text has no tokens or too many."""
-    entry = json.loads(line)
     if not isinstance(entry, dict):
         raise ValueError("it is not an object")
     context, endings, label = (entry.get(name) for name in ("ctx", "endings", "label"))

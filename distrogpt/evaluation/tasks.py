@@ -4,18 +4,19 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from distrogpt.checkpoint import check_range
 from distrogpt.data.dataset import Dataset, open_dataset
 from distrogpt.data.meta import GPT2_META, tokenizers_differ
-from distrogpt.data.tokenizer import Tokenizer, encode_prompt
+from distrogpt.data.tokenizer import IdTokenizer, Tokenizer, encode_prompt, keep_ends
 from distrogpt.errors import UserError
 from distrogpt.evaluation.evaluator import Evaluator
-from distrogpt.evaluation.exact_match import answer_problems, check_prompt_length, load_problems
+from distrogpt.evaluation.exact_match import answer_problems, load_problems
 from distrogpt.evaluation.introspection import next_tokens
 from distrogpt.evaluation.loss import mean_losses
 from distrogpt.evaluation.multiple_choice import GPT2_HELLASWAG, answer_multiple_choice, load_questions
 from distrogpt.inference.sampler import read_prompt
 from distrogpt.kernels.cpu import to_device
-from distrogpt.loading import find_tokenizer, load_trained
+from distrogpt.loading import find_tokenizer, is_here, load_trained
 from distrogpt.runtime import Runtime
 from distrogpt.settings import EVAL_TASKS, EvalConfig, TrainConfig
 from model import GPT
@@ -38,6 +39,7 @@ class LoadedModel(NamedTuple):
 def load_tasks(config: EvalConfig, runtime: Runtime) -> tuple[str, dict[str, Task]]:
     """What the model is called, and the tasks that the settings name, checked. Raises UserError."""
     model, contents, source = load_trained(config.out_dir, config.init_from)
+    check_range(model, runtime.dtype)
     settings, meta = contents.get("config", {}), contents.get("meta", {}) if contents else GPT2_META
     names = [name.strip() for name in config.tasks.split(",") if name.strip()] or [config.tasks]
     if names == ["auto"]:
@@ -50,7 +52,7 @@ def load_tasks(config: EvalConfig, runtime: Runtime) -> tuple[str, dict[str, Tas
             raise UserError(f"tasks={name[:40]} is not known; name some of {', '.join(EVAL_TASKS)}, by comma")
     tokenizer = None
     if set(names) != {"loss"}:  # the loss needs no tokenizer
-        tokenizer = find_tokenizer(contents, model.config.vocab_size, source)
+        tokenizer = find_tokenizer(contents, model.config.vocab_size, source, config.dataset)
     loaded = LoadedModel(to_device(model, runtime.device).eval(), tokenizer, settings, meta, source, runtime)
     return source, {name: TASKS[name](config, loaded, name) for name in names}
 
@@ -60,6 +62,9 @@ def open_eval_data(config: EvalConfig, loaded: LoadedModel, **settings: Any) -> 
     dataset, source = config.dataset or loaded.settings.get("dataset"), loaded.source
     if not dataset:
         raise UserError(f"{source} names no dataset; give --dataset=NAME")
+    if not config.dataset and not is_here(dataset):
+        path = source.partition(", step ")[0]
+        raise UserError(f"{path} was trained on {dataset[:200]}, which is not here; give --dataset=FOLDER")
     train_config = TrainConfig(dataset=dataset, eval_iters=0, eval_splits=config.split, **settings)
     data = open_dataset(train_config, (config.split,))
     if tokenizers_differ(loaded.meta.get("tokenizer"), data.meta["tokenizer"]):
@@ -98,6 +103,8 @@ def multiple_choice_task(config: EvalConfig, loaded: LoadedModel, name: str) -> 
     """How often the right ending is the most likely, by the sum (acc) and mean (acc_norm) of log-probs."""
     if name == "choice" and not config.input:
         raise UserError("choice reads a file; give --input=FILE, or --tasks=hellaswag")
+    if not config.input and isinstance(loaded.tokenizer, IdTokenizer):
+        raise UserError(f"{loaded.source} reads token ids, not HellaSwag's English; leave out that task")
     model, runtime = loaded.model, loaded.runtime
     limits = (model.config.block_size, config.max_items)
     questions = load_questions(config.input, "--input=FILE", loaded.tokenizer, *limits, runtime)
@@ -136,8 +143,8 @@ def exact_match_task(config: EvalConfig, loaded: LoadedModel, name: str) -> Task
 def next_token_task(config: EvalConfig, loaded: LoadedModel, name: str) -> Task:
     """The most likely next tokens after a prompt."""
     prompt, tokenizer = read_prompt(config.start), loaded.tokenizer
-    ids = encode_prompt(tokenizer, prompt)
-    check_prompt_length(ids, loaded.model.config.block_size)
+    ids = {"the prompt": encode_prompt(tokenizer, prompt)}
+    (ids,) = keep_ends(ids, loaded.model.config.block_size)
 
     def task() -> Result:
         count = max(config.show, 1)

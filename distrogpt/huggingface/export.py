@@ -10,7 +10,7 @@ from typing import Any
 from unicodedata import category
 
 from distrogpt.checkpoint import first_line
-from distrogpt.data.tokenizer import END_OF_TEXT, Tokenizer, start_token, tokenizer_json
+from distrogpt.data.tokenizer import END_OF_TEXT, IdTokenizer, Tokenizer, start_token, tokenizer_json
 from distrogpt.errors import MachineError, UserError, warn
 from distrogpt.huggingface.formats import CODE, Weights, model_type_of, to_settings
 from distrogpt.huggingface.model_card import model_card, public_meta
@@ -26,10 +26,13 @@ def text_files(
 ) -> dict[str, str]:
     """The text of each file but the weights; the arguments are model_card's."""
     texts = settings_files(shape, tokenizer, dtype) | {
-        "tokenizer.json": tokenizer_json(tokenizer),
         "meta.json": to_json(public_meta(contents.get("meta"), tokenizer)),
         "README.md": model_card(name, shape, tokenizer, contents, count, dtype),
     }
+    if isinstance(tokenizer, IdTokenizer):
+        del texts["tokenizer_config.json"]
+    else:
+        texts["tokenizer.json"] = tokenizer_json(tokenizer)
     if model_type_of(shape) == "distrogpt":
         texts[f"{CODE}.py"] = Path(__file__).with_name(f"{CODE}.py").read_text(encoding="utf-8")
     return texts

@@ -23,7 +23,15 @@ from urllib.request import urlopen
 
 import torch
 
-from distrogpt.checkpoint import build_model, check_weights, make_config, meta_model
+from distrogpt.checkpoint import (
+    build_model,
+    check_finite,
+    check_weights,
+    make_config,
+    meta_model,
+    tie_weights,
+    without_wrappers,
+)
 from model import EPS, GPT, GPTConfig
 
 ARCHITECTURES = {
@@ -42,6 +50,7 @@ NORMS = {"attn.c_attn": "input_layernorm", "mlp.c_fc": "post_attention_layernorm
 LLAMA_SIZES = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head"}
 LLAMA_SIZES |= {"max_position_embeddings": "block_size", "vocab_size": "vocab_size"}
 CONSTANTS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # in old files, beside the weights
+WRAPPERS = ("_orig_mod", "module")  # in the names of weights: torch.compile, DDP
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 Weights = dict[str, torch.Tensor]
 
@@ -156,17 +165,23 @@ def to_llama(config: GPTConfig, ours: Weights) -> Weights:
             theirs[part] = in_halves(w, D) if is_rotated(part) else w
         if norm:
             theirs[norm] = torch.ones(C)
-    for n in range(config.n_layer if config.qk_norm else 0):
-        theirs[f"model.layers.{n}.self_attn.q_norm.weight"] = torch.full((D,), 12 / D**0.5)
-        theirs[f"model.layers.{n}.self_attn.k_norm.weight"] = torch.ones(D)
+    for n, name in product(range(config.n_layer if config.qk_norm else 0), "qk"):
+        plain = torch.full(
+            (D,), 12 / D**0.5 if name == "q" else 1.0
+        )  # from 1/√D to our scale of scores, 12/D
+        learned = ours.get(f"transformer.h.{n}.attn.{name}_weight")
+        theirs[f"model.layers.{n}.self_attn.{name}_norm.weight"] = (
+            plain if learned is None else in_halves(learned, D)
+        )
     return theirs
 
 
 def from_llama(config: GPTConfig, theirs: Weights) -> tuple[GPTConfig, Weights]:
     """The weights of llama, qwen3 or arcee as ours; each norm's are multiplied into what reads it, the last
     one's into lm_head, which cannot stay tied if they are not 1. Raises ValueError."""
+    config = tie_weights(config, theirs, "model.embed_tokens.weight")
     if config.tied:
-        theirs = {name: w for name, w in theirs.items() if name != "lm_head.weight"}
+        del theirs["lm_head.weight"]
     with torch.device("meta"):
         check_weights(theirs, to_weights(config, meta_model(config, len(theirs)).state_dict()))
     D, last_norm = config.head_dim, theirs["model.norm.weight"]
@@ -176,13 +191,24 @@ def from_llama(config: GPTConfig, theirs: Weights) -> tuple[GPTConfig, Weights]:
     for name, parts, norm in llama_layers(config):
         w = torch.cat([in_pairs(theirs[part], D) if is_rotated(part) else theirs[part] for part in parts])
         ours[name] = w * theirs[norm] if norm else w
-    for n in range(config.n_layer if config.qk_norm else 0):
-        q_norm, k_norm = (theirs[f"model.layers.{n}.self_attn.{name}_norm.weight"] for name in "qk")
-        exact = torch.tensor(12 / D**0.5)  # turns Qwen3's scale of attention scores, 1/√D, into ours, 12/D
-        stored = [exact.to(dtype).float() for dtype in (torch.float32, torch.bfloat16, torch.float16)]
-        if not any(torch.allclose(q_norm * k_norm, weight, rtol=1e-6, atol=0) for weight in stored):
-            raise ValueError(f"model.layers.{n}.self_attn.q_norm has learned weights, which ours cannot have")
+    qk_norms = {
+        f"transformer.h.{n}.attn.{name}_weight": theirs[f"model.layers.{n}.self_attn.{name}_norm.weight"]
+        for n, name in product(range(config.n_layer if config.qk_norm else 0), "qk")
+    }
+    if not are_plain(list(qk_norms.values()), D):
+        ours |= {name: in_pairs(w, D) for name, w in qk_norms.items()}
+        config = replace(config, qk_norm_weights=True)
     return replace(config, tied=config.tied and bool((last_norm == 1).all())), ours
+
+
+def are_plain(norms: list[torch.Tensor], D: int) -> bool:
+    """Whether the weights of q_norm and k_norm, in turns, only turn Qwen3's scale of scores, 1/√D, into ours,
+    12/D, in one of the types in which they may have been stored."""
+    exact = torch.tensor(12 / D**0.5)
+    stored = [exact.to(dtype).float() for dtype in (torch.float32, torch.bfloat16, torch.float16)]
+    scales = [q[0] * k[0] for q, k in zip(norms[::2], norms[1::2], strict=True)]
+    known = all(any(torch.allclose(scale, one, rtol=1e-6, atol=0) for one in stored) for scale in scales)
+    return known and all(bool((w == w[0]).all()) for w in norms)
 
 
 def is_rotated(name: str) -> bool:
@@ -225,14 +251,14 @@ def read_pretrained(folder: Path, dropout: float = 0.0) -> GPT:
     config = make_config({**shape_of(settings), "dropout": dropout})
     if config.n_kv_head == config.n_head:
         config = replace(config, n_kv_head=None)
-    weights = {name: w for name, w in read_weights(folder).items() if not name.endswith(CONSTANTS)}
+    weights = without_wrappers(read_weights(folder), WRAPPERS)
+    weights = {name: w for name, w in weights.items() if not name.endswith(CONSTANTS)}
+    check_finite(weights)
     if kind == "gpt2":
         config, weights = from_gpt2(config, weights, settings.get("bias") is False)
     elif kind != "distrogpt":
         config, weights = from_llama(config, weights)
-    if config.tied:
-        weights["lm_head.weight"] = weights["transformer.wte.weight"]
-    return build_model(config, weights)
+    return build_model(tie_weights(config, weights), weights)
 
 
 def read_weights(folder: Path) -> Weights:
@@ -308,7 +334,9 @@ def from_gpt2(config: GPTConfig, theirs: Weights, no_biases: bool) -> tuple[GPTC
 def from_own_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """The arguments of GPTConfig for our own config.json; one that is missing is None."""
     names = set(asdict(GPTConfig())) - {"tied", "zero_init", "dropout"}
-    return {name: settings.get(name) for name in names} | {"tied": settings.get("tie_word_embeddings", True)}
+    later = {"qk_norm_weights": False}  # not in the config.json of older versions
+    shape = {name: settings.get(name, later.get(name)) for name in names}
+    return shape | {"tied": settings.get("tie_word_embeddings", True)}
 
 
 def from_llama_settings(settings: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from distrogpt.data.meta import GPT2_META
-from distrogpt.data.tokenizer import CharTokenizer, GPT2Tokenizer, Tokenizer, start_token
+from distrogpt.data.tokenizer import CharTokenizer, GPT2Tokenizer, IdTokenizer, Tokenizer, start_token
 from distrogpt.errors import quote
 from distrogpt.huggingface.formats import ARCHITECTURES, model_type_of
 from distrogpt.settings import TrainConfig
@@ -23,6 +23,7 @@ NEVER_REPORTED = """out_dir dataset init_from hellaswag_input wandb_log wandb_pr
 SIZES = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
 TOKENIZERS = {"char": "characters", "byte": "bytes", "bpe": "own byte-pair encoding", "gpt2": "GPT-2's"}
 NO_END = "No token ends a text or fills up a batch: texts of several lengths are read one by one."
+NO_TOKENIZER = "It has no tokenizer: texts are lists of token ids."
 TRUST = """`trust_remote_code=True` lets transformers, 5.0 and newer, run `modeling_distrogpt.py` of this \
 folder, as none of its own architectures computes this network; read it first."""
 LICENCE = """None is claimed here: the owner of the weights and of the text that they come from decides, and \
@@ -69,8 +70,11 @@ def how_to_load(folder: str, shape: GPTConfig, tokenizer: Tokenizer) -> list[str
         f"tokenizer = AutoTokenizer.from_pretrained({quoted}{trust})",
         f"# lm_eval --model hf --model_args {model_args} --tasks {tasks}",
     ]
+    has_tokenizer = not isinstance(tokenizer, IdTokenizer)
+    if not has_tokenizer:
+        lines = ["from transformers import AutoModelForCausalLM", lines[1]]
     if not unsupported["vLLM"]:
-        lines.append(f"# vllm serve {name}")
+        lines.append(f"# vllm serve {name}" + ("" if has_tokenizer else " --skip-tokenizer-init"))
     if not unsupported["llama.cpp"]:
         lines.append(f"# python convert_hf_to_gguf.py {name}   # llama.cpp's")
     return [*lines, f"# python sample.py --init_from={name}   # distroGPT's"]
@@ -78,6 +82,8 @@ def how_to_load(folder: str, shape: GPTConfig, tokenizer: Tokenizer) -> list[str
 
 def limits_of(tokenizer: Tokenizer) -> list[str]:
     """What the tokenizer cannot do, a sentence each."""
+    if isinstance(tokenizer, IdTokenizer):
+        return [NO_TOKENIZER]
     limits = [] if tokenizer.end_of_text is not None else [NO_END]
     if isinstance(tokenizer, CharTokenizer):
         limits.insert(0, f"Characters outside of its {len(tokenizer.chars)} are an error.")
@@ -138,7 +144,8 @@ def data_rows(config: dict[str, Any], meta: dict[str, Any]) -> dict[str, Any]:
         rows |= {f"{split} tokens": count for split, count in meta.get("tokens", {}).items()}
         rows |= {f"{split} bytes of text": count for split, count in meta.get("bytes", {}).items()}
         rows |= {key: meta[key] for key in ("source", "sha256") if key in meta}
-    tokenizer = f"{TOKENIZERS[meta['tokenizer']['kind']]}, {meta['vocab_size']} tokens"
+    kind = TOKENIZERS[meta["tokenizer"]["kind"]] if meta["tokenizer"] else "none"
+    tokenizer = f"{kind}, {meta['vocab_size']} tokens"
     return {key: value for key, value in rows.items() if value} | {"tokenizer": tokenizer}
 
 

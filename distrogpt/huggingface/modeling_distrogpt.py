@@ -32,6 +32,7 @@ DEFAULTS: dict[str, Any] = {
     "norm": "layernorm",  # or rmsnorm, without weights
     "rotary": False,  # rotary position embeddings instead of a table
     "qk_norm": False,  # RMSNorm on queries and keys
+    "qk_norm_weights": False,  # which has weights, and GPT-2's scale of scores
     "n_kv_head": None,  # None: n_head
     "logit_softcap": 0.0,  # 0 is off
     "embedding_skip": False,  # each block reads a learned mix of the residual stream and the embeddings
@@ -100,7 +101,9 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.dropout, self.qk_norm = layer, config.dropout, config.qk_norm
         self.H, self.K, self.D = config.n_head, config.n_kv_head, config.n_embd // config.n_head
-        self.scale = 12 / self.D if config.qk_norm else self.D**-0.5
+        learned = config.qk_norm_weights
+        self.q_weight, self.k_weight = (nn.Parameter(torch.ones(self.D)) if learned else None for _ in "qk")
+        self.scale = 12 / self.D if config.qk_norm and not learned else self.D**-0.5
         self.c_attn = nn.Linear(config.n_embd, (self.H + 2 * self.K) * self.D, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
@@ -112,6 +115,8 @@ class Attention(nn.Module):
         qk, v = heads.split((H + K, K), dim=1)
         if self.qk_norm:
             qk = F.rms_norm(qk.float(), (self.D,), eps=EPS)
+        if self.q_weight is not None:
+            qk = qk * torch.cat((self.q_weight.expand(H, 1, -1), self.k_weight.expand(K, 1, -1)))
         if cos_sin is not None:
             qk = apply_rotary(qk, cos_sin)
         q, k = qk.to(v.dtype).split((H, K), dim=1)

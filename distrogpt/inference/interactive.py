@@ -10,6 +10,7 @@ from pathlib import Path
 
 from configurator import check_value, shorten
 from distrogpt.errors import UserError, near_name, warn
+from distrogpt.files import encoding_of
 from distrogpt.inference.display import colour_legend, output_style, print_stream
 from distrogpt.inference.sampler import Sampler
 from distrogpt.settings import SAMPLING_FIELDS, SampleConfig
@@ -35,6 +36,9 @@ def prompt_loop(sampler: Sampler, config: SampleConfig) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a command's Ctrl-C would end the process
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="replace")
+        if not sys.stdin.isatty():
+            encoding = encoding_of(sys.stdin.buffer.peek(4), sys.stdin.encoding)
+            sys.stdin.reconfigure(encoding=encoding, newline=None)
     if sys.stdin.isatty():
         warn("a line is a prompt; /help shows more")
     if output_style(config.show_probs) == "colours":
@@ -50,7 +54,8 @@ def prompt_loop(sampler: Sampler, config: SampleConfig) -> None:
                 config = run_command(line[1:], config)
                 continue
             prompt = read_prompt_lines(line) if line else text
-            ids = sampler.ids_of(prompt, check_length=bool(line))  # the text so far may be longer
+            # of the text so far, the decoder reads the end, without a note each time
+            (ids,) = sampler.prompt_ids({"the prompt": prompt}) if line else [sampler.ids_of(prompt)]
             on_screen = sys.stdin.isatty()  # as typed, or as printed before
             echoed = prompt if config.echo and not on_screen else ""
             updates = sampler.stream_sample(ids, config)

@@ -1,17 +1,17 @@
 """A model and its tokenizer, loaded once, to generate text from Python."""
 
 import os
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from configurator import check_value
-from distrogpt.data.tokenizer import encode_prompt
+from distrogpt.checkpoint import check_range
+from distrogpt.data.tokenizer import encode_prompt, keep_ends
 from distrogpt.errors import UserError, warn
+from distrogpt.files import read_text
 from distrogpt.inference.decoder import optimize_for_inference, stream
 from distrogpt.inference.detokenizer import Detokenizer, Token
 from distrogpt.inference.sampling import SamplingParams, uniform_noise
@@ -32,29 +32,36 @@ class Sampler:
         dtype: str = "auto",
         compile: bool = False,
         int8: bool = False,
+        **settings: str | None,
     ) -> None:
+        """`settings` is `dataset` alone, and all are those of SampleConfig; TypeError for others."""
+        dataset = settings.pop("dataset", None)
+        if settings:
+            raise TypeError(f"{min(settings)} is not a setting of a Sampler")
         self.runtime = start_runtime(device, dtype)
         out_dir, init_from = os.path.expanduser(out_dir), os.path.expanduser(init_from)
         model, contents, self.source = load_trained(out_dir, init_from)
+        check_range(model, self.runtime.dtype)
         self.config = contents.get("config", {})  # of its training
-        self.tokenizer = find_tokenizer(contents, model.config.vocab_size, self.source)
+        self.tokenizer = find_tokenizer(contents, model.config.vocab_size, self.source, dataset)
         error = compile_error(self.runtime.device) if compile else ""
         if error:
             warn(f"note     {error}")
         compile = compile and not error
         self.model = optimize_for_inference(model.to(self.runtime.device), self.runtime.dtype, int8, compile)
 
-    def ids_of(self, prompt: str, name: str = "the prompt", check_length: bool = True) -> list[int]:
-        """The prompt's ids, one or more; with check_length, at most block_size. Raises UserError."""
+    def ids_of(self, prompt: str, name: str = "the prompt") -> list[int]:
+        """The prompt's ids, one or more. Raises UserError."""
         check_value(SampleConfig, "start", prompt)
         try:
-            ids = encode_prompt(self.tokenizer, prompt)
+            return encode_prompt(self.tokenizer, prompt)
         except UserError as error:
             raise UserError(f"{name}: {error}") from None
-        block_size = self.model.config.block_size
-        if check_length and len(ids) > block_size:
-            raise UserError(f"{name} has {len(ids)} tokens, the model reads {block_size}; shorten it")
-        return ids
+
+    def prompt_ids(self, prompts: Mapping[str, str]) -> list[list[int]]:
+        """What the model reads of prompts, by their names: of each its last block_size ids. UserError."""
+        ids = {name: self.ids_of(prompt, name) for name, prompt in prompts.items()}
+        return keep_ends(ids, self.model.config.block_size)
 
     def sample_batch(
         self, prompts: Sequence[list[int]], uniforms: torch.Tensor, config: SampleConfig, interval: int = 1
@@ -140,7 +147,7 @@ class Sampler:
         prompts = prompt if several else [prompt]
         config = sample_config(max_new_tokens, temperature, top_k, seed, num_samples=num_samples, **settings)
         names = [f"prompt {number + 1}" if several else "the prompt" for number in range(len(prompts))]
-        ids = [self.ids_of(text, name) for text, name in zip(prompts, names, strict=True)]
+        ids = self.prompt_ids(dict(zip(names, prompts, strict=True)))
         texts = [sample.text for sample in self.samples(ids, config)]
         if not config.echo:
             return texts
@@ -157,7 +164,8 @@ class Sampler:
     ) -> Iterator[str]:
         """The continuation of the prompt in one sample, piece by piece. Settings as in `generate`."""
         config = sample_config(max_new_tokens, temperature, top_k, seed, **settings)
-        samples = self.stream_sample(self.ids_of(prompt), config)
+        (ids,) = self.prompt_ids({"the prompt": prompt})
+        samples = self.stream_sample(ids, config)
         return (text for sample in samples if (text := sample.pop_text()))
 
     def tokens(
@@ -171,7 +179,8 @@ class Sampler:
     ) -> Iterator[Token]:
         """The tokens of the text that `stream` yields, with the model's log-probability of each."""
         config = sample_config(max_new_tokens, temperature, top_k, seed, **settings | {"show_probs": True})
-        samples = self.stream_sample(self.ids_of(prompt), config)
+        (ids,) = self.prompt_ids({"the prompt": prompt})
+        samples = self.stream_sample(ids, config)
         return (token for sample in samples for token in sample.pop_tokens())
 
 
@@ -189,16 +198,6 @@ def sample_config(
         raise UserError(error) from None
 
 
-def read_text(name: str) -> str:
-    """The text of a file, or of stdin if the name is -. Raises UserError."""
-    try:
-        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-        return data.decode("utf-8-sig").replace("\r\n", "\n")
-    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a null character in the name
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise UserError(f"the prompt file {name} cannot be read ({reason}); name a text file") from None
-
-
-def read_prompt(start: str) -> str:
+def read_prompt(start: str, what: str = "the prompt file") -> str:
     """The prompt: the setting itself, or the text of the file in FILE:path. Raises UserError."""
-    return read_text(start[5:]) if start.startswith("FILE:") else start
+    return read_text(start[5:], f"{what} {start[5:]}") if start.startswith("FILE:") else start

@@ -47,7 +47,8 @@ def sample_token(
     if params.top_p < 1:
         if not has_top_k:
             probs, ids = top_p_candidates(probs, params.top_p)
-        probs = probs.masked_fill(probs.cumsum(dim=-1) - probs >= params.top_p, 0.0)
+        top_p = max(params.top_p, 1e-30)  # as 0 in fp32 leaves none
+        probs = probs.masked_fill(probs.cumsum(dim=-1) - probs >= top_p, 0.0)
     if params.min_p:
         probs = probs.masked_fill(probs < params.min_p * probs.amax(dim=-1, keepdim=True), 0.0)
     sums = probs.cumsum(dim=-1)

@@ -8,27 +8,34 @@ import socket
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from pathlib import Path
+from time import time
 from typing import Any
+from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from distrogpt.audio.speech import Voice, wav_bytes
 from distrogpt.errors import UserError
 from distrogpt.inference.sampler import Sampler, read_prompt
-from distrogpt.serving.completions import Completion, choice_json, completion_json, parse_completion
+from distrogpt.serving.completions import (
+    FIELDS,
+    NOT_SUPPORTED,
+    Completion,
+    choice_json,
+    completion_json,
+    parse_completion,
+)
 from distrogpt.serving.engine import Engine, EngineRequest, RequestOutput
 from distrogpt.settings import ServeConfig
 
-UVICORN = {"ws": "none", "lifespan": "off", "timeout_graceful_shutdown": 1, "log_level": "warning"}
-UVICORN |= {"access_log": False, "server_header": False}
 PAGE = Path(__file__).with_name("page.html")
 MAX_BODY_BYTES, MAX_BODY_SECONDS = 1 << 20, 30
+SPEECH_FIELDS = ("input", "response_format", "speed")  # that are read
 MAX_SPEECH_CHARS, MAX_SPEECH_QUEUE = 10_000, 4  # some ten minutes of speech; texts that wait
 MAX_UNREAD = 2_000  # outputs that wait for a client: some ten seconds of four samples
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
@@ -38,6 +45,7 @@ PAGE_HEADERS = {  # the page loads nothing from elsewhere, and no other page may
     "frame-ancestors 'none'",
     "Cache-Control": "no-store",
 }
+ERROR_CODES = {401: "invalid_api_key", 404: "not_found", 413: "too_large", 429: "rate_limit_exceeded"}
 Outputs = AsyncIterator[RequestOutput]
 
 
@@ -50,6 +58,7 @@ class App(Starlette):
         self.config, self.sampler, self.engine, self.key, self.voice = config, sampler, engine, key, voice
         self.speech_lock, self.speech_queue, self.max_unread = asyncio.Lock(), 0, MAX_UNREAD
         self.name = Path(config.out_dir if config.init_from == "resume" else config.init_from).resolve().name
+        self.created, self.html = int(time()), PAGE.read_text(encoding="utf-8")
         routes = [
             Route("/", self.page),
             Route("/health", self.health),
@@ -58,12 +67,20 @@ class App(Starlette):
             Route("/v1/completions", self.completions, methods=["POST"]),
             Route("/v1/audio/speech", self.speech, methods=["POST"]),
         ]
-        # without a key, only by these names: other websites could point a name of theirs at this address
-        hosts = ["*"] if key else [*LOCAL_HOSTS, "[::1]", config.host]
-        guard = Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)
         handlers = dict.fromkeys((HTTPException, UserError, Exception), handle_error)
-        super().__init__(routes=routes, middleware=[guard], exception_handlers=handlers)
+        super().__init__(routes=routes, exception_handlers=handlers)
         self.router.redirect_slashes = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve a request; without a key, only by a local name: other websites could point a name of theirs
+        at this address."""
+        host = Request(scope).headers.get("host")  # browsers send it always, HTTP/1.0 need not
+        if self.key is None and host and host_name(host) not in LOCAL_HOSTS:
+            names = f"this server answers to {', '.join(LOCAL_HOSTS)}, not to {host[:100]}"
+            message = f"{names}; use one of these, or start it with --api_key=SECRET"
+            await JSONResponse(error_json(400, message), 400)(scope, receive, send)
+        else:
+            await super().__call__(scope, receive, send)
 
     async def page(self, request: Request) -> Response:
         about = {
@@ -75,7 +92,7 @@ class App(Starlette):
             "speaks": self.voice is not None,
         }
         text = json.dumps(about).replace("<", "\\u003c")  # a name must not end the script around it
-        return HTMLResponse(PAGE.read_text(encoding="utf-8").replace("{{about}}", text), headers=PAGE_HEADERS)
+        return HTMLResponse(self.html.replace("{{about}}", text), headers=PAGE_HEADERS)
 
     async def health(self, request: Request) -> Response:
         waiting = sum(not request.cancelled for request in list(self.engine.waiting))
@@ -83,8 +100,13 @@ class App(Starlette):
 
     async def models(self, request: Request) -> Response:
         self.check_key(request)
-        model = {"id": self.name, "object": "model", "created": 0, "owned_by": "distrogpt"}
-        return JSONResponse(model if request.path_params else {"object": "list", "data": [model]})
+        model = {"id": self.name, "object": "model", "created": self.created, "owned_by": "distrogpt"}
+        if not request.path_params:
+            return JSONResponse({"object": "list", "data": [model]})
+        if (name := request.path_params["name"]) != self.name:
+            message = f"the model {name[:100]} is not served; ask for {self.name}"
+            return JSONResponse(error_json(404, message, "model", "model_not_found"), 404)
+        return JSONResponse(model)
 
     async def completions(self, request: Request) -> Response:
         self.check_key(request)
@@ -182,10 +204,7 @@ class App(Starlette):
 
 def find_key(config: ServeConfig) -> str | None:
     """The API key. Raises UserError if other machines could connect without one."""
-    try:
-        key = None if config.api_key is None else read_prompt(config.api_key).strip()
-    except UserError:
-        raise UserError(f"api_key={config.api_key} is not a text file; write the key into one") from None
+    key = None if config.api_key is None else read_prompt(config.api_key, "api_key: the file").strip()
     if key is not None and not re.fullmatch("[!-~]+", key):
         raise UserError("api_key is not one word of ASCII characters; choose a long one")
     if key is None and config.host not in LOCAL_HOSTS:
@@ -207,22 +226,35 @@ def event(data: dict[str, Any]) -> str:
     return f"data: {json.dumps(data)}\n\n"
 
 
-def error_json(status: int, message: str) -> dict[str, Any]:
-    """The body of an answer that is an error."""
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    return {"error": {"message": " ".join(message.split()), "type": kind, "param": None, "code": status}}
+def error_json(
+    status: int, message: str, param: str | None = None, code: str | None = None
+) -> dict[str, Any]:
+    """The body of an answer that is an error; `param` is the field of the request that is wrong."""
+    kind = "server_error" if status >= 500 else "requests" if status == 429 else "invalid_request_error"
+    code = code or ERROR_CODES.get(status)
+    return {"error": {"message": " ".join(message.split()), "type": kind, "param": param, "code": code}}
 
 
 async def handle_error(request: Request, error: Exception) -> Response:
-    status, message, headers = 500, "internal error", None
+    status, message, headers, param = 500, "internal error", None, None
     if isinstance(error, UserError):
         status, message = 400, str(error)
+        word = re.match(r"(?:the )?(\w*)", message)[1]
+        param = word if word in (*FIELDS, *NOT_SUPPORTED, *SPEECH_FIELDS) else None
     elif isinstance(error, HTTPException):
         status, message, headers = error.status_code, error.detail, error.headers
     if message in ("Not Found", "Method Not Allowed"):
         route = f"{request.method} {request.url.path[:100]}"
         message = f"{route} is not served; POST /v1/completions is, with a prompt"
-    return JSONResponse(error_json(status, message), status, headers)
+    return JSONResponse(error_json(status, message, param), status, headers)
+
+
+def host_name(host: str) -> str:
+    """The name in a Host header, without its port."""
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""
 
 
 async def read_json(request: Request) -> dict[str, Any]:
@@ -232,10 +264,13 @@ async def read_json(request: Request) -> dict[str, Any]:
         raise HTTPException(415, "the body is not declared as JSON; send Content-Type: application/json")
     try:
         body = json.loads(await asyncio.wait_for(read_body(request), MAX_BODY_SECONDS))
+        json.dumps(body, ensure_ascii=False).encode()
     except ClientDisconnect:
         raise HTTPException(499, "the client has disconnected") from None
     except asyncio.TimeoutError:
         raise HTTPException(408, f"the body took over {MAX_BODY_SECONDS} s; send it faster") from None
+    except UnicodeEncodeError:
+        raise UserError("the body has half of a surrogate pair; send whole characters") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"the body is not JSON ({error}); send an object") from None
     if not isinstance(body, dict):

@@ -24,7 +24,9 @@ class CompletionConfig(Settings):
     max_tokens: int = setting(16, "of each sample", min=1)
     n: int = setting(1, "samples of each prompt", min=1)
     best_of: int | None = setting(None, "samples to generate, of which the n likeliest return", min=1)
-    logprobs: int | None = setting(None, "N: also those of the N likeliest tokens", min=0, max=20)
+    logprobs: int | None = setting(
+        None, "N: also those of the N likeliest tokens, beside the own", min=0, max=20
+    )
     echo: bool = setting(False, "return the prompt, too")
     stream: bool = setting(False, "send server-sent events")
     user: str = setting("", "not read")
@@ -39,6 +41,9 @@ class CompletionConfig(Settings):
             raise ValueError("the best samples are known at the end only; leave out best_of or stream")
         if self.echo and self.logprobs is not None:
             raise ValueError("logprobs of a prompt's tokens are not supported; leave out echo")
+
+
+FIELDS = ("prompt", "stream_options", *(field.name for field in fields(CompletionConfig)), *SAMPLING)
 
 
 class Prompt(NamedTuple):
@@ -83,10 +88,9 @@ def parse_settings(body: dict[str, Any], limits: ServeConfig) -> tuple[Completio
     for name in NOT_SUPPORTED:
         if body.pop(name, None):
             raise UserError(f"{name} is not supported; leave it out")
-    names = ["prompt", *(field.name for field in fields(CompletionConfig)), *SAMPLING]
-    for name in set(body) - set(names):
-        near = "max_tokens" if name == "max_new_tokens" else near_name(name, names)
-        hint = f"did you mean {near}?" if near else f"known are {', '.join(names)}"
+    for name in body.keys() - set(FIELDS):
+        near = "max_tokens" if name == "max_new_tokens" else near_name(name, FIELDS)
+        hint = f"did you mean {near}?" if near else f"known are {', '.join(FIELDS)}"
         raise UserError(f"{shorten(name)} is not a field of a completion; {hint}")
     params = {name: body.pop(name) for name in SAMPLING if name in body}
     defaults = {"temperature": 1.0, "top_k": None, "seed": secrets.randbits(31)}
@@ -114,7 +118,7 @@ def parse_prompt(prompt: Any, name: str, sampler: Sampler, truncate: bool) -> tu
     """The text and the ids of a prompt that is either of them. Raises UserError."""
     block_size, vocab_size = sampler.model.config.block_size, sampler.tokenizer.vocab_size
     if isinstance(prompt, str):
-        text, ids = prompt, sampler.ids_of(prompt, name, check_length=False)
+        text, ids = prompt, sampler.ids_of(prompt, name)
     elif not is_ids(prompt):
         raise UserError(f"{name} is neither text nor a list of ids; send one of these")
     elif not all(0 <= id < vocab_size for id in prompt):

@@ -27,7 +27,7 @@ class RequestOutput(NamedTuple):
     index: int  # of the sample among those of its completion
     text: str = ""
     tokens: list[Token] = []
-    top_logprobs: list[TopLogprobs] = []  # of each of these tokens
+    top_logprobs: list[TopLogprobs] = []  # of the positions of these tokens
     text_offset: int = 0  # characters of all tokens before these
     num_tokens: int = 0  # so far, with the one that ended the sample
     finish_reason: str | None = None  # stop, length, or error with its message in `text`
@@ -43,7 +43,7 @@ class EngineRequest:
     settings: SampleConfig  # outputs have log-probabilities if show_probs is set
     emit: Callable[[RequestOutput], None]  # called in the engine's thread
     stream: bool = False  # emit text while it is written
-    top_logprobs: int = 0  # N: also those of the N likeliest tokens
+    top_logprobs: int = 0  # N: also those of the N likeliest tokens, and of the sample's own
     first_index: int = 0  # of its samples among those of its completion
     cancelled: bool = False
 
@@ -225,7 +225,7 @@ class Engine:
         return ids
 
     def logprobs(self, logits: torch.Tensor, ids: torch.Tensor) -> tuple[list[float], list[TopLogprobs]]:
-        """The log-probability of each sample's id, and of the likeliest ids that its request wants."""
+        """The log-probability of each sample's id; those of the likeliest ids that it wants, and its own."""
         requests = [sample.request for sample in self.samples]
         if not any(request.settings.show_probs for request in requests):
             return [0.0] * len(ids), [[] for _ in ids]
@@ -234,7 +234,11 @@ class Engine:
         values, indices = logprobs.topk(min(most, logprobs.size(-1)))  # (B, most)
         pairs = [list(zip(*row, strict=True)) for row in zip(indices.tolist(), values.tolist(), strict=True)]
         top = [row[: request.top_logprobs] for row, request in zip(pairs, requests, strict=True)]
-        return logprobs.gather(1, ids)[:, 0].tolist(), top
+        own = logprobs.gather(1, ids)[:, 0].tolist()
+        for likeliest, id, logprob in zip(top, ids[:, 0].tolist(), own, strict=True):
+            if id not in dict(likeliest):
+                likeliest.append((id, logprob))
+        return own, top
 
 
 def error_message(error: Exception) -> str:

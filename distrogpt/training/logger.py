@@ -19,7 +19,7 @@ from distrogpt.errors import UserError, command
 from distrogpt.evaluation.loss import Losses
 from distrogpt.hardware import peak_flops
 from distrogpt.openmp import WAITS
-from distrogpt.plotting import PICTURE
+from distrogpt.plotting import PICTURE, temporary_name
 from distrogpt.runtime import progress_bar
 from distrogpt.settings import TrainConfig
 from distrogpt.training.run_directory import COLUMNS, TENSORBOARD, RunDirectory
@@ -148,8 +148,8 @@ class TrainLogger:
         self.progress_bar.__exit__(kind, *error)
         if self.tensorboard:
             self.tensorboard.close()
-        if self.plot and kind is None:
-            self.plot.finish()
+        if self.plot:
+            self.plot.finish() if kind is None else self.plot.abandon()
         if self.wandb and kind is None:
             self.wandb.finish()
 
@@ -203,7 +203,8 @@ class LossPlot:
 
     def __init__(self, config: TrainConfig) -> None:
         plot = Path(__file__).resolve().parents[2] / "plot.py"
-        self.command = [sys.executable, str(plot), config.out_dir, f"--output={config.out_dir}/{PICTURE}"]
+        self.picture = Path(config.out_dir) / PICTURE
+        self.command = [sys.executable, str(plot), config.out_dir, f"--output={self.picture}"]
         for name in ("baseline_loss", "baseline_hellaswag"):
             self.command.append(f"--{name}={getattr(config, name)}")
         self.process: subprocess.Popen | None = None
@@ -232,6 +233,13 @@ class LossPlot:
             if self.process and self.outdated:
                 self.redraw()
                 self.process.wait(seconds)
+
+    def abandon(self) -> None:
+        """End the drawing that is under way."""
+        if self.process and self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+            temporary_name(self.picture, self.process.pid).unlink(missing_ok=True)
 
 
 def log_comparison(config: TrainConfig, step: int, losses: Losses) -> None:

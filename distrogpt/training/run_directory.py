@@ -20,13 +20,13 @@ import socket
 import threading
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from distrogpt.checkpoint import BEST, NEWEST, atomic_write, newest_checkpoint, training_state
+from distrogpt.checkpoint import BEST, HISTORY, NEWEST, atomic_write, newest_checkpoint, training_state
 from distrogpt.errors import Diverged, MachineError, UserError
 from distrogpt.plotting import LOG, PICTURE
 from distrogpt.runtime import Runtime
@@ -37,7 +37,7 @@ from model import GPT
 
 log = logging.getLogger("distrogpt")
 
-TENSORBOARD, LOCK, OWNER, HISTORY = "tensorboard", "run.lock", "run.owner", "step-????????.pt"
+TENSORBOARD, LOCK, OWNER = "tensorboard", "run.lock", "run.owner"
 COLUMNS = (
     "step", "tokens", "seconds", "loss", "lr", "grad_norm", "tokens_per_second", "train_loss", "val_loss",
     "val_bits_per_byte", "hellaswag", "accuracy",
@@ -61,6 +61,7 @@ class RunDirectory:
         self.log_failed = False
         self.save_thread: threading.Thread | None = None
         self.save_error: MachineError | None = None  # of the newest save
+        self.save_abandoned = threading.Event()
 
     def __enter__(self) -> "RunDirectory":
         """Raises UserError if the folder cannot be written or another process holds its lock."""
@@ -217,7 +218,7 @@ class RunDirectory:
             paths.insert(0, self.path / f"step-{contents['iter_num']:08}.pt")
         self.save_result = f"step {contents['iter_num']}: wrote {' and '.join(map(str, paths))}"
         try:
-            atomic_write(lambda file: torch.save(contents, file), *paths)
+            atomic_write(lambda file: torch.save(contents, StoppableFile(file, self.save_abandoned)), *paths)
             self.save_error = None
             if BEST in names:
                 self.best_val_loss = contents["best_val_loss"]
@@ -246,6 +247,13 @@ class RunDirectory:
             raise MachineError(f"{self.save_error}; make room, and resume from it")
         self.report_save()
 
+    def abandon_save(self) -> None:
+        """End a save in the background, which leaves the old files: with its thread in the middle of
+        torch.save, Python would abort at its end."""
+        self.save_abandoned.set()
+        if self.save_thread:
+            self.save_thread.join()
+
     def diverged_error(self, step: int) -> Diverged:
         """The error of a loss that is not finite."""
         if self.save_thread:
@@ -266,6 +274,18 @@ class RunDirectory:
                 path.unlink()
             self.path.rmdir()
         self.file_lock.release()
+
+
+class StoppableFile:
+    """What torch.save needs of a file; raises MachineError where it is written to after a stop."""
+
+    def __init__(self, file: IO[bytes], stopped: threading.Event) -> None:
+        self.file, self.stopped, self.flush = file, stopped, file.flush
+
+    def write(self, data: bytes) -> int:
+        if self.stopped.is_set():
+            raise MachineError("the save was abandoned")
+        return self.file.write(data)
 
 
 def csv_line(row: dict[str, Any]) -> str:

@@ -3,7 +3,7 @@
 import logging
 import math
 import zlib
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from distrogpt.checkpoint import BEST, NEWEST, load_checkpoint, newest_checkpoint, restore_model
+from configurator import check_value
+from distrogpt.checkpoint import (
+    BEST,
+    NEWEST,
+    load_checkpoint,
+    newest_checkpoint,
+    restore_model,
+    run_settings,
+)
 from distrogpt.data.dataset import Dataset, samples_per_epoch
 from distrogpt.data.meta import tokenizers_differ
 from distrogpt.errors import UserError, quote
 from distrogpt.loading import load_pretrained
 from distrogpt.runtime import Runtime
-from distrogpt.settings import TrainConfig
+from distrogpt.settings import OF_THIS_CALL, TrainConfig
 from distrogpt.training.run_directory import LOG, is_restart
 from distrogpt.training.state import TrainState
 from model import GPT, GPTConfig
@@ -25,6 +33,52 @@ from model import GPT, GPTConfig
 log = logging.getLogger("distrogpt")
 
 OTHER_DATA = "choose the dataset that it was trained on, or --init_from=scratch"
+
+
+def path_to_resume(config: TrainConfig) -> Path | None:
+    """The newest checkpoint, if init_from resumes; None if it does not, or there is none."""
+    if config.init_from.partition(":")[0] not in ("resume", "auto"):
+        return None
+    return newest_checkpoint(Path(config.out_dir))
+
+
+def inherits(config: TrainConfig) -> bool:
+    """Whether what is not given is the checkpoint's; a command with auto and a dataset, which could begin the
+    run too, says all of it."""
+    return config.given is not None and not ("dataset" in config.given and config.init_from != "resume")
+
+
+def inherited_settings(config: TrainConfig, contents: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a checkpoint's run that the command line and config files do not give; unchecked."""
+    if not inherits(config):
+        return {}
+    kept = {*OF_THIS_CALL, *config.given}
+    if config.eval_only:
+        kept.add("wandb_log")
+    if "max_iters" in config.given:
+        kept.add("max_epochs")  # of which max_iters would be made
+    names = {field.name for field in fields(TrainConfig)} - kept
+    return {name: value for name, value in run_settings(contents).items() if name in names}
+
+
+def inherit_settings(config: TrainConfig) -> TrainConfig:
+    """The settings, with those that are not given from the checkpoint to resume from. Raises UserError."""
+    path = path_to_resume(config)
+    if path is None or not inherits(config):
+        return config
+    inherited = inherited_settings(config, load_checkpoint(path, mmap=True))
+    values = {name: check_value(TrainConfig, name, value, f"{path}: ") for name, value in inherited.items()}
+    return with_changes(config, **values)
+
+
+def with_changes(config: TrainConfig, **changes: Any) -> TrainConfig:
+    """The settings with other values. Raises UserError."""
+    try:
+        changed = replace(config, **changes)
+    except ValueError as error:
+        raise UserError(error) from None
+    changed.given = config.given
+    return changed
 
 
 def check_ranks(config: TrainConfig, runtime: Runtime) -> None:
@@ -43,8 +97,8 @@ def resolve_max_iters(config: TrainConfig, data: Dataset) -> TrainConfig:
     epochs = Fraction(str(config.max_epochs))  # exact: as a float, 0.1 is too large
     steps = math.ceil(epochs * samples_per_epoch(data, config) / samples_per_step(config))
     try:
-        return replace(config, max_iters=steps)
-    except ValueError as error:
+        return with_changes(config, max_iters=steps)
+    except UserError as error:
         raise UserError(f"max_epochs={config.max_epochs:g}: {error}; lower it") from None
 
 
@@ -56,11 +110,11 @@ def samples_per_step(config: TrainConfig) -> int:
 def checkpoint_to_resume(config: TrainConfig, restarted_id: str | None) -> tuple[Path | None, dict[str, Any]]:
     """The file to resume from and its contents; None and {} for a new run. If torchrun has restarted the
     ranks of the run restarted_id, they resume for any init_from. Raises UserError."""
-    newest = newest_checkpoint(Path(config.out_dir))
-    auto = config.init_from.partition(":")[0] == "auto"
-    if config.init_from == "resume" or (auto and newest):
-        path = newest or Path(config.out_dir) / NEWEST
+    path = path_to_resume(config)
+    if path or config.init_from == "resume":
+        path = path or Path(config.out_dir) / NEWEST
         return path, load_checkpoint(path)
+    newest = newest_checkpoint(Path(config.out_dir))
     if restarted_id and newest:
         contents = load_checkpoint(newest)
         if contents.get("run_id") == restarted_id:
@@ -165,6 +219,25 @@ def describe_run(config: TrainConfig, runtime: Runtime, data: Dataset, model: GP
     log.info(f"writes   {files}, every {interval} steps up to {config.max_iters}, {megabytes}")
 
 
+def describe_inheritance(config: TrainConfig, checkpoint: dict[str, Any]) -> None:
+    """Log the settings from the checkpoint that are no defaults, and the given ones that differ from it."""
+    taken = [
+        f"{name}={getattr(config, name)}"
+        for name in inherited_settings(config, checkpoint)
+        if getattr(config, name) != getattr(TrainConfig, name)
+    ]
+    before = {name: value for name, value in run_settings(checkpoint).items() if name in (config.given or ())}
+    given = [
+        f"{name}={getattr(config, name)}, not {value}"
+        for name, value in before.items()
+        if name not in OF_THIS_CALL and getattr(config, name) != value
+    ]
+    lines = [f"from the checkpoint: {', '.join(taken)}"] if taken else []
+    lines += [f"as given: {'; '.join(given)}"] if given else []
+    if lines:
+        log.info(f"settings {'; '.join(lines)}")
+
+
 def describe_resumption(config: TrainConfig, model: GPT, checkpoint: dict[str, Any], data: Dataset) -> None:
     """Log where a run resumes, and how it differs from the settings or from an uninterrupted run."""
     if checkpoint:
@@ -174,6 +247,7 @@ def describe_resumption(config: TrainConfig, model: GPT, checkpoint: dict[str, A
             reason = state.early_stop_reason(config)
             line += f": nothing left to do ({reason})" if reason else ": nothing left to do"
         log.info(line)
+        describe_inheritance(config, checkpoint)
         if "optimizer" not in checkpoint:
             log.info("note     without the optimizer's averages, which start from zero")
         if "data" in checkpoint and not same_data(checkpoint["data"], fingerprint(data)):

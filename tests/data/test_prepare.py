@@ -110,7 +110,7 @@ def test_unreadable_inputs(tmp_path):
     script = "data/shakespeare_char/prepare.py"
     assert_user_error(run(script, "--input", tmp_path / "none.txt", "--output", tmp_path), "none.txt")
     (tmp_path / "latin1.txt").write_bytes(b"caf\xe9 au lait")
-    assert_user_error(run(script, "--input", tmp_path / "latin1.txt", "--output", tmp_path), "position 3")
+    assert_user_error(run(script, "--input", tmp_path / "latin1.txt", "--output", tmp_path), "offset 3")
     (tmp_path / "one.txt").write_text("a")
     assert_user_error(run(script, "--input", tmp_path / "one.txt", "--output", tmp_path), "too short")
     assert_user_error(run(script, "--input", __file__, "--output", tmp_path / "one.txt"), "cannot be written")

@@ -349,7 +349,6 @@ def test_user_errors(learner, dataset, tmp_path):
         ({"tasks": "hellaswag", "input": str(tmp_path / "none.jsonl")}, "has no question"),
         ({"stride": 25}, "stride=25 is longer"),
         ({"block_size": 25}, "block_size=25 is longer"),
-        ({"tasks": "next", "start": "x" * 25}, "a prompt has 25 tokens, the model reads 24"),
         ({"tasks": "accuracy", "separator": "=="}, "is 2"),
         ({"init_from": "gpt3"}, "init_from=gpt3"),
     ):
@@ -392,8 +391,24 @@ def test_a_loss_needs_no_tokenizer(copy, tmp_path):
     train_here(*TINY, f"--dataset={copy}", f"--out_dir={tmp_path / 'out'}", "--max_iters=1")
     where = {"out_dir": str(tmp_path / "out"), "device": "cpu"}
     assert 0 < measure(EvalConfig(**where))["loss"]["loss"] < 6
-    with pytest.raises(UserError, match="names no characters"):
-        measure(EvalConfig(**where, tasks="next"))
+    for settings, words in (
+        ({"tasks": "hellaswag"}, "reads token ids, not HellaSwag's English"),
+        ({"tasks": "accuracy"}, "names no characters"),
+        ({"tasks": "next", "start": "the"}, "'the' is not a token id"),
+    ):
+        with pytest.raises(UserError, match=words):
+            measure(EvalConfig(**where, **settings))
+    pairs = measure(EvalConfig(**where, tasks="next", start="1 2", show=3))["next"]["tokens"]
+    assert [pair["token"] for pair in pairs] == [f" {pair['id']}" for pair in pairs]
+
+
+def test_the_end_of_a_prompt_longer_than_the_block_is_read(learner, capsys):
+    where = {"out_dir": str(learner[0]), "device": "cpu", "tasks": "next"}
+    long, end = (
+        measure(EvalConfig(**where, start=start))["next"]["tokens"] for start in ("ab" * 20, "ab" * 12)
+    )
+    assert long == end
+    assert capsys.readouterr().err.count("the prompt has 40 tokens; the model reads the last 24") == 1
 
 
 def test_next_tokens_leaves_out_the_padded_vocabulary():

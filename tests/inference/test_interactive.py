@@ -89,7 +89,6 @@ def test_mistakes_are_reported_and_the_loop_continues(trained):
         "/temperature": "does not fit",
         "/top_p 2": "at most 1",
         "é": "character 'é' at position 0",
-        "x" * 17: "17 tokens, the model reads 16; shorten it",
     }
     done = sample_lines(trained, "\n".join([*mistakes, "def "]))
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
@@ -99,6 +98,13 @@ def test_mistakes_are_reported_and_the_loop_continues(trained):
     assert done.stdout == sample_prompt(trained, "def ", 1337)  # a mistake does not change the seed
     out = sample_here(f"--out_dir={trained}", "--interactive=True", "--prompts=x")
     assert_user_error(out, "give one of them")
+
+
+def test_the_end_of_a_long_prompt_is_read_and_a_note_says_so_once(trained):
+    long = "def greet(self, name):"
+    done = sample_lines(trained, f"{long}\n\n")
+    assert done.stderr.count("note     the prompt has 22 tokens; the model reads the last 16") == 1
+    assert done.stdout.startswith(sample_prompt(trained, long, 1337))
 
 
 class Keyboard:

@@ -221,7 +221,11 @@ def test_a_modern_model_optimized_for_inference_has_nearly_the_same_logits(int8)
 def test_train_config_and_gpt_config_have_the_same_names():
     assert set(settings_file.ACTIVATIONS) == set(ACTIVATIONS) and set(settings_file.NORMS) == set(NORMS)
     defaults = {field.name: field.default for field in fields(TrainConfig)}
-    assert {field.name for field in fields(GPTConfig)} - set(defaults) == {"vocab_size"}
+    of_loaded_weights = {
+        "vocab_size",
+        "qk_norm_weights",
+    }  # the dataset's, and those that a Qwen3 brings along
+    assert {field.name for field in fields(GPTConfig)} - set(defaults) == of_loaded_weights
     changed = {f.name for f in fields(GPTConfig) if f.name in defaults and f.default != defaults[f.name]}
     assert changed == {"bias"}  # as in nanoGPT
 

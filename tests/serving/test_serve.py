@@ -1,5 +1,6 @@
 """serve.py: the page, OpenAI's clients, continuous batching, and requests that are refused."""
 
+import contextlib
 import gc
 import http.client
 import io
@@ -18,8 +19,6 @@ import torch
 from conftest import assert_user_error, run_here, run_warm, start_warm
 
 pytest.importorskip("uvicorn", reason="needs requirements-serve.txt")
-import uvicorn
-
 from configurator import read_settings
 from distrogpt.audio.speech import Voice
 from distrogpt.benchmark.serving import CHROMIUM, QUIET, bench_serve
@@ -28,8 +27,9 @@ from distrogpt.errors import UserError
 from distrogpt.inference.decoder import DecodingBatch
 from distrogpt.inference.detokenizer import Detokenizer
 from distrogpt.runtime import Runtime
-from distrogpt.serving.app import UVICORN, App, find_key, listen
+from distrogpt.serving.app import App, find_key, listen
 from distrogpt.serving.engine import Engine, EngineRequest, Sample
+from distrogpt.serving.server import SECONDS, Server
 from distrogpt.settings import BenchConfig, ServeConfig
 from sample import Sampler
 
@@ -47,7 +47,7 @@ class LocalServer:
         self.port = self.socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self.app = App(self.config, self.sampler, self.engine, key, voice)
-        self.server = uvicorn.Server(uvicorn.Config(self.app, **UVICORN))
+        self.server = Server(self.app)
         decode = threading.Thread(target=self.engine.run)
         answer = threading.Thread(target=self.server.run, kwargs={"sockets": [self.socket]})
         self.threads = [decode, answer]
@@ -91,12 +91,13 @@ class LocalServer:
         assert lines[-2:] == ["data: [DONE]", ""]
         return [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
 
-    def open(self, body):
+    def open(self, body, path="/v1/completions"):
         """A request on a connection of its own, to be left."""
         connection = socket.create_connection(("127.0.0.1", self.port))
         data = json.dumps(body).encode()
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}\r\n"
-        connection.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + data)
+        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+        head += f"Content-Length: {len(data)}\r\nContent-Type: application/json\r\n\r\n"
+        connection.sendall(head.encode() + data)
         return connection
 
     def until(self, **state):
@@ -164,7 +165,13 @@ def test_openais_client(server):
     assert first.logprobs.token_logprobs == pytest.approx([token.logprob for token in tokens])
     assert "".join(second.logprobs.tokens) == expected[1]
     assert second.logprobs.text_offset == list(range(12))
-    assert all(len(top) == 2 for top in second.logprobs.top_logprobs)
+    for choice in (first.logprobs, second.logprobs):  # the two likeliest, and the one that was sampled
+        for token, logprob, top in zip(
+            choice.tokens, choice.token_logprobs, choice.top_logprobs, strict=True
+        ):
+            assert top[token] == logprob and len(top) == 2 + (logprob < sorted(top.values())[-2])
+    (none,) = client.completions.create(**params, logprobs=0).choices
+    assert [list(top) for top in none.logprobs.top_logprobs] == [[token] for token in none.logprobs.tokens]
     events = list(client.completions.create(**params, stream=True, stream_options={"include_usage": True}))
     assert "".join(event.choices[0].text for event in events[:-1]) == expected[0]
     assert events[-2].choices[0].finish_reason == "length" and events[-1].usage.completion_tokens == 12
@@ -179,8 +186,13 @@ def test_openais_client(server):
     ours = {"top_k": 3, "min_p": 0.05, "repetition_penalty": 1.2}
     (text,) = server.sampler.generate("def ", 1, 12, seed=3, echo=False, **ours)
     assert client.completions.create(**params, extra_body=ours).choices[0].text == text
-    with pytest.raises(openai.BadRequestError, match="max_tokens"):
+    with pytest.raises(openai.BadRequestError, match="max_tokens") as error:
         client.completions.create(**params | {"max_tokens": 10**6})
+    assert (error.value.param, error.value.type) == ("max_tokens", "invalid_request_error")
+    assert client.models.retrieve(name).id == name and client.models.list().data[0].created > 1.7e9
+    with pytest.raises(openai.NotFoundError, match=f"; ask for {name}") as error:
+        client.models.retrieve("gpt-4")
+    assert (error.value.param, error.value.code) == ("model", "model_not_found")
 
 
 def test_best_of_returns_the_likeliest_samples(server):
@@ -313,6 +325,12 @@ def test_a_character_that_is_never_complete(scripted_events):
         ("[" * 100_000, "not JSON"),
         ("\xff", "not JSON"),
         ("[]", "not a JSON object"),
+        (r'{"prompt": "a", "\ud800": 1}', "half of a surrogate pair"),
+        (r'{"prompt": "\ud800", "echo": true}', "half of a surrogate pair"),
+        (r'{"prompt": "a", "stop": ["\udc00"]}', "half of a surrogate pair"),
+        (r'{"prompt": ["a", "\ud83d"]}', "half of a surrogate pair"),
+        (r'{"prompt": "a", "user": {"\ud800": []}}', "half of a surrogate pair"),
+        ('{"prompt": "a", "temperature": NaN}', "a finite number"),
         ({"prompt": 5}, "neither text nor"),
         ({"prompt": []}, "0 prompts"),
         ({"prompt": ["a"] * 100}, "100 prompts"),
@@ -368,6 +386,8 @@ def test_speech(server):
         {"input": 5},
         {"input": "a" * 10_001},
         {"input": "a", "response_format": "mp3"},
+        {"input": "\ud800"},
+        {"input": "a", "\ud800": 1},
     ):
         status, _, answer = speak(**body)
         assert status == 400 and b"; " in answer
@@ -376,7 +396,14 @@ def test_speech(server):
 def test_other_mistakes_are_refused(server):
     def refused(method, path, *more, **how):
         status, _, text = server.request(method, path, *more, **how)
-        assert json.loads(text)["error"]["code"] == status
+        error = json.loads(text)["error"]
+        types = {name: type(value) for name, value in error.items()}
+        assert types in (
+            {"message": str, "type": str, "param": of_param, "code": of_code}
+            for of_param in (str, type(None))
+            for of_code in (str, type(None))
+        )
+        assert "; " in error["message"]
         return status
 
     body = {"prompt": "a", "max_tokens": 1}
@@ -385,10 +412,93 @@ def test_other_mistakes_are_refused(server):
     assert refused("POST", "/v1/chat/completions", body) == 404
     plain = {"Content-Type": "text/plain"}  # which browsers send for other websites without asking
     assert refused("POST", "/v1/completions", body, headers=plain) == 415
-    status, _, text = server.request("GET", "/", headers={"Host": "evil.example"})
-    assert status == 400 and "{{" not in text
-    assert server.request("GET", "/", headers={"Host": "localhost:8000"})[0] == 200
+    for host in ("evil.example", "localhost.evil.example", "127.0.0.1.evil.example:8000", "[", "a" * 5000):
+        assert refused("GET", "/", headers={"Host": host}) == 400
+    for host in ("localhost:8000", "LOCALHOST", "127.0.0.1", "[::1]:8000"):
+        assert server.request("GET", "/", headers={"Host": host})[0] == 200
+    assert "--api_key" in server.request("GET", "/", headers={"Host": "evil.example"})[2]
+    assert exchange(server, b"GET /health HTTP/1.0\r\n\r\n").startswith("HTTP/1.1 200")
+    for data in (b"GET /health HTTP/1.1\r\n\r\n", b"\0\r\n\r\n", b"GET / HTTP/1.1\r\nX: " + b"a" * 100_000):
+        assert json.loads(exchange(server, data).partition("\r\n\r\n")[2])["error"]["param"] is None
     assert server.texts(**body)  # still serves
+
+
+def read_to_end(connection):
+    """What the server sends until it closes the connection."""
+    with connection:
+        connection.settimeout(20)
+        return b"".join(iter(lambda: connection.recv(1 << 16), b"")).decode()
+
+
+def exchange(server, data):
+    """What the server answers to these bytes."""
+    connection = socket.create_connection(("127.0.0.1", server.port))
+    connection.sendall(data)
+    return read_to_end(connection)
+
+
+def test_a_broken_body_leaves_no_trace(server, capfd):
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n"
+    for kind in (b"text/plain", b"application/json"):  # one is refused before, one after its body is read
+        data = head + b"Content-Type: " + kind + b"\r\n\r\n1\r\na\r\nnot a length\r\n"
+        with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
+            for part in (data[:-14], data[-14:]):
+                connection.sendall(part)
+                time.sleep(0.05)
+            assert b"HTTP/1.1 4" in connection.recv(1 << 16)
+    assert capfd.readouterr().err == ""
+
+
+def test_connections_that_wait_do_not_keep_others_out(trained):
+    get = b"GET / HTTP/1.1\r\nHost: localhost\r\n"
+    unfinished, unread = (b"", b"GET / HT", get + b"Content-Length: 9\r\n\r\n"), (get + b"\r\n") * 200
+    with LocalServer(trained, batch_size=1, queue=0) as server, contextlib.ExitStack() as stack:
+        stream = server.open({"prompt": "def ", "max_tokens": 500, "stream": True})
+        for data in (*unfinished, unread):
+            for _ in range(70):
+                connection = stack.enter_context(socket.create_connection(("127.0.0.1", server.port)))
+                connection.setblocking(False)
+                with contextlib.suppress(OSError):  # closed already
+                    connection.send(data)
+            assert server.request("GET", "/health")[0] == 200
+            assert len(server.server.server_state.connections) <= 1 + 64 + 1
+        assert "data: [DONE]" in read_to_end(stream)
+
+
+def test_slow_clients_are_closed_and_long_streams_are_not(trained, monkeypatch):
+    for name in SECONDS:
+        monkeypatch.setitem(SECONDS, name, 0.2)
+    post = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n"
+    slow = (b"GET / HT", post + b"\r\n", post + b"Content-Type: application/json\r\n\r\n{")
+    with LocalServer(trained, voice=Voice("a hum", 8000, lambda text: [bytes(1600 * len(text))])) as server:
+        unread = server.open({"input": "a" * 10_000}, "/v1/audio/speech")  # 16 MB
+        stream = server.open({"prompt": "def ", "max_tokens": 1000, "stream": True})
+        for data in slow:
+            exchange(server, data)  # ends
+        assert "data: [DONE]" in read_to_end(stream)
+        end = time.monotonic() + 20
+        while server.server.server_state.connections:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        unread.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="changes the limit of another process")
+def test_a_full_table_of_files_is_one_line(trained):
+    import resource
+
+    process = start_warm("serve.py", f"--out_dir={trained}", "--port=0", "--device=cpu")
+    port = int(process.stdout.readline().split()[0].rpartition(":")[2])
+    resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (50, 50))
+    with contextlib.ExitStack() as stack:
+        for _ in range(46):
+            stack.enter_context(socket.create_connection(("127.0.0.1", port))).send(b"GET / HT")
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+        connection.request("GET", "/health")
+        assert connection.getresponse().status == 200
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 143 and len(err.splitlines()) == 2 and "ulimit -n" in err
 
 
 def test_an_error_ends_the_running_requests_alone(trained, capfd):
@@ -461,6 +571,7 @@ def test_an_api_key_is_required(trained):
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Bearer s\xe9cret"}):
             status, answered, text = server.request("POST", "/v1/completions", body, headers)
             assert status == 401 and "Bearer KEY" in text and answered["WWW-Authenticate"]
+            assert json.loads(text)["error"]["code"] == "invalid_api_key"
             assert server.request("GET", "/v1/models", headers=headers)[0] == 401
         right = {"Authorization": "Bearer secret", "Host": "my.example"}
         assert server.request("POST", "/v1/completions", body, right)[0] == 200

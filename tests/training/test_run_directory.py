@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -239,6 +240,35 @@ def test_a_resumed_run_compiles_as_the_whole_one_does(tmp_path, dataset):
     os.rename(tmp_path / "step-00000005.pt", tmp_path / "last.pt")
     printed = train_here(*LONG, *flags)
     assert "resumes  after step 5" in printed and weighed in printed
+
+
+@no_signals
+def test_a_second_ctrl_c_ends_a_save_too_and_leaves_no_half_of_it(
+    tmp_path, dataset, monkeypatch, at_each_step
+):
+    flags = (*TINY, f"--dataset={dataset}", f"--out_dir={tmp_path}", "--init_from=auto")
+    train_here(*flags, "--max_iters=10")
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("*.pt")}
+    begun = threading.Event()
+
+    def endless(contents, file):
+        begun.set()
+        end = time.monotonic() + 5
+        while time.monotonic() < end:
+            file.write(b"more")
+
+    def interrupt_twice(step, gradients):
+        if step == 12:
+            assert begun.wait(5)
+            for _ in range(2):
+                signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(torch, "save", endless)
+    at_each_step(interrupt_twice)
+    done = run_here("train.py", *flags, "--max_iters=40")
+    assert done.returncode == 130 and not done.stderr
+    assert not list(tmp_path.glob("*.tmp"))
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("*.pt")} == before
 
 
 def limited(size: int, *flags: object) -> subprocess.CompletedProcess:

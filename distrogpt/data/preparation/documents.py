@@ -1,4 +1,4 @@
-"""Documents from files: .txt and .md, .jsonl, .csv and .parquet; all but the last also as .gz and .zst.
+"""Documents from files: .txt, .md, .jsonl, .json, .csv, .tsv, .parquet; all but the last also as .gz, .zst.
 
 A document comes in pieces of some ten thousand characters, so that no file is in memory as a whole. It is cut
 only before white space that follows something else, where no tokenizer joins the two sides.
@@ -14,18 +14,20 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from distrogpt.data.token_stream import open_file
-from distrogpt.data.tokenizer import END_OF_TEXT
+from distrogpt.data.tokenizer import END_OF_TEXT, SAFE_CUT
 from distrogpt.errors import UserError
+from distrogpt.files import encoding_of, fault_of, likely_encoding
 
 BLOCK = 1 << 16  # bytes read at once, and characters of a piece: small, as one wide character widens them all
 ROWS = 64  # of a parquet file at once: they can be long
 PACKED = (".gz", ".zst")
-SAFE_CUT = re.compile(r"(?s).*\S(?=[ \n\t])")  # up to the last white space that follows something else
+BETWEEN = re.compile(r"[\s,]*")  # the values of a JSON array
 
 
 class Piece(NamedTuple):
@@ -42,7 +44,7 @@ class Corpus:
 
     files: list[Path]
     field: str = "text"  # of JSON lines, and the column of tables
-    encoding: str = "utf-8"
+    encoding: str = "utf-8"  # unless a file begins with the mark of another
     errors: str = "strict"  # replace: what is not in the encoding becomes U+FFFD
     strip: tuple[re.Pattern[str], ...] = ()  # lines that match one of them are left out
     format: str | None = None  # of all files, such as jsonl; by default what their names say
@@ -95,8 +97,11 @@ def find_files(inputs: Iterable[str], kinds: Sequence[str] = (), order: Callable
     for word in inputs:
         path = Path(word)
         if os.path.isdir(path):
-            names = (p.relative_to(path).as_posix() for p in path.rglob("*") if kind_of(p) in wanted)
-            files = [path / name for name in sorted(names, key=order) if "/." not in f"/{name}"]
+            names = [p.relative_to(path).as_posix() for p in path.rglob("*")]
+            names = sorted((name for name in names if "/." not in f"/{name}"), key=order)
+            files = [path / name for name in names if kind_of(path / name) in wanted]
+            if not files and not kinds:  # beside texts, .json has settings of programs
+                files = [path / name for name in names if kind_of(path / name) == ".json"]
         elif os.path.exists(path):
             files = [path]
         else:
@@ -121,28 +126,37 @@ def read_text(path: Path, corpus: Corpus, by_line: bool) -> Iterator[str]:
     suffix, before = path.suffix.lower(), corpus.bytes_read
     with open(path, "rb") as file:
         unpacked: Any = file
+        mark = "\ufeff"  # with which Windows begins a file
         if suffix == ".gz":
             unpacked = gzip.GzipFile(fileobj=file)
         elif suffix == ".zst":
             import pyarrow
 
-            unpacked = pyarrow.CompressedInputStream(file, "zstd")
-        text = io.TextIOWrapper(unpacked, corpus.encoding, corpus.errors)
-        mark = "\ufeff"  # with which Windows begins a file
+            unpacked = io.BufferedReader(pyarrow.CompressedInputStream(file, "zstd"))
+        encoding = encoding_of(unpacked.peek(4), corpus.encoding)
+        text = io.TextIOWrapper(unpacked, encoding, corpus.errors)
         try:
             while texts := text.readlines(BLOCK) if by_line else list(filter(None, [text.read(BLOCK)])):
                 if corpus.errors == "strict" and any("\0" in one for one in texts):
-                    raise UserError(f"{path} is binary (a null character); leave it out, or --errors=replace")
+                    raise UserError(f"{path} {null_fault(texts[0])}")
                 corpus.bytes_read = before + file.tell()
                 texts[0] = texts[0].removeprefix(mark)
                 mark = ""
                 yield from texts
         except UnicodeDecodeError as error:
-            fault = f"byte 0x{error.object[error.start]:02x}"
-            if suffix != ".zst":  # whose stream does not tell its position
-                fault += f" at offset {unpacked.tell() - len(error.object) + error.start}"
-            advice = "convert it, name its --encoding, or give --errors=replace"
-            raise UserError(f"{path} is not {corpus.encoding} text: {fault}; {advice}") from None
+            # .zst does not tell its position
+            fault = fault_of(error, None if suffix == ".zst" else unpacked.tell() - len(error.object))
+            likely = likely_encoding(error.object[:4096])
+            advice = f"if it is {likely}, give --encoding={likely}, if it is damaged, --errors=replace"
+            raise UserError(f"{path} is not {encoding} text: {fault}; {advice}") from None
+
+
+def null_fault(text: str) -> str:
+    """What is wrong with a text that has null characters."""
+    likely = likely_encoding(text[:4096].encode("utf-8", "replace"))
+    if likely == "cp1252":
+        return "is binary (a null character); leave it out, or --errors=replace"
+    return f"has a null character in every second byte; it may be {likely}: give --encoding={likely}"
 
 
 def text_pieces(path: Path, corpus: Corpus) -> Iterator[Piece]:
@@ -150,25 +164,74 @@ def text_pieces(path: Path, corpus: Corpus) -> Iterator[Piece]:
     return cut(strip_lines(read_text(path, corpus, by_line=bool(corpus.strip)), corpus.strip), END_OF_TEXT)
 
 
-def json_pieces(path: Path, corpus: Corpus) -> Iterator[Piece]:
-    """A document per line, in a field of its JSON object."""
+def json_line_pieces(path: Path, corpus: Corpus) -> Iterator[Piece]:
+    """A document per line: its JSON text, or a field of its object."""
     for number, line in enumerate(read_text(path, corpus, by_line=True), 1):
         if line.isspace():
             continue
         try:
-            row = {**json.loads(line)}
-        except (ValueError, TypeError, RecursionError) as error:
-            raise UserError(f"{path}, line {number} is no JSON object ({error}); mend it") from None
-        yield from row_pieces(row, f"{path}, line {number}", corpus)
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            advice = "mend it, or give --format=json if values go over several lines"
+            raise UserError(f"{path}, line {number} is no JSON object ({error}); {advice}") from None
+        yield from value_pieces(value, f"{path}, line {number}", corpus)
 
 
-def csv_pieces(path: Path, corpus: Corpus) -> Iterator[Piece]:
-    """A document per row, in a column that the first row names."""
+def json_pieces(path: Path, corpus: Corpus) -> Iterator[Piece]:
+    """A document per value of an array, or of values that follow one another: as in json_line_pieces."""
+    for number, value in json_values(read_text(path, corpus, by_line=False), str(path)):
+        yield from value_pieces(value, f"{path}, line {number}", corpus)
+
+
+def json_values(texts: Iterable[str], source: str) -> Iterator[tuple[int, Any]]:
+    """Each value of a JSON array, or of values that follow one another, and the line in which it begins; from
+    consecutive texts, of which no more is kept than a value needs. Raises UserError."""
+    decode, waiting, line, depth = json.JSONDecoder().raw_decode, [], 1, 0
+    size, enough, first = 0, 1, True
+    for text in chain(texts, [""]):
+        waiting.append(text)
+        size += len(text)
+        if text and size < enough:
+            continue
+        rest, at = "".join(waiting), 0
+        while (begin := BETWEEN.match(rest, at).end()) < len(rest):
+            line, at = line + rest.count("\n", at, begin), begin
+            if rest[at] == ("[" if first else "]" if depth else ""):
+                first, depth, at = False, 1 - depth, at + 1
+                continue
+            try:
+                value, end = decode(rest, at)
+            except (ValueError, RecursionError) as error:
+                if text and is_cut_off(error, len(rest)):
+                    break
+                raise UserError(f"{source}, line {line}: {getattr(error, 'msg', error)}; give JSON") from None
+            yield line, value
+            line, at, first = line + rest.count("\n", at, end), end, False
+        waiting, size = [rest[at:]], len(rest) - at
+        enough = 2 * size + 1
+    if depth:
+        raise UserError(f"{source} ends within its array, in line {line}; it is cut off: fetch all of it")
+
+
+def is_cut_off(error: Exception, size: int) -> bool:
+    """Whether JSON of `size` characters may be no more than incomplete."""
+    position = getattr(error, "pos", 0)
+    return position > size - 16 or getattr(error, "msg", "").startswith("Unterminated string")
+
+
+def csv_pieces(path: Path, corpus: Corpus, separators: str = ",;\t") -> Iterator[Piece]:
+    """A document per row, in a column that the first row names; the separator is the one that finds it."""
     csv.field_size_limit(2**31 - 1)
-    rows = csv.DictReader(read_text(path, corpus, by_line=True), strict=True)
+    lines = read_text(path, corpus, by_line=True)
+    head = next(lines, "")
+    columns = {one: next(csv.reader([head], delimiter=one), []) for one in separators}
+    found = [one for one in separators if corpus.field in columns[one]]
+    separator = max(found or separators, key=lambda one: len(columns[one]))
+    rows = csv.DictReader(chain([head], lines), delimiter=separator, strict=True)
     for number, row in enumerate(rows, 1):
         if None in row or None in row.values():
-            raise UserError(f"{path}, row {number} has not the columns of the first; quote text with commas")
+            advice = f"quote text that has {separator!r}"
+            raise UserError(f"{path}, row {number} has not the columns of the first; {advice}")
         yield from row_pieces(row, f"{path}, row {number}", corpus)
 
 
@@ -190,8 +253,16 @@ def parquet_pieces(path: Path, corpus: Corpus) -> Iterator[Piece]:
         raise OSError(str(error)) from None  # the file is not what its name says
 
 
-READERS = {".txt": text_pieces, ".md": text_pieces, ".jsonl": json_pieces, ".json": json_pieces}
-READERS |= {".csv": csv_pieces, ".parquet": parquet_pieces}
+READERS = {".txt": text_pieces, ".md": text_pieces, ".jsonl": json_line_pieces, ".json": json_pieces}
+READERS |= {".csv": csv_pieces, ".tsv": partial(csv_pieces, separators="\t"), ".parquet": parquet_pieces}
+
+
+def value_pieces(value: Any, where: str, corpus: Corpus) -> Iterator[Piece]:
+    """The document of a JSON value. Raises UserError."""
+    if not isinstance(value, dict | str):
+        advice = "give texts, or objects with one"
+        raise UserError(f"{where} is no JSON object, but {json.dumps(value)[:40]}; {advice}")
+    return row_pieces({corpus.field: value} if isinstance(value, str) else value, where, corpus)
 
 
 def row_pieces(row: dict[str, Any], where: str, corpus: Corpus) -> Iterator[Piece]:
@@ -217,7 +288,8 @@ def strip_lines(lines: Iterable[str], patterns: tuple[re.Pattern[str], ...]) -> 
 def cut(texts: Iterable[str], separator: str | None = None, block: int = BLOCK) -> Iterator[Piece]:
     """Consecutive texts as documents, which the separator separates, in pieces of some `block` characters."""
     waiting: list[str] = []
-    size, enough = 0, block
+    searched = size = 0  # characters that wait: those that have no safe cut, and all of them
+    enough = block
     for text in chain(texts, [""]):
         waiting.append(text)
         size += len(text)
@@ -226,12 +298,13 @@ def cut(texts: Iterable[str], separator: str | None = None, block: int = BLOCK) 
         *documents, rest = "".join(waiting).split(separator) if separator else ["".join(waiting)]
         yield from (Piece(document, True) for document in documents)
         position = len(rest)
-        if text and (safe := SAFE_CUT.match(rest)):
+        if text and (safe := SAFE_CUT.match(rest, max(0, len(rest) - size + searched - 1))):
             position = safe.end()
         elif text:  # wait for white space, but not for ever; the last characters may be half a separator
             position = max(0, len(rest) - len(END_OF_TEXT)) if len(rest) > 64 * block else 0
         yield Piece(rest[:position], not text)
-        waiting, size = [rest[position:]], len(rest) - position
+        waiting, searched = [rest[position:]], len(rest) - position
+        size = searched
         enough = size + block
 
 

@@ -20,6 +20,7 @@ from distrogpt.data.preparation.documents import Corpus, Piece
 from distrogpt.data.preparation.sources import named_tokenizer, open_corpus, text_parser
 from distrogpt.data.tokenizer import BPETokenizer, CharTokenizer, Tokenizer, tokenizer_json, train_bpe
 from distrogpt.errors import CLOSE_OTHERS, UserError, cli_errors, command
+from distrogpt.files import write_text
 
 BPE_SAMPLE = 50_000_000  # characters that train a tokenizer: its memory grows with the number of words
 SIZE_FLAGS = ("n_layer", "n_head", "n_embd", "block_size", "batch_size", "gradient_accumulation_steps")
@@ -140,7 +141,7 @@ def make_dataset(args: argparse.Namespace, corpus: Corpus) -> None:
     source = ", ".join(map(str, corpus.files[:20]))
     pieces, document = split_at(corpus.pieces(), position), 0
     with (
-        writer.write_dataset(args.output, tokenizer, overwrite=True, source=source) as add,
+        writer.write_splits(args.output, tokenizer, source=source) as add,
         writer.token_progress(corpus.done, delay=2) as advance,
     ):
         for piece, ids in writer.encode_in_order(pieces, tokenizer, max(1, args.workers)):
@@ -148,7 +149,7 @@ def make_dataset(args: argparse.Namespace, corpus: Corpus) -> None:
             advance(len(ids))
             document += piece.ends
     if isinstance(tokenizer, BPETokenizer):  # for other programs; ours read meta.json
-        (args.output / "tokenizer.json").write_text(tokenizer_json(tokenizer), encoding="utf-8")
+        write_text(args.output / "tokenizer.json", tokenizer_json(tokenizer))
     text = read_meta(args.output)["bytes"]
     fraction = text["val"] / max(1, sum(text.values()))
     if fraction > max(0.2, 1.5 * args.val_fraction):
@@ -218,9 +219,9 @@ def parse_options(parser: argparse.ArgumentParser) -> argparse.Namespace:
 @contextmanager
 def new_folder(args: argparse.Namespace) -> Iterator[None]:
     """The folder of the new dataset, in the block. Raises UserError if it has one already."""
-    writer.claim_folder(args.output, args.overwrite, "choose another --name or --output")
     try:
-        yield
+        with writer.claim_folder(args.output, args.overwrite, "choose another --name or --output"):
+            yield
     finally:
         with suppress(OSError):  # an empty folder would look like a dataset
             args.output.rmdir()

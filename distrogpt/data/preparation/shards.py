@@ -1,7 +1,8 @@
 """A text of any size as shards of ids: val_000000.bin, then train_000001.bin, train_000002.bin, ...
 
 If interrupted, the same command resumes at the first missing shard and ends with the same bytes, since
-progress.json has the position in the text at which each shard begins.
+progress.json has the position in the text at which each shard begins. Two locks keep others out: prepare.lock
+of the folder while a part begins, and progress.lock, or that of the part, as long as its shards are written.
 """
 
 import json
@@ -10,7 +11,7 @@ import re
 import sys
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from distrogpt.data.preparation import writer
 from distrogpt.data.preparation.documents import Corpus, Piece
 from distrogpt.data.tokenizer import TiktokenTokenizer, Tokenizer
 from distrogpt.errors import UserError
+from distrogpt.files import locked
 
 
 class Part(NamedTuple):
@@ -37,8 +39,8 @@ class Part(NamedTuple):
         split = "val" if shard == 0 and self.number == 1 else "train"
         return f"{split}_{self.label()}{shard:06d}.bin"
 
-    def progress_name(self) -> str:
-        return f"progress_{self.label()}".rstrip("_") + ".json"
+    def progress_name(self, suffix: str = ".json") -> str:
+        return f"progress_{self.label()}".rstrip("_") + suffix
 
     def label(self) -> str:
         return f"{self.number:05d}_" if self.of > 1 else ""
@@ -71,16 +73,21 @@ def write_shards(folder: Path, source: Corpus, tokenizer: Tokenizer, settings: S
         "max_tokens": settings.max_tokens,
         "parts": part.of,
     }
-    writer.claim_folder(folder, overwrite=True)  # load_progress checks what is there
-    progress = load_progress(folder, part, identity, settings.overwrite)
-    progress.setdefault("starts", [[part.range_of(len(source))[0], 0, 0]])
-    width = writer.id_dtype(tokenizer).itemsize
-    if is_complete(folder, width):
-        print(f"{folder} is complete; --overwrite writes it again")
-        return
-    with writer.report_full_disk(folder, "its shards are kept: free some space, run the same command again"):
+    first, width = part.range_of(len(source))[0], writer.id_dtype(tokenizer).itemsize
+    kept = "its shards are kept: free some space, run the same command again"
+    with ExitStack() as lock, writer.report_full_disk(folder, kept):
+        with writer.lock_folder(folder, timeout=1 if part.of == 1 else 30):  # parts hold it for a moment
+            lock.enter_context(locked(folder / part.progress_name(".lock"), writer.busy(folder)))
+            progress = load_progress(folder, part, identity, settings.overwrite)
+            if not progress:  # then the shards to come are this text's
+                progress = {"settings": identity, "shards": [], "starts": [[first, 0, 0]]}
+                writer.write_json(folder / part.progress_name(), progress)
+        drop_damaged_shards(folder, part, progress, width)
+        if len(progress["starts"]) == len(progress["shards"]) and is_complete(folder, width):
+            print(f"{folder} is complete; --overwrite writes it again")
+            return
         (folder / "meta.json").unlink(missing_ok=True)  # a shard is missing
-        shards = ShardWriter(folder, part, progress, width)
+        shards = ShardWriter(folder, part, progress)
         try:
             shards.write(source, tokenizer, settings.workers)
         finally:
@@ -97,11 +104,15 @@ def default_val_tokens(source: Corpus, tokenizer: Tokenizer, settings: ShardSett
 
 
 def load_progress(folder: Path, part: Part, identity: dict[str, Any], overwrite: bool) -> dict[str, Any]:
-    """The progress of a part: `settings`; for each finished shard, in `shards`, its tokens and their bytes of
-    text; and in `starts` file, document and token at which each of them and the next one begin. UserError."""
+    """The progress of a part, {} if it has none: `settings`; for each finished shard, in `shards`, its tokens
+    and their bytes of text, and in `checksums` the crc32 of its file (older versions did not write it); and
+    in `starts` file, document and token at which each of them and the next one begin. Raises UserError."""
     files = writer.dataset_files(folder)  # first, as other machines may begin to write progress now
     existing = {path.name: writer.read_json(path) for path in folder.glob("progress*.json")}
     same_dataset = {name for name, progress in existing.items() if progress.get("settings") == identity}
+    busy = writer.busy_parts(folder) - {part.progress_name("")}
+    if any(f"{stem}.json" not in same_dataset for stem in busy):
+        raise UserError(writer.busy(folder))
     if not overwrite:
         has_shards = any(path.suffix == ".bin" for path in files)
         if has_shards and (not existing or same_dataset != set(existing)):
@@ -115,7 +126,32 @@ def load_progress(folder: Path, part: Part, identity: dict[str, Any], overwrite:
         owner = f"progress{label[0] if label else ''}.json"
         if owner not in of_others and (overwrite or path.name.startswith("progress")):
             path.unlink(missing_ok=True)
-    return {"settings": identity, "shards": []}
+    return {}
+
+
+def drop_damaged_shards(folder: Path, part: Part, progress: dict[str, Any], width: int) -> None:
+    """Forget the shards from the first one on that is not there as it was written, `width` bytes an id."""
+    shards, checksums = progress["shards"], progress.setdefault("checksums", [])
+    checksums[len(shards) :] = [None] * (len(shards) - len(checksums))
+    for number, ((tokens, _), checksum) in enumerate(zip(shards, checksums, strict=True)):
+        path = folder / part.shard_name(number)
+        exists = path.is_file()
+        if exists and path.stat().st_size == tokens * width and checksum in (None, crc32_of(path)):
+            continue
+        if exists:
+            print(f"note: {path} is not what was written there; it is written again")
+        del shards[number:], checksums[number:], progress["starts"][number + 1 :]
+        writer.write_json(folder / part.progress_name(), progress)
+        break
+
+
+def crc32_of(path: Path) -> int:
+    """The checksum of a file's bytes."""
+    checksum = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            checksum = zlib.crc32(block, checksum)
+    return checksum
 
 
 def is_complete(folder: Path, width: int) -> bool:
@@ -128,15 +164,9 @@ def is_complete(folder: Path, width: int) -> bool:
 class ShardWriter:
     """Writes the shards of a part that are missing. A shard appears when it is finished."""
 
-    def __init__(self, folder: Path, part: Part, progress: dict[str, Any], width: int) -> None:
+    def __init__(self, folder: Path, part: Part, progress: dict[str, Any]) -> None:
         self.folder, self.part, self.progress = folder, part, progress
         self.shards, self.starts = progress["shards"], progress["starts"]
-        for number, (tokens, _) in enumerate(self.shards):
-            path = folder / part.shard_name(number)
-            if not path.is_file() or path.stat().st_size != tokens * width:
-                del self.shards[number:], self.starts[number + 1 :]
-                break
-        writer.write_json(folder / part.progress_name(), progress)  # the shards to come are this text's
         begin, end = part.range_of(progress["settings"]["max_tokens"] or sys.maxsize)
         self.limit = end - begin
         self.left = self.limit - sum(tokens for tokens, _ in self.shards)
@@ -144,7 +174,7 @@ class ShardWriter:
         self.open_shard()
 
     def open_shard(self) -> None:
-        self.tokens = self.text = 0  # bytes of text
+        self.tokens = self.text = self.checksum = 0  # bytes of text
         self.file = open(self.temporary, "wb")
 
     def room(self) -> int:
@@ -158,6 +188,7 @@ class ShardWriter:
         if self.tokens:
             os.replace(self.temporary, self.folder / self.part.shard_name(len(self.shards)))
             self.shards.append([self.tokens, self.text])
+            self.progress["checksums"].append(self.checksum)
         self.starts[len(self.shards) :] = next_start
         writer.write_json(self.folder / self.part.progress_name(), self.progress)
         self.open_shard()
@@ -182,7 +213,9 @@ class ShardWriter:
                 at = min(skipped, len(ids))  # ids that an earlier shard has
                 skipped -= at
                 while at < len(ids) and (count := min(len(ids) - at, self.room())):
-                    self.file.write(np.ascontiguousarray(ids[at : at + count]).data)
+                    data = np.ascontiguousarray(ids[at : at + count]).data
+                    self.file.write(data)
+                    self.checksum = zlib.crc32(data, self.checksum)
                     self.tokens += count
                     self.left -= count
                     self.text += bytes_of(tokenizer, piece, ids, at, count)

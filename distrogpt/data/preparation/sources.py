@@ -15,6 +15,7 @@ from distrogpt.data.preparation.documents import READERS, Corpus, find_files
 from distrogpt.data.preparation.writer import text_bytes, write_dataset
 from distrogpt.data.tokenizer import Tokenizer, from_description
 from distrogpt.errors import CLOSE_OTHERS, UserError, cli_errors, exit_with_error, quote
+from distrogpt.files import read_text
 
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -91,12 +92,7 @@ def prepare_shakespeare(about: str, make_tokenizer: Callable[[str], Tokenizer]) 
     """The command of a prepare.py of tiny Shakespeare: the first nine tenths are train, the rest is val."""
     args = argument_parser(sys.argv[0], about, "a copy of the text, instead of the download").parse_args()
     path = args.input or download(SHAKESPEARE, SHAKESPEARE_SHA256, args.output / "input.txt")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{path} cannot be read as text ({error}); give another --input, or convert it"
-        ) from None
+    text = read_text(path)
     actual = hash_of(path)
     if actual != SHAKESPEARE_SHA256:
         print(f"note: {path} is not tiny Shakespeare as published, but another text; it is used as it is")

@@ -5,13 +5,12 @@ A .bin file is raw little-endian ids without header, uint16 unless meta.json say
 
 import json
 import os
-import secrets
 import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
@@ -21,6 +20,7 @@ import numpy as np
 from distrogpt.data.preparation.documents import Piece
 from distrogpt.data.tokenizer import Tokenizer
 from distrogpt.errors import MachineError, UserError
+from distrogpt.files import locked, write_text
 
 Encoded = tuple[Piece, np.ndarray]
 BATCH = 16  # pieces that a thread encodes at once
@@ -69,16 +69,52 @@ def dataset_files(folder: Path) -> list[Path]:
     return sorted(path for pattern in patterns for path in folder.glob(pattern))
 
 
-def claim_folder(folder: Path, overwrite: bool, advice: str = "choose another --output") -> None:
-    """Make the folder of a new dataset. Raises UserError if it has one already, or takes no files."""
-    if not overwrite and any(not path.name.startswith("progress") for path in dataset_files(folder)):
-        raise UserError(f"{folder} has a dataset already; {advice}, or --overwrite")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(13, "no permission")
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written ({error.strerror}); {advice}") from None
+@contextmanager
+def lock_folder(folder: Path, timeout: float = 1.0) -> Iterator[None]:
+    """Make the folder of a dataset, and keep others from writing there in the block. Raises UserError if
+    another prepare.py holds it for `timeout` seconds, or if it takes no files."""
+    with ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(folder / "prepare.lock", busy(folder), timeout))
+        except OSError as error:
+            advice = "choose another --output"
+            raise UserError(f"{folder} cannot be written ({error.strerror}); {advice}") from None
+        yield
+
+
+def busy(folder: Path) -> str:
+    """What is wrong if another process writes to the folder."""
+    return f"another prepare.py writes to {folder}; wait until it ends, or choose another --output"
+
+
+def busy_parts(folder: Path) -> set[str]:
+    """Stems of the progress files of the parts that other processes write now, such as progress_00002."""
+    stems = set()
+    for path in folder.glob("progress*.lock"):
+        try:
+            with locked(path, busy(folder), timeout=0):
+                pass
+        except UserError:
+            stems.add(path.stem)
+    return stems
+
+
+@contextmanager
+def claim_folder(
+    folder: Path, overwrite: bool, advice: str = "choose another --output", **about: Any
+) -> Iterator[None]:
+    """The folder of a new dataset, in the block. Raises UserError if it has one already that is not `about`
+    the same, unless `overwrite`, or if another process writes one."""
+    with lock_folder(folder):
+        same = bool(about) and about.items() <= read_json(folder / "meta.json").items()
+        if not (overwrite or same) and any(
+            path.suffix == ".bin" or path.stem == "meta" for path in dataset_files(folder)
+        ):
+            raise UserError(f"{folder} has a dataset already; {advice}, or --overwrite")
+        if busy_parts(folder):
+            raise UserError(busy(folder))
+        yield
 
 
 def write_meta(path: Path, tokenizer: Tokenizer, tokens: dict, text: dict, **about: Any) -> None:
@@ -97,18 +133,6 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, contents: Any) -> None:
     write_text(path, json.dumps(contents, indent=1))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file completely or not at all."""
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")  # several machines may write it
-    try:
-        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            sync(file)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def sync(file: IO[Any]) -> None:
@@ -149,10 +173,15 @@ def report_full_disk(folder: Path, kept: str) -> Iterator[None]:
 def write_dataset(
     folder: Path, tokenizer: Tokenizer, overwrite: bool = False, **about: Any
 ) -> Iterator[Callable]:
+    """As write_splits, in a folder that it claims as claim_folder does."""
+    with claim_folder(folder, overwrite, **about), write_splits(folder, tokenizer, **about) as add:
+        yield add
+
+
+@contextmanager
+def write_splits(folder: Path, tokenizer: Tokenizer, **about: Any) -> Iterator[Callable]:
     """Yields add(split, ids, text_bytes), which appends to "train" or "val"; the files appear if the block
-    ends well. Raises UserError if the folder has a dataset `about` something else, unless `overwrite`."""
-    existing = read_json(folder / "meta.json")
-    claim_folder(folder, overwrite or bool(about and about.items() <= existing.items()))
+    ends well. Raises UserError if a split is too short, MachineError if the disk is full."""
     dtype, tokens, text = id_dtype(tokenizer), {"train": 0, "val": 0}, {"train": 0, "val": 0}
     names = ["train.bin", "val.bin", "meta.json"]
     with report_full_disk(folder, UNCHANGED):

@@ -1,0 +1,97 @@
+"""Text files of users, in the encodings in which editors save them; files that several commands may write."""
+
+import codecs
+import os
+import secrets
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from distrogpt.errors import UserError
+
+MARKS = {  # byte order marks, with which Windows begins files; UTF-32's begins with UTF-16's
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+    codecs.BOM_UTF8: "utf-8-sig",
+}
+
+
+def encoding_of(begin: bytes, default: str = "utf-8") -> str:
+    """The encoding that the mark at the begin of a file names, or else the default."""
+    return next((name for mark, name in MARKS.items() if begin.startswith(mark)), default)
+
+
+def likely_encoding(data: bytes) -> str:
+    """What bytes without a mark may be that are not UTF-8: UTF-16, whose ASCII has a null in every second
+    byte, or the encoding of Windows in the West."""
+    even, odd = data[0::2].count(0), data[1::2].count(0)
+    if max(even, odd) > len(data) // 8:
+        return "utf-16-be" if even > odd else "utf-16-le"
+    return "cp1252"
+
+
+def fault_of(error: UnicodeDecodeError, before: int | None = 0) -> str:
+    """The byte that has no place in an encoding, and its offset, if `before` bytes of the file came first."""
+    where = "" if before is None else f" at offset {before + error.start}"
+    return f"byte 0x{error.object[error.start]:02x}{where}"
+
+
+def read_text(name: str | Path, what: str = "") -> str:
+    r"""The text of a user's file, or of stdin if the name is -, with \n for each end of line. It is UTF-8,
+    or what its mark says. Raises UserError, in which the file is called `what`."""
+    what = what or str(name)
+    try:
+        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+        encoding = encoding_of(data)
+        if encoding == "utf-8" and likely_encoding(data[:4096]) != "cp1252":
+            raise UserError(f"{what} is binary, or UTF-16 without its mark; save it as UTF-8")
+        return data.decode(encoding).replace("\r\n", "\n").replace("\r", "\n")
+    except UnicodeDecodeError as error:
+        kind = "UTF-8" if encoding.startswith("utf-8") else encoding
+        raise UserError(f"{what} is not {kind} text ({fault_of(error)}); save it as UTF-8") from None
+    except (OSError, ValueError) as error:  # ValueError: a null character in the name
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{what} cannot be read ({reason}); name a text file") from None
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a file completely or not at all, whoever else writes it now. Raises OSError."""
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():  # a device or a pipe
+        path.write_text(text, encoding="utf-8")
+        return
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(lock: Path, busy: str, timeout: float = 1.0) -> Iterator[None]:
+    """Keep other processes out of the block, by a file that is locked as long as this one lives, and removed
+    at the end. Raises UserError(busy) if another one is in it still after `timeout` seconds; OSError."""
+    from filelock import FileLock, Timeout  # comes with torch
+
+    lock = Path(os.path.realpath(lock))
+    try:
+        holder = FileLock(lock)
+        holder.acquire(timeout=timeout)
+    except Timeout:
+        raise UserError(busy) from None
+    except NotImplementedError:  # a file system without locks
+        yield
+        return
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # Windows keeps what is open, and filelock removes it
+            lock.unlink()
+        holder.release()
