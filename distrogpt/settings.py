@@ -40,8 +40,9 @@ JSON = setting(None, "write the results to this file too", path=True)
 
 def unused_out_dir(config: "SampleConfig | ServeConfig | EvalConfig | ExportConfig") -> dict[str, str]:
     """That out_dir has no effect, if another model is named."""
+    ways = ("resume", "scratch", "auto")  # the last two are train.py's, which another error says
     reason = f"init_from={config.init_from} names the model"
-    return {} if config.init_from == "resume" else {"out_dir": reason}
+    return {} if config.init_from.partition(":")[0] in ways else {"out_dir": reason}
 
 
 @dataclass

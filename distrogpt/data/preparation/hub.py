@@ -91,16 +91,16 @@ def prepare_shards(about: str, dataset: str | None = None, config: str | None = 
     add("--shard", type=part, default=Part(), metavar="I/N", help="this machine does part I of N, from 1 on")
     args = parser.parse_args()
     refuse_unused(parser, args, fixed=dataset is not None)
+    if not args.input and not args.dataset:
+        parser.error("neither --dataset nor --input is given")
     tokenizer = named_tokenizer(args.tokenizer)
     if args.input:
         text: Corpus | HubText = open_corpus(args, args.input)
         source = ", ".join(args.input)
-    elif args.dataset:
+    else:
         rows = Corpus([], args.field, strip=strip_patterns(args))
         text = HubText(args.dataset, args.config, args.split, rows)
         source = " ".join(filter(None, (args.dataset, args.config, args.split)))
-    else:
-        parser.error("neither --dataset nor --input is given")
     folder = args.output
     if dataset is None and folder == Path(sys.argv[0]).resolve().parent:
         words = (args.dataset or Path(args.input[0]).stem, args.config or "")
