@@ -38,13 +38,6 @@ BASELINE_HELLASWAG = setting(None, "a published acc_norm on HellaSwag, to compar
 JSON = setting(None, "write the results to this file too", path=True)
 
 
-def unused_out_dir(config: "SampleConfig | ServeConfig | EvalConfig | ExportConfig") -> dict[str, str]:
-    """That out_dir has no effect, if another model is named."""
-    ways = ("resume", "scratch", "auto")  # the last two are train.py's, which another error says
-    reason = f"init_from={config.init_from} names the model"
-    return {} if config.init_from.partition(":")[0] in ways else {"out_dir": reason}
-
-
 @dataclass
 class TrainConfig(Settings):
     """Train a GPT, resume a run, finetune, or evaluate once.
@@ -387,11 +380,9 @@ class SampleConfig(Settings):
             raise ValueError("voice has no effect without speak; add --speak=out.wav")
 
     def unused(self) -> dict[str, str]:
-        reasons = unused_out_dir(self)
-        if self.interactive:
-            reasons["num_samples"] = "interactive writes one sample of each prompt"
-            reasons |= {} if self.best_of > 1 else {"batch_size": reasons["num_samples"]}
-        return reasons
+        reason = "interactive writes one sample of each prompt"
+        names = ["num_samples", "batch_size"][: 1 if self.best_of > 1 else 2]
+        return dict.fromkeys(names, reason) if self.interactive else {}
 
 
 @dataclass
@@ -424,9 +415,6 @@ class ServeConfig(Settings):
         super().__post_init__()
         if not self.host:
             raise ValueError("host is empty; name an address, such as 127.0.0.1")
-
-    def unused(self) -> dict[str, str]:
-        return unused_out_dir(self)
 
 
 TASKS_OF = {  # which tasks read a setting of EvalConfig
@@ -481,7 +469,7 @@ class EvalConfig(Settings):
         names = [name.strip() for name in self.tasks.split(",")]
         tasks = ("loss", "accuracy") if names == ["auto"] else names
         known = set(tasks) <= set(EVAL_TASKS)  # else another error says so
-        return unused_out_dir(self) | (self.unused_by(tasks) if known else {})
+        return self.unused_by(tasks) if known else {}
 
     def unused_by(self, tasks: Collection[str]) -> dict[str, str]:
         """The settings that none of these tasks reads, and why."""
@@ -508,6 +496,3 @@ class ExportConfig(Settings):
         super().__post_init__()
         if not self.to:
             raise ValueError("to is empty; name the folder to write: --to=FOLDER")
-
-    def unused(self) -> dict[str, str]:
-        return unused_out_dir(self)

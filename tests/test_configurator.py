@@ -326,12 +326,9 @@ def test_a_tilde_elsewhere_is_a_tilde(home):
         (BenchConfig, "--serve=True --n_layer=3", "serve does not depend on it"),
         (BenchConfig, "--report=True config/train_gpt2.py", "a config file has no effect"),
         (BenchConfig, "--check=network --n_layer=3", "check does not depend on it"),
-        (SampleConfig, "--init_from=gpt2 --out_dir=x", "init_from=gpt2 names the model"),
         (SampleConfig, "--interactive=True --num_samples=2", "one sample of each prompt"),
         (EvalConfig, "--start=x", "it is not for tasks=loss,accuracy"),
         (EvalConfig, "--tasks=next --stride=2", "it is not for tasks=next"),
-        (ServeConfig, "--init_from=gpt2 --out_dir=x", "names the model"),
-        (ExportConfig, "--to=x --init_from=gpt2 --out_dir=x", "names the model"),
     ],
 )
 def test_a_flag_without_effect_is_refused(cls, flags, message, capsys):
