@@ -1,7 +1,7 @@
 """What each ingredient of a recipe gains: python ablate.py config/train_shakespeare_cpu_modern.py
 
 Trains the recipe, the recipe without each ingredient, GPT-2, and GPT-2 with each ingredient. Everything else
-(steps, seeds, learning rates, weight decay, batch) is the recipe's. Prints a table and draws ablate.png.
+(steps, seeds, learning rates, weight decay, batch) is the recipe's. Prints a table and draws it.
 """
 
 from configurator import configure
@@ -147,7 +147,7 @@ def run_study(config: AblateConfig, todo: dict[str, dict[str, Any]]) -> dict[str
             atomic_write(lambda file, study=study: file.write(study.encode()), path)
     runs = {name: [run for run in runs[name] if run["seed"] in seeds] for name in todo}
     print("\n".join(table(runs)))
-    plot(runs, Path(config.plot))
+    plot(runs, config.picture)
     return runs
 
 

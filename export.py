@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from distrogpt.errors import UserError, cli_errors
+from distrogpt.errors import CLOSE_OTHERS, UserError, cli_errors
 from distrogpt.huggingface.export import check_target, text_files, write_folder
 from distrogpt.huggingface.formats import ARCHITECTURES, Weights, model_type_of, to_weights
 from distrogpt.huggingface.model_card import how_to_load, limits_of
@@ -54,5 +54,5 @@ def convert(weights: Weights, dtype: str) -> Weights:
 
 
 if __name__ == "__main__":
-    with cli_errors("close other programs"):
+    with cli_errors(CLOSE_OTHERS):
         export(CONFIG)

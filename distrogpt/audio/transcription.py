@@ -1,7 +1,6 @@
 """Recordings to text with Whisper, then to a dataset folder. data/audio/prepare.py calls `main`."""
 
 import argparse
-import difflib
 import errno
 import hashlib
 import os
@@ -20,7 +19,7 @@ from distrogpt.data.preparation.documents import Corpus, checksum, find_files
 from distrogpt.data.preparation.own_text import known_tokenizer, make_dataset, new_folder, parse_options
 from distrogpt.data.preparation.sources import add_text_options, argument_parser, strip_patterns
 from distrogpt.data.tokenizer import END_OF_TEXT, interruptible
-from distrogpt.errors import UserError, is_out_of_memory
+from distrogpt.errors import UserError, is_out_of_memory, near_name
 from distrogpt.files import read_text, write_text
 from distrogpt.progress import bar_size, show_wait
 
@@ -166,8 +165,8 @@ def load_model(args: argparse.Namespace) -> Any:
     if not os.path.isdir(folder):
         sizes = available_models()
         if folder not in sizes and not re.fullmatch(r"[\w-]+/[\w.-]+", folder):
-            near = difflib.get_close_matches(folder, sizes, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"give a folder or one of {', '.join(sizes)}"
+            near = near_name(folder, sizes)
+            hint = f"did you mean {near}?" if near else f"give a folder or one of {', '.join(sizes)}"
             raise UserError(f"--model {folder} is neither a folder nor a size; {hint}")
         folder = download(folder)
     options = {"device": args.device, "compute_type": args.compute_type, "cpu_threads": max(1, args.workers)}
@@ -302,8 +301,10 @@ def main(description: str) -> None:
     """The command of data/audio/prepare.py."""
     parser = argument_parser(sys.argv[0], description)
     add = parser.add_argument
-    add("--input", nargs="+", metavar="PATH", help=f"recordings: files, folders, globs ({', '.join(KINDS)})")
-    add("--model", default="small", help=f"a folder in CTranslate2's format, or (default: small) {MODELS}")
+    about_input = f"recordings: files, folders, globs ({', '.join(KINDS)})"
+    add("--input", nargs="+", type=os.path.expanduser, metavar="PATH", help=about_input)
+    about_model = f"a folder in CTranslate2's format, or (default: small) {MODELS}"
+    add("--model", type=os.path.expanduser, default="small", help=about_model)
     add("--language", metavar="CODE", help="en, de, ...; by default what is heard first")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="default: auto")
     add("--compute_type", default="auto", choices=COMPUTE_TYPES, help="default: auto, the fastest")

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from distrogpt.benchmark.timing import ROOT, dtype_name
-from distrogpt.errors import UserError
+from distrogpt.errors import UserError, command
 from distrogpt.files import locked
 from distrogpt.plotting import draw, points, read_log, write_figure
 from distrogpt.runtime import Runtime
@@ -225,7 +225,7 @@ def all_parts(config: BenchConfig, runtime: Runtime) -> list[Part]:
             parts.append(Part(name, title, [], float(seconds)))
     for part in parts:
         if part.name in TARGETS and not SHAKESPEARE.is_file():
-            part.status = "not run: first python data/shakespeare_char/prepare.py"
+            part.status = f"not run: first {command('data/shakespeare_char/prepare.py')}"
         elif part.name in TARGETS:
             words = [part.name, f"--out_dir={part.name}", "--loss_plot=False", device[0]]
             part.commands = [[str(ROOT / "train.py"), *words]]

@@ -314,6 +314,9 @@ def test_hub_sets_through_datasets_are_the_same(kind, whole, tmp_path):
         part = (f"--shard={number}/2", f"--output={tmp_path / 'parts'}")
         assert prepare_here(SCRIPT, *words, *part).returncode == 0
     assert np.array_equal(stream_of(tmp_path / "parts"), stream_of(whole))
+    done = prepare_here(SCRIPT, *words, "--strip_lines=é", f"--output={tmp_path / 'stripped'}")
+    expected = [token for text in DOCUMENTS if "é" not in text for token in (*text.encode(), 256)]
+    assert done.returncode == 0 and stream_of(tmp_path / "stripped").tolist() == expected
     wrong = prepare_here(SCRIPT, *words[:2], "--field=body", f"--output={tmp_path / 'no'}")
     assert_user_error(wrong, "no field 'body', but", "text")
 

@@ -103,7 +103,9 @@ def busy_parts(folder: Path) -> set[str]:
 
 
 @contextmanager
-def claim_folder(folder: Path, overwrite: bool, **about: Any) -> Iterator[None]:
+def claim_folder(
+    folder: Path, overwrite: bool, advice: str = "choose another --output", **about: Any
+) -> Iterator[None]:
     """The folder of a new dataset, in the block. Raises UserError if it has one already that is not `about`
     the same, unless `overwrite`, or if another process writes one."""
     with lock_folder(folder):
@@ -111,8 +113,7 @@ def claim_folder(folder: Path, overwrite: bool, **about: Any) -> Iterator[None]:
         if not (overwrite or same) and any(
             path.suffix == ".bin" or path.stem == "meta" for path in dataset_files(folder)
         ):
-            advice = "choose another --name or --output, or --overwrite"
-            raise UserError(f"{folder} has a dataset already; {advice}")
+            raise UserError(f"{folder} has a dataset already; {advice}, or --overwrite")
         if busy_parts(folder):
             raise UserError(busy(folder))
         for path in (*folder.glob("*.part"), *folder.glob("pipe[0-9]*")):  # of a command that was killed
