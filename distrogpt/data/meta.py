@@ -1,6 +1,5 @@
 """The folder of a dataset, and what its meta.json, or nanoGPT's meta.pkl, says of the token ids in it."""
 
-import difflib
 import json
 import os
 import pickle
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from distrogpt.data.token_stream import NAMING, how_to_prepare
-from distrogpt.errors import UserError
+from distrogpt.errors import UserError, near_name
 
 DATA = Path(__file__).resolve().parents[2] / "data"
 DATASET_FILE = re.compile(r"(train|val)(_.*)?\.bin|meta\.(json|pkl|json\.tmp)|progress.*\.json")
@@ -71,8 +70,8 @@ def prepared_names(name: str) -> str:
 def did_you_mean(name: str, others: Iterable[str]) -> str:
     """A question whether one of the datasets near there is meant, or one of the others; empty if none is."""
     by_last_part = {Path(known).name: known for known in [*others, *prepared_near(name)]}
-    near = difflib.get_close_matches(Path(name).name.lower(), by_last_part, n=1)
-    return f"did you mean {by_last_part[near[0]]}?" if near else ""
+    near = near_name(Path(name).name, by_last_part)
+    return f"did you mean {by_last_part[near]}?" if near else ""
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
@@ -85,7 +84,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
         return GPT2_META
     try:
         if path.is_file():
-            return checked_meta(json.loads(path.read_text(encoding="utf-8")))
+            return checked_meta(json.loads(path.read_bytes()))
         path = pickled
         return checked_meta(read_meta_pickle(path))
     except Exception as error:  # bytes from anywhere can fail in any way

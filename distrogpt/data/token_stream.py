@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from distrogpt.errors import UserError
+from distrogpt.errors import UserError, path_from_here
 
 IDS_CHECKED = 1 << 28  # at the start; the ids beyond are checked batch by batch
 FILES_CHECKED = 64  # at the start, evenly spaced; the others are opened when a batch reads them
@@ -32,7 +32,7 @@ def how_to_prepare(folder: Path) -> str:
     if not script.is_file():
         return "write it with a prepare.py"
     _, space, options = NAMING.get(folder.resolve().name, "").partition(" ")
-    return f"run: python {script}{space}{options}"
+    return f"run: python {path_from_here(script.resolve())}{space}{options}"
 
 
 class TokenStream:
