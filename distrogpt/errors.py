@@ -87,5 +87,6 @@ def writable(path: str) -> Iterator[str]:
 
 
 def warn(line: str) -> None:
-    """Print a note to stderr, so that stdout has the samples alone."""
-    print(line, file=sys.stderr)
+    """Print a note to stderr, so that stdout has the samples alone; of several ranks, rank 0 does."""
+    if not int(os.environ.get("RANK", 0)):
+        print(line, file=sys.stderr)
