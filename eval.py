@@ -11,10 +11,10 @@ if __name__ == "__main__":
 import json
 import sys
 import time
-from pathlib import Path
 
 from distrogpt.errors import cli_errors, exit_process, warn, writable
 from distrogpt.evaluation.tasks import Result, load_tasks, result_table
+from distrogpt.files import write_text
 from distrogpt.runtime import start_runtime, stop_runtime
 
 
@@ -37,7 +37,7 @@ def measure(config: EvalConfig) -> dict[str, Result]:
         print(result_table(results))
         if config.json:
             text = json.dumps({"source": source, **results}, indent=1)
-            Path(config.json).write_text(text + "\n", encoding="utf-8")
+            write_text(config.json, text + "\n")
     return results
 
 

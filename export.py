@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from distrogpt.errors import UserError, cli_errors
+from distrogpt.errors import CLOSE_OTHERS, UserError, cli_errors
 from distrogpt.huggingface.export import check_target, text_files, write_folder
 from distrogpt.huggingface.formats import ARCHITECTURES, Weights, model_type_of, to_weights
 from distrogpt.huggingface.model_card import how_to_load, limits_of
@@ -36,7 +36,7 @@ def export(config: ExportConfig) -> Path:
     weights = convert(to_weights(shape, model.state_dict()), config.dtype)
     count = sum(w.numel() for w in weights.values())
     texts = text_files(to.name, shape, tokenizer, contents, count, config.dtype)
-    write_folder(to, config.to, texts, weights)
+    write_folder(to, config.to, config.overwrite, texts, weights)
     kind = ARCHITECTURES[model_type_of(shape)]
     print(f"{source}\n{config.to}: {kind}, {count:,} parameters in {config.dtype}, {len(texts) + 1} files")
     print("\n".join([*how_to_load(config.to, shape, tokenizer), *limits_of(tokenizer)]))
@@ -54,5 +54,5 @@ def convert(weights: Weights, dtype: str) -> Weights:
 
 
 if __name__ == "__main__":
-    with cli_errors("close other programs"):
+    with cli_errors(CLOSE_OTHERS):
         export(CONFIG)

@@ -4,7 +4,7 @@
 from config.train_shakespeare_cpu_modern import *
 
 out_dir = "out-shakespeare-10s"
-eval_interval = 500  # at the start and at the end
+eval_interval = 240  # at the start and at the end
 eval_iters = 20  # batches; --eval_iters=0 is the whole val set, a second more
 always_save_checkpoint = True
 loss_plot = False  # the picture takes half a second of the ten

@@ -5,7 +5,6 @@ The keys are nanoGPT's and those of SCHEMA; nanoGPT's own files are read, too.
 
 import math
 import os
-import shlex
 import shutil
 import warnings
 import zipfile
@@ -19,7 +18,7 @@ from typing import IO, Any, get_type_hints
 import torch
 
 from distrogpt.data.meta import GPT2_META, checked_meta
-from distrogpt.errors import MachineError, UserError
+from distrogpt.errors import MachineError, UserError, first_line, quote, why_not_written
 from distrogpt.training.distributed import gather_to_cpu, shard_like
 from model import GPT, GPTConfig
 
@@ -33,9 +32,10 @@ class NotFinite(ValueError):
     """A weight, or an optimizer's average, is infinite or not a number."""
 
 
-def atomic_write(write: Callable[[IO[bytes]], object], *paths: Path) -> None:
+def atomic_write(write: Callable[[IO[bytes]], object], *paths: Path, needed: int = 0) -> None:
     """Write one file, flush it to disk, and rename it to each of `paths`: each is complete, old or new.
-    Raises MachineError if it cannot be written; the old files are then unchanged."""
+    Raises MachineError if it cannot be written, which tells the bytes `needed` if the disk is full; the old
+    files are then unchanged."""
     temporaries = [path.with_name(path.name + ".tmp") for path in paths]
     try:
         with open(temporaries[0], "wb") as file:
@@ -58,7 +58,7 @@ def atomic_write(write: Callable[[IO[bytes]], object], *paths: Path) -> None:
                 temporary.unlink(missing_ok=True)
         if not isinstance(error, (OSError, RuntimeError, MemoryError)):  # torch raises RuntimeError
             raise
-        reason = getattr(error, "strerror", None) or first_line(error)
+        reason = why_not_written(error, paths[-1], needed)
         raise MachineError(f"{paths[-1]} cannot be written ({reason}), and is what it was before") from None
     with suppress(OSError):  # some systems cannot flush folders
         folder = os.open(paths[0].parent, os.O_RDONLY)
@@ -259,7 +259,7 @@ def not_finite_error(path: Path, error: NotFinite, otherwise: str = "use another
     """The error of a file that cannot be used. Says which newest one of its run can be, else `otherwise`."""
     good = last_good_checkpoint(path.parent)
     if good:
-        flag = f"--init_from={shlex.quote(str(good))}"
+        flag = f"--init_from={quote(good)}"
         otherwise = f"{good} is the last good file: copy it to {path.name}, or give {flag}"
     return UserError(f"{path}: {error}; {otherwise}")
 
@@ -309,7 +309,7 @@ def restore_optimizers(
             optimizer.load_state_dict({"state": state, "param_groups": param_groups})
     except NotFinite as error:
         path = newest_checkpoint(out_dir) or out_dir / NEWEST
-        otherwise = f"--init_from={shlex.quote(str(path))} starts a new run with its weights"
+        otherwise = f"--init_from={quote(path)} starts a new run with its weights"
         raise not_finite_error(path, error, otherwise) from None
     except Exception as error:  # a state of any structure can fail in any way
         advice = "set optimizer, embedding_lr and head_lr as they were, or use another one"
@@ -349,6 +349,14 @@ def training_state(
     return {"model": weights, **named_states, "model_args": model_args, **extra}
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, cut to 100 characters; its type if the message is empty."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:100]
+def bytes_of(tree: Any) -> int:
+    """The size of all tensors in nested dicts and lists, each counted once."""
+    tensors: dict[int, int] = {}
+    trees = [tree]
+    while trees:
+        tree = trees.pop()
+        if torch.is_tensor(tree):
+            tensors[tree.data_ptr()] = tree.nbytes
+        elif isinstance(tree, (dict, list)):
+            trees += tree.values() if isinstance(tree, dict) else tree
+    return sum(tensors.values())

@@ -1,12 +1,19 @@
-"""How a command ends if something is wrong: one line on stderr, and an exit status."""
+"""How a command ends if something is wrong: one line on stderr, and an exit status; what messages advise."""
 
+import difflib
 import errno
 import os
+import re
+import shlex
+import shutil
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import NoReturn
+
+REPO = Path(__file__).resolve().parents[1]
 
 
 class UserError(Exception):
@@ -21,7 +28,12 @@ class MachineError(Exception):
     """The machine failed (disk full, out of memory); the last good checkpoint is intact. Status 1."""
 
 
+# of the machine's disk, not of a path that was chosen: full, over quota, a file too large, read-only, broken
+FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG)
+DISK_FAILURES = (*FULL, errno.EROFS, errno.EIO)
+# what to do if memory is short: in training, and in commands without sizes to lower
 OOM_HINT = "lower --batch_size (and raise --gradient_accumulation_steps), --block_size or --n_embd"
+CLOSE_OTHERS = "close other programs"
 
 
 @contextmanager
@@ -37,14 +49,18 @@ def cli_errors(out_of_memory: str = OOM_HINT) -> Iterator[None]:
         sys.stderr.close()
         sys.exit(141)  # 128 + SIGPIPE
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in DISK_FAILURES:
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that buffered output does not fail again
-        exit_with_error(1, f"no space left for {error.filename or 'the output'}; free some")
+        path = error.filename or "the output"
+        reason = why_not_written(error, path) if error.filename else error.strerror
+        exit_with_error(1, f"{path} cannot be written ({reason}); make room")
     except (RuntimeError, MemoryError) as error:
         text = str(error).lower()
         if "gloo" in text or "nccl" in text or type(error).__name__ == "DistBackendError":
-            exit_with_error(1, f"another rank was lost ({text[:60]}); start again: --init_from=auto resumes")
+            exit_with_error(
+                1, f"another rank was lost ({text[:60]}); start again (train.py --init_from=auto resumes)"
+            )
         if not is_out_of_memory(error):
             raise
         exit_with_error(1, f"out of memory; {out_of_memory}")
@@ -62,7 +78,8 @@ def exit_with_error(status: int, error: object) -> NoReturn:
     if status == 2 and int(os.environ.get("RANK", 0)):
         time.sleep(3)  # rank 0 reports an error of all ranks; then torchrun ends the others
     sys.stdout.flush()
-    sys.stderr.write(f"error: {' '.join(str(error).split())}\n")  # in one piece, as ranks share a terminal
+    lines = filter(None, map(str.strip, str(error).splitlines()))
+    sys.stderr.write(f"error: {' '.join(lines)}\n")  # in one piece, as ranks share a terminal
     exit_process(status)
 
 
@@ -75,6 +92,18 @@ def exit_process(status: int) -> NoReturn:
     sys.exit(status)
 
 
+def leave_to_rank_0(command: str) -> None:
+    """For commands that work in one process: under torchrun, all ranks but the first end, and that goes on
+    as if alone."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return
+    if int(os.environ.get("RANK", 0)):
+        exit_process(0)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        os.environ.pop(name, None)
+    warn(f"note     {command} works in one process, without torchrun; the other ranks end")
+
+
 @contextmanager
 def writable(path: str) -> Iterator[str]:
     """Raises UserError if the file cannot be written."""
@@ -83,7 +112,65 @@ def writable(path: str) -> Iterator[str]:
             pass
         yield path
     except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}); choose another path") from None
+        reason = why_not_written(error, path)
+        raise UserError(f"{path} cannot be written ({reason}); choose another path") from None
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, cut to 100 characters; its type if the message is empty."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:100]
+
+
+def why_not_written(error: BaseException, path: str | Path, needed: int = 0) -> str:
+    """Why a file was not written, in words: of a full disk, the bytes `needed`, if known, and those free."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):  # torch raises others on top of it
+        cause = cause.__context__
+    in_rust = re.search(r"os error (\d+)", str(error))  # safetensors'
+    number = cause.errno if cause else int(in_rust[1]) if in_rust else None
+    if number is None:
+        return str(cause or "") or first_line(error)
+    sizes = [f"{needed / 1e6:,.1f} MB needed"] if needed else []
+    words = os.strerror(number)
+    if number == errno.ENOSPC:
+        words += ", the disk is full"
+        with suppress(OSError):
+            sizes.append(f"{shutil.disk_usage(Path(path).parent).free / 1e6:,.1f} MB free")
+    elif number not in FULL:
+        sizes = []
+    return f"{words}: {', '.join(sizes)}" if sizes else words
+
+
+def near_name(word: str, names: Iterable[str]) -> str | None:
+    """The name that `word` is probably a typing error of; None if it is none, or one of the names itself."""
+    plain = word.casefold().replace("-", "_").strip("_")
+    by_plain = {name.casefold().replace("-", "_"): name for name in names}
+    possible = [name for name in by_plain if name[:1] == plain[:1] or name.endswith(f"_{plain}")]
+    near = difflib.get_close_matches(plain, possible, n=1, cutoff=0.75)
+    return by_plain[near[0]] if near and by_plain[near[0]] != word else None
+
+
+def command(script: str, *words: str, **settings: object) -> str:
+    """A command line that runs a script of the repository from here, for the user's shell."""
+    flags = [f"--{name}={quote(value) if str(value) else ''}" for name, value in settings.items()]
+    return " ".join(["python", path_from_here(script), *map(quote, words), *flags])
+
+
+def path_from_here(name: str | Path) -> str:
+    """A file of the repository, or another by its whole path, as a word for the user's shell."""
+    try:
+        path = os.path.relpath(REPO / name)
+    except ValueError:  # another drive of Windows
+        path = ".."
+    return quote(REPO / name if path.startswith("..") else path)
+
+
+def quote(value: object) -> str:
+    """The value as one word for the user's shell."""
+    word = str(value)
+    if os.name != "nt":
+        return shlex.quote(word)
+    return word if re.fullmatch(r"[\w@+=:,./\\-]+", word) else f'"{word}"'  # cmd.exe and PowerShell
 
 
 def warn(line: str) -> None:

@@ -1,6 +1,5 @@
 """Load a network and its tokenizer: from a run, from a folder in Hugging Face's format, or from the hub."""
 
-import difflib
 import math
 import os
 from contextlib import suppress
@@ -11,7 +10,7 @@ from distrogpt.checkpoint import NotFinite, best_checkpoint, first_line, load_ch
 from distrogpt.data.dataset import find_parts, parse_mixture
 from distrogpt.data.meta import GPT2_META, dataset_folder, described_vocab_size, read_meta, tokenizers_differ
 from distrogpt.data.tokenizer import Tokenizer, described_by_json, tokenizer_of
-from distrogpt.errors import UserError, warn
+from distrogpt.errors import UserError, near_name, warn
 from model import GPT, GPTConfig
 
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
@@ -31,11 +30,14 @@ def load_trained(out_dir: str, init_from: str) -> tuple[GPT, dict[str, Any], str
     return restore_model(contents, path), contents, source
 
 
-def load_pretrained(name: str, dropout: float = 0.0) -> tuple[GPT, dict[str, Any]]:
+def load_pretrained(
+    name: str, dropout: float = 0.0, ways: tuple[str, ...] = ("resume",)
+) -> tuple[GPT, dict[str, Any]]:
     """The network, on the CPU, and the contents of its checkpoint. Raises UserError.
 
     `name` is a run's folder or one of its .pt files, a folder in Hugging Face's format, or a name on the hub.
-    For Hugging Face's format, contents has meta alone, or nothing (GPT-2).
+    For Hugging Face's format, contents has meta alone, or nothing (GPT-2). `ways` are the other values of
+    init_from that the command takes.
     """
     folder = Path(name)
     is_folder = os.path.isdir(folder)  # folder.is_dir() raises OSError for 5,000 characters
@@ -44,7 +46,7 @@ def load_pretrained(name: str, dropout: float = 0.0) -> tuple[GPT, dict[str, Any
         contents = load_checkpoint(path)
         return restore_model(contents, path, dropout), contents
     if not is_folder:
-        check_name(name)
+        check_name(name, ways)
     try:
         from distrogpt.huggingface.formats import find_folder, model_type_of, read_pretrained
 
@@ -70,13 +72,15 @@ def load_pretrained(name: str, dropout: float = 0.0) -> tuple[GPT, dict[str, Any
     return model, {"meta": {"tokenizer": described, "vocab_size": vocab_size, "dtype": "uint32"}}
 
 
-def check_name(name: str) -> None:
+def check_name(name: str, ways: tuple[str, ...]) -> None:
     """Raises UserError if `name` can be neither GPT-2's nor a name on the hub."""
     if name.startswith((".", "~")) or os.path.isabs(name):
         raise UserError(f"init_from={name[:200]} is not there; give a run's folder, or Hugging Face's")
+    if name.partition(":")[0] in ("scratch", "auto") and name not in ways:
+        raise UserError(f"init_from={name[:200]} is for training; a run is named by --out_dir=FOLDER alone")
     if name not in GPT2_NAMES and "/" not in name:
-        near = difflib.get_close_matches(name, ("scratch", "resume", "auto", *GPT2_NAMES), n=1)
-        hint = f"did you mean {near[0]}?" if near else f"use a folder, or one of {', '.join(GPT2_NAMES)}"
+        near = near_name(name, (*ways, *GPT2_NAMES))
+        hint = f"did you mean {near}?" if near else f"use a folder, or one of {', '.join(GPT2_NAMES)}"
         raise UserError(f"init_from={name[:200]} is neither a way to start nor a folder; {hint}")
 
 

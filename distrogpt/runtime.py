@@ -18,6 +18,7 @@ import torch.distributed as dist
 from distrogpt.errors import UserError
 from distrogpt.hardware import find_device, find_dtype
 from distrogpt.openmp import adapt_waits
+from distrogpt.progress import bar_size
 
 log = logging.getLogger("distrogpt")
 
@@ -211,7 +212,7 @@ def progress_bar(first: int, last: int, runtime: Runtime, unit: str = "step") ->
     if tqdm is None:
         yield lambda units=1, loss=None: None
         return
-    with tqdm(total=last, initial=first, unit=unit, dynamic_ncols=True) as bar:
+    with tqdm(total=last, initial=first, unit=unit, **bar_size()) as bar:
 
         def advance(units: int = 1, loss: float | None = None) -> None:
             if loss is not None:

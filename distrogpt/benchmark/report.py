@@ -4,9 +4,9 @@ Parts run one after another, most important first, each in its own processes wit
 that fails or hangs does not affect the others. report/report.md and report.json are rewritten after each.
 """
 
-import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +22,8 @@ import numpy as np
 import torch
 
 from distrogpt.benchmark.timing import ROOT, dtype_name
-from distrogpt.errors import UserError
+from distrogpt.errors import UserError, command
+from distrogpt.files import locked
 from distrogpt.plotting import draw, points, read_log, write_figure
 from distrogpt.runtime import Runtime
 from distrogpt.settings import BenchConfig
@@ -108,13 +109,23 @@ class Part:
 
 
 def bench_report(config: BenchConfig, runtime: Runtime, parts: list[Part] | None = None) -> Result:
-    """Run the parts, by default those for this device, and write the report. An older report is renamed."""
+    """Run the parts, by default those for this device, and write the report. The last report is renamed, the
+    one before it removed. Raises UserError if another process writes one here."""
+    advice = "wait until it ends, or start this one in another folder"
+    with locked(Path(f"{FOLDER}.lock"), f"another bench.py writes to {FOLDER}; {advice}"):
+        return write_report(config, runtime, parts)
+
+
+def write_report(config: BenchConfig, runtime: Runtime, parts: list[Part] | None) -> Result:
+    """As bench_report, which keeps others out."""
     begin = time.monotonic()
     with suppress(ValueError):  # SIGTERM ends the running part too, as Ctrl-C does; not in other threads
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     if FOLDER.exists():
-        paths = (Path(f"{FOLDER}.previous-{number}") for number in itertools.count(1))
-        FOLDER.rename(next(path for path in paths if not path.exists()))
+        previous = Path(f"{FOLDER}.previous-1")
+        if previous.exists():
+            shutil.rmtree(previous)
+        FOLDER.rename(previous)
     FOLDER.mkdir()
     parts = all_parts(config, runtime) if parts is None else parts
     for number, part in enumerate(parts, 1):
@@ -214,7 +225,7 @@ def all_parts(config: BenchConfig, runtime: Runtime) -> list[Part]:
             parts.append(Part(name, title, [], float(seconds)))
     for part in parts:
         if part.name in TARGETS and not SHAKESPEARE.is_file():
-            part.status = "not run: first python data/shakespeare_char/prepare.py"
+            part.status = f"not run: first {command('data/shakespeare_char/prepare.py')}"
         elif part.name in TARGETS:
             words = [part.name, f"--out_dir={part.name}", "--loss_plot=False", device[0]]
             part.commands = [[str(ROOT / "train.py"), *words]]

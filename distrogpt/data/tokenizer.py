@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from distrogpt.errors import UserError, warn
+from distrogpt.progress import show_wait
 
 END_OF_TEXT = "<|endoftext|>"
 GPT2_FILES = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
@@ -187,7 +188,8 @@ class GPT2Tokenizer(TiktokenTokenizer):
         import tiktoken
 
         try:
-            self.bpe = tiktoken.get_encoding("gpt2")
+            with show_wait("loads GPT-2's tokenizer"):
+                self.bpe = tiktoken.get_encoding("gpt2")
         except Exception as error:  # whatever its downloader meets: no network, a proxy, a broken copy
             raise UserError(
                 f"no GPT-2 vocabulary ({type(error).__name__}); fetch vocab.bpe and encoder.json of "

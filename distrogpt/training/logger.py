@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from distrogpt.data.dataset import measured_splits
-from distrogpt.errors import UserError
+from distrogpt.errors import UserError, command
 from distrogpt.evaluation.loss import Losses
 from distrogpt.hardware import peak_flops
 from distrogpt.openmp import WAITS
@@ -141,8 +141,7 @@ class TrainLogger:
             reason = state.early_stop_reason(config)
             early = f"early stop after step {state.step}: {reason}; " if reason else ""
             loss = f"best {measured_splits(config)[-1]} loss {self.run.best_val_loss:.4f}"
-            sample = f"python sample.py --out_dir={config.out_dir}"
-            log.info(f"done: {early}{loss} in {state.elapsed():.0f} s; {sample}")
+            log.info(f"done: {early}{loss} in {state.elapsed():.0f} s; {next_command(config)}")
 
     def __exit__(self, kind: type | None, *error: Any) -> None:
         self.progress_bar.__exit__(kind, *error)
@@ -152,6 +151,14 @@ class TrainLogger:
             self.plot.finish() if kind is None else self.plot.abandon()
         if self.wandb and kind is None:
             self.wandb.finish()
+
+
+def next_command(config: TrainConfig) -> str:
+    """The command to try a trained model: eval.py if it was trained to answer, as it cannot write whole lines."""
+    if config.loss_after is None:
+        return command("sample.py", out_dir=config.out_dir)
+    split = {"split": "train"} if config.eval_splits == "train" else {}  # val need not exist
+    return command("eval.py", out_dir=config.out_dir, **split)
 
 
 def start_wandb(config: TrainConfig, run_id: str) -> Any:

@@ -16,8 +16,10 @@ import math
 import os
 import re
 import secrets
+import shutil
 import socket
 import threading
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
@@ -26,8 +28,16 @@ import torch
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from distrogpt.checkpoint import BEST, HISTORY, NEWEST, atomic_write, newest_checkpoint, training_state
-from distrogpt.errors import Diverged, MachineError, UserError
+from distrogpt.checkpoint import (
+    BEST,
+    HISTORY,
+    NEWEST,
+    atomic_write,
+    bytes_of,
+    newest_checkpoint,
+    training_state,
+)
+from distrogpt.errors import Diverged, MachineError, UserError, why_not_written
 from distrogpt.plotting import LOG, PICTURE
 from distrogpt.runtime import Runtime
 from distrogpt.settings import TrainConfig
@@ -38,6 +48,7 @@ from model import GPT
 log = logging.getLogger("distrogpt")
 
 TENSORBOARD, LOCK, OWNER = "tensorboard", "run.lock", "run.owner"
+FILES = (BEST, NEWEST, LOG, TENSORBOARD, PICTURE, HISTORY)  # of a run
 COLUMNS = (
     "step", "tokens", "seconds", "loss", "lr", "grad_norm", "tokens_per_second", "train_loss", "val_loss",
     "val_bits_per_byte", "hellaswag", "accuracy",
@@ -84,14 +95,15 @@ class RunDirectory:
                 log.info(f"note     waits for the end of {self.read_owner()[0]}, which writes to {self.path}")
                 self.file_lock.acquire(timeout=self.lock_timeout)
             self.write_owner(self.read_owner()[1] if is_restart() else "")
-            for name in (BEST, NEWEST, LOG, HISTORY):
+            for name in (BEST, NEWEST, LOG, HISTORY, f"{PICTURE}.*"):
                 for unfinished in self.path.glob(name + ".tmp"):  # by a run that was killed while it wrote
                     unfinished.unlink()
         except Timeout:
             advice = "stop it, or choose another --out_dir"
             raise UserError(f"{self.read_owner()[0]} writes to out_dir={self.path}; {advice}") from None
         except OSError as error:
-            reason = f"out_dir={self.path} cannot be written ({error.strerror})"
+            reason = f"out_dir={self.path} cannot be written ({why_not_written(error, self.path / LOCK)})"
+            self.remove_if_empty()
             raise UserError(f"{reason}; choose another") from None
 
     def read_owner(self) -> tuple[str, str]:
@@ -124,7 +136,8 @@ class RunDirectory:
         self.header = header | {"run_id": self.run_id}
         if self.writes and (checkpoint or self.restarted_id):
             self.take_ownership()
-            self.move_aside([path for path in self.path.glob(HISTORY) if int(path.stem[5:]) > step])
+            repeated = [path for path in self.find([HISTORY]) if int(path.stem[5:]) > step]
+            self.move_aside(repeated, self.find([previous_name(HISTORY)]))
             self.cut_log(step)
 
     def cut_log(self, step: int) -> None:
@@ -149,24 +162,42 @@ class RunDirectory:
         self.write_owner(f"run {self.run_id}, job {job_name()}")
 
     def claim(self) -> None:
-        """Rename another run's files before the first of this one, so that a start too many loses nothing."""
-        if not self.owned:
-            names = (BEST, NEWEST, LOG, TENSORBOARD, PICTURE)
-            self.move_aside([*(self.path / name for name in names), *self.path.glob(HISTORY)])
-            self.take_ownership()
+        """Move another run's files aside before the first of this one: a start too many loses nothing.
+        For a run that has saved no checkpoint, none of an earlier one is removed. Raises MachineError."""
+        if self.owned:
+            return
+        paths, earlier = self.find(FILES), self.find(map(previous_name, FILES))
+        if {".pt"} & {path.suffix for path in earlier} - {path.suffix for path in paths}:
+            self.remove(paths, "is of a run that saved no checkpoint")
+        else:
+            self.move_aside(paths, earlier)
+        self.take_ownership()
 
-    def move_aside(self, paths: list[Path]) -> None:
-        """Rename files to *.previous-1.* or the next number. Raises MachineError."""
-        number = 1
-        while any(self.path.glob(f"*.previous-{number}*")):
-            number += 1
-        for path in sorted(path for path in paths if path.exists()):
-            name = f"{path.stem}.previous-{number}{path.suffix}"
+    def find(self, names: Iterable[str]) -> list[Path]:
+        """The files of these names or patterns."""
+        return sorted(path for name in names for path in self.path.glob(name))
+
+    def move_aside(self, paths: list[Path], earlier: list[Path]) -> None:
+        """Rename files to *.previous-1.*, if there are any, instead of the `earlier` ones that are named so.
+        Raises MachineError."""
+        if paths:
+            self.remove(earlier, "is of the run before the last one")
+        for path in paths:
+            name = previous_name(path.name)
             try:
                 path.rename(self.path / name)
             except OSError as error:
                 raise MachineError(f"{path} cannot be renamed ({error.strerror}); see {self.path}") from None
             log.info(f"note     {path} is not part of this run, and is {name} now")
+
+    def remove(self, paths: list[Path], reason: str) -> None:
+        """Remove files and folders, and log it. Raises MachineError."""
+        for path in paths:
+            try:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            except OSError as error:
+                raise MachineError(f"{path} cannot be removed ({error.strerror}); see {self.path}") from None
+            log.info(f"note     {path} {reason}, and is removed")
 
     def append_log(self, row: dict[str, Any]) -> None:
         """Add a row to log.csv. A full disk is reported once, and the run continues without the row."""
@@ -187,7 +218,8 @@ class RunDirectory:
             self.log_failed = False
         except OSError as error:
             if not self.log_failed:
-                log.info(f"note     {self.path / LOG} takes no more ({error.strerror}); continues without")
+                reason = why_not_written(error, self.path / LOG)
+                log.info(f"note     {self.path / LOG} takes no more ({reason}); continues without")
             self.log_failed = True
 
     def save(self, model: GPT, optimizers: list[Optimizer], scaler: GradScaler, state: TrainState) -> None:
@@ -218,7 +250,11 @@ class RunDirectory:
             paths.insert(0, self.path / f"step-{contents['iter_num']:08}.pt")
         self.save_result = f"step {contents['iter_num']}: wrote {' and '.join(map(str, paths))}"
         try:
-            atomic_write(lambda file: torch.save(contents, StoppableFile(file, self.save_abandoned)), *paths)
+            atomic_write(
+                lambda file: torch.save(contents, StoppableFile(file, self.save_abandoned)),
+                *paths,
+                needed=bytes_of(contents),
+            )
             self.save_error = None
             if BEST in names:
                 self.best_val_loss = contents["best_val_loss"]
@@ -269,11 +305,15 @@ class RunDirectory:
                 self.finish()
         if not self.writes:
             return
-        if kind and self.created and {path.name for path in self.path.glob("*")} == {LOCK, OWNER}:
-            for path in self.path.glob("*"):  # a start that failed leaves nothing
-                path.unlink()
-            self.path.rmdir()
+        if kind:
+            self.remove_if_empty()
         self.file_lock.release()
+
+    def remove_if_empty(self) -> None:
+        """Remove the folder after a start that failed, if that has made it and nothing else is there."""
+        if self.created and {path.name for path in self.path.glob("*")} <= {LOCK, OWNER}:
+            with suppress(OSError):
+                shutil.rmtree(self.path)
 
 
 class StoppableFile:
@@ -286,6 +326,11 @@ class StoppableFile:
         if self.stopped.is_set():
             raise MachineError("the save was abandoned")
         return self.file.write(data)
+
+
+def previous_name(name: str) -> str:
+    """What the file of another run is renamed to; of these, one generation is kept."""
+    return f"{Path(name).stem}.previous-1{Path(name).suffix}"
 
 
 def csv_line(row: dict[str, Any]) -> str:

@@ -22,10 +22,11 @@ from distrogpt.checkpoint import (
 )
 from distrogpt.data.dataset import Dataset, samples_per_epoch
 from distrogpt.data.meta import tokenizers_differ
-from distrogpt.errors import UserError
+from distrogpt.errors import UserError, quote
 from distrogpt.loading import is_here, load_pretrained
 from distrogpt.runtime import Runtime
 from distrogpt.settings import OF_THIS_CALL, TrainConfig
+from distrogpt.training.pitfalls import pitfalls
 from distrogpt.training.run_directory import LOG, is_restart
 from distrogpt.training.state import TrainState
 from model import GPT, GPTConfig
@@ -149,7 +150,7 @@ def initial_model(config: TrainConfig, meta: dict, restarted_id: str | None = No
         torch.manual_seed(config.seed)
         model = GPT(new_model_config(config, meta))
     else:
-        model, weights_from = load_pretrained(source, config.dropout)
+        model, weights_from = load_pretrained(source, config.dropout, ("scratch", "resume", "auto"))
     if tokenizers_differ(weights_from.get("meta", meta)["tokenizer"], meta["tokenizer"]):
         raise UserError(f"{source} was trained with another tokenizer than {config.dataset}'s; {OTHER_DATA}")
     if meta["vocab_size"] > model.config.vocab_size:
@@ -169,7 +170,7 @@ def check_resumable(config: TrainConfig, checkpoint: dict[str, Any]) -> None:
     """Raises UserError if it was trained with another optimizer. Forgets a best loss of another split."""
     optimizer = checkpoint.get("config", {}).get("optimizer", "adamw")
     if optimizer != config.optimizer and not config.eval_only:
-        advice = f"resume with that, or start a new run with --init_from={config.out_dir}"
+        advice = f"resume with that, or start a new run with --init_from={quote(config.out_dir)}"
         raise UserError(f"{config.out_dir} was trained with optimizer={optimizer}; {advice}")
     eval_splits = checkpoint.get("config", {}).get("eval_splits", "both")
     if (eval_splits == "train") != (config.eval_splits == "train"):
@@ -208,6 +209,8 @@ def describe_run(config: TrainConfig, runtime: Runtime, data: Dataset, model: GP
     log.info(f"machine  {runtime.describe()}")
     sizes = f"{config.gradient_accumulation_steps} x {config.batch_size} sequences of {config.block_size}"
     log.info(f"step     {samples_per_step(config) * config.block_size:,} tokens: {sizes}")
+    for pitfall in pitfalls(config, data):
+        log.info(f"note     {pitfall}")
     if config.eval_only:
         return
     if config.max_epochs is not None:

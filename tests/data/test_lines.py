@@ -226,7 +226,8 @@ def test_evaluation_has_a_window_for_each_line_and_counts_answers_only(lines):
 
 def test_eval_counts_what_a_plain_loop_counts(lines, tmp_path, capsys):
     flags = ["--sampling=lines", "--loss_after==", f"--dataset={lines}", f"--out_dir={tmp_path / 'out'}"]
-    train_here(*TINY, *flags, "--max_iters=150", "--eval_interval=150", "--always_save_checkpoint=True")
+    flags += ["--max_iters=150", "--eval_interval=150", "--always_save_checkpoint=True"]
+    assert train_here(*TINY, *flags).endswith(f"; python eval.py --out_dir={tmp_path / 'out'}\n")
     capsys.readouterr()
     where = {"out_dir": str(tmp_path / "out"), "device": "cpu", "dtype": "float32"}
     found = measure(EvalConfig(**where, batch_size=3))["accuracy"]
@@ -251,7 +252,9 @@ def test_eval_counts_what_a_plain_loop_counts(lines, tmp_path, capsys):
     assert printed[0].split(maxsplit=2) == ["accuracy", "exact", f"{100 * exact / 6:.1f} % ({exact} of 6)"]
     assert 0 < exact < 6  # the test sees both kinds
     assert sorted(line.split()[2].split("=")[0] for line in printed[1:]) == sorted(wrong)
-    assert "not" in printed[1] and [one["prompt"] for one in found["wrong"]]
+    first = found["wrong"][0]
+    answers = f"{first['prompt']} got {first['given'] or 'nothing'}, expected {first['right']}"
+    assert printed[1].endswith(f" {answers}")
     assert (found["right"], found["lines"]) == (exact, 6)
 
     for more, says in (

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from conftest import (
     assert_same_weights,
     losses_of,
     ranks,
+    run_warm,
     start_warm,
     torchrun,
     train_here,
@@ -304,3 +306,25 @@ def test_ranks_whose_torchrun_was_killed_save_and_end(tmp_path, dataset):
     while any(os.path.exists(f"/proc/{pid}/cwd") for pid in pids) and time.time() < end:
         time.sleep(0.1)
     assert not any(os.path.exists(f"/proc/{pid}/cwd") for pid in pids)
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "says"),
+    [
+        ("sample.py", ("--out_dir={}", "--num_samples=2", "--max_new_tokens=5", "--device=cpu"), "----"),
+        ("plot.py", ("{}", "--output={}/two.png"), "run      "),
+        ("data/addition/prepare.py", ("--digits=1", "--output={}/sums", "--overwrite"), "train.bin: "),
+        ("train.py", ("--help",), "usage: "),
+    ],
+)
+def test_a_command_for_one_process_is_rank_0s(script, flags, says, trained, tmp_path):
+    if script == "plot.py":
+        pytest.importorskip("matplotlib")
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    words = (script, *(flag.format(tmp_path) for flag in flags))
+    both, alone = ranks(words, words), run_warm(*words)
+    assert both.returncode == alone.returncode == 0 and says in alone.stdout, both.stderr + alone.stderr
+    assert both.stdout == alone.stdout
+    assert both.stderr.count("works in one process, without torchrun; the other ranks end") == (
+        script != "train.py"
+    )

@@ -1,13 +1,16 @@
 """What lies in out_dir: whole after every fault, gone on with bit for bit, and written by one run alone."""
 
+import errno
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -232,6 +235,24 @@ def test_a_writer_that_ends_in_any_way_is_told(tmp_path, dataset, monkeypatch):
     assert load_checkpoint(tmp_path / "last.pt")["iter_num"] == 30 and not list(tmp_path.glob("*.tmp"))
 
 
+def test_a_full_disk_is_told_with_what_is_needed_and_free(tmp_path, dataset, monkeypatch):
+    def full(contents, file):
+        try:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            raise RuntimeError("unexpected pos 833280 vs 833168") from None  # torch's words
+
+    monkeypatch.setattr(torch, "save", full)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=123_456_789))
+    done = run_here(
+        "train.py", *TINY, "--n_embd=256", f"--dataset={dataset}", f"--out_dir={tmp_path / 'out'}"
+    )
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "unexpected" not in done.stderr
+    reason = r"No space left on device, the disk is full: ([\d.]+) MB needed, 123\.5 MB free"
+    weights = 256 * (88 + 16) + 12 * 256**2  # and two averages of each
+    assert float(re.search(reason, done.stderr)[1]) == pytest.approx(3 * 4 * weights / 1e6, rel=0.02)
+
+
 def test_a_resumed_run_compiles_as_the_whole_one_does(tmp_path, dataset):
     flags = (f"--dataset={dataset}", f"--out_dir={tmp_path}", "--save_interval=5", "--keep_checkpoints=9")
     flags += ("--max_iters=20", "--compile=auto")
@@ -290,7 +311,8 @@ def test_a_full_disk_is_told_and_the_run_goes_on_with_the_old_files_whole(unbrok
     before = {name: (tmp_path / name).read_bytes() for name in ("ckpt.pt", "last.pt")}
     full = limited(len(before["last.pt"]) // 2, *flags)
     assert full.returncode == 1 and full.stderr.startswith("error: ") and len(full.stderr.splitlines()) == 1
-    assert "last.pt cannot be written (File too large)" in full.stderr
+    size = f"{len(before['last.pt']) / 1e6:.1f}"
+    assert f"last.pt cannot be written (File too large: {size} MB needed)" in full.stderr
     assert full.stdout.count("the run continues and tries again") == 2 and "step 200: train" in full.stdout
     assert {name: (tmp_path / name).read_bytes() for name in before} == before
     assert sorted(path.name for path in tmp_path.iterdir()) == [
@@ -363,20 +385,37 @@ def test_history_and_more_frequent_saves(tmp_path, dataset):
     assert load_checkpoint(tmp_path / "ckpt.pt")["iter_num"] == 80
 
 
-def test_a_new_run_renames_the_old_ones_files(tmp_path, dataset):
+def test_a_new_run_renames_the_old_ones_files_and_removes_those_of_the_run_before(tmp_path, dataset):
     flags = (f"--dataset={dataset}", f"--out_dir={tmp_path}", "--max_iters=3", "--init_from=scratch")
+    (tmp_path / "thesis.txt").write_text("mine")
+    (tmp_path / "last.previous-2.pt").write_text("of an older version")
     for seed in (1, 2, 3):
-        before = {
-            path.name: path.read_bytes()
-            for path in tmp_path.glob("*.*")
-            if path.suffix not in (".lock", ".owner")
-        }
-        printed = train_here(*LONG, *flags, f"--seed={seed}", "--keep_checkpoints=1")
-        for name, content in before.items():
+        (tmp_path / "tensorboard").mkdir()
+        (tmp_path / "tensorboard" / "events").write_text(str(seed))
+        before = {path.name: path.read_bytes() for path in tmp_path.glob("*.*[ptvg]") if path.is_file()}
+        printed = train_here(*LONG, *flags, f"--seed={seed}", f"--keep_checkpoints={3 - seed}")
+        moved = {name: content for name, content in before.items() if "previous" not in name}
+        for name, content in moved.items():
             stem, suffix = name.rsplit(".", 1)
-            moved = name if "previous" in name else f"{stem}.previous-{seed - 1}.{suffix}"
-            assert (tmp_path / moved).read_bytes() == content
-    assert len(list(tmp_path.glob("*.previous-*"))) == 8 and printed.count("is not part of this run") == 4
+            kept = name if name == "thesis.txt" else f"{stem}.previous-1.{suffix}"
+            assert (tmp_path / kept).read_bytes() == content
+        assert (tmp_path / "tensorboard.previous-1" / "events").read_text() == str(seed)
+    assert printed.count("is not part of this run") == 5 and printed.count("and is removed") == 5
+    names = {path.name for path in tmp_path.glob("*.previous-*")}
+    files = {"ckpt.previous-1.pt", "last.previous-1.pt", "log.previous-1.csv", "tensorboard.previous-1"}
+    assert names == files | {"step-00000003.previous-1.pt", "last.previous-2.pt"}
+
+
+def test_a_run_that_saved_nothing_costs_no_checkpoint_of_an_earlier_one(tmp_path, dataset):
+    flags = [*TINY, f"--dataset={dataset}", f"--out_dir={tmp_path}", "--init_from=scratch"]
+    train_here(*flags, "--max_iters=3", "--seed=1")
+    good = (tmp_path / "last.pt").read_bytes(), (tmp_path / "log.csv").read_bytes()
+    for steps in (3, 4):
+        train_here(*flags, f"--max_iters={steps}", "--seed=2")
+        for path in tmp_path.glob("*[!1].pt"):  # as if it had been killed before it saved
+            path.unlink()
+    kept = (tmp_path / "last.previous-1.pt").read_bytes(), (tmp_path / "log.previous-1.csv").read_bytes()
+    assert kept == good
 
 
 @on_linux
