@@ -174,5 +174,6 @@ def quote(value: object) -> str:
 
 
 def warn(line: str) -> None:
-    """Print a note to stderr, so that stdout has the samples alone."""
-    print(line, file=sys.stderr)
+    """Print a note to stderr, so that stdout has the samples alone; of several ranks, rank 0 does."""
+    if not int(os.environ.get("RANK", 0)):
+        print(line, file=sys.stderr)

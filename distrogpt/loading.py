@@ -66,7 +66,7 @@ def load_pretrained(
     if (folder / "tokenizer.json").is_file():  # of an export that was saved again elsewhere
         with suppress(Exception):  # a file from anywhere
             described = described_by_json((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    elif model_type_of(model.config) == "gpt2":
+    elif model_type_of(model.config) == "gpt2" and model.config.vocab_size >= GPT2_META["vocab_size"]:
         return model, {}
     vocab_size = described_vocab_size(described) if described else model.config.vocab_size
     return model, {"meta": {"tokenizer": described, "vocab_size": vocab_size, "dtype": "uint32"}}
@@ -96,7 +96,8 @@ def find_tokenizer(
     if "meta" not in contents and vocab_size - count >= 128:  # more than padding
         warn(f"note     {source} has {vocab_size:,} tokens, its tokenizer only {count:,}")
     if not meta["tokenizer"]:
-        warn(f"note     {source} has no known tokenizer: prompts and samples are token ids, 0 to {count - 1}")
+        ids = f"prompts and samples are token ids, 0 to {count - 1}"
+        warn(f"note     {source} has no known tokenizer: {ids} (--dataset=FOLDER names one)")
     return tokenizer_of(meta)
 
 

@@ -286,11 +286,11 @@ def described_by_json(text: str) -> dict[str, Any] | None:
     GPT-2's; else None. Raises errors of many types if the text is not a tokenizer.json."""
     exported = json.loads(text)
     model, before = exported["model"], exported["pre_tokenizer"] or {}
-    ends = any(token["content"] == END_OF_TEXT for token in exported["added_tokens"])
     tokens = [token for token in sorted(model["vocab"], key=model["vocab"].get) if token != END_OF_TEXT]
+    ends = (END_OF_TEXT, len(tokens)) in [(t["content"], t["id"]) for t in exported["added_tokens"]]
     if exported["normalizer"] or [model["vocab"][token] for token in tokens] != [*range(len(tokens))]:
         return None
-    if model["type"] == "WordLevel" and before.get("type") == "Split" and max(map(len, tokens)) == 1:
+    if model["type"] == "WordLevel" and before.get("type") == "Split" and {*map(len, tokens)} == {1}:
         return {"kind": "char", "chars": "".join(tokens)} | ({"ends": True} if ends else {})
     pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
     merged, alphabet = ["".join(pair) for pair in pairs], [BYTE_CHARS[b] for b in range(256)]

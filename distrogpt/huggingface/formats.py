@@ -170,14 +170,11 @@ def to_llama(config: GPTConfig, ours: Weights) -> Weights:
             theirs[part] = in_halves(w, D) if is_rotated(part) else w
         if norm:
             theirs[norm] = torch.ones(C)
+    plain = {"q": torch.full((D,), 12 / D**0.5), "k": torch.ones(D)}  # from 1/√D to our scale of scores, 12/D
     for n, name in product(range(config.n_layer if config.qk_norm else 0), "qk"):
-        plain = torch.full(
-            (D,), 12 / D**0.5 if name == "q" else 1.0
-        )  # from 1/√D to our scale of scores, 12/D
         learned = ours.get(f"transformer.h.{n}.attn.{name}_weight")
-        theirs[f"model.layers.{n}.self_attn.{name}_norm.weight"] = (
-            plain if learned is None else in_halves(learned, D)
-        )
+        w = plain[name].clone() if learned is None else in_halves(learned, D)
+        theirs[f"model.layers.{n}.self_attn.{name}_norm.weight"] = w
     return theirs
 
 

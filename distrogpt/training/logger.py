@@ -154,7 +154,7 @@ class TrainLogger:
 
 
 def next_command(config: TrainConfig) -> str:
-    """The command to try a trained model: eval.py if it was trained to answer, as it cannot write whole lines."""
+    """The command to try a model: eval.py if it was trained to answer, as it cannot write whole lines."""
     if config.loss_after is None:
         return command("sample.py", out_dir=config.out_dir)
     split = {"split": "train"} if config.eval_splits == "train" else {}  # val need not exist
