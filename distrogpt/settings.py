@@ -250,6 +250,12 @@ class BenchConfig(TrainConfig):
     mfu: float | None = setting(None, "plan: MFU to expect; None is measured, or 0.4", above=0, max=1)
     interconnect: float | None = setting(None, "plan: Gbit/s per GPU to other nodes; None: as usual", above=0)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.against not in (None, "transformers") and not (Path(self.against) / "model.py").is_file():
+            advice = "name a nanoGPT checkout, or transformers"
+            raise ValueError(f"against={self.against} has no model.py; {advice}")
+
     @property
     def measurement(self) -> str:
         """The setting that says what is measured; profile if it is the training step. Raises UserError."""

@@ -84,6 +84,7 @@ def is_running(pid: int) -> bool:
 def test_the_commands_of_its_parts_are_right(device, tmp_path, monkeypatch):
     monkeypatch.setattr("distrogpt.benchmark.report.SHAKESPEARE", Path(__file__))
     runtime = Runtime(torch.device(device), torch.bfloat16)
+    (tmp_path / "model.py").touch()
     config = read_settings(BenchConfig, [f"--against={tmp_path}"])
     parts = all_parts(config, runtime)
     assert len({each.name for each in parts}) == len(parts)
