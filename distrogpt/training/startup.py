@@ -24,7 +24,7 @@ from distrogpt.data.dataset import Dataset, samples_per_epoch
 from distrogpt.data.meta import tokenizers_differ
 from distrogpt.errors import UserError
 from distrogpt.loading import load_pretrained
-from distrogpt.runtime import Runtime
+from distrogpt.runtime import Runtime, activity
 from distrogpt.settings import OF_THIS_CALL, TrainConfig
 from distrogpt.training.pitfalls import pitfalls
 from distrogpt.training.run_directory import LOG, is_restart
@@ -134,6 +134,7 @@ def new_model_config(config: TrainConfig, meta: dict[str, Any]) -> GPTConfig:
         raise UserError(error) from None
 
 
+@activity("loads the model")
 def initial_model(config: TrainConfig, meta: dict, restarted_id: str | None = None) -> tuple[GPT, dict]:
     """The model to train, on the CPU, and the checkpoint to resume from, {} for a new run. Raises UserError
     if they do not fit the settings or the dataset."""
