@@ -1,7 +1,7 @@
 """What each ingredient of a recipe gains: python ablate.py config/train_shakespeare_cpu_modern.py
 
 Trains the recipe, the recipe without each ingredient, GPT-2, and GPT-2 with each ingredient. Everything else
-(steps, seeds, learning rates, weight decay, batch) is the recipe's. Prints a table and draws ablate.png.
+(steps, seeds, learning rates, weight decay, batch) is the recipe's. Prints a table and draws it.
 """
 
 from configurator import configure
@@ -26,6 +26,7 @@ import torch
 
 from distrogpt.checkpoint import atomic_write
 from distrogpt.errors import Diverged, UserError, cli_errors, writable
+from distrogpt.files import locked
 from distrogpt.plotting import new_figure, write_figure
 from distrogpt.settings import TrainConfig
 from train import train
@@ -118,11 +119,20 @@ def plot(runs: dict[str, list[Run]], path: Path) -> None:
 
 
 def ablate(config: AblateConfig) -> dict[str, list[Run]]:
-    """Train all variants with all seeds, print and return the results, which are kept in config.json."""
-    path, todo = Path(config.json), variants(config)
-    settings = {field.name: getattr(config, field.name) for field in fields(TrainConfig)} | FIXED
+    """Train all variants with all seeds, print and return the results, which are kept in config.json. Raises
+    UserError if another study keeps its results there."""
+    todo, advice = variants(config), "wait until it ends, or name another --json"
     with writable(config.json):  # before hours of training
-        runs = read_results(path, settings)
+        pass
+    with locked(Path(f"{config.json}.lock"), f"another ablate.py writes to {config.json}; {advice}"):
+        return run_study(config, todo)
+
+
+def run_study(config: AblateConfig, todo: dict[str, dict[str, Any]]) -> dict[str, list[Run]]:
+    """As ablate, which keeps others out."""
+    path = Path(config.json)
+    settings = {field.name: getattr(config, field.name) for field in fields(TrainConfig)} | FIXED
+    runs = read_results(path, settings)
     seeds = range(config.seed, config.seed + config.seeds)
     length = f"{config.max_epochs:g} epochs" if config.max_epochs else f"{config.max_iters} steps"
     print(f"study    {len(todo)} variants x {config.seeds} seeds of {length}, kept in {path}")
@@ -137,7 +147,7 @@ def ablate(config: AblateConfig) -> dict[str, list[Run]]:
             atomic_write(lambda file, study=study: file.write(study.encode()), path)
     runs = {name: [run for run in runs[name] if run["seed"] in seeds] for name in todo}
     print("\n".join(table(runs)))
-    plot(runs, Path(config.plot))
+    plot(runs, config.picture)
     return runs
 
 

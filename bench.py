@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from distrogpt.benchmark import batch_size, checks, decoding, plan, report, serving, studies, training
-from distrogpt.errors import UserError, cli_errors, writable
+from distrogpt.errors import cli_errors, writable
 from distrogpt.files import write_text
 from distrogpt.runtime import enable_onednn_float32, start_runtime
 from train import training_step
@@ -26,19 +26,11 @@ OTHERS = {"generate": decoding.bench_generate, "questions": studies.bench_questi
 OTHERS |= {"serve": serving.bench_serve, "report": report.bench_report}
 
 
-def benchmark_name(config: BenchConfig) -> str:
-    """The setting that says what to measure; "profile" if it is the training step. Raises UserError."""
-    names = [name for name in TRAINING | OTHERS if getattr(config, name)]
-    if config.against and names and names[0] not in ("profile", "generate", "report"):
-        names.append("against")
-    if len(names) > 1:
-        raise UserError(f"{' and '.join(names)} do not go together; give one at a time")
-    return names[0] if names else "profile"
-
-
 def bench(config: BenchConfig) -> dict[str, Any]:
     """Measure what the settings ask for; print the results and return them, also written to config.json."""
-    name = benchmark_name(config)
+    name = config.measurement
+    if "init_from" not in config.unused():
+        config = training.with_gpt2_shape(config)
     planned = config.plan and config.gpu != "here"  # for another machine
     runtime = start_runtime("cpu" if planned else config.device, config.dtype)
     if config.json:

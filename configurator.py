@@ -5,7 +5,6 @@ The annotation of a setting is its type; the flag of a tuple[str, ...] is repeat
 
 import ctypes
 import dataclasses
-import difflib
 import inspect
 import math
 import os
@@ -15,23 +14,22 @@ import sys
 import traceback
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from distrogpt.errors import UserError, cli_errors, leave_to_rank_0
+from distrogpt.errors import CLOSE_OTHERS, REPO, UserError, cli_errors, leave_to_rank_0, near_name, quote
 from distrogpt.files import read_text
 
-REPO = Path(__file__).resolve().parent
-T = TypeVar("T")
 NOT_IN_PATHS = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")  # null, and surrogates that encode no byte
 TYPE_NAMES = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
 TYPE_NAMES |= {tuple: "a list of texts that are not empty", types.NoneType: "None"}
 
 
 def setting(default: Any, explanation: str, **limits: Any) -> Any:
-    """A dataclass field; its limits are min, max, above, below, choices, or path=True for a file's name."""
+    """A dataclass field; its limits are min, max, above, below, choices, or path=True for a file's name;
+    path_after is a regular expression for what stands before the names of files in a text."""
     return dataclasses.field(default=default, metadata={"explanation": explanation, **limits})
 
 
@@ -49,6 +47,19 @@ class Settings:
                 raise ValueError(error) from None
             setattr(self, field.name, value)
 
+    @classmethod
+    def never_used(cls) -> dict[str, str]:
+        """Settings that have no effect in this command, by name, and why; --help does not list them."""
+        return {}
+
+    def unused(self) -> dict[str, str]:
+        """Settings that have no effect beside the values of the others, and why. As flags they are mistakes;
+        config files may have them, as these serve several commands."""
+        return self.never_used()
+
+
+T = TypeVar("T", bound=Settings)
+
 
 def configure(cls: type[T], argv: list[str] | None = None) -> T:
     """The settings of a command line, by default this process's; --help and mistakes end the process."""
@@ -58,14 +69,25 @@ def configure(cls: type[T], argv: list[str] | None = None) -> T:
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         pr_set_pdeathsig = 1  # if torchrun is killed, its ranks get SIGTERM and do not train on unnoticed
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
-    with cli_errors():
+    with cli_errors(CLOSE_OTHERS):
         if not cls.uses_ranks:
             leave_to_rank_0(Path(sys.argv[0]).name)
         if "--help" in argv or "-h" in argv:
             if not int(os.environ.get("RANK", 0)):
                 print(help_text(cls))
             sys.exit(0)
-        return read_settings(cls, argv)
+        config = read_settings(cls, argv)
+        refuse_unused(config, argv)
+        return config
+
+
+def refuse_unused(config: Settings, argv: list[str]) -> None:
+    """Raises UserError if a flag has no effect."""
+    reasons = config.unused()
+    for word in argv:
+        name = word.removeprefix("--").partition("=")[0] if word.startswith("-") else "a config file"
+        if name in reasons:
+            raise UserError(f"{name} has no effect: {reasons[name]}; leave it out")
 
 
 def read_settings(cls: type[T], argv: list[str]) -> T:
@@ -77,8 +99,8 @@ def read_settings(cls: type[T], argv: list[str]) -> T:
         if name in values:
             value = "True" if setting_types(cls)[name] == (bool,) else "VALUE"
             raise UserError(f"{flag} has no value; write --{name}={value}, without a space")
-    given = set()
-    for path in [find_config(word) for word in argv if not word.startswith("-")]:
+    given, shown = set(), values.keys() - cls.never_used()
+    for path in [find_config(word, shown) for word in argv if not word.startswith("-")]:
         for key, value in run_config_file(path, values).items():
             values[key] = check_value(cls, key, value, f"{path}: ")
             given.add(key)
@@ -108,18 +130,22 @@ class Namespace(dict[str, Any]):
         self.assigned.add(name)
 
 
-def find_config(name: str) -> Path:
-    """The path of a config file, from here or from the repository; a bare NAME is config/NAME.py."""
+def find_config(name: str, settings: Container[str] = ()) -> Path:
+    """The path of a config file, from here or from the repository; a bare NAME is config/NAME.py. Raises
+    UserError; `settings` are those of the command."""
+    name = os.path.expanduser(name)
     bare = f"config/{name}.py"
     for path in (Path(name), REPO / name, Path(bare), REPO / bare):
         if os.path.isfile(path):  # Path.is_file raises OSError for 5,000 characters
             return path
     if os.path.isdir(name):
-        folder = shorten(name)
-        raise UserError(f"{folder} is a folder, not a config file; a run is named by --out_dir={folder}")
+        run = f"a run is named by --out_dir={quote(shorten(name))}"
+        hint = run if "out_dir" in settings else "name a file of settings"
+        raise UserError(f"{shorten(name)} is a folder, not a config file; {hint}")
     known = sorted(path.stem for path in (REPO / "config").glob("[!_]*.py"))
-    near = difflib.get_close_matches(Path(name).stem, known, n=1)
-    hint = f"did you mean config/{near[0]}.py?" if near else f"config/ has {', '.join(known)}"
+    stem = Path(name).stem
+    near = stem if stem in known else near_name(stem, known)
+    hint = f"did you mean config/{near}.py?" if near else f"config/ has {', '.join(known)}"
     raise UserError(f"no config file {shorten(name)}; {hint} (settings are written --key=value)")
 
 
@@ -147,8 +173,9 @@ def check_value(cls: type, key: str, value: Any, source: str = "", *, is_text: b
     """`value` converted to the type of the setting `key`, within its limits. Raises UserError."""
     fields = {field.name: field for field in dataclasses.fields(cls)}
     if key not in fields:
-        near = difflib.get_close_matches(key.replace("-", "_"), fields, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else "--help lists all (a name of your own begins with _)"
+        near = near_name(shorten(key), [name for name in fields if name not in cls.never_used()])
+        own = " (a name of your own begins with _)" if source else ""
+        hint = f"did you mean {near}?" if near else f"--help lists all{own}"
         raise UserError(f"{source}unknown setting {shorten(key)}; {hint}")
     expected = setting_types(cls)[key]
     try:
@@ -159,7 +186,16 @@ def check_value(cls: type, key: str, value: Any, source: str = "", *, is_text: b
     broken = broken_limit(value, fields[key].metadata)
     if broken:
         raise UserError(f"{source}{key}={shorten(value)} is out of range; it must be {broken}")
-    return value
+    return expand_home(value, fields[key].metadata)
+
+
+def expand_home(value: Any, limits: typing.Mapping[str, Any]) -> Any:
+    """`value` with the home folder for ~ and ~USER where a path begins: shells leave --key=~/x as it is."""
+    before = limits.get("path_after", r"\A" if "path" in limits else None)
+    if before is None or not isinstance(value, str):
+        return value
+    home = rf"({before})(~[\w.-]*)(?=[/\\:,]|\Z)"
+    return re.sub(home, lambda match: match[1] + os.path.expanduser(match[2]), value)
 
 
 def broken_limit(value: Any, limits: typing.Mapping[str, Any]) -> str | None:
@@ -242,6 +278,8 @@ def help_text(cls: type) -> str:
     lines = [inspect.getdoc(cls) or "", "", "settings (--name=default, type, meaning):", ""]
     names = {types.NoneType: "None", tuple: "str, can be repeated"}
     for field in dataclasses.fields(cls):
+        if field.name in cls.never_used():
+            continue
         kinds = field.metadata.get("choices")
         kinds = kinds or [names.get(kind, kind.__name__) for kind in setting_types(cls)[field.name]]
         default = "" if field.default == () else str(field.default)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from distrogpt.errors import UserError, cli_errors
+from distrogpt.errors import CLOSE_OTHERS, UserError, cli_errors
 from distrogpt.huggingface.export import check_target, text_files, write_folder
 from distrogpt.huggingface.formats import ARCHITECTURES, Weights, model_type_of, to_weights
 from distrogpt.huggingface.model_card import how_to_load, limits_of
@@ -36,7 +36,7 @@ def export(config: ExportConfig) -> Path:
     weights = convert(to_weights(shape, model.state_dict()), config.dtype)
     count = sum(w.numel() for w in weights.values())
     texts = text_files(to.name, shape, tokenizer, contents, count, config.dtype)
-    write_folder(to, config.to, texts, weights)
+    write_folder(to, config.to, config.overwrite, texts, weights)
     kind = ARCHITECTURES[model_type_of(shape)]
     print(f"{source}\n{config.to}: {kind}, {count:,} parameters in {config.dtype}, {len(texts) + 1} files")
     print("\n".join([*how_to_load(config.to, shape, tokenizer), *limits_of(tokenizer)]))
@@ -48,11 +48,11 @@ def convert(weights: Weights, dtype: str) -> Weights:
     converted = {name: w.to(getattr(torch, dtype)) for name, w in weights.items()}
     for name, w in converted.items():
         if not w.isfinite().all():
-            advice = "set --dtype=bfloat16" if weights[name].isfinite().all() else "use another checkpoint"
-            raise UserError(f"{name} has weights that are not finite in {dtype}; {advice}")
+            larger = "bfloat16" if dtype == "float16" else "float32"
+            raise UserError(f"{name} has weights that are not finite in {dtype}; set --dtype={larger}")
     return converted
 
 
 if __name__ == "__main__":
-    with cli_errors("close other programs"):
+    with cli_errors(CLOSE_OTHERS):
         export(CONFIG)

@@ -3,20 +3,21 @@
 The picture of one run is its loss.png: python plot.py OUT_DIR --output=OUT_DIR/loss.png
 """
 
+import os
 import sys
 
 from configurator import configure
 from distrogpt.settings import PlotConfig
 
 if __name__ == "__main__":
-    FOLDERS = [word for word in sys.argv[1:] if not word.startswith("-")]
+    FOLDERS = [os.path.expanduser(word) for word in sys.argv[1:] if not word.startswith("-")]
     CONFIG = configure(PlotConfig, [word for word in sys.argv[1:] if word.startswith("-")])
 
 from pathlib import Path
 
 import numpy as np
 
-from distrogpt.errors import UserError, cli_errors
+from distrogpt.errors import CLOSE_OTHERS, UserError, cli_errors
 from distrogpt.plotting import LOG, draw, points, read_log, show, write_figure
 
 __all__ = ["plot", "read_log", "show"]
@@ -38,5 +39,5 @@ def plot(folders: list[str], config: PlotConfig) -> None:
 
 
 if __name__ == "__main__":
-    with cli_errors():
+    with cli_errors(CLOSE_OTHERS):
         plot(FOLDERS, CONFIG)

@@ -10,16 +10,17 @@ import signal
 import threading
 
 from distrogpt.audio.speech import load_voice
-from distrogpt.errors import MachineError, UserError, cli_errors, exit_process, warn
+from distrogpt.errors import MachineError, UserError, cli_errors, exit_process, path_from_here, warn
 from distrogpt.inference.sampler import Sampler
 
-with cli_errors():
+with cli_errors("lower --batch_size"):
     try:
         from distrogpt.serving.app import App, find_key, listen
         from distrogpt.serving.engine import Engine
         from distrogpt.serving.server import Server
     except ModuleNotFoundError as error:
-        raise UserError(f"serve.py needs {error.name}; run: pip install -r requirements-serve.txt") from None
+        path = path_from_here("requirements-serve.txt")
+        raise UserError(f"serve.py needs {error.name}; run: pip install -r {path}") from None
 
 
 def main(config: ServeConfig) -> None:

@@ -2,11 +2,11 @@
 # It needs GPT-2's weights (0.5 GB, from the hub, or a folder) and a GPU, or some patience.
 # python data/audio/prepare.py --input recordings/ --name hitchhikers --tokenizer=gpt2
 # python train.py config/finetune_hitchhikers.py
-# python sample.py --out_dir=out-hitchhikers --start= --num_samples=1 --speak=out.wav --voice=voice.onnx
+# python sample.py --out_dir=out-hitchhikers-gpt2 --start= --num_samples=1 --speak=out.wav --voice=voice.onnx
 
 from config.finetune_own_text import *
 
-out_dir = "out-hitchhikers"
+out_dir = "out-hitchhikers-gpt2"
 dataset = "hitchhikers"
 eval_interval = 10  # about once per epoch
 eval_iters = 0  # all of val, each token once: it is a chapter or two

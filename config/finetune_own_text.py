@@ -1,9 +1,9 @@
 # GPT-2 learns to write like you: it knows English already, and takes on your subjects and your tone.
 # It needs GPT-2's weights (0.5 GB, from the hub, or a folder) and a GPU, or some patience.
 # python data/text/prepare.py --input mybook.txt --name mybook --tokenizer=gpt2
-# python train.py config/finetune_own_text.py --dataset=mybook --out_dir=out-mybook
+# python train.py config/finetune_own_text.py --dataset=mybook --out_dir=out-mybook-gpt2
 
-out_dir = "out-own-text"
+out_dir = "out-own-text-gpt2"
 dataset = "mybook"
 init_from = "auto:gpt2"  # the same command resumes an interrupted run; gpt2-medium and larger know more
 eval_interval = 20

@@ -5,7 +5,6 @@ The keys are nanoGPT's and those of SCHEMA; nanoGPT's own files are read, too.
 
 import math
 import os
-import shlex
 import shutil
 import warnings
 import zipfile
@@ -19,7 +18,7 @@ from typing import IO, Any, get_type_hints
 import torch
 
 from distrogpt.data.meta import GPT2_META, checked_meta
-from distrogpt.errors import MachineError, UserError, first_line, why_not_written
+from distrogpt.errors import MachineError, UserError, first_line, quote, why_not_written
 from distrogpt.training.distributed import gather_to_cpu, shard_like
 from model import GPT, GPTConfig
 
@@ -260,7 +259,7 @@ def not_finite_error(path: Path, error: NotFinite, otherwise: str = "use another
     """The error of a file that cannot be used. Says which newest one of its run can be, else `otherwise`."""
     good = last_good_checkpoint(path.parent)
     if good:
-        flag = f"--init_from={shlex.quote(str(good))}"
+        flag = f"--init_from={quote(good)}"
         otherwise = f"{good} is the last good file: copy it to {path.name}, or give {flag}"
     return UserError(f"{path}: {error}; {otherwise}")
 
@@ -270,7 +269,7 @@ def last_good_checkpoint(folder: Path) -> Path | None:
     paths = [folder / BEST, folder / NEWEST, *folder.glob(HISTORY)]
     for path in sorted(filter(os.path.isfile, paths), key=os.path.getmtime, reverse=True):
         with suppress(Exception):  # an optimizer's state can be of any structure
-            contents = load_checkpoint(path)
+            contents = load_checkpoint(path, mmap=True)
             check_finite({name: weight.float() for name, weight in contents["model"].items()})
             for key in OPTIMIZER_KEYS:
                 for averages in contents.get(key, {"state": {}})["state"].values():
@@ -310,7 +309,7 @@ def restore_optimizers(
             optimizer.load_state_dict({"state": state, "param_groups": param_groups})
     except NotFinite as error:
         path = newest_checkpoint(out_dir) or out_dir / NEWEST
-        otherwise = f"--init_from={shlex.quote(str(path))} starts a new run with its weights"
+        otherwise = f"--init_from={quote(path)} starts a new run with its weights"
         raise not_finite_error(path, error, otherwise) from None
     except Exception as error:  # a state of any structure can fail in any way
         advice = "set optimizer, embedding_lr and head_lr as they were, or use another one"

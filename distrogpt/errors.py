@@ -1,15 +1,19 @@
-"""How a command ends if something is wrong: one line on stderr, and an exit status."""
+"""How a command ends if something is wrong: one line on stderr, and an exit status; what messages advise."""
 
+import difflib
 import errno
 import os
 import re
+import shlex
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
+
+REPO = Path(__file__).resolve().parents[1]
 
 
 class UserError(Exception):
@@ -27,7 +31,9 @@ class MachineError(Exception):
 # of the machine's disk, not of a path that was chosen: full, over quota, a file too large, read-only, broken
 FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG)
 DISK_FAILURES = (*FULL, errno.EROFS, errno.EIO)
+# what to do if memory is short: in training, and in commands without sizes to lower
 OOM_HINT = "lower --batch_size (and raise --gradient_accumulation_steps), --block_size or --n_embd"
+CLOSE_OTHERS = "close other programs"
 
 
 @contextmanager
@@ -52,7 +58,9 @@ def cli_errors(out_of_memory: str = OOM_HINT) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         text = str(error).lower()
         if "gloo" in text or "nccl" in text or type(error).__name__ == "DistBackendError":
-            exit_with_error(1, f"another rank was lost ({text[:60]}); start again: --init_from=auto resumes")
+            exit_with_error(
+                1, f"another rank was lost ({text[:60]}); start again (train.py --init_from=auto resumes)"
+            )
         if not is_out_of_memory(error):
             raise
         exit_with_error(1, f"out of memory; {out_of_memory}")
@@ -70,7 +78,8 @@ def exit_with_error(status: int, error: object) -> NoReturn:
     if status == 2 and int(os.environ.get("RANK", 0)):
         time.sleep(3)  # rank 0 reports an error of all ranks; then torchrun ends the others
     sys.stdout.flush()
-    sys.stderr.write(f"error: {' '.join(str(error).split())}\n")  # in one piece, as ranks share a terminal
+    lines = filter(None, map(str.strip, str(error).splitlines()))
+    sys.stderr.write(f"error: {' '.join(lines)}\n")  # in one piece, as ranks share a terminal
     exit_process(status)
 
 
@@ -132,6 +141,39 @@ def why_not_written(error: BaseException, path: str | Path, needed: int = 0) -> 
     return f"{words}: {', '.join(sizes)}" if sizes else words
 
 
+def near_name(word: str, names: Iterable[str]) -> str | None:
+    """The name that `word` is probably a typing error of; None if it is none, or one of the names itself."""
+    plain = word.casefold().replace("-", "_").strip("_")
+    by_plain = {name.casefold().replace("-", "_"): name for name in names}
+    possible = [name for name in by_plain if name[:1] == plain[:1] or name.endswith(f"_{plain}")]
+    near = difflib.get_close_matches(plain, possible, n=1, cutoff=0.75)
+    return by_plain[near[0]] if near and by_plain[near[0]] != word else None
+
+
+def command(script: str, *words: str, **settings: object) -> str:
+    """A command line that runs a script of the repository from here, for the user's shell."""
+    flags = [f"--{name}={quote(value) if str(value) else ''}" for name, value in settings.items()]
+    return " ".join(["python", path_from_here(script), *map(quote, words), *flags])
+
+
+def path_from_here(name: str | Path) -> str:
+    """A file of the repository, or another by its whole path, as a word for the user's shell."""
+    try:
+        path = os.path.relpath(REPO / name)
+    except ValueError:  # another drive of Windows
+        path = ".."
+    return quote(REPO / name if path.startswith("..") else path)
+
+
+def quote(value: object) -> str:
+    """The value as one word for the user's shell."""
+    word = str(value)
+    if os.name != "nt":
+        return shlex.quote(word)
+    return word if re.fullmatch(r"[\w@+=:,./\\-]+", word) else f'"{word}"'  # cmd.exe and PowerShell
+
+
 def warn(line: str) -> None:
-    """Print a note to stderr, so that stdout has the samples alone."""
-    print(line, file=sys.stderr)
+    """Print a note to stderr, so that stdout has the samples alone; of several ranks, rank 0 does."""
+    if not int(os.environ.get("RANK", 0)):
+        print(line, file=sys.stderr)

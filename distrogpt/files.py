@@ -24,13 +24,19 @@ def encoding_of(begin: bytes, default: str = "utf-8") -> str:
     return next((name for mark, name in MARKS.items() if begin.startswith(mark)), default)
 
 
-def likely_encoding(data: bytes) -> str:
-    """What bytes without a mark may be that are not UTF-8: UTF-16, whose ASCII has a null in every second
-    byte, or the encoding of Windows in the West."""
+def likely_encoding(data: bytes) -> str | None:
+    """What the bytes at the begin of a text without a mark may be: UTF-16, whose ASCII has a null in every
+    second byte; nothing, if there are other nulls; UTF-8; or else the encoding of Windows in the West."""
     even, odd = data[0::2].count(0), data[1::2].count(0)
-    if max(even, odd) > len(data) // 8:
+    if max(even, odd) > len(data) // 8 and min(even, odd) <= len(data) // 64:
         return "utf-16-be" if even > odd else "utf-16-le"
-    return "cp1252"
+    if even or odd:
+        return None
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(data)
+    except UnicodeDecodeError:
+        return "cp1252"
+    return "utf-8"
 
 
 def fault_of(error: UnicodeDecodeError, before: int | None = 0) -> str:
@@ -46,7 +52,7 @@ def read_text(name: str | Path, what: str = "") -> str:
     try:
         data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
         encoding = encoding_of(data)
-        if encoding == "utf-8" and likely_encoding(data[:4096]) != "cp1252":
+        if encoding == "utf-8" and str(likely_encoding(data[:4096])).startswith("utf-16"):
             raise UserError(f"{what} is binary, or UTF-16 without its mark; save it as UTF-8")
         return data.decode(encoding).replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:

@@ -1,16 +1,16 @@
 """Load a network and its tokenizer: from a run, from a folder in Hugging Face's format, or from the hub."""
 
-import difflib
 import math
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from distrogpt.checkpoint import NotFinite, best_checkpoint, first_line, load_checkpoint, restore_model
 from distrogpt.data.dataset import find_parts, parse_mixture
-from distrogpt.data.meta import GPT2_META, dataset_folder, read_meta, tokenizers_differ
-from distrogpt.data.tokenizer import Tokenizer, tokenizer_of
-from distrogpt.errors import UserError, warn
+from distrogpt.data.meta import GPT2_META, dataset_folder, described_vocab_size, read_meta, tokenizers_differ
+from distrogpt.data.tokenizer import Tokenizer, described_by_json, tokenizer_of
+from distrogpt.errors import UserError, near_name, warn
 from distrogpt.runtime import activity
 from model import GPT, GPTConfig
 
@@ -32,11 +32,14 @@ def load_trained(out_dir: str, init_from: str) -> tuple[GPT, dict[str, Any], str
     return restore_model(contents, path), contents, source
 
 
-def load_pretrained(name: str, dropout: float = 0.0) -> tuple[GPT, dict[str, Any]]:
+def load_pretrained(
+    name: str, dropout: float = 0.0, ways: tuple[str, ...] = ("resume",)
+) -> tuple[GPT, dict[str, Any]]:
     """The network, on the CPU, and the contents of its checkpoint. Raises UserError.
 
     `name` is a run's folder or one of its .pt files, a folder in Hugging Face's format, or a name on the hub.
-    For Hugging Face's format, contents has meta alone, or nothing (GPT-2).
+    For Hugging Face's format, contents has meta alone, or nothing (GPT-2). `ways` are the other values of
+    init_from that the command takes.
     """
     folder = Path(name)
     is_folder = os.path.isdir(folder)  # folder.is_dir() raises OSError for 5,000 characters
@@ -45,7 +48,7 @@ def load_pretrained(name: str, dropout: float = 0.0) -> tuple[GPT, dict[str, Any
         contents = load_checkpoint(path)
         return restore_model(contents, path, dropout), contents
     if not is_folder:
-        check_name(name)
+        check_name(name, ways)
     try:
         from distrogpt.huggingface.formats import find_folder, model_type_of, read_pretrained
 
@@ -57,21 +60,29 @@ def load_pretrained(name: str, dropout: float = 0.0) -> tuple[GPT, dict[str, Any
         raise UserError(f"init_from={name} needs {error.name}; run: pip install {error.name}") from None
     except Exception as error:  # no network, an unknown name, damaged or hostile files: errors of many types
         advice = "give a folder with its config.json and model.safetensors, or go online"
+        advice = "use another one, or update" if is_folder else advice
         raise UserError(f"init_from={name} cannot be loaded ({first_line(error)}); {advice}") from None
     if (folder / "meta.json").is_file():
         return model, {"meta": read_meta(folder)}
-    if model_type_of(model.config) == "gpt2":
+    described = None
+    if (folder / "tokenizer.json").is_file():  # of an export that was saved again elsewhere
+        with suppress(Exception):  # a file from anywhere
+            described = described_by_json((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    elif model_type_of(model.config) == "gpt2" and model.config.vocab_size >= GPT2_META["vocab_size"]:
         return model, {}
-    return model, {"meta": {"tokenizer": None, "vocab_size": model.config.vocab_size, "dtype": "uint32"}}
+    vocab_size = described_vocab_size(described) if described else model.config.vocab_size
+    return model, {"meta": {"tokenizer": described, "vocab_size": vocab_size, "dtype": "uint32"}}
 
 
-def check_name(name: str) -> None:
+def check_name(name: str, ways: tuple[str, ...]) -> None:
     """Raises UserError if `name` can be neither GPT-2's nor a name on the hub."""
     if name.startswith((".", "~")) or os.path.isabs(name):
         raise UserError(f"init_from={name[:200]} is not there; give a run's folder, or Hugging Face's")
+    if name.partition(":")[0] in ("scratch", "auto") and name not in ways:
+        raise UserError(f"init_from={name[:200]} is for training; a run is named by --out_dir=FOLDER alone")
     if name not in GPT2_NAMES and "/" not in name:
-        near = difflib.get_close_matches(name, ("scratch", "resume", "auto", *GPT2_NAMES), n=1)
-        hint = f"did you mean {near[0]}?" if near else f"use a folder, or one of {', '.join(GPT2_NAMES)}"
+        near = near_name(name, (*ways, *GPT2_NAMES))
+        hint = f"did you mean {near}?" if near else f"use a folder, or one of {', '.join(GPT2_NAMES)}"
         raise UserError(f"init_from={name[:200]} is neither a way to start nor a folder; {hint}")
 
 
@@ -87,7 +98,8 @@ def find_tokenizer(
     if "meta" not in contents and vocab_size - count >= 128:  # more than padding
         warn(f"note     {source} has {vocab_size:,} tokens, its tokenizer only {count:,}")
     if not meta["tokenizer"]:
-        warn(f"note     {source} has no tokenizer: prompts and samples are token ids, 0 to {count - 1}")
+        ids = f"prompts and samples are token ids, 0 to {count - 1}"
+        warn(f"note     {source} has no known tokenizer: {ids} (--dataset=FOLDER names one)")
     return tokenizer_of(meta)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from distrogpt.errors import UserError, why_not_written
+from distrogpt.errors import UserError, command, why_not_written
 
 LOG, PICTURE = "log.csv", "loss.png"  # files of an out_dir
 MAX_POINTS = 2000  # of a line: more than a picture has columns
@@ -169,11 +169,12 @@ def write_figure(figure: Any, path: Path, dpi: int = 110) -> None:
 
 def show(out_dir: str | Path, by: str = "steps", **baselines: float) -> None:
     """In a notebook, draw the log of a run as it is now, in place of its last picture. Raises UserError."""
+    out_dir = os.path.expanduser(out_dir)
     try:
         from IPython import get_ipython
         from IPython.display import Image, display
     except ImportError:
-        raise UserError(f"show is for notebooks; elsewhere: python plot.py {out_dir}") from None
+        raise UserError(f"show is for notebooks; elsewhere: {command('plot.py', out_dir)}") from None
     png = io.BytesIO()
     draw({str(out_dir): read_log(Path(out_dir) / LOG)}, by, **baselines).savefig(png, format="png")
     picture, cell = Image(data=png.getvalue()), getattr(get_ipython(), "execution_count", None)

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from distrogpt.errors import UserError
 from distrogpt.hardware import find_device, find_dtype
 from distrogpt.openmp import adapt_waits
+from distrogpt.progress import bar_size
 
 log = logging.getLogger("distrogpt")
 
@@ -244,7 +245,7 @@ def terminal_bar(wanted: bool, **options: Any) -> Iterator[Any]:
         yield None
         return
     write, ended = HANDLER.write, threading.Event()
-    with tqdm(dynamic_ncols=True, **options) as bar:
+    with tqdm(**bar_size(), **options) as bar:
 
         def redraw() -> None:
             while not ended.wait(1):

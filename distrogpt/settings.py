@@ -1,8 +1,11 @@
 """Every setting of every command: name, type, default, limits and meaning. Nothing here needs torch."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
+from pathlib import Path
 
 from configurator import Settings, setting
+from distrogpt.errors import UserError
 from distrogpt.gpus import GPUS
 
 ACTIVATIONS = ("gelu_tanh", "gelu", "relu2", "swiglu")  # as in model.py, which --help must not load
@@ -12,11 +15,21 @@ OF_THIS_CALL = ("out_dir", "init_from", "eval_only", "device", "compile", "backe
 EVAL_TASKS = ("loss", "hellaswag", "choice", "accuracy", "next")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
+MIXTURE = r"\A|,\s*"  # what stands before the name of a dataset
+
 # settings of several commands
 INIT_FROM = setting("resume", "resume (from out_dir), gpt2[-medium|-large|-xl], or a folder", path=True)
 OUT_DIR = setting("out", "folder of the checkpoint", path=True)
-DATASET = setting(None, "dataset with the tokenizer, if the checkpoint names none that is here", path=True)
-START = setting("\n", "the prompt; FILE:path reads it from a file; empty starts a new document")
+DATASET = setting(
+    None,
+    "dataset with the tokenizer, if the checkpoint names none that is here",
+    path=True,
+    path_after=MIXTURE,
+)
+FILE = r"\AFILE:"
+START = setting(
+    "\n", "the prompt; FILE:path reads it from a file; empty starts a new document", path_after=FILE
+)
 DEVICE = setting("auto", "auto (cuda, else mps, else cpu), cpu, cuda, cuda:1, mps")
 DTYPE = setting("auto", "compute dtype; auto: bfloat16 if supported; float32 is TF32 on GPUs", choices=DTYPES)
 INT8 = setting(False, "8-bit weights: less memory, slightly less exact; faster on CPUs for few samples")
@@ -39,11 +52,14 @@ class TrainConfig(Settings):
 
     # files
     out_dir: str = setting("out", "folder of the checkpoints: ckpt.pt (best), last.pt (newest)", path=True)
-    dataset: str = setting("openwebtext", "folder of data/, path, or mixture: NAME:0.9,OTHER:0.1", path=True)
+    dataset: str = setting(
+        "openwebtext", "folder of data/, path, or mixture: NAME:0.9,OTHER:0.1", path=True, path_after=MIXTURE
+    )
     init_from: str = setting(
         "scratch",
         "scratch, resume, auto (resume if possible), auto:gpt2, gpt2[-medium|-large|-xl], or a folder",
         path=True,
+        path_after=r"\A(?:auto:)?",
     )
     seed: int = setting(1337, "random seed of weights, batches and dropout", min=0, below=2**63)
 
@@ -94,7 +110,7 @@ class TrainConfig(Settings):
     dropout: float = setting(0.0, "0 for pretraining; 0.1 or more for finetuning, small data", min=0, below=1)
     bias: bool = setting(False, "biases in the linear layers and LayerNorms, as in GPT-2")
     activation: str = setting(
-        "gelu_tanh", "GPT-2's GELU; gelu is the exact one, five times as fast on CPUs", choices=ACTIVATIONS
+        "gelu_tanh", "GPT-2's GELU; gelu is the exact one, several times as fast on CPUs", choices=ACTIVATIONS
     )
     # improvements since GPT-2; model.py says what each does, BENCHMARKS.md what it gains
     norm: str = setting("layernorm", "rmsnorm normalises the length alone and has no weights", choices=NORMS)
@@ -147,8 +163,50 @@ class TrainConfig(Settings):
         if not self.out_dir or not self.dataset:
             raise ValueError("out_dir or dataset is empty; name a folder")
 
+    def unused(self) -> dict[str, str]:
+        reasons = super().unused()
+        if self.init_from.startswith(("resume", "auto")):  # the checkpoint may have what they need
+            return reasons
+        needs = {
+            ("hellaswag_input", "hellaswag_items"): (self.eval_hellaswag, "without eval_hellaswag=True"),
+            ("sample_start", "sample_tokens"): (self.eval_samples, "without eval_samples"),
+            ("wandb_project", "wandb_run_name"): (self.wandb_log, "without wandb_log=True"),
+            ("muon_lr",): (self.optimizer == "muon", "without optimizer=muon"),
+            ("cooldown",): (self.lr_schedule == "wsd", "without lr_schedule=wsd"),
+            ("head_lr",): (not self.tied, "on a tied lm_head; it needs tied=False"),
+        }
+        for names, (is_used, reason) in needs.items():
+            reasons |= {} if is_used else dict.fromkeys(names, f"nothing reads it {reason}")
+        return reasons
+
 
 CHECKS = "machine network greedy compile fp16 resume ranks synchronize memory".split()
+# what each measurement of bench.py depends on, beside the settings of all
+RECIPE = """bias activation norm rotary qk_norm n_kv_head tied logit_softcap embedding_skip zero_init
+    optimizer""".split()  # what can differ from GPT-2 with AdamW, beside the size
+NETWORK = ["init_from", "block_size", "n_layer", "n_head", "n_embd", *RECIPE[:-1], "seed"]
+OPTIMIZER = """optimizer learning_rate muon_lr embedding_lr head_lr weight_decay beta1 beta2 momentum
+    grad_clip""".split()
+STEP = """dataset gradient_accumulation_steps batch_size sampling loss_after dropout max_iters max_epochs
+    compile activation_checkpointing""".split()
+STEP += NETWORK + OPTIMIZER
+TIMED = [*STEP, "bench_steps", "warmup_steps"]
+MEASUREMENTS = {
+    "plan": [
+        *STEP,
+        *"""bench_steps lr_decay_iters shard gpu n_gpus gpus_per_node mfu interconnect""".split(),
+    ],
+    "find_batch": [*STEP, "n_gpus"],
+    "check": TIMED,
+    "ladder": TIMED,
+    "checkpoint": [*TIMED, "rounds", "always_save_checkpoint", "keep_checkpoints"],
+    "logs": [*TIMED, *"eval_interval wandb_log wandb_project wandb_run_name".split()],
+    "generate": [*NETWORK, *"dataset compile max_new_tokens num_samples rounds against".split()],
+    "questions": [*NETWORK, "rounds"],
+    "serve": ["out_dir", "max_new_tokens", "rounds"],
+    "report": ["against", "report_minutes"],
+    "profile": [*TIMED, "against"],
+}
 
 
 @dataclass
@@ -158,7 +216,7 @@ class BenchConfig(TrainConfig):
     usage: python bench.py [config/NAME.py ...] [--setting=value ...]
            python bench.py --generate=True --against=../nanoGPT
 
-    Takes all settings of train.py; those that do not concern a step have no effect.
+    Config files are those of train.py. Without another measurement, it times the training step.
     """
 
     uses_ranks = False
@@ -168,7 +226,9 @@ class BenchConfig(TrainConfig):
     bench_steps: int = setting(20, "timed steps", min=1)
     warmup_steps: int = setting(3, "steps before the timed ones, compiling included", min=0)
     profile: bool = setting(False, "list the costliest operations and write bench_trace.json for a browser")
-    ladder: bool = setting(False, "time one improvement after another: a table and bench_ladder.png")
+    ladder: bool = setting(
+        False, "time one improvement after another, from GPT-2 to the settings: a table and bench_ladder.png"
+    )
     checkpoint: bool = setting(False, "time what writing a checkpoint costs the steps")
     logs: bool = setting(False, "time what logs and plots cost the steps")
     questions: bool = setting(False, "time multiple choice, batched and one by one")
@@ -176,7 +236,7 @@ class BenchConfig(TrainConfig):
     generate: bool = setting(False, "time sampling instead of training")
     max_new_tokens: int | None = setting(None, "generate: tokens per sample; None: 256 or what fits", min=3)
     num_samples: int = setting(10, "generate: samples in a batch, timed beside a single one", min=1)
-    rounds: int = setting(3, "generate, checkpoint, logs, questions, serve: repeats of each timing", min=1)
+    rounds: int = setting(3, "generate, checkpoint, questions, serve: repeats of each timing", min=1)
     against: str | None = setting(None, "time beside the folder of a nanoGPT, or transformers", path=True)
     json: str | None = JSON
     report: bool = setting(False, "measure and check this machine: report/report.md and report.json")
@@ -190,6 +250,37 @@ class BenchConfig(TrainConfig):
     mfu: float | None = setting(None, "plan: MFU to expect; None is measured, or 0.4", above=0, max=1)
     interconnect: float | None = setting(None, "plan: Gbit/s per GPU to other nodes; None: as usual", above=0)
 
+    @property
+    def measurement(self) -> str:
+        """The setting that says what is measured; profile if it is the training step. Raises UserError."""
+        names = [name for name in MEASUREMENTS if getattr(self, name)] or ["profile"]
+        if self.against and "against" not in MEASUREMENTS[names[0]]:
+            names.append("against")
+        if len(names) > 1:
+            raise UserError(f"{' and '.join(names)} do not go together; give one at a time")
+        return names[0]
+
+    @classmethod
+    def never_used(cls) -> dict[str, str]:
+        used = {"device", "dtype", "real_data", "json", *MEASUREMENTS}.union(*MEASUREMENTS.values())
+        return {name: "no speed depends on it" for name in cls.__dataclass_fields__ if name not in used}
+
+    def unused(self) -> dict[str, str]:
+        used = MEASUREMENTS[self.measurement]
+        if self.check in ("compile", "fp16", "ranks"):
+            used = OPTIMIZER
+        elif self.check not in ("memory", "synchronize", None):
+            used = []
+        reasons = self.never_used()
+        what = "a training step" if self.measurement == "profile" else self.measurement
+        for name in set().union(*MEASUREMENTS.values()) - set(used):
+            others = [other for other, names in MEASUREMENTS.items() if name in names and other != "profile"]
+            where = f" (but {', '.join(others)})" if len(others) < 5 else ""
+            reasons[name] = f"{what} does not depend on it{where}"
+        if "n_layer" in reasons and self.measurement != "serve":  # which reads its out_dir
+            reasons["a config file"] = f"{what} has settings of its own"
+        return reasons
+
 
 @dataclass
 class AblateConfig(TrainConfig):
@@ -197,13 +288,32 @@ class AblateConfig(TrainConfig):
 
     usage: python ablate.py config/train_shakespeare_cpu_modern.py [--setting=value ...]
 
-    Takes all settings of train.py. The same command resumes an interrupted study.
+    Config files are those of train.py. The same command resumes an interrupted study.
     """
 
     uses_ranks = False
     seeds: int = setting(3, "runs of each variant, with seeds from `seed` on", min=1)
     json: str = setting("ablate.json", "file of the results", path=True)
-    plot: str = setting("ablate.png", "file of the plot", path=True)
+    plot: str | None = setting(None, "file of the plot; None is named as json, with .png", path=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.picture == Path(self.json):
+            raise ValueError(f"json={self.json} is the name of the picture; choose another")
+
+    @property
+    def picture(self) -> Path:
+        return Path(self.plot or Path(self.json).with_suffix(".png"))
+
+    @classmethod
+    def never_used(cls) -> dict[str, str]:
+        left = """out_dir log_interval always_save_checkpoint save_interval keep_checkpoints wandb_log
+            wandb_project wandb_run_name tensorboard_log loss_plot baseline_train_loss baseline_loss
+            baseline_hellaswag eval_hellaswag hellaswag_input hellaswag_items eval_accuracy eval_samples
+            sample_start sample_tokens""".split()
+        reasons = dict.fromkeys(left, "of the runs of a study, their val losses alone are kept")
+        reasons |= dict.fromkeys(("eval_iters", "eval_splits"), "a study evaluates all of val")
+        return reasons | dict.fromkeys(("init_from", "eval_only"), "a study trains each variant from scratch")
 
 
 @dataclass
@@ -241,7 +351,7 @@ class SampleConfig(Settings):
     )
     interactive: bool = setting(False, "read prompts from the keyboard; /help there says more")
     num_samples: int = setting(10, "samples of each prompt; a single one is streamed", min=1)
-    batch_size: int = setting(64, "sequences per batch; does not change the text", min=1)
+    batch_size: int = setting(64, "sequences per batch; on CPUs, does not change the text", min=1)
     max_new_tokens: int = setting(500, "tokens per sample, after the prompt", min=1)
     temperature: float = setting(0.8, "below 1 less random, above 1 more; 0 takes the most likely", min=0)
     top_k: int | None = setting(200, "sample from the k most likely tokens; None or 0 is all", min=0)
@@ -273,6 +383,11 @@ class SampleConfig(Settings):
         if self.voice and not self.speak:
             raise ValueError("voice has no effect without speak; add --speak=out.wav")
 
+    def unused(self) -> dict[str, str]:
+        reason = "interactive writes one sample of each prompt"
+        names = ["num_samples", "batch_size"][: 1 if self.best_of > 1 else 2]
+        return dict.fromkeys(names, reason) if self.interactive else {}
+
 
 @dataclass
 class ServeConfig(Settings):
@@ -289,7 +404,9 @@ class ServeConfig(Settings):
     dataset: str | None = DATASET
     host: str = setting("127.0.0.1", "address to listen on; 0.0.0.0 is all, and needs an api_key")
     port: int = setting(8000, "port to listen on; 0 takes any free one", min=0, max=65535)
-    api_key: str | None = setting(None, "API key that clients must send; FILE:path reads it from a file")
+    api_key: str | None = setting(
+        None, "API key that clients must send; FILE:path reads it from a file", path_after=FILE
+    )
     batch_size: int = setting(16, "samples in a batch, which takes memory for their KV cache", min=1)
     queue: int = setting(64, "requests that may wait for a place in the batch; more are refused", min=0)
     max_new_tokens: int = setting(4096, "limit of the tokens per sample that a request may ask for", min=1)
@@ -302,6 +419,20 @@ class ServeConfig(Settings):
         super().__post_init__()
         if not self.host:
             raise ValueError("host is empty; name an address, such as 127.0.0.1")
+
+
+TASKS_OF = {  # which tasks read a setting of EvalConfig
+    "batch_size": ("loss", "hellaswag", "choice", "accuracy"),
+    "max_items": ("hellaswag", "choice", "accuracy"),
+    "show": ("accuracy", "next"),
+    "dataset": ("loss", "accuracy"),
+    "split": ("loss", "accuracy"),
+    "block_size": ("loss",),
+    "stride": ("loss",),
+    "separator": ("accuracy",),
+    "input": ("hellaswag", "choice"),
+    "start": ("next",),
+}
 
 
 @dataclass
@@ -323,7 +454,9 @@ class EvalConfig(Settings):
     json: str | None = JSON
 
     # loss, accuracy
-    dataset: str | None = setting(None, "None is the dataset that the checkpoint was trained on", path=True)
+    dataset: str | None = setting(
+        None, "None is the dataset that the checkpoint was trained on", path=True, path_after=MIXTURE
+    )
     split: str = setting("val", "split of the dataset", choices=("train", "val"))
     block_size: int | None = setting(None, "loss: context length; None is the model's", min=1)
     stride: int | None = setting(None, "loss: tokens from window to window; None: block_size", min=1)
@@ -336,6 +469,17 @@ class EvalConfig(Settings):
     # hardware
     device: str = DEVICE
     dtype: str = DTYPE
+
+    def unused(self) -> dict[str, str]:
+        names = [name.strip() for name in self.tasks.split(",")]
+        tasks = ("loss", "accuracy") if names == ["auto"] else names
+        known = set(tasks) <= set(EVAL_TASKS)  # else another error says so
+        return self.unused_by(tasks) if known else {}
+
+    def unused_by(self, tasks: Collection[str]) -> dict[str, str]:
+        """The settings that none of these tasks reads, and why."""
+        reason = f"it is not for tasks={','.join(tasks)}"
+        return {name: reason for name, of in TASKS_OF.items() if not set(tasks) & set(of)}
 
 
 @dataclass

@@ -8,9 +8,18 @@ from dataclasses import replace
 import pytest
 from conftest import REPO, assert_user_error, run, run_here
 
-from configurator import configure, read_settings
+from configurator import configure, help_text, read_settings
 from distrogpt.errors import UserError
-from distrogpt.settings import BenchConfig, EvalConfig, PlotConfig, SampleConfig, TrainConfig
+from distrogpt.settings import (
+    AblateConfig,
+    BenchConfig,
+    EvalConfig,
+    ExportConfig,
+    PlotConfig,
+    SampleConfig,
+    ServeConfig,
+    TrainConfig,
+)
 
 
 def settings_of(*argv: str) -> TrainConfig:
@@ -69,7 +78,9 @@ def test_a_config_can_begin_with_another_one(tmp_path):
     config, recipe = settings_of(str(tmp_path / "mine.py")), settings_of("modern")
     assert recipe.optimizer == "muon" and recipe.rotary and not recipe.tied
     assert config == replace(recipe, muon_lr=2 * recipe.muon_lr)
-    with pytest.raises(UserError, match=r"other.py: unknown setting sep; did you mean seed\?"):
+    with pytest.raises(
+        UserError, match=r"other.py: unknown setting sep; --help .* of your own begins with _"
+    ):
         settings_of(str(tmp_path / "other.py"))
 
 
@@ -82,6 +93,14 @@ def test_bare_name_and_path_from_any_folder(name, tmp_path, monkeypatch):
 def test_every_config_is_valid():
     for path in (REPO / "config").glob("*.py"):
         settings_of(str(path))
+
+
+def test_every_config_trains_into_a_folder_of_its_own():
+    """Else one resumes the other's run, or moves its files aside."""
+    configs = {path.stem: read_settings(TrainConfig, [str(path)]) for path in REPO.glob("config/train_*.py")}
+    configs |= {path.stem: read_settings(TrainConfig, [str(path)]) for path in REPO.glob("config/fine*.py")}
+    folders = [config.out_dir for config in configs.values()]
+    assert len(folders) > 10 and len(set(folders)) == len(folders), configs
 
 
 @pytest.mark.parametrize(
@@ -221,7 +240,7 @@ def test_help_lists_every_setting_with_its_type_and_loads_nothing_heavy(script, 
     )
     assert done.returncode == 0, done.stderr
     assert "loaded: nothing" in done.stdout
-    for name in cls.__dataclass_fields__:
+    for name in cls.__dataclass_fields__.keys() - cls.never_used():
         line = next(line for line in done.stdout.splitlines() if line.startswith(f"  --{name}="))
         assert line.rstrip().endswith("]")  # ... its type
 
@@ -231,6 +250,122 @@ def test_configure_ends_the_process_with_status_2(capsys):
         configure(SampleConfig, ["--temprature=1"])
     assert caught.value.code == 2
     assert capsys.readouterr().err == "error: unknown setting temprature; did you mean temperature?\n"
+
+
+@pytest.mark.parametrize(
+    ("cls", "names"),
+    [
+        (SampleConfig, "version checkpoint restart model_path weights file text port name eval"),
+        (ServeConfig, "version report max_minutes reload workers timeout"),
+        (PlotConfig, "dataset eval_hellaswag title input file format"),
+        (TrainConfig, "version hidden_size vocab_size temperature top_k port scheduler_type start int8"),
+        (AblateConfig, "out_dirs initfrom log_intervall"),  # which train.py has, not this
+    ],
+)
+def test_only_a_typing_error_is_taken_for_another_name(cls, names):
+    for name in names.split():
+        with pytest.raises(UserError, match=f"unknown setting {name}; --help lists all$"):
+            read_settings(cls, [f"--{name}=1"])
+
+
+@pytest.mark.parametrize(
+    ("word", "near"),
+    [
+        ("Batch-Size", "batch_size"),
+        ("lerning_rate", "learning_rate"),
+        ("epochs", "max_epochs"),
+        ("n_layers", "n_layer"),
+    ],
+)
+def test_a_typing_error_is_told_with_the_name(word, near):
+    with pytest.raises(UserError, match=rf"did you mean {near}\?"):
+        settings_of(f"--{word}=1")
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """A home folder, of no user."""
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    return tmp_path / "home"
+
+
+def test_the_home_folder_stands_for_a_tilde_in_every_path(home):
+    for cls in (TrainConfig, BenchConfig, AblateConfig, PlotConfig, SampleConfig, ServeConfig, EvalConfig):
+        for field in cls.__dataclass_fields__.values():
+            if "path" in field.metadata:
+                needed = ["--speak=x.wav"] if (cls, field.name) == (SampleConfig, "voice") else []
+                config = read_settings(cls, [f"--{field.name}=~/a b/c", *needed])
+                assert getattr(config, field.name) == f"{home}/a b/c", field.name
+    assert read_settings(ExportConfig, ["--to=~"]).to == str(home)
+    (home / "mine.py").write_text(
+        "from pathlib import Path\nout_dir = Path('~/runs')\ndataset = '~/d:1,x:2, ~/e:3'\n"
+    )
+    config = settings_of("~/mine.py")
+    assert (config.out_dir, config.dataset) == (f"{home}/runs", f"{home}/d:1,x:2, {home}/e:3")
+    assert settings_of("--init_from=auto:~/a").init_from == f"auto:{home}/a"
+    assert TrainConfig(out_dir="~/a").out_dir == f"{home}/a"
+    assert SampleConfig(start="FILE:~/a").start == f"FILE:{home}/a"
+    assert ServeConfig(api_key="FILE:~/a").api_key == f"FILE:{home}/a"
+
+
+def test_a_tilde_elsewhere_is_a_tilde(home):
+    assert SampleConfig(start="~/a FILE:~/a").start == "~/a FILE:~/a" and SampleConfig(stop="~/").stop == (
+        "~/",
+    )
+    for name in ("a~", "./~", "a/~/b", "a:~/b", "~nobody-here/a", "~~"):
+        assert TrainConfig(out_dir=name).out_dir == name
+
+
+@pytest.mark.parametrize(
+    ("cls", "flags", "message"),
+    [
+        (AblateConfig, "--eval_iters=5", "a study evaluates all of val"),
+        (AblateConfig, "--out_dir=x", "their val losses alone are kept"),
+        (AblateConfig, "--init_from=gpt2", "trains each variant from scratch"),
+        (TrainConfig, "--hellaswag_input=x", "without eval_hellaswag=True"),
+        (TrainConfig, "--sample_start=x", "without eval_samples"),
+        (TrainConfig, "--muon_lr=0.1", "without optimizer=muon"),
+        (TrainConfig, "--head_lr=0.1", "it needs tied=False"),
+        (BenchConfig, "--eval_iters=5", "no speed depends on it"),
+        (BenchConfig, "--gpu=h100", "a training step does not depend on it (but plan)"),
+        (BenchConfig, "--generate=True --bench_steps=3", "generate does not depend on it"),
+        (BenchConfig, "--serve=True --n_layer=3", "serve does not depend on it"),
+        (BenchConfig, "--report=True config/train_gpt2.py", "a config file has no effect"),
+        (BenchConfig, "--check=network --n_layer=3", "check does not depend on it"),
+        (SampleConfig, "--interactive=True --num_samples=2", "one sample of each prompt"),
+        (EvalConfig, "--start=x", "it is not for tasks=loss,accuracy"),
+        (EvalConfig, "--tasks=next --stride=2", "it is not for tasks=next"),
+    ],
+)
+def test_a_flag_without_effect_is_refused(cls, flags, message, capsys):
+    with pytest.raises(SystemExit) as caught:
+        configure(cls, flags.split())
+    error = capsys.readouterr().err
+    assert caught.value.code == 2 and "has no effect: " in error and message in error
+    assert error.rstrip().endswith("; leave it out")
+
+
+def test_a_flag_with_an_effect_and_configs_are_not_refused(tmp_path):
+    (tmp_path / "c.py").write_text("eval_iters = 3\nout_dir = 'x'\nmuon_lr = 0.1\n")
+    for cls in (AblateConfig, BenchConfig, TrainConfig):
+        configure(cls, [str(tmp_path / "c.py")])
+    configure(TrainConfig, ["--muon_lr=0.1", "--init_from=resume"])  # the checkpoint may be Muon's
+    configure(TrainConfig, ["--eval_hellaswag=True", "--hellaswag_input=x"])
+    configure(BenchConfig, ["--plan=True", "--gpu=h100", "--lr_decay_iters=5"])
+    configure(EvalConfig, ["--tasks=loss, next", "--stride=2", "--start=x"])
+    configure(SampleConfig, ["--out_dir=x", "--num_samples=2"])
+
+
+def test_help_leaves_out_what_has_no_effect():
+    for cls, gone, there in (
+        (AblateConfig, "eval_iters out_dir wandb_log eval_hellaswag", "seeds json max_iters seed device"),
+        (BenchConfig, "eval_iters log_interval min_lr backend", "n_layer gpu out_dir against wandb_log"),
+    ):
+        text = help_text(cls)
+        assert not [name for name in gone.split() if f"--{name}=" in text]
+        assert all(f"--{name}=" in text for name in there.split())
 
 
 def test_a_value_after_a_space_and_a_single_dash():

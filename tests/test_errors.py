@@ -2,12 +2,14 @@
 
 import json
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import TINY, assert_user_error, run_here
 
+from distrogpt.data.meta import find_dataset
 from distrogpt.errors import UserError
 from distrogpt.hardware import find_device
 
@@ -23,6 +25,34 @@ def test_datasets_that_are_not_there(tmp_path):
     assert_user_error(train_on("xyz"), "no dataset xyz", "stdlib_char")
     (tmp_path / "empty").mkdir()
     assert_user_error(train_on(tmp_path / "empty"), "train.bin is missing", "prepare.py")
+    assert_user_error(train_on("text"), "data/text/train.bin is missing", "--input FILE --name NAME")
+    (tmp_path / "book.txt").write_text("words")
+    assert_user_error(train_on(tmp_path / "book.txt"), "book.txt, which is a file", "data/text/prepare.py")
+
+
+def test_datasets_that_are_prepared_are_named(tmp_path, monkeypatch):
+    files = [
+        "mybook/train.bin",
+        "data/notes/val.bin",
+        "data/shards/train_000001.bin",
+        "texts/a",
+        "data/texts/a",
+    ]
+    for path in map(tmp_path.joinpath, files):
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"ab")
+    monkeypatch.chdir(tmp_path)
+    for name, says in {
+        "xyz": r"no dataset xyz; prepared: ((?!texts).)*mybook, ((?!texts).)*notes, shards((?!texts).)*;",
+        "mybok": r"no dataset mybok; did you mean mybook\?",
+        "data/note": r"no dataset data/note; did you mean data/notes\?",
+        "mybook/train.bin": r"no dataset mybook/train.bin, which is a file; give mybook",
+        "texts": r"data/texts/train.bin is missing",
+    }.items():
+        with pytest.raises(UserError, match=says):
+            find_dataset(name)
+    (tmp_path / "data/mybook").mkdir()  # which has nothing yet
+    assert find_dataset("mybook") == Path("mybook") and find_dataset("notes") == Path("data/notes")
 
 
 @pytest.mark.parametrize(

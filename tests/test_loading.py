@@ -10,10 +10,13 @@ import pytest
 import torch
 from conftest import NANOGPT, TINY, assert_user_error, run_here, sample_here, train_here
 
+from configurator import read_settings
 from distrogpt.checkpoint import load_checkpoint, restore_model
 from distrogpt.data.meta import read_meta
 from distrogpt.errors import UserError
 from distrogpt.loading import find_tokenizer, load_pretrained
+from distrogpt.serving.completions import parse_completion
+from distrogpt.settings import ServeConfig
 from eval import EvalConfig, measure
 from sample import Sampler
 from train import TrainConfig, train
@@ -150,6 +153,8 @@ def test_a_dataset_that_is_elsewhere_can_be_named_by_its_path(nanogpt, tmp_path,
     assert sample_here(f"--init_from={tmp_path / 'to'}", "--start=First", *GREEDY).stdout == done.stdout
     settings = {"out_dir": str(nanogpt), "device": "cpu", "dataset": str(NANOGPT), "tasks": "loss,next"}
     assert measure(EvalConfig(**settings, start="First"))["next"]["tokens"][0]["token"] == done.stdout[5]
+    flags = [*named, "--tasks=next", "--start=First", "--device=cpu"]  # of which it gives the tokenizer alone
+    assert measure(read_settings(EvalConfig, flags))["next"]["tokens"][0]["token"] == done.stdout[5]
     monkeypatch.chdir(NANOGPT.parent)
     sampler = Sampler(str(nanogpt), device="cpu", dtype="float32", dataset="nanogpt")
     assert sampler.generate("First", 1, 9, temperature=0)[0] + "\n" == done.stdout
@@ -242,7 +247,9 @@ def test_token_ids_without_a_tokenizer(out_dir, tmp_path):
     ids = model.generate(torch.tensor([[5, 7]]), 9, temperature=0)[0].tolist()
     done = sample_here(f"--out_dir={out_dir}", "--start=5 7", *GREEDY)
     assert done.stdout == " ".join(map(str, ids)) + "\n"
-    assert f"note     {out_dir}/ckpt.pt has no tokenizer: prompts and samples are token ids" in done.stderr
+    assert (
+        f"note     {out_dir}/ckpt.pt has no known tokenizer: prompts and samples are token ids" in done.stderr
+    )
     (tmp_path / "ids.txt").write_text("5,\n7\n")
     listed = sample_here(
         f"--out_dir={out_dir}", f"--start=FILE:{tmp_path / 'ids.txt'}", "--echo=False", *GREEDY
@@ -253,6 +260,9 @@ def test_token_ids_without_a_tokenizer(out_dir, tmp_path):
     for start in ("5 x", str(size), "-1", "1.5", "٣", "9" * 5000):
         wrong = sample_here(f"--out_dir={out_dir}", f"--start={start}", *GREEDY)
         assert_user_error(wrong, "is not a token id", f"numbers from 0 to {size - 1}")
+    sampler = Sampler(str(out_dir), device="cpu")  # of serve.py
+    for prompt in ("5 7", [5, 7]):
+        assert parse_completion({"prompt": prompt}, sampler, ServeConfig()).prompts[0].ids == [5, 7]
     to = tmp_path / "to"
     exported = run_here("export.py", f"--out_dir={out_dir}", f"--to={to}")
     assert exported.returncode == 0 and "It has no tokenizer" in exported.stdout

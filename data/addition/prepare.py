@@ -10,10 +10,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from distrogpt.data.preparation.problems import check_range, line_parser, write_problems
-from distrogpt.errors import cli_errors
+from distrogpt.errors import CLOSE_OTHERS, cli_errors
 
 
-@cli_errors()
+@cli_errors(CLOSE_OTHERS)
 def main() -> None:
     parser = line_parser(sys.argv[0], __doc__.splitlines()[0])
     add = parser.add_argument

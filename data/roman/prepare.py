@@ -10,7 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from distrogpt.data.preparation.problems import line_parser, write_problems
-from distrogpt.errors import cli_errors
+from distrogpt.errors import CLOSE_OTHERS, cli_errors
 
 VALUES = (1000, 900, 500, 400, 100, 90, 50, 40, 10, 9, 5, 4, 1)
 NUMERALS = dict(zip(VALUES, "M CM D CD C XC L XL X IX V IV I".split(), strict=True))
@@ -25,7 +25,7 @@ def roman(number: int) -> str:
     return text
 
 
-@cli_errors()
+@cli_errors(CLOSE_OTHERS)
 def main() -> None:
     parser = line_parser(sys.argv[0], __doc__.splitlines()[0])
     ways = ("to_roman", "from_roman", "both")

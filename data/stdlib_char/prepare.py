@@ -13,7 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from distrogpt.data.preparation.sources import argument_parser
 from distrogpt.data.preparation.writer import write_dataset
 from distrogpt.data.tokenizer import CharTokenizer
-from distrogpt.errors import UserError, cli_errors
+from distrogpt.errors import CLOSE_OTHERS, UserError, cli_errors
+from distrogpt.progress import show_wait
 
 CHARS = "\n" + "".join(map(chr, range(32, 127)))
 LEFT_OUT = {"test", "tests", "idle_test", "encodings", "site-packages", "dist-packages", "__pycache__"}
@@ -33,12 +34,13 @@ def source_files(folder: Path) -> list[str]:
     return texts
 
 
-@cli_errors()
+@cli_errors(CLOSE_OTHERS)
 def main() -> None:
     parser = argument_parser(sys.argv[0], __doc__.splitlines()[0], "another folder of Python files")
     args = parser.parse_args()
     folder = args.input or Path(sysconfig.get_path("stdlib"))
-    texts = source_files(folder)
+    with show_wait("reads the files"):
+        texts = source_files(folder)
     if len(texts) < 10:
         raise UserError(f"{folder} has only {len(texts)} plain .py files; give another --input FOLDER")
     tokenizer, source = CharTokenizer(CHARS), f"{folder}, Python {sys.version.split()[0]}"

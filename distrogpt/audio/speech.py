@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from distrogpt.checkpoint import atomic_write, first_line
-from distrogpt.errors import UserError, is_out_of_memory
+from distrogpt.errors import UserError, is_out_of_memory, path_from_here
+from distrogpt.files import locked
 
 MAX_CHARS = 400  # that a voice gets at once: its memory grows with them
 SENTENCE_PAUSE, PARAGRAPH_PAUSE, TEXT_PAUSE = 0.3, 1.2, 2.0  # seconds of silence between them
 MAX_BYTES = (1 << 32) - 1024  # of sound, which the header of a wav file can count
-INSTALL = "run: pip install -r requirements-audio.txt"
+INSTALL = f"run: pip install -r {path_from_here('requirements-audio.txt')}"
 # In a process of its own: on some systems it needs the main thread, hangs, or takes the process with it.
 SYSTEM_VOICE = """
 import sys, pyttsx3
@@ -102,7 +103,8 @@ def check_wav(path: str) -> None:
 def speak(texts: Iterable[str], voice: Voice, path: str) -> float:
     """Write texts as speech into a wav file; its seconds. If it raises UserError or MachineError, the file is
     as before."""
-    atomic_write(lambda file: write_wav(texts, voice, file), Path(path))
+    with locked(Path(f"{path}.lock"), f"another command writes {path}; wait until it ends, or name another"):
+        atomic_write(lambda file: write_wav(texts, voice, file), Path(path))
     with wave.open(path) as wav:
         return wav.getnframes() / wav.getframerate()
 

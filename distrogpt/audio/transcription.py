@@ -1,14 +1,13 @@
 """Recordings to text with Whisper, then to a dataset folder. data/audio/prepare.py calls `main`."""
 
 import argparse
-import difflib
 import errno
 import hashlib
 import os
 import re
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,9 @@ from distrogpt.data.preparation.documents import Corpus, checksum, find_files
 from distrogpt.data.preparation.own_text import known_tokenizer, make_dataset, new_folder, parse_options
 from distrogpt.data.preparation.sources import add_text_options, argument_parser, strip_patterns
 from distrogpt.data.tokenizer import END_OF_TEXT, interruptible
-from distrogpt.errors import UserError, is_out_of_memory
+from distrogpt.errors import UserError, is_out_of_memory, near_name
 from distrogpt.files import read_text, write_text
+from distrogpt.progress import bar_size, show_wait
 
 KINDS = (".mp3 .m4a .m4b .wav .flac .ogg .oga .opus .aac .wma .aif .aiff .mp4 .mkv .mka .webm .mov .caf .amr "
          ".3gp").split()  # fmt: skip
@@ -155,22 +155,24 @@ def quietest_position(audio: np.ndarray, cut_seconds: float) -> int:
 def load_model(args: argparse.Namespace) -> Any:
     """The Whisper model, from its folder, the hub's cache or the hub. Raises UserError."""
     try:
-        import av  # noqa: F401  comes with faster-whisper, and decodes the recordings
-        import onnxruntime  # noqa: F401  for its voice activity detection
-        from faster_whisper import WhisperModel, available_models
+        with show_wait("loads faster-whisper"):
+            import av  # noqa: F401  comes with it, and decodes the recordings
+            import onnxruntime  # noqa: F401  for its voice activity detection
+            from faster_whisper import WhisperModel, available_models
     except ImportError as error:
         raise UserError(f"transcribing needs faster-whisper ({error}); {INSTALL}") from None
     folder = args.model
     if not os.path.isdir(folder):
         sizes = available_models()
         if folder not in sizes and not re.fullmatch(r"[\w-]+/[\w.-]+", folder):
-            near = difflib.get_close_matches(folder, sizes, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"give a folder or one of {', '.join(sizes)}"
+            near = near_name(folder, sizes)
+            hint = f"did you mean {near}?" if near else f"give a folder or one of {', '.join(sizes)}"
             raise UserError(f"--model {folder} is neither a folder nor a size; {hint}")
         folder = download(folder)
     options = {"device": args.device, "compute_type": args.compute_type, "cpu_threads": max(1, args.workers)}
     try:
-        model = WhisperModel(folder, local_files_only=True, **options)
+        with show_wait("loads the Whisper model"):
+            model = WhisperModel(folder, local_files_only=True, **options)
     except Exception as error:  # of any kind: a damaged file, a missing device
         if is_out_of_memory(error):
             raise
@@ -238,7 +240,7 @@ def progress_bar(seconds: float) -> Any:
 
     form = "{percentage:3.0f}%|{bar}| {n:.2f} of {total:.2f} h{postfix}, {remaining} left"
     hidden = seconds < 60 or not sys.stderr.isatty()
-    return tqdm(total=seconds / 3600, bar_format=form, disable=hidden, dynamic_ncols=True)
+    return tqdm(total=seconds / 3600, bar_format=form, disable=hidden, **bar_size())
 
 
 def transcribe_all(recordings: dict[Path, Path], args: argparse.Namespace) -> None:
@@ -249,13 +251,16 @@ def transcribe_all(recordings: dict[Path, Path], args: argparse.Namespace) -> No
     model, broken, done = load_model(args), [], 0.0
     if finished := len(recordings) - len(missing):
         print(f"{finished} of {len(recordings)} recordings have their transcripts", flush=True)
-    lengths = [audio_seconds(path) for path in missing]
+    with show_wait("looks at the recordings"):
+        lengths = [audio_seconds(path) for path in missing]
     with progress_bar(sum(lengths)) as bar:
         for path, length in zip(missing, lengths, strict=True):
             name, transcript = os.fsencode(path.name).decode("utf-8", "replace"), recordings[path]
+            waits = show_wait(f"transcribes {name}") if bar.disable else nullcontext()
             try:
-                for seconds in transcribe(read_parts(path), transcript, model, args.language):
-                    show_progress(bar, done + min(seconds, length))
+                with waits:
+                    for seconds in transcribe(read_parts(path), transcript, model, args.language):
+                        show_progress(bar, done + min(seconds, length))
                 count = len(transcript.read_text(encoding="utf-8").split())
                 line = f"{name}: {count:,} words" if count else f"note: {name}: no speech was found"
             except BrokenRecording as error:
@@ -296,8 +301,10 @@ def main(description: str) -> None:
     """The command of data/audio/prepare.py."""
     parser = argument_parser(sys.argv[0], description)
     add = parser.add_argument
-    add("--input", nargs="+", metavar="PATH", help=f"recordings: files, folders, globs ({', '.join(KINDS)})")
-    add("--model", default="small", help=f"a folder in CTranslate2's format, or (default: small) {MODELS}")
+    about_input = f"recordings: files, folders, globs ({', '.join(KINDS)})"
+    add("--input", nargs="+", type=os.path.expanduser, metavar="PATH", help=about_input)
+    about_model = f"a folder in CTranslate2's format, or (default: small) {MODELS}"
+    add("--model", type=os.path.expanduser, default="small", help=about_model)
     add("--language", metavar="CODE", help="en, de, ...; by default what is heard first")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="default: auto")
     add("--compute_type", default="auto", choices=COMPUTE_TYPES, help="default: auto, the fastest")
@@ -307,7 +314,8 @@ def main(description: str) -> None:
     patterns, text = strip_patterns(args), args.output / "transcripts.txt"
     known_tokenizer(args.tokenizer)  # which is checked before hours of work
     with new_folder(args):
-        recordings = find_recordings(args, args.output / "transcripts")
+        with show_wait("looks at the recordings"):
+            recordings = find_recordings(args, args.output / "transcripts")
         # a large Whisper computes for minutes in one call; files are written atomically
         with interruptible():
             transcribe_all(recordings, args)

@@ -19,7 +19,7 @@ import torch
 
 from distrogpt.benchmark import plan
 from distrogpt.benchmark.timing import open_data, seconds_of
-from distrogpt.benchmark.training import Trainer, TrainingStep
+from distrogpt.benchmark.training import Trainer, TrainingStep, recipe_line
 from distrogpt.errors import UserError, is_out_of_memory
 from distrogpt.runtime import Runtime
 from distrogpt.settings import BenchConfig
@@ -149,6 +149,7 @@ def bench_batch(
             f"one sequence needs {first.memory / 2**30:,.2f} GiB, {trials.room / 2**30:,.2f} can be used; "
             "lower --block_size or --n_embd, or set --activation_checkpointing=True"
         )
+    print(f"model    {trials.counts.parameters:,} parameters\n{recipe_line(config)}")
     print("   batch          ms      tokens/s       memory")
     rows = []
     for trial in results.values():

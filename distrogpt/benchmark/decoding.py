@@ -8,8 +8,16 @@ from typing import Any
 
 import torch
 
-from distrogpt.benchmark.timing import open_data, quartiles, ratio, seconds_of, spread, synchronize
-from distrogpt.benchmark.training import baseline_generate, new_weights
+from distrogpt.benchmark.timing import (
+    dtype_name,
+    open_data,
+    quartiles,
+    ratio,
+    seconds_of,
+    spread,
+    synchronize,
+)
+from distrogpt.benchmark.training import baseline_generate, describe_network, new_weights, print_other_side
 from distrogpt.errors import UserError
 from distrogpt.hardware import measured_bandwidth
 from distrogpt.inference.decoder import optimize_for_inference, stream
@@ -61,7 +69,7 @@ def bench_generate(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
         models[name] = optimize_for_inference(replica, runtime.dtype, int8, compiled)
     vocab_size, half = model.config.vocab_size, config.block_size // 2
     if config.against:
-        baseline = baseline_generate(config, n_tokens, vocab_size, runtime)
+        baseline, their_runtime = baseline_generate(config, n_tokens, vocab_size, runtime)
     prompt = torch.randint(vocab_size, (1, half), device=runtime.device)
     short = prompt[:, :PROMPT]
     runs = [(name, B) for name in models for B in sorted({1, config.num_samples})]
@@ -80,8 +88,11 @@ def bench_generate(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
             total["other"].append(n_tokens / seconds_of(baseline, short, runtime=runtime))
         bandwidths.append(measured_bandwidth(runtime.device))
     bandwidth = statistics.median(bandwidths)
-    size = f"{model.get_num_params(False):,} parameters"
-    print(f"model    {size}, random; prompt {PROMPT}, then {n_tokens} tokens")
+    what = f"{describe_network(config)}; {dtype_name(runtime.dtype)}{'; compiled' if compiled else ''}"
+    print(f"model    {model.get_num_params(False):,} parameters, random: {what}")
+    if config.against:
+        print_other_side(config, their_runtime, None)
+    print(f"text     prompt {PROMPT}, then {n_tokens} tokens")
     print(f"memory   read at {bandwidth / 1e9:,.0f} GB/s")
     n_weights = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, torch.nn.Linear))
     result: dict[str, Any] = {"bandwidth": bandwidth, "runs": []}

@@ -2,10 +2,10 @@
 
 Memory is counted on the model itself; times are computed from data sheets. Compute runs at a given, measured
 or assumed MFU, whatever the batch; recomputing activations adds a third. The optimizer moves 40 bytes per
-parameter (AdamW 28, clipping 12). A ring's slowest link (NVLink, or all network cards of a node) reaches
-LINK_SHARE of its rate, and each message costs LATENCY per doubling of the ranks. DDP reduces fp32 gradients
-once per step, hidden behind the last backward pass except for the last bucket; FSDP2 gathers weights twice
-and scatters gradients in each micro-step, hidden behind all of it.
+parameter (AdamW 28, clipping 12), and Muon multiplies. A ring's slowest link (NVLink, or all network cards of
+a node) reaches LINK_SHARE of its rate, and each message costs LATENCY per doubling of the ranks. DDP reduces
+fp32 gradients once per step, hidden behind the last backward pass except for the last bucket; FSDP2 gathers
+weights twice and scatters gradients in each micro-step, hidden behind all of it.
 
 MFUs of published runs: nanoGPT's 600,000 steps of 0.49 M tokens in 4 days on 8 A100 40GB, 0.29; llm.c's 10 B
 tokens in 45 minutes on 8 H100, 0.40, and in 90 minutes on 8 A100 80GB, 0.63.
@@ -22,7 +22,7 @@ import torch
 import torch.nn as nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from distrogpt.benchmark.training import TrainingStep, bench_step
+from distrogpt.benchmark.training import TrainingStep, bench_step, recipe_line, with_gpt2_shape
 from distrogpt.data.dataset import find_parts, open_dataset
 from distrogpt.data.meta import GPT2_META
 from distrogpt.errors import UserError
@@ -32,6 +32,7 @@ from distrogpt.kernels import replace_layers
 from distrogpt.kernels.cpu import causal_mask, use_cpu_kernels
 from distrogpt.runtime import Runtime
 from distrogpt.settings import BenchConfig
+from distrogpt.training.optim import num_submatrices
 from distrogpt.training.startup import new_model_config, resolve_max_iters, samples_per_step
 from model import GPT, Attention, GPTConfig
 
@@ -44,9 +45,6 @@ COMPILER = 80e6  # bytes of torch's compiler, which DDP, FSDP2 and activation_ch
 DISK, PAGE = 1e9, 4096  # bytes/s of a node's SSD; bytes that a system reads at once
 # columns of the memory table, and their widths
 MEMORY_COLUMNS = {"weights": 7, "gradients": 9, "averages": 8, "activations": 11, "more": 5, "peak": 5}
-# layers, heads, width (Radford et al., 2019)
-GPT2_SHAPES = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024)}
-GPT2_SHAPES |= {"gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600)}
 UNKNOWN = GPU("", 0, 0, None, 32, 12.5)  # PCIe, and eight that share 100 Gbit/s
 
 
@@ -73,6 +71,7 @@ class Counts(NamedTuple):
     matrices: int  # parameters that Muon updates
     averages: int  # bytes of the optimizer's state
     flops_per_token: int
+    update_flops: float  # of Muon's products, which each rank computes for all matrices
     item: int  # bytes of a block's weight in the compute dtype
     block_fixed: int
     block_each: int
@@ -126,11 +125,7 @@ def planned_shape(config: BenchConfig) -> tuple[BenchConfig, GPTConfig, bool]:
     """The settings, with GPT-2's shape if init_from names one; the network; whether the dataset is here.
     Without a dataset, the vocabulary is GPT-2's. Raises UserError if the shape is in a file, or if max_epochs
     needs a dataset that is not here."""
-    if config.init_from in GPT2_SHAPES:
-        layers, heads, width = GPT2_SHAPES[config.init_from]
-        config = replace(config, init_from="scratch", n_layer=layers, n_head=heads, n_embd=width, bias=True)
-    elif config.init_from not in ("scratch", "resume", "auto"):
-        raise UserError(f"plan cannot see into init_from={config.init_from}; give its shape in the settings")
+    config = with_gpt2_shape(config)
     meta, has_data = GPT2_META, False
     if config.real_data:
         with suppress(UserError):
@@ -195,16 +190,29 @@ def count(shape: GPTConfig, config: BenchConfig, half: bool, on_gpu: bool) -> Co
         model = GPT(shape)
     in_blocks = list(model.transformer.h.parameters())
     N = model.get_num_params(non_embedding=False)
-    matrices, averages = 0, 8 * N
+    matrices, averages, update_flops = 0, 8 * N, 0.0
     if config.optimizer == "muon":
         matrices = sum(p.numel() for p in in_blocks if p.dim() == 2)
-        averages = 8 * N - 4 * matrices
+        averages, update_flops = 8 * N - 4 * matrices, muon_flops(model)
     elif config.optimizer == "sgd":
         averages = 4 * N if config.momentum else 0
     head = [saved[1, 2] - block[0], saved[1, 3] - block[1]]
     fixed_and_each = [size for two, three in (block, head) for size in (3 * two - 2 * three, three - two)]
     tables, item = N - sum(p.numel() for p in in_blocks), 2 if half else 4
-    return Counts(shape, N, tables, matrices, averages, model.flops_per_token(), item, *fixed_and_each)
+    return Counts(
+        shape, N, tables, matrices, averages, model.flops_per_token(), update_flops, item, *fixed_and_each
+    )
+
+
+def muon_flops(model: GPT) -> float:
+    """FLOPs of an update by Muon: optim.py's orthogonalize, of all matrices of the blocks."""
+    flops = 0.0
+    for name, p in model.transformer.h.named_parameters():
+        if p.dim() == 2:
+            parts = num_submatrices(name, model.config)
+            short, long = sorted((p.size(0) // parts, p.size(1)))
+            flops += parts * (4 * short**2 * long + 18 * short**3)
+    return flops
 
 
 def memory(counts: Counts, hardware: Hardware, split: Split) -> dict[str, float]:
@@ -263,6 +271,8 @@ def step_time(counts: Counts, hardware: Hardware, split: Split, mfu: float) -> d
     tokens = split.B * counts.shape.block_size
     micro_step = counts.flops_per_token * tokens / (hardware.peak * mfu) * (4 / 3 if split.recompute else 1)
     update = 40 * counts.parameters / (split.n if shard else 1) / (hardware.memory_bandwidth or math.inf)
+    if hardware.memory_bandwidth:  # of this CPU, an MFU that includes the update was measured
+        update += counts.update_flops / (hardware.peak * mfu)
     once, last = exchange(counts, hardware, split.n, shard)
     # it overlaps with a whole micro-step, or with the backward pass: 2/3 of it, 3/4 when recomputing
     overlap = 1.0 if shard else 3 / 4 if split.recompute else 2 / 3
@@ -397,7 +407,7 @@ def print_memory(config: BenchConfig, hardware: Hardware, counts: Counts, result
         f"{hardware.peak / 1e12:,.3g} TFLOP/s, {hardware.link / 1e9:,.0f} GB/s in a node, "
         f"{hardware.network * 8 / 1e9:,.4g} Gbit/s between\n"
         f"model    {shape.n_layer}/{shape.n_head}/{shape.n_embd}, {counts.parameters:,} parameters, "
-        f"{counts.flops_per_token / 1e9:,.3g} GFLOP a token"
+        f"{counts.flops_per_token / 1e9:,.3g} GFLOP a token\n{recipe_line(config)}"
     )
     if (n * run["rounds"], run["B"]) != (steps, config.batch_size):
         why = f"cannot be shared among {n:,}" if steps % n else "do not fit"

@@ -22,7 +22,8 @@ import numpy as np
 import torch
 
 from distrogpt.benchmark.timing import ROOT, dtype_name
-from distrogpt.errors import UserError
+from distrogpt.errors import UserError, command
+from distrogpt.files import locked
 from distrogpt.plotting import draw, points, read_log, write_figure
 from distrogpt.runtime import Runtime
 from distrogpt.settings import BenchConfig
@@ -109,7 +110,14 @@ class Part:
 
 def bench_report(config: BenchConfig, runtime: Runtime, parts: list[Part] | None = None) -> Result:
     """Run the parts, by default those for this device, and write the report. The last report is renamed, the
-    one before it removed."""
+    one before it removed. Raises UserError if another process writes one here."""
+    advice = "wait until it ends, or start this one in another folder"
+    with locked(Path(f"{FOLDER}.lock"), f"another bench.py writes to {FOLDER}; {advice}"):
+        return write_report(config, runtime, parts)
+
+
+def write_report(config: BenchConfig, runtime: Runtime, parts: list[Part] | None) -> Result:
+    """As bench_report, which keeps others out."""
     begin = time.monotonic()
     with suppress(ValueError):  # SIGTERM ends the running part too, as Ctrl-C does; not in other threads
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -217,7 +225,7 @@ def all_parts(config: BenchConfig, runtime: Runtime) -> list[Part]:
             parts.append(Part(name, title, [], float(seconds)))
     for part in parts:
         if part.name in TARGETS and not SHAKESPEARE.is_file():
-            part.status = "not run: first python data/shakespeare_char/prepare.py"
+            part.status = f"not run: first {command('data/shakespeare_char/prepare.py')}"
         elif part.name in TARGETS:
             words = [part.name, f"--out_dir={part.name}", "--loss_plot=False", device[0]]
             part.commands = [[str(ROOT / "train.py"), *words]]

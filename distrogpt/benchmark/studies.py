@@ -20,7 +20,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from distrogpt.benchmark import timing
-from distrogpt.benchmark.training import Trainer, TrainingStep, new_model
+from distrogpt.benchmark.training import (
+    Trainer,
+    TrainingStep,
+    describe,
+    describe_network,
+    new_model,
+    recipe_of,
+)
 from distrogpt.checkpoint import NEWEST, atomic_write, training_state
 from distrogpt.data.dataset import Dataset
 from distrogpt.data.meta import GPT2_META
@@ -29,7 +36,7 @@ from distrogpt.kernels import replace_layers
 from distrogpt.kernels.cpu import CPUAttention, CPUDropout, to_device
 from distrogpt.plotting import new_figure, write_figure
 from distrogpt.runtime import Runtime, start_runtime
-from distrogpt.settings import BenchConfig
+from distrogpt.settings import RECIPE, BenchConfig
 from distrogpt.training.logger import TrainLogger
 from distrogpt.training.run_directory import RunDirectory
 from distrogpt.training.startup import new_model_config
@@ -41,8 +48,8 @@ COUNT = 48  # questions of a round
 BATCHES = (1, 4, 16, COUNT)
 
 
-def ladder_rungs(config: BenchConfig, meta: dict, runtime: Runtime) -> dict[str, dict[str, Any]]:
-    """What each rung adds to those below it; the first is plain fp32."""
+def ladder_rungs(config: BenchConfig, data: Dataset, runtime: Runtime) -> dict[str, dict[str, Any]]:
+    """What each rung adds to those below it: from GPT-2 with AdamW in plain fp32 to the settings."""
     on_gpu = runtime.device.type == "cuda"
     first = {"dropout": True} if on_gpu else {"padded": True}  # no rungs there
     rungs = {"fp32, plain": first, "TF32" if on_gpu else "oneDNN products": {"products": True}}
@@ -51,11 +58,13 @@ def ladder_rungs(config: BenchConfig, meta: dict, runtime: Runtime) -> dict[str,
     rungs["attention kernel"] = {"attention": True}
     if config.dropout and not on_gpu:
         rungs["dropout by bytes"] = {"dropout": True}
-    if not on_gpu:
-        rungs["exact GELU"] = {"activation": "gelu"}
-    elif meta["vocab_size"] == 50257:
+    if on_gpu and data.meta["vocab_size"] == 50257:
         rungs["padded vocabulary"] = {"padded": True}
-    return {**rungs, "fused AdamW": {"fused": True}, "compile": {"compile": True}}
+    rungs["fused AdamW"] = {"fused": True}
+    rungs |= {f"{name}={value}": {name: value} for name, value in recipe_of(config).items()}
+    if new_model(config, data, runtime).is_compiled:
+        rungs["compile"] = {"compile": True}
+    return rungs
 
 
 class PlainAttention(Attention):
@@ -70,9 +79,9 @@ class PlainAttention(Attention):
 def rung_step(
     training_step: TrainingStep, config: BenchConfig, data: Dataset, runtime: Runtime, on: dict[str, Any]
 ) -> timing.Step:
-    """GPT-2's training step with the improvements `on` alone."""
-    gpt2 = {"activation": on.get("activation", "gelu_tanh"), "optimizer": "adamw", "n_kv_head": None}
-    config = replace(config, compile=on.get("compile", False), **gpt2)
+    """The training step of GPT-2 with AdamW, in the settings' size, with the improvements `on` alone."""
+    recipe = {name: on.get(name, getattr(BenchConfig, name)) for name in RECIPE}
+    config = replace(config, compile=on.get("compile", False), **recipe)
     runtime = replace(runtime, dtype=on.get("dtype", torch.float32))
     model, plain = new_model(config, data, runtime, padded=on.get("padded", False)), {}
     if not on.get("dropout"):
@@ -93,7 +102,11 @@ def bench_ladder(config: BenchConfig, runtime: Runtime, training_step: TrainingS
     by all gains so far: measured later, on a busier machine, it would seem slower."""
     data, on = timing.open_data(config), {}
     rungs, below, total = [], None, 1.0
-    for name, improvement in ladder_rungs(config, data.meta, runtime).items():
+    todo = ladder_rungs(config, data, runtime)
+    size = f"{config.n_layer}/{config.n_head}/{config.n_embd}"
+    print(f"ladder   from GPT-2 {size}; AdamW; plain float32")
+    print(f"         to {describe(config, runtime, 'compile' in todo)}")
+    for name, improvement in todo.items():
         on |= improvement
         step = rung_step(training_step, config, data, runtime, on)
         pair: dict[str, timing.Step] = {name: step} if below is None else {"below": below, name: step}
@@ -102,15 +115,15 @@ def bench_ladder(config: BenchConfig, runtime: Runtime, training_step: TrainingS
         total *= gain
         ms = rungs[0]["ms"] / total if below else statistics.median(times[name]) * 1000
         rungs.append({"rung": name, "ms": ms, "gain": gain, "total": total})
-        print(f"{name:18} {ms:10.2f} ms   x {gain:.2f}   {total:6.2f} times the first", flush=True)
+        print(f"{name:22} {ms:10.2f} ms   x {gain:.2f}   {total:6.2f} times the first", flush=True)
         below = step
     if runtime.device.type == "cuda":
         cpu = start_runtime("cpu")
         trainer = Trainer(training_step, replace(config, batch_size=1, compile=False), data, cpu)
         ms = statistics.median(timing.alternate({"": trainer}, 1, 2, cpu)[""]) * 1000 * config.batch_size
-        print(f"{'CPU, all but compile':18} {ms:10.2f} ms for as many sequences")
+        print(f"{'CPU, all but compile':22} {ms:10.2f} ms for as many sequences")
         rungs.append({"rung": "CPU", "ms": ms, "gain": rungs[-1]["ms"] / ms, "total": rungs[0]["ms"] / ms})
-    plot_ladder(rungs, f"{config.n_layer}/{config.n_head}/{config.n_embd}, {runtime.describe()}")
+    plot_ladder(rungs, f"{size}, {runtime.describe()}")
     return {"rungs": rungs}
 
 
@@ -147,7 +160,7 @@ def bench_checkpoint(config: BenchConfig, runtime: Runtime, training_step: Train
     times = timing.alternate({"ours": trainer}, config.warmup_steps, config.bench_steps, runtime)["ours"]
     step = statistics.median(times)
     costs: dict[str, list[float]] = {"wait": [], "lost": [], "write": []}
-    print(f"step     {step * 1000:,.1f} ms median, {trainer.model.get_num_params(False):,} parameters")
+    print(f"step     {step * 1000:,.1f} ms median, {trainer.describe()}")
 
     state = TrainState()
     state.val_loss = 3.0  # as after an evaluation
@@ -206,7 +219,7 @@ def bench_logs(config: BenchConfig, runtime: Runtime, training_step: TrainingSte
     step, line = statistics.median(steps), statistics.mean(lines)
     interval = config.eval_interval * step  # seconds between two pictures
     cost = line + picture / config.eval_interval
-    print(f"step     {step * 1000:,.2f} ms median, {trainer.model.get_num_params(False):,} parameters")
+    print(f"step     {step * 1000:,.2f} ms median, {trainer.describe()}")
     print(f"lines    {line * 1000:.3f} ms a step, {line / step:.2%}: screen, log.csv, TensorBoard")
     print(f"picture  {picture * 1000:,.0f} ms of the whole machine, every {interval:,.0f} s")
     print(f"cost     {cost * 1000:.3f} ms a step, {cost / step:.2%}")
@@ -249,6 +262,8 @@ def bench_questions(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
     torch.manual_seed(config.seed)
     shape = replace(new_model_config(config, GPT2_META), zero_init=False)  # all its endings would be equal
     model = to_device(GPT(shape), runtime.device).eval()
+    what = f"{describe_network(config)}; {timing.dtype_name(runtime.dtype)}"
+    print(f"model    {model.get_num_params(False):,} parameters, random: {what}")
     questions, chosen = random_questions(COUNT, config.block_size), {}
     ways = {"one by one": one_by_one}
     ways |= {f"batches of {size}": partial(answer_multiple_choice, batch_size=size) for size in BATCHES}

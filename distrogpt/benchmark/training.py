@@ -3,7 +3,9 @@ transformers' GPT-2."""
 
 import importlib.util
 import math
+import os
 import sys
+import textwrap
 from collections.abc import Callable
 from contextlib import AbstractContextManager, redirect_stdout
 from dataclasses import dataclass, replace
@@ -21,15 +23,57 @@ from distrogpt.hardware import measured_flops, peak_flops
 from distrogpt.kernels.compile import maybe_compile
 from distrogpt.kernels.cpu import to_device
 from distrogpt.runtime import Runtime
-from distrogpt.settings import BenchConfig
+from distrogpt.settings import RECIPE, BenchConfig
 from distrogpt.training.batches import BatchLoader, MicroBatch
 from distrogpt.training.optim import make_optimizers
 from distrogpt.training.startup import initial_model, resolve_max_iters, samples_per_step
-from model import GPT
+from model import GPT, GPTConfig
 
 HF = "transformers"
 TRACE = "bench_trace.json"
+OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon", "sgd": "SGD"}
+# layers, heads, width (Radford et al., 2019)
+GPT2_SHAPES = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024)}
+GPT2_SHAPES |= {"gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600)}
 TrainingStep = Callable[..., Any]  # train.py's, which bench.py hands in: the package imports no command
+
+
+def with_gpt2_shape(config: BenchConfig) -> BenchConfig:
+    """The settings with GPT-2's shape if init_from names one. Raises UserError if the shape is in a file."""
+    source = config.init_from.removeprefix("auto:")
+    if source in GPT2_SHAPES:
+        layers, heads, width = GPT2_SHAPES[source]
+        gpt2 = {name: getattr(BenchConfig, name) for name in RECIPE}
+        gpt2 |= {"bias": True, "optimizer": config.optimizer}
+        return replace(config, init_from="scratch", n_layer=layers, n_head=heads, n_embd=width, **gpt2)
+    if source not in ("scratch", "resume", "auto"):
+        advice = "give its shape in the settings, and --init_from=scratch"
+        raise UserError(f"{config.measurement} cannot see into init_from={config.init_from}; {advice}")
+    return config
+
+
+def recipe_of(config: BenchConfig) -> dict[str, Any]:
+    """The settings of network and optimizer that differ from those of GPT-2 with AdamW."""
+    values = {name: getattr(config, name) for name in RECIPE}
+    return {name: value for name, value in values.items() if value != getattr(BenchConfig, name)}
+
+
+def describe_network(config: BenchConfig) -> str:
+    parts = [f"{name}={value}" for name, value in recipe_of(config).items() if name != "optimizer"]
+    return f"GPT-2 with {', '.join(parts)}" if parts else "GPT-2"
+
+
+def recipe_line(config: BenchConfig) -> str:
+    """Network and optimizer, of a run that is not timed as a whole."""
+    line = f"recipe   {describe_network(config)}; {OPTIMIZERS[config.optimizer]}"
+    return textwrap.fill(line, 110, subsequent_indent=9 * " ")
+
+
+def describe(config: BenchConfig, runtime: Runtime, compiled: bool) -> str:
+    """What is timed as a training step: network, optimizer, compute dtype, and whether it is compiled."""
+    how = "compiled" if compiled else "not compiled"
+    words = (describe_network(config), OPTIMIZERS[config.optimizer], timing.dtype_name(runtime.dtype), how)
+    return "; ".join(words)
 
 
 @dataclass
@@ -53,6 +97,11 @@ class Trainer:
         if self.data is not None:
             self.batches = BatchLoader(self.data, self.config, self.runtime, 0)
 
+    def describe(self) -> str:
+        """The model's size, and what is timed."""
+        what = describe(self.config, self.runtime, self.model.is_compiled)
+        return f"{self.model.get_num_params(False):,} parameters: {what}"
+
     def train(self, batches: BatchLoader | list[MicroBatch]) -> Any:
         """One step on these micro-batches."""
         settings = (self.config.grad_clip, self.runtime)
@@ -73,7 +122,8 @@ def new_model(config: BenchConfig, data: Dataset, runtime: Runtime, padded: bool
     if not padded:  # GPT-2's vocabulary
         model = GPT(replace(model.config, vocab_size=data.meta["vocab_size"]))
     model.activation_checkpointing = config.activation_checkpointing
-    maybe_compile(model, config.compile, runtime.device, resolve_max_iters(config, data).max_iters)
+    steps = resolve_max_iters(config, data).max_iters
+    model.is_compiled = maybe_compile(model, config.compile, runtime.device, steps)
     return to_device(model, runtime.device).train()
 
 
@@ -150,27 +200,60 @@ def baseline_trainer(config: BenchConfig, data: Dataset, vocab_size: int, runtim
     with redirect_stdout(None):
         optimizer = model.configure_optimizers(*settings)
     if device.type == "cuda":
-        maybe_compile(model, config.compile, device, config.max_iters)
+        model.is_compiled = maybe_compile(model, config.compile, device, config.max_iters)
     else:
-        runtime = replace(runtime, dtype=torch.float32)
+        model.is_compiled, runtime = False, replace(runtime, dtype=torch.float32)
     return Trainer(baseline_step, config, data, runtime, model, [optimizer])
+
+
+def gpt2_flops_per_token(shape: GPTConfig) -> int:
+    """Of a training step of GPT-2 in this size."""
+    gpt2 = {name: getattr(GPTConfig, name) for name in RECIPE if name != "optimizer"}
+    with torch.device("meta"):
+        return GPT(replace(shape, **gpt2)).flops_per_token()
+
+
+def baseline_name(config: BenchConfig) -> str:
+    """What the other side is called in tables."""
+    name = HF if config.against == HF else Path(config.against).resolve().name
+    return "theirs" if name in ("", "ours") else name
+
+
+def print_other_side(config: BenchConfig, runtime: Runtime, compiled: bool | None) -> None:
+    """What config.against is, in this dtype, and what it lacks of the settings; `compiled` is None if it does
+    not train."""
+    name, recipe = baseline_name(config), recipe_of(config)
+    has = {"bias": True} if config.against == HF else {"bias": config.bias, "activation": "gelu"}
+    gpt2 = replace(config, **{name: has.get(name, getattr(BenchConfig, name)) for name in RECIPE})
+    if compiled is None:
+        recipe.pop("optimizer", None)
+        print(f"{name:8} {describe_network(gpt2)}; {timing.dtype_name(runtime.dtype)}")
+    else:
+        print(f"{name:8} {describe(gpt2, runtime, compiled)}")
+    lacks = [f"{key}={value}" for key, value in recipe.items() if getattr(gpt2, key) != value]
+    if lacks:
+        print(f"note     {name} has no {', '.join(lacks)}: it is timed as GPT-2 in the same size")
 
 
 def baseline_generate(
     config: BenchConfig, max_new_tokens: int, vocab_size: int, runtime: Runtime
-) -> Callable[[torch.Tensor], None]:
-    """Samples tokens after a prompt (1, T) as nanoGPT's sample.py does; transformers in our compute dtype."""
+) -> tuple[Callable[[torch.Tensor], None], Runtime]:
+    """Samples tokens after a prompt (1, T) as nanoGPT's sample.py does, and the dtype in which it computes:
+    ours with transformers, fp32 with nanoGPT on CPUs."""
     model = baseline_model(config, vocab_size).to(runtime.device).eval()
+    float32 = replace(runtime, dtype=torch.float32)  # without autocast
+    theirs = runtime if config.against == HF or runtime.device.type != "cpu" else float32
     if config.against == HF:
         model.to(runtime.dtype)
-    if config.against == HF or runtime.device.type == "cpu":
-        runtime = replace(runtime, dtype=torch.float32)  # without autocast
+        runtime = float32
+    else:
+        runtime = theirs
 
     def generate(idx: torch.Tensor) -> None:
         with default_precision(runtime), runtime.autocast():
             model.generate(idx, max_new_tokens, temperature=0.8, top_k=200)
 
-    return generate
+    return generate, theirs
 
 
 def profile(step: timing.Step, runtime: Runtime) -> None:
@@ -181,8 +264,10 @@ def profile(step: timing.Step, runtime: Runtime) -> None:
         timing.synchronize(runtime)
     order = "self_cuda_time_total" if runtime.device.type == "cuda" else "self_cpu_time_total"
     print(profiler.key_averages().table(sort_by=order, row_limit=15, max_name_column_width=40))
-    with writable(TRACE) as file:
-        profiler.export_chrome_trace(file)
+    with writable(TRACE):
+        temporary = f"{TRACE}.{os.getpid()}.part"
+        profiler.export_chrome_trace(temporary)
+        os.replace(temporary, TRACE)
     print(f"trace    {Path(TRACE).resolve()}: open it at chrome://tracing or https://ui.perfetto.dev")
 
 
@@ -195,21 +280,22 @@ def bench_step(config: BenchConfig, runtime: Runtime, training_step: TrainingSte
         for _ in range(2):  # the peak of our model alone, before the baseline is built
             trainer()
         memory = timing.peak_memory(runtime)
-        name = HF if config.against == HF else Path(config.against).resolve().name
-        if name in ("", "ours"):
-            name = "theirs"
-        steps[name] = baseline_trainer(config, data, model.config.vocab_size, runtime)
+        name = baseline_name(config)
+        steps[name] = theirs = baseline_trainer(config, data, model.config.vocab_size, runtime)
     times = timing.alternate(steps, config.warmup_steps, config.bench_steps, runtime)
     memory = memory or timing.peak_memory(runtime)  # before peak_flops, which takes memory of its own
     peak, shape, sequences = peak_flops(runtime.device, runtime.dtype), model.config, samples_per_step(config)
     tokens, size = sequences * config.block_size, f"{shape.n_layer}/{shape.n_head}/{shape.n_embd}"
-    print(f"model    {size}, {model.get_num_params(False):,} parameters")
+    print(f"model    {size}, {trainer.describe()}")
+    if config.against:
+        print_other_side(config, theirs.runtime, theirs.model.is_compiled)
     print(f"step     {sequences} sequences of {config.block_size} = {tokens:,} tokens")
     results = {}
     for label, seconds in times.items():
         results[label] = step = timing.spread(seconds)
         step["tokens_per_second"] = tokens / step["median"]
-        step["flops"] = model.flops_per_token() * step["tokens_per_second"]
+        flops = model.flops_per_token() if label == "ours" else gpt2_flops_per_token(shape)
+        step["flops"] = flops * step["tokens_per_second"]
         step["mfu"] = step["flops"] / peak
         if len(times) > 1:
             print(f"{label}:")

@@ -1,35 +1,77 @@
 """The folder of a dataset, and what its meta.json, or nanoGPT's meta.pkl, says of the token ids in it."""
 
-import difflib
 import json
 import os
 import pickle
+import re
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from distrogpt.errors import UserError
+from distrogpt.data.token_stream import NAMING, how_to_prepare
+from distrogpt.errors import UserError, near_name
 
 DATA = Path(__file__).resolve().parents[2] / "data"
+DATASET_FILE = re.compile(r"(train|val)(_.*)?\.bin|meta\.(json|pkl|json\.tmp)|progress.*\.json")
 MAX_PICKLE = 1 << 26  # bytes: a vocabulary of all of Unicode fits
 GPT2_META = {"tokenizer": {"kind": "gpt2"}, "vocab_size": 50257, "dtype": "uint16"}
 
 
+def folders_of(name: str) -> list[Path]:
+    """Where the dataset of that name may be: data/NAME here or in the repository, or NAME as a path."""
+    return [Path("data") / name, DATA / name, Path(name)]
+
+
+def has_dataset(folder: Path, suffix: str = "") -> bool:
+    """Whether a folder has token ids or their meta, complete or not, in a file of that suffix."""
+    with suppress(OSError, ValueError):  # it is not there; ValueError: a null character in the name
+        names = os.listdir(folder)
+        return any(name.endswith(suffix) and DATASET_FILE.fullmatch(name) for name in names)
+    return False
+
+
 def dataset_folder(name: str) -> Path | None:
     """The folder that find_dataset finds, or None."""
-    for folder in (Path("data") / name, DATA / name, Path(name)):
-        if os.path.isdir(folder):  # Path.is_dir raises OSError for 5,000 characters
-            return folder
-    return None
+    return next(filter(has_dataset, folders_of(name)), None)
 
 
 def find_dataset(name: str) -> Path:
     """The folder of a dataset: data/NAME here or in the repository, or NAME as a path. Raises UserError."""
     if folder := dataset_folder(name):
         return folder
-    known = sorted(path.parent.name for path in DATA.glob("*/prepare.py"))
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"data/ has {', '.join(known)}"
+    if folder := next(filter(os.path.isdir, folders_of(name)), None):
+        raise UserError(f"{folder / 'train.bin'} is missing; {how_to_prepare(folder)}")
+    if os.path.isfile(name):
+        here = has_dataset(Path(name).parent)
+        hint = f"give {Path(name).parent}" if here else how_to_prepare(DATA / "text")
+        raise UserError(f"no dataset {name}, which is a file; {hint}")
+    scripts = {path.parent.name for path in DATA.glob("*/prepare.py")}
+    hint = did_you_mean(name, scripts - set(NAMING))
+    hint = hint or f"prepared: {prepared_names(name)}; data/ can make {', '.join(sorted(scripts))}"
     raise UserError(f"no dataset {name[:200]}; {hint}")
+
+
+def prepared_near(name: str) -> list[str]:
+    """The names of the datasets that are where find_dataset looks for this one."""
+    found: set[str] = set()
+    for parent in (folder.parent for folder in folders_of(name)):
+        with suppress(OSError, ValueError):
+            found.update(entry for entry in os.listdir(parent) if has_dataset(parent / entry, ".bin"))
+    return [str(Path(name).parent / entry) for entry in sorted(found)]
+
+
+def prepared_names(name: str) -> str:
+    """The same as text."""
+    names = prepared_near(name)
+    return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if names[20:] else "") or "none"
+
+
+def did_you_mean(name: str, others: Iterable[str]) -> str:
+    """A question whether one of the datasets near there is meant, or one of the others; empty if none is."""
+    by_last_part = {Path(known).name: known for known in [*others, *prepared_near(name)]}
+    near = near_name(Path(name).name, by_last_part)
+    return f"did you mean {by_last_part[near]}?" if near else ""
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
@@ -42,7 +84,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
         return GPT2_META
     try:
         if path.is_file():
-            return checked_meta(json.loads(path.read_text(encoding="utf-8")))
+            return checked_meta(json.loads(path.read_bytes()))
         path = pickled
         return checked_meta(read_meta_pickle(path))
     except Exception as error:  # bytes from anywhere can fail in any way

@@ -12,12 +12,27 @@ from typing import Any
 
 import numpy as np
 
-from distrogpt.errors import UserError
+from distrogpt.errors import UserError, path_from_here
 
 IDS_CHECKED = 1 << 28  # at the start; the ids beyond are checked batch by batch
 FILES_CHECKED = 64  # at the start, evenly spaced; the others are opened when a batch reads them
 CHUNK = 1 << 22  # ids that a scan reads at once
 MAX_MAPS = 128  # files mapped at the same time; each map holds a file descriptor
+
+NAMING = {  # folders of scripts that make datasets of other names, and how these are called
+    "text": "data/text/prepare.py --input FILE --name NAME, then --dataset=NAME",
+    "audio": "data/audio/prepare.py --input FOLDER --name NAME, then --dataset=NAME",
+    "hub": "data/hub/prepare.py --dataset OWNER/SET --output data/NAME, then --dataset=NAME",
+}
+
+
+def how_to_prepare(folder: Path) -> str:
+    """What to run if a dataset's token files are missing."""
+    script = folder / "prepare.py"
+    if not script.is_file():
+        return "write it with a prepare.py"
+    _, space, options = NAMING.get(folder.resolve().name, "").partition(" ")
+    return f"run: python {path_from_here(script.resolve())}{space}{options}"
 
 
 class TokenStream:
@@ -37,9 +52,7 @@ class TokenStream:
         single = folder / f"{split}.bin"
         self.paths = [single] if single.is_file() else sorted(folder.glob(f"{split}_*.bin"))
         if not self.paths:
-            script = folder / "prepare.py"
-            advice = f"run: python {script}" if script.is_file() else "write it with a prepare.py"
-            raise UserError(f"{single} is missing; {advice}")
+            raise UserError(f"{single} is missing; {how_to_prepare(folder)}")
         self.signatures = [file_signature(path) for path in self.paths]
         self.offsets = [0]  # of each file in the sequence, then the end
         for path, (size, _) in zip(self.paths, self.signatures, strict=True):

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from distrogpt.errors import UserError, warn
+from distrogpt.progress import show_wait
 
 END_OF_TEXT = "<|endoftext|>"
 GPT2_FILES = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
@@ -187,7 +188,8 @@ class GPT2Tokenizer(TiktokenTokenizer):
         import tiktoken
 
         try:
-            self.bpe = tiktoken.get_encoding("gpt2")
+            with show_wait("loads GPT-2's tokenizer"):
+                self.bpe = tiktoken.get_encoding("gpt2")
         except Exception as error:  # whatever its downloader meets: no network, a proxy, a broken copy
             raise UserError(
                 f"no GPT-2 vocabulary ({type(error).__name__}); fetch vocab.bpe and encoder.json of "
@@ -277,6 +279,29 @@ def tokenizer_json(tokenizer: Tokenizer) -> str:
     if tokenizer.end_of_text is not None:
         exported.add_special_tokens([END_OF_TEXT])
     return exported.to_str()
+
+
+def described_by_json(text: str) -> dict[str, Any] | None:
+    """The description of the tokenizer in a tokenizer.json, if tokenizer_json would write it so, or it is
+    GPT-2's; else None. Raises errors of many types if the text is not a tokenizer.json."""
+    exported = json.loads(text)
+    model, before = exported["model"], exported["pre_tokenizer"] or {}
+    tokens = [token for token in sorted(model["vocab"], key=model["vocab"].get) if token != END_OF_TEXT]
+    ends = (END_OF_TEXT, len(tokens)) in [(t["content"], t["id"]) for t in exported["added_tokens"]]
+    if exported["normalizer"] or [model["vocab"][token] for token in tokens] != [*range(len(tokens))]:
+        return None
+    if model["type"] == "WordLevel" and before.get("type") == "Split" and {*map(len, tokens)} == {1}:
+        return {"kind": "char", "chars": "".join(tokens)} | ({"ends": True} if ends else {})
+    pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+    merged, alphabet = ["".join(pair) for pair in pairs], [BYTE_CHARS[b] for b in range(256)]
+    if model["type"] != "BPE" or before.get("type") != "ByteLevel" or not ends or tokens[256:] != merged:
+        return None
+    the = merged[6] if len(merged) == 50_000 else None  # in GPT-2's vocabulary, the seventh merge
+    if tokens[:256] == [*BYTE_CHARS.values()] and the == BYTE_CHARS[32] + "the":
+        return {"kind": "gpt2"}
+    if tokens[:256] != alphabet or before["add_prefix_space"]:
+        return None
+    return {"kind": "bpe", "merges": "\n".join(map(" ".join, pairs))} if pairs else {"kind": "byte"}
 
 
 def start_token(tokenizer: Tokenizer) -> int:

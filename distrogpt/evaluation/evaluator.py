@@ -39,8 +39,9 @@ class Evaluator:
                 raise UserError("the dataset names no tokenizer, so nothing can be asked; prepare it here")
             self.tokenizer = tokenizer_of(data.meta)
         if config.eval_hellaswag:
-            sizes = (config.block_size, config.hellaswag_items)
-            self.questions = load_questions(config.hellaswag_input, self.tokenizer, *sizes, runtime)
+            file, sizes = config.hellaswag_input, (config.block_size, config.hellaswag_items)
+            flag = "--hellaswag_input=FILE"
+            self.questions = load_questions(file, flag, self.tokenizer, *sizes, runtime)
         if config.eval_accuracy:
             if data.separator is None:
                 raise UserError("eval_accuracy asks val's lines up to loss_after; give --loss_after='=', say")

@@ -39,18 +39,22 @@ class Question(NamedTuple):
 
 @activity("reads the questions")
 def load_questions(
-    path: str | None, tokenizer: Tokenizer, block_size: int, limit: int | None, runtime: Runtime
+    path: str | None, flag: str, tokenizer: Tokenizer, block_size: int, limit: int | None, runtime: Runtime
 ) -> list[Question]:
-    """The questions of a file; None is HellaSwag, downloaded by one rank if it is missing. UserError."""
+    """The questions of a file; None is HellaSwag, downloaded by one rank if it is missing. Raises UserError,
+    with the flag that names a file."""
     if path is None and runtime.is_main:
-        hellaswag_file()
+        hellaswag_file(flag=flag)
     runtime.barrier()  # the other ranks wait for the file
-    return read_questions(hellaswag_file() if path is None else Path(path), tokenizer, block_size, limit)
+    file = hellaswag_file(flag=flag) if path is None else Path(path)
+    return read_questions(file, tokenizer, block_size, limit)
 
 
-def hellaswag_file(folder: Path = DATA / "hellaswag", source: tuple[str, str] = HELLASWAG) -> Path:
+def hellaswag_file(
+    folder: Path = DATA / "hellaswag", source: tuple[str, str] = HELLASWAG, flag: str = "--input=FILE"
+) -> Path:
     """HellaSwag's 10,042 questions for validation, downloaded once. Raises UserError."""
-    return download(*source, folder / "hellaswag_val.jsonl")
+    return download(*source, folder / "hellaswag_val.jsonl", flag)
 
 
 def read_questions(

@@ -44,6 +44,9 @@ def load_tasks(config: EvalConfig, runtime: Runtime) -> tuple[str, dict[str, Tas
     names = [name.strip() for name in config.tasks.split(",") if name.strip()] or [config.tasks]
     if names == ["auto"]:
         names = ["accuracy" if settings.get("loss_after") else "loss"]
+        for name, reason in config.unused_by(names).items():
+            if getattr(config, name) != getattr(EvalConfig, name):
+                raise UserError(f"{name} has no effect: {reason}; leave it out, or name the tasks")
     for name in names:
         if name not in EVAL_TASKS:
             raise UserError(f"tasks={name[:40]} is not known; name some of {', '.join(EVAL_TASKS)}, by comma")
@@ -104,7 +107,7 @@ def multiple_choice_task(config: EvalConfig, loaded: LoadedModel, name: str) -> 
         raise UserError(f"{loaded.source} reads token ids, not HellaSwag's English; leave out that task")
     model, runtime = loaded.model, loaded.runtime
     limits = (model.config.block_size, config.max_items)
-    questions = load_questions(config.input, loaded.tokenizer, *limits, runtime)
+    questions = load_questions(config.input, "--input=FILE", loaded.tokenizer, *limits, runtime)
 
     def task() -> Result:
         chosen = answer_multiple_choice(model, questions, runtime, config.batch_size or 16)

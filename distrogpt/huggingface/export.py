@@ -11,6 +11,7 @@ from unicodedata import category
 
 from distrogpt.data.tokenizer import END_OF_TEXT, IdTokenizer, Tokenizer, start_token, tokenizer_json
 from distrogpt.errors import MachineError, UserError, warn, why_not_written
+from distrogpt.files import locked
 from distrogpt.huggingface.formats import CODE, Weights, model_type_of, to_settings
 from distrogpt.huggingface.model_card import model_card, public_meta
 from distrogpt.settings import SampleConfig
@@ -87,9 +88,9 @@ def foreign_file(folder: Path) -> str | None:
     return min((name for name, is_ours in ours.items() if not (is_ours and is_export)), default=None)
 
 
-def write_folder(to: Path, shown: str, texts: dict[str, str], weights: Weights) -> None:
+def write_folder(to: Path, shown: str, overwrite: bool, texts: dict[str, str], weights: Weights) -> None:
     """Write the files into a folder beside `to`, then rename it: `to` is complete, or what it was before.
-    Raises MachineError if the disk fails, UserError if the folder cannot be made."""
+    Raises MachineError if the disk fails, UserError if the folder cannot be made, or as check_target."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -108,9 +109,13 @@ def write_folder(to: Path, shown: str, texts: dict[str, str], weights: Weights) 
         for path in new.iterdir():
             with open(path, "rb+") as file:
                 os.fsync(file.fileno())
-        if to.is_dir():
-            os.rename(to, old)
-        os.rename(new, to)
+        busy = f"another export.py writes {shown}; wait until it ends, or name another folder"
+        with locked(to.with_name(f".{to.name[:40]}.lock"), busy, timeout=10):
+            if not overwrite:
+                check_target(to, shown, overwrite)  # again, as another export may have ended since
+            if to.is_dir():
+                os.rename(to, old)
+            os.rename(new, to)
     except BaseException as error:
         rmtree(new, ignore_errors=True)
         with suppress(OSError):

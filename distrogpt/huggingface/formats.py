@@ -49,6 +49,11 @@ CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # (in, out) in gpt2'
 NORMS = {"attn.c_attn": "input_layernorm", "mlp.c_fc": "post_attention_layernorm"}  # what they read
 LLAMA_SIZES = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head"}
 LLAMA_SIZES |= {"max_position_embeddings": "block_size", "vocab_size": "vocab_size"}
+# keys of our config.json, and of any in transformers, that do not change what the network computes
+OTHER_KEYS = """architectures auto_map bos_token_id chunk_size_feed_forward dropout dtype eos_token_id
+    id2label initializer_range label2id model_type name_or_path output_attentions output_hidden_states
+    pad_token_id problem_type return_dict tie_word_embeddings torch_dtype transformers_version use_cache
+    zero_init""".split()
 CONSTANTS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # in old files, beside the weights
 WRAPPERS = ("_orig_mod", "module")  # in the names of weights: torch.compile, DDP
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -165,14 +170,11 @@ def to_llama(config: GPTConfig, ours: Weights) -> Weights:
             theirs[part] = in_halves(w, D) if is_rotated(part) else w
         if norm:
             theirs[norm] = torch.ones(C)
+    plain = {"q": torch.full((D,), 12 / D**0.5), "k": torch.ones(D)}  # from 1/√D to our scale of scores, 12/D
     for n, name in product(range(config.n_layer if config.qk_norm else 0), "qk"):
-        plain = torch.full(
-            (D,), 12 / D**0.5 if name == "q" else 1.0
-        )  # from 1/√D to our scale of scores, 12/D
         learned = ours.get(f"transformer.h.{n}.attn.{name}_weight")
-        theirs[f"model.layers.{n}.self_attn.{name}_norm.weight"] = (
-            plain if learned is None else in_halves(learned, D)
-        )
+        w = plain[name].clone() if learned is None else in_halves(learned, D)
+        theirs[f"model.layers.{n}.self_attn.{name}_norm.weight"] = w
     return theirs
 
 
@@ -247,8 +249,11 @@ def read_pretrained(folder: Path, dropout: float = 0.0) -> GPT:
     kind = settings.get("model_type")
     if kind not in ARCHITECTURES:
         raise ValueError(f"model_type={kind} in config.json is none of {', '.join(ARCHITECTURES)}")
+    require(settings, quantization_config=None, pruned_heads={})
     shape_of = {"gpt2": from_gpt2_settings, "distrogpt": from_own_settings}.get(kind, from_llama_settings)
     config = make_config({**shape_of(settings), "dropout": dropout})
+    ours = ("norm", "rotary", "qk_norm", "logit_softcap", "embedding_skip")  # which the other formats imply
+    require(settings, **{name: getattr(config, name) for name in ours})
     if config.n_kv_head == config.n_head:
         config = replace(config, n_kv_head=None)
     weights = without_wrappers(read_weights(folder), WRAPPERS)
@@ -332,8 +337,12 @@ def from_gpt2(config: GPTConfig, theirs: Weights, no_biases: bool) -> tuple[GPTC
 
 
 def from_own_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of GPTConfig for our own config.json; one that is missing is None."""
+    """The arguments of GPTConfig for our own config.json; one that is missing is None. Raises ValueError for
+    keys that it does not know, which a newer version may have written, unless their value is none or zero."""
     names = set(asdict(GPTConfig())) - {"tied", "zero_init", "dropout"}
+    for key, value in settings.items():
+        if value and key not in (*names, *OTHER_KEYS) and not key.startswith("_"):
+            raise ValueError(f"config.json has {key[:40]}={str(value)[:40]}, which may change the network")
     later = {"qk_norm_weights": False}  # not in the config.json of older versions
     shape = {name: settings.get(name, later.get(name)) for name in names}
     return shape | {"tied": settings.get("tie_word_embeddings", True)}
@@ -346,9 +355,11 @@ def from_llama_settings(settings: dict[str, Any]) -> dict[str, Any]:
         value = settings.get(name)
         if not isinstance(value, (int, float)) or value <= 0:
             raise ValueError(f"{name}={str(value)[:40]} is not a positive number")
-    rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
-    require(rope, rope_type="default", type="default", rope_theta=10000.0, partial_rotary_factor=1.0)
-    require(settings, rms_norm_eps=EPS, rope_theta=10000.0, use_sliding_window=False, pretraining_tp=1)
+    for rope in (settings, *(settings.get(key) or {} for key in ("rope_parameters", "rope_scaling"))):
+        require(rope, rope_type="default", type="default", rope_theta=10000.0, partial_rotary_factor=1.0)
+    require(settings, rms_norm_eps=EPS, use_sliding_window=False, pretraining_tp=1)
+    for layer in settings.get("layer_types") or ():
+        require({"layer_types": layer}, layer_types="full_attention")
     require(settings, head_dim=settings["hidden_size"] // settings["num_attention_heads"])
     is_qwen, gated = settings["model_type"] == "qwen3", settings["model_type"] != "arcee"
     bias = bool(settings.get("attention_bias"))

@@ -2,13 +2,13 @@
 
 import json
 import math
-import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from distrogpt.data.meta import GPT2_META
 from distrogpt.data.tokenizer import CharTokenizer, GPT2Tokenizer, IdTokenizer, Tokenizer, start_token
+from distrogpt.errors import quote
 from distrogpt.huggingface.formats import ARCHITECTURES, model_type_of
 from distrogpt.settings import TrainConfig
 from model import GPTConfig
@@ -54,13 +54,13 @@ def how_to_load(folder: str, shape: GPTConfig, tokenizer: Tokenizer) -> list[str
     """Lines of Python that load the export, and a command for each program that can."""
     own_code = model_type_of(shape) == "distrogpt"
     trust = ", trust_remote_code=True" if own_code else ""
-    unsupported, quoted, name = unsupported_by(shape, tokenizer), repr(folder), shlex.quote(folder)
+    unsupported, quoted, name = unsupported_by(shape, tokenizer), repr(folder), quote(folder)
     args: dict[str, Any] = {"pretrained": folder} | ({"trust_remote_code": True} if own_code else {})
     if tokenizer.end_of_text is None:  # stands before a text without context
         args["prefix_token_id"] = start_token(tokenizer)
     model_args = ",".join(f"{key}={value}" for key, value in args.items())
     if name != folder or "," in folder:  # lm_eval does not understand shell quotes within its list
-        model_args = shlex.quote(json.dumps(args, ensure_ascii=False))
+        model_args = quote(json.dumps(args, ensure_ascii=False))
     tasks = "hellaswag"
     if isinstance(tokenizer, CharTokenizer):  # hellaswag has characters that it does not know
         tasks = "choice --include_path distrogpt/huggingface   # of distroGPT; reads questions.jsonl"

@@ -1,7 +1,6 @@
 """sample.py --interactive=True: prompts from the keyboard or from a pipe, one after another."""
 
 import atexit
-import difflib
 import os
 import signal
 import sys
@@ -10,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from configurator import check_value, shorten
-from distrogpt.errors import UserError, warn
+from distrogpt.errors import UserError, near_name, warn
 from distrogpt.files import encoding_of
 from distrogpt.inference.display import colour_legend, output_style, print_stream
 from distrogpt.inference.sampler import Sampler
@@ -84,8 +83,8 @@ def run_command(command: str, config: SampleConfig) -> SampleConfig:
         if name == "show_probs" and output_style(config.show_probs) == "colours":
             warn(colour_legend())
     else:
-        near = difflib.get_close_matches(name, ("help", "settings", "quit", *SAMPLING_FIELDS), n=1)
-        hint = f"did you mean /{near[0]}?" if near else "/help lists all"
+        near = near_name(name, ("help", "settings", "quit", *SAMPLING_FIELDS))
+        hint = f"did you mean /{near}?" if near else "/help lists all"
         raise UserError(f"unknown command /{shorten(name)}; {hint}")
     return config
 

@@ -1,5 +1,6 @@
 """A model and its tokenizer, loaded once, to generate text from Python."""
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -38,6 +39,7 @@ class Sampler:
         if settings:
             raise TypeError(f"{min(settings)} is not a setting of a Sampler")
         self.runtime = start_runtime(device, dtype)
+        out_dir, init_from = os.path.expanduser(out_dir), os.path.expanduser(init_from)
         model, contents, self.source = load_trained(out_dir, init_from)
         check_range(model, self.runtime.dtype)
         self.config = contents.get("config", {})  # of its training

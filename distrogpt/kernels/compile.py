@@ -13,27 +13,29 @@ log = logging.getLogger("distrogpt")
 
 def maybe_compile(
     model: nn.Module, wanted: bool | str, device: torch.device, steps: int, modules: Iterable[nn.Module] = ()
-) -> None:
-    """Compile the model, or some of its modules, in place if that is wanted and works here; logs why not.
+) -> bool:
+    """Compile the model, or some of its modules, in place if that is wanted and works here; logs why not, and
+    returns whether.
 
     'auto' weighs the `steps` to come: compiling takes half a minute. On CPUs (and Apple's GPUs) the step of a
     model of a few million parameters and more is as fast without; a smaller one's gains some 2 ms.
     """
     if not wanted:
-        return
+        return False
     if wanted == "auto":
         small = sum(p.numel() for p in model.parameters()) < 3e6
         if device.type != "cuda" and not small:
             log.info(f"compile  off: on this {device.type}, a model of this size is as fast without")
-            return
+            return False
         if steps < (200 if device.type == "cuda" else 20_000):
             log.info(f"compile  off: half a minute, which {steps} steps would not earn back")
-            return
+            return False
     if error := compile_error(device):
         log.info(f"note     {error}")
-        return
+        return False
     for module in modules or (model,):
         module.compile()
+    return True
 
 
 def compile_error(device: torch.device) -> str:

@@ -1,6 +1,5 @@
 """OpenAI's /v1/completions without HTTP: from a request's body to prompts and settings, and back to JSON."""
 
-import difflib
 import secrets
 import time
 from dataclasses import dataclass, fields, replace
@@ -8,7 +7,7 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 from configurator import Settings, setting, shorten
-from distrogpt.errors import UserError
+from distrogpt.errors import UserError, near_name
 from distrogpt.inference.sampler import Sampler
 from distrogpt.serving.engine import RequestOutput
 from distrogpt.settings import SampleConfig, ServeConfig
@@ -90,8 +89,8 @@ def parse_settings(body: dict[str, Any], limits: ServeConfig) -> tuple[Completio
         if body.pop(name, None):
             raise UserError(f"{name} is not supported; leave it out")
     for name in body.keys() - set(FIELDS):
-        near = ["max_tokens"] if name == "max_new_tokens" else difflib.get_close_matches(name, FIELDS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(FIELDS)}"
+        near = "max_tokens" if name == "max_new_tokens" else near_name(name, FIELDS)
+        hint = f"did you mean {near}?" if near else f"known are {', '.join(FIELDS)}"
         raise UserError(f"{shorten(name)} is not a field of a completion; {hint}")
     params = {name: body.pop(name) for name in SAMPLING if name in body}
     defaults = {"temperature": 1.0, "top_k": None, "seed": secrets.randbits(31)}

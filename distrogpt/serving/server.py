@@ -19,7 +19,7 @@ from distrogpt.serving.app import MAX_BODY_SECONDS, App, error_json
 UVICORN = {"ws": "none", "lifespan": "off", "timeout_graceful_shutdown": 1, "log_level": "error"}
 UVICORN |= {"access_log": False, "server_header": False, "loop": "asyncio"}
 BACKLOG, ACCEPTED_AT_ONCE = 512, 16  # new connections: that the system keeps, that a step of the loop accepts
-MAX_IDLE = 64  # connections beside those of requests that are served or wait
+MAX_IDLE, MIN_IDLE = 1000, 16  # connections beside those of requests that are served or wait
 FREE_FILES = 96  # for new connections in the few steps until others are closed, and for all else
 # seconds in which a client has to send a request's headers and its body, and to read what is ready for it
 SECONDS = {"headers": 10, "body": MAX_BODY_SECONDS + 10, "reading": 60}
@@ -91,8 +91,13 @@ class Server(uvicorn.Server):
     """uvicorn's server for this application."""
 
     def __init__(self, app: App) -> None:
-        most = app.config.batch_size + app.config.queue + MAX_IDLE
-        protocol = partial(Connection, max_connections=min(most, max(32, max_files() - FREE_FILES)))
+        engine, possible = app.engine, max(32, max_files() - FREE_FILES)
+        if engine.rows + engine.queue > possible - MIN_IDLE:
+            engine.queue = max(0, possible - MIN_IDLE - engine.rows)
+            limit = "as few files may be open; raise the limit: ulimit -n 4096"
+            warn(f"note     only {engine.queue} requests may wait, {limit}")
+        most = min(possible, engine.rows + engine.queue + MAX_IDLE)
+        protocol = partial(Connection, max_connections=most)
         super().__init__(uvicorn.Config(app, http=protocol, backlog=ACCEPTED_AT_ONCE, **UVICORN))
         self.has_warned = False
 

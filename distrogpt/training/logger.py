@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from distrogpt.data.dataset import measured_splits
-from distrogpt.errors import UserError
+from distrogpt.errors import UserError, command
 from distrogpt.evaluation.loss import Losses
 from distrogpt.hardware import peak_flops
 from distrogpt.openmp import WAITS
@@ -154,11 +154,11 @@ class TrainLogger:
 
 
 def next_command(config: TrainConfig) -> str:
-    """What to do with a trained model. One of answers alone is asked; it was never taught to write lines."""
+    """The command to try a model: eval.py if it was trained to answer, as it cannot write whole lines."""
     if config.loss_after is None:
-        return f"python sample.py --out_dir={config.out_dir}"
-    split = " --split=train" if config.eval_splits == "train" else ""  # val need not exist
-    return f"python eval.py --out_dir={config.out_dir}{split}"
+        return command("sample.py", out_dir=config.out_dir)
+    split = {"split": "train"} if config.eval_splits == "train" else {}  # val need not exist
+    return command("eval.py", out_dir=config.out_dir, **split)
 
 
 def start_wandb(config: TrainConfig, run_id: str) -> Any:

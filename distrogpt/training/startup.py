@@ -22,8 +22,8 @@ from distrogpt.checkpoint import (
 )
 from distrogpt.data.dataset import Dataset, samples_per_epoch
 from distrogpt.data.meta import tokenizers_differ
-from distrogpt.errors import UserError
-from distrogpt.loading import load_pretrained
+from distrogpt.errors import UserError, quote
+from distrogpt.loading import is_here, load_pretrained
 from distrogpt.runtime import Runtime, activity
 from distrogpt.settings import OF_THIS_CALL, TrainConfig
 from distrogpt.training.pitfalls import pitfalls
@@ -68,6 +68,9 @@ def inherit_settings(config: TrainConfig) -> TrainConfig:
     if path is None or not inherits(config):
         return config
     inherited = inherited_settings(config, load_checkpoint(path, mmap=True))
+    dataset = inherited.get("dataset")
+    if dataset and not is_here(dataset):
+        raise UserError(f"{path} was trained on {dataset[:200]}, which is not here; give --dataset=FOLDER")
     values = {name: check_value(TrainConfig, name, value, f"{path}: ") for name, value in inherited.items()}
     return with_changes(config, **values)
 
@@ -148,7 +151,7 @@ def initial_model(config: TrainConfig, meta: dict, restarted_id: str | None = No
         torch.manual_seed(config.seed)
         model = GPT(new_model_config(config, meta))
     else:
-        model, weights_from = load_pretrained(source, config.dropout)
+        model, weights_from = load_pretrained(source, config.dropout, ("scratch", "resume", "auto"))
     if tokenizers_differ(weights_from.get("meta", meta)["tokenizer"], meta["tokenizer"]):
         raise UserError(f"{source} was trained with another tokenizer than {config.dataset}'s; {OTHER_DATA}")
     if meta["vocab_size"] > model.config.vocab_size:
@@ -168,7 +171,7 @@ def check_resumable(config: TrainConfig, checkpoint: dict[str, Any]) -> None:
     """Raises UserError if it was trained with another optimizer. Forgets a best loss of another split."""
     optimizer = checkpoint.get("config", {}).get("optimizer", "adamw")
     if optimizer != config.optimizer and not config.eval_only:
-        advice = f"resume with that, or start a new run with --init_from={config.out_dir}"
+        advice = f"resume with that, or start a new run with --init_from={quote(config.out_dir)}"
         raise UserError(f"{config.out_dir} was trained with optimizer={optimizer}; {advice}")
     eval_splits = checkpoint.get("config", {}).get("eval_splits", "both")
     if (eval_splits == "train") != (config.eval_splits == "train"):

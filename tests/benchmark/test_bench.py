@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import sys
+from itertools import pairwise
 
 import pytest
 import torch
@@ -22,9 +23,9 @@ from distrogpt.benchmark.batch_size import (
     search,
     step_with,
 )
-from distrogpt.benchmark.studies import rung_step
+from distrogpt.benchmark.studies import ladder_rungs, rung_step
 from distrogpt.benchmark.timing import alternate, float32_precision, open_data, ratio
-from distrogpt.benchmark.training import Trainer, bench_step
+from distrogpt.benchmark.training import Trainer, bench_step, with_gpt2_shape
 from distrogpt.errors import UserError, is_out_of_memory
 from distrogpt.runtime import Runtime
 from distrogpt.settings import BenchConfig
@@ -163,6 +164,7 @@ def test_a_ratio_is_how_many_times_faster_ours_is():
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))), reason="no C++ compiler")
 def test_ladder_has_a_table_and_a_plot(dataset, tmp_path):
     flags = (*TINY, f"--dataset={dataset}", "--bench_steps=2", "--dropout=0.1", "--dtype=bfloat16")
+    flags = (*flags, "--compile=True")
     done = run_here("bench.py", *flags, "--ladder=True", "--json=found.json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     rungs = json.loads((tmp_path / "found.json").read_text())["rungs"]
@@ -171,6 +173,54 @@ def test_ladder_has_a_table_and_a_plot(dataset, tmp_path):
     assert all(name in done.stdout for name in names)
     assert rungs[-1]["total"] == pytest.approx(math.prod(rung["gain"] for rung in rungs))
     assert (tmp_path / "bench_ladder.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_ladder_leads_from_gpt2_to_the_settings(dataset):
+    """The network and the optimizers of the first rung, and of the last; no rung that changes nothing."""
+    recipe = ("--optimizer=muon", "--n_kv_head=1", "--activation=swiglu", "--rotary=True", "--tied=False")
+    config = read_settings(BenchConfig, [*TINY, f"--dataset={dataset}", *recipe])
+    data, rungs = open_data(config), ladder_rungs(config, open_data(config), CPU)
+    assert {"rotary=True", "n_kv_head=1", "activation=swiglu", "tied=False", "optimizer=muon"} < set(rungs)
+    assert not {"compile", "bfloat16", "dropout by bytes", "qk_norm=True"} & set(rungs)
+    seen = []
+
+    def training_step(model, optimizers, *args):
+        seen.append((model.config, [type(optimizer).__name__ for optimizer in optimizers]))
+
+    on = {}
+    for improvement in rungs.values():
+        on |= improvement
+        rung_step(training_step, config, data, CPU, on)()
+    Trainer(training_step, config, data, CPU)()
+    assert (seen[0][0].rotary, seen[0][0].activation, seen[0][1]) == (False, "gelu_tanh", ["AdamW"])
+    assert seen[-2] == seen[-1] and seen[-1][1] == ["AdamW", "Muon"] and seen[-1][0].kv_heads == 1
+    assert all(one != other for one, other in pairwise(seen[-6:-1]))
+
+
+def test_each_side_is_told(dataset, tmp_path):
+    recipe = ("--optimizer=muon", "--activation=swiglu", "--rotary=True", "--bench_steps=1")
+    done = run_here("bench.py", *TINY, f"--dataset={dataset}", *recipe, f"--against={REPO}")
+    ours = "parameters: GPT-2 with activation=swiglu, rotary=True; Muon; float32; not compiled"
+    assert f" {ours}\n" in done.stdout
+    assert f"{REPO.name:8} GPT-2 with activation=gelu; AdamW; float32; not compiled\n" in done.stdout
+    assert f"note     {REPO.name} has no activation=swiglu, rotary=True, optimizer=muon: " in done.stdout
+    plain = run_here("bench.py", *TINY, f"--dataset={dataset}", "--bench_steps=1", f"--against={REPO}")
+    assert "GPT-2; AdamW" in plain.stdout and "has no" not in plain.stdout
+    shape = ("--real_data=False", "--block_size=32", "--n_layer=1", "--n_head=2", "--n_embd=16")
+    words = ("--generate=True", "--max_new_tokens=4", "--num_samples=1", "--rounds=1", "--rotary=True")
+    done = run_here("bench.py", *shape, *words, "--against=transformers", "--dtype=float32", "--device=cpu")
+    assert "GPT-2 with rotary=True; float32\n" in done.stdout
+    assert "transformers GPT-2 with bias=True; float32\n" in done.stdout
+    assert "note     transformers has no rotary=True: " in done.stdout
+
+
+def test_the_shape_is_that_of_init_from(dataset):
+    xl = with_gpt2_shape(read_settings(BenchConfig, ["config/finetune_shakespeare.py", "--rotary=True"]))
+    assert (xl.n_layer, xl.n_embd, xl.bias, xl.rotary) == (48, 1600, True, False)
+    medium = with_gpt2_shape(read_settings(BenchConfig, ["--init_from=auto:gpt2-medium"]))
+    assert (medium.n_layer, medium.n_embd) == (24, 1024)
+    done = run_here("bench.py", *TINY, f"--dataset={dataset}", "--init_from=some/model")
+    assert_user_error(done, "cannot see into init_from=some/model", "--init_from=scratch")
 
 
 def test_the_ladder_leaves_the_precision_of_products_as_it_was(dataset):

@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import ENVIRONMENT, REPO, assert_user_error, run_here
+from torch.utils.flop_counter import FlopCounterMode
 
 from bench import bench
 from configurator import read_settings
@@ -28,12 +29,14 @@ from distrogpt.benchmark.plan import (
     saved_bytes,
     settle,
     share_out,
+    step_time,
 )
 from distrogpt.errors import UserError
 from distrogpt.gpus import GPUS, find_gpu
 from distrogpt.kernels.cpu import causal_mask
 from distrogpt.runtime import Runtime
 from distrogpt.settings import BenchConfig
+from distrogpt.training.optim import make_optimizers
 from model import GPT, GPTConfig
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
@@ -143,12 +146,32 @@ def test_memory_of_variants():
     assert counted("--optimizer=sgd")[2].averages == 4 * N
 
 
+def test_an_update_by_muon_has_the_flops_of_its_products():
+    """Counted by torch while it updates a model."""
+    assert counted()[2].update_flops == 0.0
+    for flags in (SMALL, [*SMALL, *MODERN]):
+        config, _, counts = counted("--optimizer=muon", *flags)
+        model = GPT(counts.shape)
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        muon = make_optimizers(model, config, CPU)[1]
+        with FlopCounterMode(display=False) as counter:
+            muon.step()
+        assert counts.update_flops == pytest.approx(counter.get_total_flops(), rel=1e-3)
+    config, hardware, counts = counted("--optimizer=muon")
+    adamw = step_time(counts._replace(update_flops=0.0), hardware, Split(8, 12, 5), 0.4)
+    muon = step_time(counts, hardware, Split(8, 12, 5), 0.4)
+    assert muon["update"] - adamw["update"] == pytest.approx(counts.update_flops / hardware.peak / 0.4)
+    assert muon["seconds"] > adamw["seconds"]
+
+
 # what a process of its own finds: how far its resident set grows in three training steps; without
 # start_runtime, by which glibc keeps what is freed, and holes whose sizes differ from run to run by a fifth
 STEPS = """
 import sys
 from pathlib import Path
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from configurator import read_settings
 from distrogpt.benchmark.timing import RandomStream
 from distrogpt.benchmark.training import Trainer
@@ -157,6 +180,7 @@ from distrogpt.data.meta import GPT2_META
 from distrogpt.hardware import find_dtype
 from distrogpt.runtime import Runtime, enable_onednn_float32
 from distrogpt.settings import BenchConfig
+from distrogpt.training.optim import make_optimizers
 from train import training_step
 
 def resident(key):

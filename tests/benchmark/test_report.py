@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import REPO, assert_user_error, run_here
 
-from configurator import read_settings
+from configurator import read_settings, refuse_unused
 from distrogpt.benchmark.checks import Row, distance
 from distrogpt.benchmark.report import Part, all_parts, bench_report, headline, read_curve, read_tests
 from distrogpt.runtime import Runtime
@@ -92,7 +92,9 @@ def test_the_commands_of_its_parts_are_right(device, tmp_path, monkeypatch):
         if script and "-m" not in words:
             kind = {"bench.py": BenchConfig, "train.py": TrainConfig}[Path(script).name]
             flags = [word for word in words[words.index(script) + 1 :] if word != "RESULT"]
-            assert read_settings(kind, flags).device == device
+            config = read_settings(kind, flags)
+            refuse_unused(config, flags)
+            assert config.device == device
 
 
 def test_without_time_nothing_runs_and_the_report_says_so(tmp_path):

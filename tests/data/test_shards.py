@@ -3,6 +3,9 @@
 import json
 import os
 import sys
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +15,10 @@ from conftest import REPO, assert_user_error, prepare_here, start
 from distrogpt.data.meta import read_meta
 from distrogpt.data.preparation.documents import Corpus, Piece, find_files
 from distrogpt.data.preparation.shards import Part, ShardSettings, write_shards
-from distrogpt.data.preparation.writer import encode_in_order
+from distrogpt.data.preparation.writer import encode_in_order, write_dataset
 from distrogpt.data.token_stream import TokenStream
 from distrogpt.data.tokenizer import ByteTokenizer, GPT2Tokenizer
+from distrogpt.errors import UserError
 
 SCRIPT = "data/hub/prepare.py"
 DOCUMENTS = [f"Document {n}: " + "it goes on and on, " * (n % 13) + "é" * (n % 3) for n in range(900)]
@@ -187,6 +191,86 @@ def test_parts_at_once(overwrite, source, ids, tmp_path):
     assert not [path for path in tmp_path.iterdir() if path.suffix not in (".bin", ".json")]
 
 
+def test_two_equal_commands_at_once_write_one_dataset(source, whole, tmp_path):
+    """The second waits a moment, and then says so, or finds all done."""
+    words = ("--input", source, "--tokenizer=byte", "--shard_tokens=5000", "--output", tmp_path / "out")
+    runs = [start([sys.executable, str(REPO / SCRIPT), *map(str, words)]) for _ in range(2)]
+    for each in runs:
+        _, err = each.communicate(timeout=60)
+        assert each.returncode == 0 or "another prepare.py writes to" in err.splitlines()[-1], err
+    assert 0 in [each.returncode for each in runs] and shards_of(tmp_path / "out") == shards_of(whole)
+    assert not list((tmp_path / "out").glob("*.lock"))
+
+
+class Paused(Corpus):
+    """Files that are read as soon as `go` is set."""
+
+    go: threading.Event
+
+    def pieces(self, first: int = 0, end: int | None = None) -> Iterator[Piece]:
+        assert self.go.wait(60)
+        yield from super().pieces(first, end)
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_while_shards_are_written_only_other_parts_may_begin(number, source, ids, tmp_path):
+    """Whole or in parts; threads stand for processes, as locks are of open files."""
+    paused = Paused(find_files([str(source)]))
+    paused.go = threading.Event()
+    settings = ShardSettings(shard_tokens=5000, part=Part(1, number))
+    first = threading.Thread(target=write_shards, args=(tmp_path, paused, ByteTokenizer(), settings))
+    first.start()
+    while not list(tmp_path.glob("progress*.json")) or (tmp_path / "prepare.lock").exists():
+        time.sleep(0.001)
+    refused = pytest.raises(UserError, match=r"another prepare\.py writes to")
+    try:
+        for part in (Part(1, number), Part(2, 2)):  # the same, and one that would delete its shards
+            with refused:
+                write(source, tmp_path, part=part, overwrite=True)
+        with refused, write_dataset(tmp_path, ByteTokenizer(), overwrite=True):
+            pass
+        for other in range(2, number + 1):
+            write(source, tmp_path, part=Part(other, number))
+    finally:
+        paused.go.set()
+        first.join()
+    assert np.array_equal(stream_of(tmp_path), ids) and read_meta(tmp_path)["tokens"]["val"] == 5000
+    assert not list(tmp_path.glob("*.lock"))
+
+
+@pytest.mark.parametrize("damage", ["other ids", "another shard", "zeros at its end"])
+def test_a_shard_that_is_not_what_was_written_is_written_again(damage, source, whole, tmp_path, capsys):
+    """Of the right length: of another run, or of a machine that failed."""
+    write(source, tmp_path)
+    path = tmp_path / "train_000003.bin"
+    content = path.read_bytes()
+    damaged = {
+        "other ids": content[:5000] + content[5002:] + b"ab",
+        "zeros at its end": content[:-9] + bytes(9),
+    }
+    path.write_bytes(damaged.get(damage) or (tmp_path / "train_000002.bin").read_bytes())
+    capsys.readouterr()
+    write(source, tmp_path)
+    assert f"note: {path} is not what was written there" in capsys.readouterr().out
+    assert shards_of(tmp_path) == shards_of(whole) and read_meta(tmp_path) == read_meta(whole)
+    write(source, tmp_path)
+    assert "is complete" in capsys.readouterr().out
+
+
+def test_progress_of_a_version_without_checksums_is_resumed(source, whole, tmp_path):
+    write(source, tmp_path)
+    progress = json.loads((tmp_path / "progress.json").read_text())
+    assert len(progress.pop("checksums")) == len(progress["shards"]) == len(shards_of(whole))
+    (tmp_path / "progress.json").write_text(json.dumps(progress))
+    (tmp_path / "train_000004.bin").unlink()
+    os.utime(tmp_path / "train_000003.bin", (1, 1))
+    write(source, tmp_path)
+    assert shards_of(tmp_path) == shards_of(whole)
+    assert (tmp_path / "train_000003.bin").stat().st_mtime == 1
+    progress = json.loads((tmp_path / "progress.json").read_text())
+    assert progress["checksums"][:4] == [None] * 4 and None not in progress["checksums"][4:]
+
+
 def test_a_sample_of_so_many_tokens(source, ids, tmp_path):
     for limit in (12_345, 15_000, 400):
         write(source, tmp_path / str(limit), max_tokens=limit)
@@ -230,6 +314,9 @@ def test_hub_sets_through_datasets_are_the_same(kind, whole, tmp_path):
         part = (f"--shard={number}/2", f"--output={tmp_path / 'parts'}")
         assert prepare_here(SCRIPT, *words, *part).returncode == 0
     assert np.array_equal(stream_of(tmp_path / "parts"), stream_of(whole))
+    done = prepare_here(SCRIPT, *words, "--strip_lines=é", f"--output={tmp_path / 'stripped'}")
+    expected = [token for text in DOCUMENTS if "é" not in text for token in (*text.encode(), 256)]
+    assert done.returncode == 0 and stream_of(tmp_path / "stripped").tolist() == expected
     wrong = prepare_here(SCRIPT, *words[:2], "--field=body", f"--output={tmp_path / 'no'}")
     assert_user_error(wrong, "no field 'body', but", "text")
 

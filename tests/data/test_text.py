@@ -15,9 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distrogpt.data.meta import read_meta
-from distrogpt.data.preparation.documents import Corpus, cut, find_files
+from distrogpt.data.preparation.documents import Corpus, cut, find_files, json_values
+from distrogpt.data.preparation.own_text import next_commands
 from distrogpt.data.token_stream import TokenStream
-from distrogpt.data.tokenizer import END_OF_TEXT, from_description
+from distrogpt.data.tokenizer import END_OF_TEXT, ByteTokenizer, from_description
+from distrogpt.errors import UserError
 
 SCRIPT = "data/text/prepare.py"
 STORIES = [
@@ -53,12 +55,22 @@ def write_stories(folder: Path, kind: str) -> list[str]:
     writer = csv.DictWriter(table, ["id", "text"])
     writer.writeheader()
     writer.writerows(rows)
+    tables = {"\t": io.StringIO(), ";": io.StringIO()}
+    for separator, file in tables.items():
+        csv.writer(file, delimiter=separator).writerows([["id", "text"], *enumerate(STORIES)])
+    tables = {separator: file.getvalue() for separator, file in tables.items()}
     joined = END_OF_TEXT.join(STORIES).encode()
     zst = pyarrow.compress(lines, "zstd", asbytes=True)
     packed = {
         "stories.jsonl": lines,
         "stories.jsonl.gz": gzip.compress(lines[:500]) + gzip.compress(lines[500:]),  # of two members
         "stories.jsonl.zst": zst,
+        "stories.json": json.dumps(rows, ensure_ascii=False).encode(),
+        "texts.json.gz": gzip.compress(json.dumps(STORIES, indent=1).encode()),
+        "lines.json": lines,
+        "texts.jsonl": "".join(json.dumps(story) + "\n" for story in STORIES).encode(),
+        "excel.tsv": tables["\t"].encode("utf-16"),  # as Excel saves "Unicode text"
+        "semicolons.csv": tables[";"].encode(),
         "stories.csv": table.getvalue().encode(),
         "stories.csv.gz": gzip.compress(table.getvalue().encode()),
         "stories.txt": joined,
@@ -81,6 +93,7 @@ def write_stories(folder: Path, kind: str) -> list[str]:
 
 KINDS = (
     *("stories.jsonl", "stories.jsonl.gz", "stories.jsonl.zst", "stories.csv", "stories.csv.gz"),
+    *("stories.json", "texts.json.gz", "lines.json", "texts.jsonl", "excel.tsv", "semicolons.csv"),
     *("stories.txt", "stories.md.zst", "parquet", "folder of .md"),
 )
 
@@ -202,6 +215,15 @@ def test_stdin_globs_and_formats(tmp_path):
     ]
 
 
+def test_what_a_killed_command_left_is_removed(tmp_path):
+    (tmp_path / "book.txt").write_text("some text " * 100)
+    (tmp_path / "out").mkdir()
+    for name in ("pipe0", "train.bin.tmp", "meta.json.1234abcd.part", "prepare.lock", "progress.lock"):
+        (tmp_path / "out" / name).write_bytes(b"half")
+    assert prepare(tmp_path, "--input", tmp_path / "book.txt").returncode == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"meta.json", "train.bin", "val.bin"}
+
+
 def test_cleaning_leaves_out_lines_by_pattern(tmp_path):
     page = "THE TITLE\nIt was a dark night. THE TITLE of it was\nPage 12\nunknown.\n"
     (tmp_path / "book.txt").write_text(page * 500 + "THE TITLE")
@@ -221,6 +243,47 @@ def test_ends_of_lines_and_the_mark_of_windows(tmp_path):
     assert prepare(tmp_path, "--input", tmp_path / "windows.txt").returncode == 0
     both = documents_of(tmp_path / "out", "train") + documents_of(tmp_path / "out", "val")
     assert "".join(both) == "one\ntwo\nthree\n"
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "json", "csv", "tsv"])
+def test_files_in_every_encoding_and_with_every_end_of_line(kind, tmp_path):
+    story = "Über\ndie Straße"
+    text = {"txt": story, "json": json.dumps([story], ensure_ascii=False, indent=1)}
+    text |= {"jsonl": json.dumps({"text": story}, ensure_ascii=False) + "\n"}
+    text |= {"csv": f'id;text\n1;"{story}"\n', "tsv": f'id\ttext\n1\t"{story}"\n'}
+    path = tmp_path / f"file.{kind}"
+    for end in ("\n", "\r\n", "\r"):
+        content = text[kind].replace("\n", end)
+        for encoding in ("utf-8", "utf-8-sig", "utf-16", "utf-32"):
+            path.write_bytes(content.encode(encoding))
+            assert [piece.text for piece in Corpus([path]).pieces()] == [story], (end, encoding)
+        for encoding in ("cp1252", "utf-16-le", "utf-16-be"):
+            path.write_bytes(content.encode(encoding))
+            with pytest.raises(UserError, match=f"--encoding={encoding}"):
+                list(Corpus([path]).pieces())
+            assert [piece.text for piece in Corpus([path], encoding=encoding).pieces()] == [story]
+
+
+def test_json_of_any_layout_is_read_a_piece_at_a_time():
+    values = ["a", {"text": 'b "]" \\'}, [1, {"x": None}], "é" * 50, True, {}]
+    for layout in (
+        json.dumps(values),
+        json.dumps(values, indent=2, ensure_ascii=False),
+        "\n".join(map(json.dumps, values)),
+        " ".join(json.dumps(value, indent=1) for value in values),
+    ):
+        for size in (1, 2, 3, 7, 1000):
+            texts = [layout[i : i + size] for i in range(0, len(layout), size)]
+            found = list(json_values(texts, "x.json"))
+            assert [value for _, value in found] == values
+            assert found[1][0] == layout.count("\n", 0, layout.index("{")) + 1
+
+
+def test_a_folder_of_nothing_but_json_is_read(tmp_path):
+    (tmp_path / "a.json").write_text('["one"]')
+    assert [path.name for path in find_files([str(tmp_path)])] == ["a.json"]
+    (tmp_path / "b.txt").write_text("two")  # beside which .json may be settings of a program
+    assert [path.name for path in find_files([str(tmp_path)])] == ["b.txt"]
 
 
 @settings(max_examples=60, deadline=None)
@@ -248,6 +311,8 @@ def test_the_commands_that_it_names_run(tmp_path, text):
     (tmp_path / "book.txt").write_text(text[:4000], encoding="utf-8")
     done = prepare(tmp_path, "--input", tmp_path / "book.txt", "--tokenizer=bpe:300")
     train, sample = [line.split() for line in done.stdout.splitlines() if line.startswith("  python ")]
+    book = next_commands(tmp_path / "out", "mybook", ByteTokenizer())[0].split()  # as in the README
+    assert book[2] == "config/train_own_text.py" and {"--dataset=mybook", "--out_dir=out-mybook"} <= set(book)
     out_dir = tmp_path / "run"
     quick = (
         "--max_iters=3",
@@ -277,6 +342,22 @@ def test_another_datasets_tokenizer(tmp_path):
     assert_user_error(done, "no dataset nothing")
 
 
+@pytest.mark.parametrize("script", [SCRIPT, "data/hub/prepare.py"])
+def test_what_is_no_tokenizer(script, tmp_path):
+    """A folder that was never prepared is no dataset; what there is, kinds and datasets, is listed."""
+    write_stories(tmp_path / "in", "stories.txt")
+    words = ("--input", tmp_path / "in", "--output", tmp_path / "out")
+    for name in (*"audio text hub word GPT2".split(), tmp_path / "out", tmp_path / "in", REPO):
+        done = prepare_here(script, *words, f"--tokenizer={name}")
+        assert_user_error(done, f"no dataset {name}", "byte", "gpt2, " if script == SCRIPT else "gpt2")
+        assert ("bpe:4096" in done.stderr) == (script == SCRIPT)
+        assert ("did you mean gpt2?" in done.stderr) == (name == "GPT2")
+        assert not (tmp_path / "out").exists()
+    assert prepare_here(SCRIPT, *words, "--tokenizer=byte").returncode == 0
+    done = prepare_here(script, *words, f"--tokenizer={tmp_path / 'outt'}")
+    assert_user_error(done, f"did you mean {tmp_path / 'out'}?", f"prepared dataset ({tmp_path / 'out'})")
+
+
 def test_a_large_vocabulary_takes_uint32_and_says_so(tmp_path):
     (tmp_path / "all.txt").write_text(
         "".join(map(chr, range(0x10000, 0x10000 + 70_000))) * 2, encoding="utf-8"
@@ -295,6 +376,19 @@ MISTAKES = [
     (b"x" * 1_048_575 + "é".encode() + b"\xe9 x", [], ["offset 1048577"]),  # the character spans two blocks
     (b"cut off: \xc3", [], ["offset 9"]),
     (b"\x00\x01binary", [], ["is binary", "a null character"]),
+    (b"caf\xe9 au lait", [], ["--encoding=cp1252"]),
+    ("cafe au lait".encode("utf-16-le"), [], ["--encoding=utf-16-le"]),
+    ("café ".encode() * 50, ["--encoding=utf-16"], ["is not utf-16 text, but utf-8"]),
+    ("cafe ".encode("utf-16") * 50 + b"x", [], ["offset 600", "mend it"]),
+    (b"PK\3\4\0\xff\xfe\xfd" * 100, [], ["binary", "leave it out"]),
+    ("café au lait".encode("utf-16-be"), [], ["offset 7", "--encoding=utf-16-be"]),
+    (b'["a", "b"', ["--format=json"], ["ends within its array, in line 1", "cut off"]),
+    (b'["a",\n "b', ["--format=json"], ["line 2: Unterminated string"]),
+    (b'["a",\n\n5]', ["--format=json"], ["line 3 is no JSON object, but 5", "give texts"]),
+    (b'[{"text": "a"}, {"body": "b"}]', ["--format=json"], ["line 1 has no field 'text', but body"]),
+    (b"id;body\n1;2\n", ["--format=csv"], ["no field 'text', but id, body"]),
+    (b"id;text\n1;2;3\n", ["--format=csv"], ["row 1 has not the columns", "quote text that has ';'"]),
+    (b"id\ttext\n1\t2\t3\n", ["--format=tsv"], ["row 1 has not the columns"]),
     (b"", [], ["no text", "book.txt"]),
     (b" \n\t\n", [], ["no text"]),
     (b"x", [], ["too short"]),

@@ -1,10 +1,16 @@
 """Tokenizers: any text survives, byte for byte; own byte-pair encodings are those of the library."""
 
+import itertools
 import json
+import os
+import pty
+import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
-from conftest import TINY, prepare_here, train_here
+from conftest import REPO, TINY, prepare_here, train_here
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,6 +19,7 @@ from distrogpt.data.tokenizer import (
     BPETokenizer,
     ByteTokenizer,
     CharTokenizer,
+    GPT2Tokenizer,
     from_description,
     tokenizer_json,
     train_bpe,
@@ -63,6 +70,60 @@ def test_own_bpe_on_real_text(bpe, library, text):
     assert library.token_to_id("<|endoftext|>") == bpe.end_of_text == 699
 
 
+@pytest.mark.parametrize("white", [" ", "\n", "\t", "\xa0", " \n"])
+def test_long_white_space_is_encoded_as_by_the_library(white, bpe, library):
+    for count, after in itertools.product((99_999, 100_000, 100_001), ("", "b", " b", "\x1c")):
+        text = "a" + (white * count)[:count] + after
+        assert bpe.encode_text(text).tolist() == library.encode(text).ids, (count, after)
+
+
+@pytest.mark.parametrize("run", [" ", "\r\n", "\u3000", "=", "a", "7"])
+def test_a_million_of_the_same_and_a_letter(run, bpe):
+    text = run * 1_000_000 + "b"
+    ids = bpe.encode(text)
+    assert bpe.decode(ids.tolist()) == text
+    assert ids[-20:].tolist() == bpe.encode(run * 1024 + "b")[-20:].tolist()
+
+
+def test_a_million_spaces_in_gpt2s_encoding(gpt2_bpe):
+    tokenizer = GPT2Tokenizer()
+    ids, (space, word) = tokenizer.encode(" " * 1_000_000 + "word"), tokenizer.encode("  word")
+    assert len(ids) == 1_000_000 and (ids[:-1] == space).all() and ids[-1] == word
+
+
+@pytest.mark.parametrize(
+    ("signs", "count"), [("ACGT", 200_000), ("日本語", 50_000), ("=", 400_000), (" ", 1_000_000)]
+)
+def test_a_text_without_a_break_trains_a_tokenizer(signs, count):
+    """Each took a quarter of a minute or more, when the time grew with the square of the run."""
+    run = "".join(random.Random(1).choices(signs, k=count)) + "a"
+    tokenizer = train_bpe(["some words before", run], 300)
+    ids = tokenizer.encode_text(run).tolist()
+    assert len(ids) < count and tokenizer.decode_bytes(ids) == run.encode()
+    assert tokenizer.vocab_size == 300 or len(signs) == 1
+
+
+def test_words_are_counted_as_in_the_whole_text(text):
+    from tokenizers import ByteLevelBPETokenizer
+
+    whole = ByteLevelBPETokenizer()
+    whole.train_from_iterator([text], 700 - 1, show_progress=False)
+    merges = json.loads(whole.to_str())["model"]["merges"]
+    assert [*map(tuple, merges)] == train_bpe([text], 700).merges
+
+
+def test_training_shows_a_bar_on_a_terminal_only():
+    command = [
+        sys.executable,
+        "-c",
+        "from distrogpt.data.tokenizer import train_bpe; train_bpe(['a bc'], 300)",
+    ]
+    terminal, stderr = pty.openpty()
+    subprocess.run(command, cwd=REPO, stderr=stderr, check=True)
+    assert b"Compute merges" in os.read(terminal, 1 << 16)
+    assert subprocess.run(command, cwd=REPO, capture_output=True, check=True).stderr == b""
+
+
 def test_end_of_text_is_a_token_for_people_and_text_in_documents(bpe):
     for tokenizer in (ByteTokenizer(), bpe, CharTokenizer("<>abdefnotx|", ends=True)):
         ids = tokenizer.encode("ab<|endoftext|>ba").tolist()
@@ -109,3 +170,4 @@ def test_a_run_on_an_own_tokenizer_needs_nothing_but_its_checkpoint(tmp_path, te
         whole = sampler.generate("def ", max_new_tokens=30)[0]
         assert whole == "def " + "".join(sampler.stream("def ", max_new_tokens=30))
         assert isinstance(sampler.generate("", max_new_tokens=3)[0], str)
+        assert isinstance(sampler.generate(" " * 1_000_000 + "def", max_new_tokens=3)[0], str)

@@ -4,6 +4,7 @@ import ast
 import json
 import math
 import shlex
+import shutil
 import signal
 import sys
 from dataclasses import asdict
@@ -194,9 +195,12 @@ def test_a_model_comes_back_from_training_in_transformers_and_leaves_again(kind,
         torch.testing.assert_close(back(ids, ids)[0], expected, atol=2e-5, rtol=0)
         generated = back.generate(ids[:1, :5], 20, temperature=0)  # by the KV cache
         assert generated.tolist() == greedy(theirs, ids[:1, :5], 20).tolist()
-        flags = (f"--init_from={tmp_path / 'saved'}", f"--dataset={folder}", f"--to={tmp_path / 'again'}")
-        done = run_here("export.py", *flags)
+        load_tokenizer(folder).save_pretrained(tmp_path / "saved")  # without our meta.json
+        done = run_here("export.py", f"--init_from={tmp_path / 'saved'}", f"--to={tmp_path / 'again'}")
         assert done.returncode == 0 and KINDS[kind][0] in done.stdout
+        assert (tmp_path / "again" / "tokenizer.json").read_bytes() == (
+            folder / "tokenizer.json"
+        ).read_bytes()
         again = load_in_transformers(tmp_path / "again")
         torch.testing.assert_close(again(ids).logits, expected, atol=2e-5, rtol=0)
     assert expected.std() > 1
@@ -276,6 +280,26 @@ def test_tokenizers_give_the_same_ids_and_text(kind, tmp_path, text, request):
     saved = tmp_path / "saved"
     theirs.save_pretrained(saved)
     assert load_tokenizer(saved)(ODD)["input_ids"] == tokenizer.encode(ODD).tolist()
+    network.save_pretrained(saved)  # as after finetuning elsewhere: without our meta.json
+    assert load_pretrained(str(saved))[1]["meta"]["tokenizer"] == tokenizer.describe()
+
+
+@pytest.mark.parametrize("change", ["another alphabet", "another kind", "a normalizer", "no JSON"])
+def test_a_foreign_tokenizer_json_is_not_taken_for_ours(change, tmp_path, text):
+    folder = export_model(tmp_path, random_model(vocab_size=300), train_bpe([text], 300))
+    (folder / "meta.json").unlink()
+    path = folder / "tokenizer.json"
+    exported = json.loads(path.read_text(encoding="utf-8"))
+    vocab = exported["model"]["vocab"]
+    if change == "another alphabet":
+        vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    elif change == "another kind":
+        exported["model"]["type"] = "Unigram"
+    elif change == "a normalizer":
+        exported["normalizer"] = {"type": "Lowercase"}
+    path.write_text("[" * 10**5 if change == "no JSON" else json.dumps(exported), encoding="utf-8")
+    done = sample_here(f"--init_from={folder}", "--start=3 4", "--num_samples=1", "--max_new_tokens=2")
+    assert done.stdout.startswith("3 4 ") and "has no known tokenizer" in done.stderr
 
 
 def test_sample_py_and_transformers_write_the_same_text(tmp_path):
@@ -403,7 +427,7 @@ def test_a_foreign_llama_is_loaded_exactly(tmp_path):
     done = sample_here(f"--init_from={tmp_path / 'llama'}", "--start=3 4", "--num_samples=1")
     assert (
         done.stdout.startswith("3 4 ")
-        and "has no tokenizer: prompts and samples are token ids" in done.stderr
+        and "has no known tokenizer: prompts and samples are token ids" in done.stderr
     )
 
 
@@ -469,6 +493,51 @@ def test_a_gpt2_that_is_another_network_is_refused(settings, tmp_path):
         load_pretrained(str(folder))
 
 
+OTHER_NETWORKS = [
+    ("modern", {"value_embeddings": True}),  # as a newer version may write
+    ("modern", {"logit_scale": 0.5}),
+    ("own, LayerNorm", {"window": [128, 128]}),
+    ("own, LayerNorm", {"rope_theta": 5e5}),
+    ("Llama", {"logit_softcap": 15.0}),
+    ("Llama", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}),
+    ("Llama", {"partial_rotary_factor": 0.5}),
+    ("Arcee", {"quantization_config": {"bits": 4}}),
+    ("Qwen3", {"layer_types": ["full_attention", "sliding_attention"]}),
+    ("GPT-2", {"pruned_heads": {"0": [1]}}),
+    ("GPT-2", {"embedding_skip": True}),
+]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """An export of each of these kinds."""
+    kinds = {kind for kind, _ in OTHER_NETWORKS}
+    return {
+        kind: export_model(tmp_path_factory.mktemp("kind"), random_model(**KINDS[kind][1])) for kind in kinds
+    }
+
+
+@pytest.mark.parametrize(("kind", "settings"), OTHER_NETWORKS)
+def test_settings_of_another_network_are_refused(kind, settings, folders, tmp_path):
+    folder = shutil.copytree(folders[kind], tmp_path / "folder")
+    change_settings(folder, **settings)
+    wrong = sample_here(f"--init_from={folder}")
+    name = "rope_type" if "rope_scaling" in settings else next(iter(settings))
+    assert_user_error(wrong, f"{name}=", "use another one, or update")
+
+
+def test_settings_that_change_nothing_are_read(folders, tmp_path):
+    folder = shutil.copytree(folders["modern"], tmp_path / "folder")
+    off = {"value_embeddings": False, "logit_scale": 0.0, "window": None, "rope_scaling": {}}
+    change_settings(
+        folder, **off, _name_or_path="me/mine", torch_dtype="float32", transformers_version="5.0.0"
+    )
+    assert load_pretrained(str(folder))[0].config.logit_softcap == 15
+    old = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in old.items() if k != "qk_norm_weights"}))
+    assert load_pretrained(str(folder))[0].config.qk_norm  # an export of an older version
+
+
 def test_files_of_sharded_weights_must_lie_beside_their_index(qwen, tmp_path):
     (tmp_path / "config.json").write_bytes((qwen / "config.json").read_bytes())
     index = {"weight_map": {"x": str(qwen / "model.safetensors")}}
@@ -501,6 +570,10 @@ def test_pytorch_model_bin_is_read_and_runs_no_code(tmp_path):
     torch.save(old, folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
     assert_same_network(model, load_pretrained(str(folder))[0])
+    torch.save({f"module.{name}": w for name, w in old.items()}, folder / "pytorch_model.bin")  # of DDP
+    assert_same_network(model, load_pretrained(str(folder))[0])
+    torch.save({**old, "wpe.weight": old["wpe.weight"] / 0}, folder / "pytorch_model.bin")
+    assert_user_error(sample_here(f"--init_from={folder}"), "wpe.weight has NaN or infinite", "another model")
     (folder / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch trap'\ntR.")
     assert_user_error(sample_here(f"--init_from={folder}"), "cannot be loaded")
 
@@ -646,6 +719,10 @@ def test_weights_too_large_for_a_type_are_reported(tmp_path):
     assert_user_error(wrong, "wte.weight has weights that are not finite in float16", "--dtype=bfloat16")
     assert not (tmp_path / "to").exists()
     assert export_run(out_dir, tmp_path / "to", "--dtype=bfloat16").returncode == 0
+    model.transformer.wte.weight.data[3, 4] = 3.4e38
+    out_dir = make_run(tmp_path / "larger", model, LETTERS)
+    wrong = export_run(out_dir, tmp_path / "other", "--dtype=bfloat16")
+    assert_user_error(wrong, "not finite in bfloat16; set --dtype=float32")
 
 
 def test_batches_are_padded_if_a_token_can_do_it(tmp_path):

@@ -194,3 +194,10 @@ def test_from_a_folder_of_transformers_with_gpt2s_tokenizer(tmp_path, gpt2_bpe):
     )
     texts = texts_of(sample_here(*flags, "--device=cpu", "--max_new_tokens=20"))
     assert len(texts) == 3 and all(text.startswith("Ärger in 日本 ") for text in texts)
+
+
+def test_the_home_folder_stands_for_a_tilde_from_python(trained, monkeypatch):
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(trained.parent))
+    for names in ({"out_dir": f"~/{trained.name}"}, {"init_from": f"~/{trained.name}/ckpt.pt"}):
+        assert Sampler(**names, device="cpu").source.startswith(str(trained))

@@ -121,7 +121,7 @@ def test_from_pretrained_refuses_other_networks(tmp_path):
         GPT.from_pretrained(str(tmp_path))
 
 
-def test_from_pretrained_refuses_a_file_that_lacks_weights(hf_gpt2, tmp_path):
+def test_from_pretrained_refuses_weights_that_are_missing_or_not_finite(hf_gpt2, tmp_path):
     from safetensors.torch import load_file, save_file
 
     _, folder = hf_gpt2
@@ -135,6 +135,10 @@ def test_from_pretrained_refuses_a_file_that_lacks_weights(hf_gpt2, tmp_path):
     assert len(fewer) == len(weights) - 12
     save_file(fewer, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match="12 weights are missing"):
+        GPT.from_pretrained(str(tmp_path))
+    weights["transformer.ln_f.bias"][3] = math.nan
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="NaN or infinite"):
         GPT.from_pretrained(str(tmp_path))
 
 

@@ -4,6 +4,7 @@ import contextlib
 import gc
 import http.client
 import io
+import itertools
 import json
 import signal
 import socket
@@ -266,6 +267,16 @@ def test_a_full_queue_refuses_requests_and_serves_those_that_wait(trained):
         third.close()
 
 
+def test_truncate_keeps_the_end_of_a_prompt_as_sample_py_does(server):
+    for prompt in ("def f(x):\n    return x + 1\n", "import os\n" * 20_000):
+        expected = server.sampler.generate(prompt, 2, 12, temperature=1.0, top_k=None, seed=4)
+        params = {"max_tokens": 12, "n": 2, "seed": 4, "truncate": True}
+        assert server.texts(prompt, echo=True, **params) == expected
+        ids = server.sampler.tokenizer.encode(prompt).tolist()
+        assert server.texts(ids, echo=True, **params) == expected
+        assert server.complete(prompt, **params)["usage"]["prompt_tokens"] == 16
+
+
 def test_equal_prompts_get_different_texts_unless_there_is_a_seed(server):
     first, second = server.texts(["def ", "def "], max_tokens=30)
     assert first != second
@@ -373,6 +384,32 @@ def test_mistakes_in_a_body_are_refused_with_a_reason(server, body, words):
     assert ";" in json.loads(text)["error"]["message"]
 
 
+def test_no_value_of_a_field_is_an_error_of_the_server(server, capfd):
+    names = (
+        "prompt model max_tokens n logprobs echo temperature top_k top_p min_p repetition_penalty seed stop"
+    )
+    names += r" stream_options suffix user \ud800"
+    values = [r'"\ud800"', r'["a\udfff"]', r'{"\ud800": 1}', "NaN", "-Infinity", "1e400", "1e-320"]
+    values += [
+        "1" + "0" * 400,
+        "-1",
+        "true",
+        "null",
+        '""',
+        r'"\u0000"',
+        "[[]]",
+        "[1.5]",
+        "[" * 500 + "]" * 500,
+    ]
+    statuses = set()
+    for name, value in itertools.product(names.split(), values):
+        body = f'{{"prompt": "def ", "max_tokens": 2, "logprobs": 1, "{name}": {value}}}'
+        status, _, text = server.request("POST", "/v1/completions", body.encode(), raw=True)
+        assert status == 200 or (status == 400 and "; " in json.loads(text)["error"]["message"]), (body, text)
+        statuses.add(status)
+    assert statuses == {200, 400} and capfd.readouterr().err == ""
+
+
 def test_speech(server):
     def speak(**body):
         return server.request("POST", "/v1/audio/speech", body, raw_answer=True)
@@ -449,19 +486,25 @@ def test_a_broken_body_leaves_no_trace(server, capfd):
     assert capfd.readouterr().err == ""
 
 
-def test_connections_that_wait_do_not_keep_others_out(trained):
+@pytest.fixture
+def few_files(monkeypatch):
+    """The system lets a process have so few files open that a server takes 44 connections."""
+    monkeypatch.setattr(pytest.importorskip("resource"), "getrlimit", lambda kind: (140, 140))
+
+
+def test_connections_that_wait_do_not_keep_others_out(trained, few_files):
     get = b"GET / HTTP/1.1\r\nHost: localhost\r\n"
     unfinished, unread = (b"", b"GET / HT", get + b"Content-Length: 9\r\n\r\n"), (get + b"\r\n") * 200
     with LocalServer(trained, batch_size=1, queue=0) as server, contextlib.ExitStack() as stack:
         stream = server.open({"prompt": "def ", "max_tokens": 500, "stream": True})
         for data in (*unfinished, unread):
-            for _ in range(70):
+            for _ in range(50):
                 connection = stack.enter_context(socket.create_connection(("127.0.0.1", server.port)))
                 connection.setblocking(False)
                 with contextlib.suppress(OSError):  # closed already
                     connection.send(data)
             assert server.request("GET", "/health")[0] == 200
-            assert len(server.server.server_state.connections) <= 1 + 64 + 1
+            assert len(server.server.server_state.connections) <= 44
         assert "data: [DONE]" in read_to_end(stream)
 
 
@@ -481,6 +524,14 @@ def test_slow_clients_are_closed_and_long_streams_are_not(trained, monkeypatch):
             assert time.monotonic() < end
             time.sleep(0.01)
         unread.close()
+
+
+def test_where_few_files_may_be_open_fewer_requests_wait(trained, few_files, capsys):
+    with LocalServer(trained, queue=1000) as server, contextlib.ExitStack() as stack:
+        assert server.engine.queue == 12 and "only 12 requests may wait" in capsys.readouterr().err
+        for _ in range(40):
+            stack.enter_context(server.open({"prompt": "def ", "max_tokens": 4096}))
+        server.until(writes=16, waits=12)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="changes the limit of another process")

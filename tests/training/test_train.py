@@ -425,8 +425,9 @@ def test_the_network_is_what_the_settings_say(tmp_path, dataset):
     shape |= {"tied": False, "logit_softcap": 9.0, "embedding_skip": True, "zero_init": True}
     flags = [f"--{name}={value}" for name, value in shape.items()]
     result = train(config_of(f"--dataset={dataset}", f"--out_dir={tmp_path}", "--max_iters=1", *flags))
-    made = vars(result.model.config)
+    made = dict(vars(result.model.config))
     assert {name: made[name] for name in shape} == shape
+    del made["qk_norm_weights"]  # False: left out, as earlier versions do not know it
     assert load_checkpoint(tmp_path / "last.pt")["model_args"] == made
 
 

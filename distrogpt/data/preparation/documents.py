@@ -4,6 +4,7 @@ A document comes in pieces of some ten thousand characters, so that no file is i
 only before white space that follows something else, where no tokenizer joins the two sides.
 """
 
+import codecs
 import csv
 import glob
 import gzip
@@ -133,12 +134,13 @@ def read_text(path: Path, corpus: Corpus, by_line: bool) -> Iterator[str]:
             import pyarrow
 
             unpacked = io.BufferedReader(pyarrow.CompressedInputStream(file, "zstd"))
-        encoding = encoding_of(unpacked.peek(4), corpus.encoding)
+        encoding = encoding_of(unpacked.peek(4), "") or unmarked_encoding(unpacked.peek(4), path, corpus)
         text = io.TextIOWrapper(unpacked, encoding, corpus.errors)
         try:
             while texts := text.readlines(BLOCK) if by_line else list(filter(None, [text.read(BLOCK)])):
                 if corpus.errors == "strict" and any("\0" in one for one in texts):
-                    raise UserError(f"{path} {null_fault(texts[0])}")
+                    advice = how_to_read(texts[0].encode("utf-8", "replace"), encoding, corpus)
+                    raise UserError(f"{path} is binary (a null character); {advice}")
                 corpus.bytes_read = before + file.tell()
                 texts[0] = texts[0].removeprefix(mark)
                 mark = ""
@@ -146,17 +148,30 @@ def read_text(path: Path, corpus: Corpus, by_line: bool) -> Iterator[str]:
         except UnicodeDecodeError as error:
             # .zst does not tell its position
             fault = fault_of(error, None if suffix == ".zst" else unpacked.tell() - len(error.object))
-            likely = likely_encoding(error.object[:4096])
-            advice = f"if it is {likely}, give --encoding={likely}, if it is damaged, --errors=replace"
+            advice = how_to_read(error.object, encoding, corpus)
             raise UserError(f"{path} is not {encoding} text: {fault}; {advice}") from None
 
 
-def null_fault(text: str) -> str:
-    """What is wrong with a text that has null characters."""
-    likely = likely_encoding(text[:4096].encode("utf-8", "replace"))
-    if likely == "cp1252":
-        return "is binary (a null character); leave it out, or --errors=replace"
-    return f"has a null character in every second byte; it may be {likely}: give --encoding={likely}"
+def unmarked_encoding(begin: bytes, path: Path, corpus: Corpus) -> str:
+    """The encoding of a file that begins so, without a mark. Raises UserError if the text would be another
+    one: any bytes are UTF-16."""
+    name, likely = codecs.lookup(corpus.encoding).name, likely_encoding(begin)
+    if name[:6] in ("utf-16", "utf-32") and begin:
+        if likely == "utf-8":
+            raise UserError(f"{path} is not {corpus.encoding} text, but utf-8; give --encoding=utf-8")
+        if name == "utf-16":
+            return likely if likely and likely.startswith(name) else "utf-16-le"
+    return corpus.encoding
+
+
+def how_to_read(data: bytes, encoding: str, corpus: Corpus) -> str:
+    """What to do about bytes that are no text of an encoding."""
+    likely = likely_encoding(data)
+    if encoding != corpus.encoding or likely == codecs.lookup(encoding).name:  # that of a mark, or the same
+        return "mend it, or give --errors=replace"
+    if likely is None:
+        return "it may be binary: leave it out, or give --errors=replace"
+    return f"give its encoding, perhaps --encoding={likely}, or --errors=replace if it is damaged"
 
 
 def text_pieces(path: Path, corpus: Corpus) -> Iterator[Piece]:

@@ -1,5 +1,6 @@
 """Datasets of the Hugging Face hub, read as a stream, or local files of any size, as shards."""
 
+import argparse
 import os
 import re
 import sys
@@ -10,23 +11,31 @@ from typing import Any
 from distrogpt.data.meta import DATA
 from distrogpt.data.preparation.documents import Corpus, Piece, row_pieces, skip_blank
 from distrogpt.data.preparation.shards import Part, ShardSettings, write_shards
-from distrogpt.data.preparation.sources import named_tokenizer, open_corpus, text_parser
-from distrogpt.errors import MachineError, UserError, cli_errors
+from distrogpt.data.preparation.sources import named_tokenizer, open_corpus, strip_patterns, text_parser
+from distrogpt.errors import CLOSE_OTHERS, MachineError, UserError, cli_errors
+from distrogpt.progress import show_wait
 
 
 class HubText:
     """The documents in a column of a dataset of the hub, or of a folder of files that `datasets` reads."""
 
-    def __init__(self, name: str, config: str | None, split: str, field: str) -> None:
-        """Raises UserError if there is no such dataset, or no way to it."""
-        from datasets import load_dataset
+    def __init__(self, name: str, config: str | None, split: str, rows: Corpus) -> None:
+        """`rows` says how they are read. Raises UserError if there is no such dataset, or no way to it."""
+        with show_wait("loads datasets"):
+            from datasets import load_dataset
 
+        self.reading, field = rows, rows.field
         self.settings = {"dataset": name, "config": config, "split": split, "field": field}
+        if rows.strip:
+            self.settings["strip"] = [pattern.pattern for pattern in rows.strip]
         try:
-            self.rows = load_dataset(name, config, split=split, streaming=True)
+            with show_wait(f"looks for {name}"):
+                self.rows = load_dataset(name, config, split=split, streaming=True)
         except Exception as error:  # the hub's client raises many kinds
             url, reason = f"https://huggingface.co/datasets/{name}", " ".join(str(error).split())[:200]
-            advice = f"check --dataset, --config, --split, or fetch the files of {url} and give --input PATH"
+            advice = (
+                f"check its name, --config and --split, or fetch the files of {url}, and give --input PATH"
+            )
             raise UserError(f"no dataset {name} ({type(error).__name__}: {reason}); {advice}") from None
         if self.rows.column_names and field in self.rows.column_names:
             self.rows = self.rows.select_columns([field])
@@ -41,13 +50,12 @@ class HubText:
 
     def pieces(self, first: int = 0, end: int | None = None) -> Iterator[Piece]:
         """As Corpus.pieces. Raises UserError, and MachineError if the connection is lost."""
-        corpus = Corpus([], field=self.settings["field"])
         for number in range(first, len(self) if end is None else end):
             where = f"{self.settings['dataset']}, file {number}"
             self.documents_read = int(self.documents * number / len(self))
             for row in self.rows_of(number, where):
                 self.documents_read += 1
-                for piece in skip_blank(row_pieces(row, where, corpus)):
+                for piece in skip_blank(row_pieces(row, where, self.reading)):
                     yield piece._replace(file=number)
 
     def rows_of(self, number: int, where: str) -> Iterator[dict[str, Any]]:
@@ -66,32 +74,36 @@ class HubText:
         return self.settings
 
 
-@cli_errors()
+@cli_errors(CLOSE_OTHERS)
 def prepare_shards(about: str, dataset: str | None = None, config: str | None = None) -> None:
     """The command of a prepare.py that writes shards; without `dataset`, its options name one."""
     parser = text_parser(sys.argv[0], about, "instead of the hub: files, folders, globs")
     add = parser.add_argument
     if dataset is None:
-        add("--dataset", metavar="NAME", help="of the hub, such as Salesforce/wikitext, or a folder")
+        about_dataset = "of the hub, such as Salesforce/wikitext, or a folder"
+        add("--dataset", type=os.path.expanduser, metavar="NAME", help=about_dataset)
     parser.set_defaults(dataset=dataset)
     add("--config", default=config, metavar="NAME", help=f"which of its configurations (default: {config})")
     add("--split", default="train", metavar="NAME", help="which of its splits is read (default: train)")
-    add("--tokenizer", default="gpt2", help="gpt2 (default), byte, or a dataset whose tokenizer to take")
+    about_tokenizer = "gpt2 (default), byte, or a dataset whose tokenizer to take"
+    add("--tokenizer", type=os.path.expanduser, default="gpt2", help=about_tokenizer)
     stop_help = "stop after N tokens, such as 1e9 (default: all)"
     add("--max_tokens", type=whole_number, metavar="N", help=stop_help)
     add("--shard_tokens", type=whole_number, default=10**8, metavar="N", help="per file (default: 1e8)")
     add("--val_tokens", type=whole_number, metavar="N", help="default: one file, or a tenth of a small text")
     add("--shard", type=part, default=Part(), metavar="I/N", help="this machine does part I of N, from 1 on")
     args = parser.parse_args()
+    refuse_unused(parser, args, fixed=dataset is not None)
+    if not args.input and not args.dataset:
+        parser.error("neither --dataset nor --input is given")
     tokenizer = named_tokenizer(args.tokenizer)
     if args.input:
         text: Corpus | HubText = open_corpus(args, args.input)
         source = ", ".join(args.input)
-    elif args.dataset:
-        text = HubText(args.dataset, args.config, args.split, args.field)
-        source = " ".join(filter(None, (args.dataset, args.config, args.split)))
     else:
-        parser.error("neither --dataset nor --input is given")
+        rows = Corpus([], args.field, strip=strip_patterns(args))
+        text = HubText(args.dataset, args.config, args.split, rows)
+        source = " ".join(filter(None, (args.dataset, args.config, args.split)))
     folder = args.output
     if dataset is None and folder == Path(sys.argv[0]).resolve().parent:
         words = (args.dataset or Path(args.input[0]).stem, args.config or "")
@@ -106,6 +118,19 @@ def prepare_shards(about: str, dataset: str | None = None, config: str | None = 
     except KeyboardInterrupt:
         print(f"\nstopped; the same command resumes with {folder}", file=sys.stderr)
         raise
+
+
+def refuse_unused(parser: argparse.ArgumentParser, args: argparse.Namespace, fixed: bool) -> None:
+    """Raises UserError for options of the hub beside --input, and for those of files without it."""
+    names = (
+        ["config", "split", *([] if fixed else ["dataset"])]
+        if args.input
+        else ["format", "encoding", "errors"]
+    )
+    for name in names:
+        if getattr(args, name) != parser.get_default(name):
+            why = "for the hub, not for --input" if args.input else "for files, which --input names"
+            raise UserError(f"--{name} has no effect: it is {why}; leave one of them out")
 
 
 def whole_number(text: str) -> int:

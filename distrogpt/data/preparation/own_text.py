@@ -4,7 +4,6 @@ import argparse
 import math
 import os
 import re
-import shlex
 import shutil
 import sys
 from bisect import bisect
@@ -20,10 +19,12 @@ from distrogpt.data.preparation import writer
 from distrogpt.data.preparation.documents import Corpus, Piece
 from distrogpt.data.preparation.sources import named_tokenizer, open_corpus, text_parser
 from distrogpt.data.tokenizer import BPETokenizer, CharTokenizer, Tokenizer, tokenizer_json, train_bpe
-from distrogpt.errors import UserError, cli_errors
+from distrogpt.errors import CLOSE_OTHERS, UserError, cli_errors, command
 from distrogpt.files import write_text
+from distrogpt.progress import show_wait
 
 BPE_SAMPLE = 50_000_000  # characters that train a tokenizer: its memory grows with the number of words
+KINDS = ("char", "byte", "gpt2", "bpe:4096")  # what --tokenizer can be besides a dataset
 SIZE_FLAGS = ("n_layer", "n_head", "n_embd", "block_size", "batch_size", "gradient_accumulation_steps")
 SIZES = (  # bytes of train up to which these SIZE_FLAGS fit, and epochs
     (100_000, 2, 2, 64, 128, 4, 1, 8),
@@ -103,7 +104,7 @@ def known_tokenizer(name: str) -> Tokenizer | None:
     kind, _, size = name.partition(":")
     if kind == "bpe" and (not re.fullmatch("[0-9]{3,7}", size) or int(size) < 258):
         raise UserError(f"--tokenizer {name} has no size from 258 to 9999999; write bpe:4096")
-    return None if kind == "bpe" or name == "char" else named_tokenizer(name)
+    return None if kind == "bpe" or name == "char" else named_tokenizer(name, KINDS)
 
 
 def make_tokenizer(name: str, chars: str, documents: int, train: Iterable[str]) -> Tokenizer:
@@ -126,7 +127,8 @@ def make_tokenizer(name: str, chars: str, documents: int, train: Iterable[str]) 
 def make_dataset(args: argparse.Namespace, corpus: Corpus) -> None:
     """Write the dataset of parse_options, and print the next commands. Raises UserError and MachineError."""
     enough = math.ceil(10 / args.val_fraction)
-    sizes, chars = scan(corpus, enough, want_chars=args.tokenizer == "char")
+    with show_wait("reads the text,", lambda: f"{corpus.done():.0%}"):
+        sizes, chars = scan(corpus, enough, want_chars=args.tokenizer == "char")
     is_val, position = choose_validation(sizes, args.val_fraction, enough)
 
     def sample() -> Iterator[str]:
@@ -172,6 +174,7 @@ def next_commands(folder: Path, name: str, tokenizer: Tokenizer) -> tuple[str, s
         config = "train_gpt2_modern"
     elif tokenizer.describe()["kind"] == "gpt2":
         config = "finetune_own_text"
+        flags["out_dir"] += "-gpt2"  # where no other network of this text is
         flags["block_size"] = min(1024, longest)
     else:
         config = "train_own_text"
@@ -182,21 +185,23 @@ def next_commands(folder: Path, name: str, tokenizer: Tokenizer) -> tuple[str, s
         flags["max_iters"] = max(100, round(steps / 100) * 100)
         flags["eval_interval"] = max(50, round(steps / 100) * 10)
     defaults = run_path(str(DATA.parent / "config" / f"{config}.py"))
-    changed = {key: value for key, value in flags.items() if value != defaults.get(key)}
-    words = [f"--{key}={shlex.quote(str(value))}" for key, value in changed.items()]
-    sample = f"python sample.py --out_dir={shlex.quote(flags['out_dir'])}"
+    shown = ("dataset", "out_dir")  # even if they are the config's
+    changed = {key: value for key, value in flags.items() if key in shown or value != defaults.get(key)}
+    prompt = {}
     if tokenizer.end_of_text is not None:
-        sample += " --start="  # a new document
+        prompt["start"] = ""  # a new document
     elif "\n" not in tokenizer.chars:
-        sample += f" --start={shlex.quote(tokenizer.chars[-1])}"
-    return " ".join([f"python train.py config/{config}.py", *words]), sample
+        prompt["start"] = tokenizer.chars[-1]
+    sample = command("sample.py", out_dir=flags["out_dir"], **prompt)
+    return command("train.py", f"config/{config}.py", **changed), sample
 
 
 def parse_options(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """The command line, with a dataset's name, tokenizer and val added to the parser. Raises UserError."""
     add = parser.add_argument
     add("--name", metavar="NAME", help="the dataset becomes data/NAME")
-    add("--tokenizer", default="char", help="char (default), byte, gpt2, bpe:4096, or another dataset's name")
+    about_tokenizer = "char (default), byte, gpt2, bpe:4096, or another dataset's name"
+    add("--tokenizer", type=os.path.expanduser, default="char", help=about_tokenizer)
     add("--val_fraction", type=float, default=0.1, help="of documents, or the end of one (default: 0.1)")
     args = parser.parse_args()
     if not args.input:
@@ -207,6 +212,8 @@ def parse_options(parser: argparse.ArgumentParser) -> argparse.Namespace:
         if not re.fullmatch(r"[\w.-]+", args.name) or args.name.startswith("."):
             raise UserError(f"--name {args.name!r} is no name of a folder; use letters, digits, _ and -")
         args.output = DATA / args.name
+    elif args.name and args.output != DATA / args.name:
+        raise UserError(f"--name {args.name} has no effect beside --output {args.output}; give one of them")
     if (args.output / "prepare.py").exists():
         raise UserError(f"{args.output} is a dataset of its own; choose another --name")
     if not 0 < args.val_fraction < 1:
@@ -218,10 +225,10 @@ def parse_options(parser: argparse.ArgumentParser) -> argparse.Namespace:
 def new_folder(args: argparse.Namespace) -> Iterator[None]:
     """The folder of the new dataset, in the block. Raises UserError if it has one already."""
     try:
-        with writer.claim_folder(args.output, args.overwrite):
+        with writer.claim_folder(args.output, args.overwrite, "choose another --name or --output"):
             yield
     finally:
-        with suppress(OSError):  # an empty folder would look like a dataset
+        with suppress(OSError):  # an empty one is of no use
             args.output.rmdir()
 
 
@@ -235,7 +242,11 @@ def copy_pipes(inputs: list[str], folder: Path) -> Iterator[list[str]]:
     try:
         with writer.report_full_disk(folder, writer.UNCHANGED):
             for word, path in copies.items():
-                with sys.stdin.buffer if word == "-" else open(word, "rb") as pipe, open(path, "wb") as copy:
+                with (
+                    sys.stdin.buffer if word == "-" else open(word, "rb") as pipe,
+                    open(path, "wb") as copy,
+                    show_wait(f"reads {word},", lambda copy=copy: f"{copy.tell() >> 20} MB"),
+                ):
                     shutil.copyfileobj(pipe, copy, 1 << 20)
         yield [str(copies.get(word, word)) for word in inputs]
     finally:
@@ -243,9 +254,10 @@ def copy_pipes(inputs: list[str], folder: Path) -> Iterator[list[str]]:
             path.unlink(missing_ok=True)
 
 
-@cli_errors()
+@cli_errors(CLOSE_OTHERS)
 def main(description: str) -> None:
     """Any text as a dataset."""
     args = parse_options(text_parser(sys.argv[0], description, "files, folders, globs; - is stdin"))
+    known_tokenizer(args.tokenizer)  # which is checked before the text is read
     with new_folder(args), copy_pipes(args.input, args.output) as inputs:
         make_dataset(args, open_corpus(args, inputs))

@@ -12,6 +12,7 @@ from distrogpt.data.preparation.writer import write_dataset
 from distrogpt.data.sampling import feistel_permutation
 from distrogpt.data.tokenizer import CharTokenizer
 from distrogpt.errors import UserError
+from distrogpt.progress import show_wait
 
 MAX_LINES = 100_000  # problems that are written by default
 
@@ -43,16 +44,23 @@ def write_problems(args: argparse.Namespace, total: int, lines_of: Callable[[int
     if not 0 < held_out < count:
         raise UserError(f"--val_fraction {args.val_fraction} of {count:,} leaves a split empty; give 0.1")
     keys = np.random.SeedSequence(args.seed).generate_state(18, np.uint64)
-    drawn = feistel_permutation(np.arange(count), total, keys[:6]).tolist()
-    texts = {}
-    splits = (("train", drawn[held_out:], keys[6:12]), ("val", drawn[:held_out], keys[12:]))
-    for split, numbers, order in splits:
-        lines = [line + "\n" for number in numbers for line in lines_of(number)]
-        positions = feistel_permutation(np.arange(len(lines)), len(lines), order)
-        texts[split] = "".join(lines[position] for position in positions.tolist())
-    tokenizer = CharTokenizer("".join(sorted(set(texts["train"] + texts["val"]))))
+    with show_wait("makes the lines"):
+        drawn = feistel_permutation(np.arange(count), total, keys[:6]).tolist()
+        texts = {
+            "train": shuffled_lines(drawn[held_out:], keys[6:12], lines_of),
+            "val": shuffled_lines(drawn[:held_out], keys[12:], lines_of),
+        }
+        tokenizer = CharTokenizer("".join(sorted(set(texts["train"] + texts["val"]))))
     words = (word for word in sys.argv[1:] if word != "--overwrite")
     command = " ".join([Path(sys.argv[0]).parent.name, *words])
     with write_dataset(args.output, tokenizer, args.overwrite, source=f"generated: {command}") as add:
         for split, text in texts.items():
-            add(split, tokenizer.encode(text), len(text))
+            with show_wait("writes the lines"):
+                add(split, tokenizer.encode(text), len(text))
+
+
+def shuffled_lines(numbers: list[int], keys: np.ndarray, lines_of: Callable[[int], list[str]]) -> str:
+    """The lines of the problems of these numbers, in an order that the keys make."""
+    lines = [line + "\n" for number in numbers for line in lines_of(number)]
+    positions = feistel_permutation(np.arange(len(lines)), len(lines), keys)
+    return "".join(lines[position] for position in positions.tolist())

@@ -10,7 +10,7 @@ import os
 import re
 import sys
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +23,7 @@ from distrogpt.data.preparation.documents import Corpus, Piece
 from distrogpt.data.tokenizer import TiktokenTokenizer, Tokenizer
 from distrogpt.errors import UserError
 from distrogpt.files import locked
+from distrogpt.progress import show_wait
 
 
 class Part(NamedTuple):
@@ -65,8 +66,10 @@ def write_shards(folder: Path, source: Corpus, tokenizer: Tokenizer, settings: S
     part = settings.part
     if part.of > len(source):
         raise UserError(f"the text has only {len(source)} files; give --shard i/n with n up to that")
+    with show_wait("looks at the files"):
+        text = source.describe()
     identity = {
-        "text": source.describe(),
+        "text": text,
         "tokenizer": zlib.crc32(json.dumps(tokenizer.describe()).encode()),
         "shard_tokens": settings.shard_tokens,
         "val_tokens": settings.val_tokens or default_val_tokens(source, tokenizer, settings),
@@ -133,25 +136,26 @@ def drop_damaged_shards(folder: Path, part: Part, progress: dict[str, Any], widt
     """Forget the shards from the first one on that is not there as it was written, `width` bytes an id."""
     shards, checksums = progress["shards"], progress.setdefault("checksums", [])
     checksums[len(shards) :] = [None] * (len(shards) - len(checksums))
-    for number, ((tokens, _), checksum) in enumerate(zip(shards, checksums, strict=True)):
-        path = folder / part.shard_name(number)
-        exists = path.is_file()
-        if exists and path.stat().st_size == tokens * width and checksum in (None, crc32_of(path)):
-            continue
-        if exists:
-            print(f"note: {path} is not what was written there; it is written again")
-        del shards[number:], checksums[number:], progress["starts"][number + 1 :]
+    paths, whole = [folder / part.shard_name(number) for number in range(len(shards))], 0
+    with show_wait("checks the shards,", lambda: f"{whole} of {len(shards)}"):
+        while whole < len(shards) and is_whole(paths[whole], shards[whole][0] * width, checksums[whole]):
+            whole += 1
+    if whole < len(shards):
+        if paths[whole].exists():
+            print(f"note: {paths[whole]} is not what was written there; it is written again")
+        del shards[whole:], checksums[whole:], progress["starts"][whole + 1 :]
         writer.write_json(folder / part.progress_name(), progress)
-        break
 
 
-def crc32_of(path: Path) -> int:
-    """The checksum of a file's bytes."""
-    checksum = 0
+def is_whole(path: Path, size: int, checksum: int | None) -> bool:
+    """Whether a file has so many bytes, and this crc32 if it is known."""
+    if not path.is_file() or path.stat().st_size != size:
+        return False
+    found = 0
     with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            checksum = zlib.crc32(block, checksum)
-    return checksum
+        while checksum is not None and (block := file.read(1 << 20)):
+            found = zlib.crc32(block, found)
+    return checksum in (None, found)
 
 
 def is_complete(folder: Path, width: int) -> bool:
@@ -199,15 +203,15 @@ class ShardWriter:
             return
         file, document, skipped = self.starts[-1]
         token = 0  # within the document, at the beginning of a piece
-        pieces = skip_documents(source.pieces(file, self.part.range_of(len(source))[1]), document)
         done_before = source.done()
 
         def done() -> float:
             return max((source.done() - done_before) * self.part.of, 1 - self.left / self.limit)
 
-        encoding = closing(writer.encode_in_order(pieces, tokenizer, workers))
-        with writer.token_progress(done) as advance, encoding as encoded:
-            for piece, ids in encoded:
+        with writer.token_progress(done) as advance, ExitStack() as stack:
+            pieces = source.pieces(file, self.part.range_of(len(source))[1])
+            encoding = writer.encode_in_order(skip_documents(pieces, document, advance), tokenizer, workers)
+            for piece, ids in stack.enter_context(closing(encoding)):
                 if piece.file != file:
                     file, document, token = piece.file, 0, 0
                 at = min(skipped, len(ids))  # ids that an earlier shard has
@@ -229,11 +233,13 @@ class ShardWriter:
         self.finish_shard()
 
 
-def skip_documents(pieces: Iterable[Piece], count: int) -> Iterator[Piece]:
-    """The pieces without those of the first `count` documents."""
+def skip_documents(pieces: Iterable[Piece], count: int, advance: Callable[[int], None]) -> Iterator[Piece]:
+    """The pieces without those of the first `count` documents, by which advance(0) shows the time."""
     for piece in pieces:
         if count <= 0:
             yield piece
+        else:
+            advance(0)
         count -= piece.ends
 
 

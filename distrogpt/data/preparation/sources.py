@@ -7,15 +7,16 @@ import os
 import re
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from distrogpt.data.meta import find_dataset, read_meta
+from distrogpt.data.meta import dataset_folder, did_you_mean, prepared_names, read_meta
 from distrogpt.data.preparation.documents import READERS, Corpus, find_files
 from distrogpt.data.preparation.writer import text_bytes, write_dataset
 from distrogpt.data.tokenizer import Tokenizer, from_description
-from distrogpt.errors import UserError, cli_errors, exit_with_error, leave_to_rank_0
+from distrogpt.errors import CLOSE_OTHERS, UserError, cli_errors, exit_with_error, leave_to_rank_0, quote
 from distrogpt.files import read_text
+from distrogpt.progress import show_wait
 
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -24,21 +25,26 @@ SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2d
 def argument_parser(script: str, about: str, input_help: str | None = None) -> argparse.ArgumentParser:
     """The options of every prepare.py, with --input if it reads a file; mistakes end in one line."""
     leave_to_rank_0(script)
-    parser = argparse.ArgumentParser(prog=f"python {script}", description=about)
+    parser = argparse.ArgumentParser(prog=f"python {quote(script)}", description=about)
     add, folder = parser.add_argument, Path(script).resolve().parent
     if input_help:
-        add("--input", type=Path, metavar="PATH", help=input_help)
-    add("--output", type=Path, default=folder, metavar="FOLDER", help="default: the script's folder")
+        add("--input", type=home_path, metavar="PATH", help=input_help)
+    add("--output", type=home_path, default=folder, metavar="FOLDER", help="default: the script's folder")
     add("--overwrite", action="store_true", help="replace the dataset that is there")
     parser.error = lambda message: exit_with_error(2, f"{message}; --help lists the options")
     return parser
+
+
+def home_path(text: str) -> Path:
+    """The path, with the home folder for ~, which shells leave as it is in --output=~/x."""
+    return Path(text).expanduser()
 
 
 def text_parser(script: str, about: str, input_help: str) -> argparse.ArgumentParser:
     """The options of a prepare.py that reads text of any kind."""
     parser = argument_parser(script, about)
     add = parser.add_argument
-    add("--input", nargs="+", metavar="PATH", help=input_help)
+    add("--input", nargs="+", type=os.path.expanduser, metavar="PATH", help=input_help)
     add("--field", default="text", metavar="NAME", help="of JSON lines, or column of tables (default: text)")
     add("--format", choices=sorted(kind[1:] for kind in READERS), help="of all files, whatever their names")
     add("--encoding", default="utf-8", help="of the files (default: utf-8)")
@@ -62,7 +68,9 @@ def open_corpus(args: argparse.Namespace, inputs: list[str]) -> Corpus:
     except (LookupError, UnicodeError):
         raise UserError(f"--encoding {args.encoding} is not known; try utf-8, latin-1 or utf-16") from None
     strip = strip_patterns(args)
-    return Corpus(find_files(inputs), args.field, args.encoding, args.errors, strip, args.format)
+    with show_wait("looks for the files"):
+        files = find_files(inputs)
+        return Corpus(files, args.field, args.encoding, args.errors, strip, args.format)
 
 
 def strip_patterns(args: argparse.Namespace) -> tuple[re.Pattern[str], ...]:
@@ -73,33 +81,39 @@ def strip_patterns(args: argparse.Namespace) -> tuple[re.Pattern[str], ...]:
         raise UserError(f"--strip_lines {args.strip_lines}: {error}; mend the regular expression") from None
 
 
-def named_tokenizer(name: str) -> Tokenizer:
-    """gpt2, byte, or the tokenizer of a dataset, by its name or folder. Raises UserError."""
+def named_tokenizer(name: str, kinds: Sequence[str] = ("gpt2", "byte")) -> Tokenizer:
+    """gpt2, byte, or the tokenizer of a dataset, by its name or folder. `kinds` are what a command's
+    --tokenizer takes besides datasets. Raises UserError."""
     if name in ("gpt2", "byte"):
         return from_description({"kind": name})
-    meta = read_meta(find_dataset(name))
+    if not (folder := dataset_folder(name)):
+        hint = f"{did_you_mean(name, kinds)} --tokenizer is {', '.join(kinds)}, or a prepared dataset".strip()
+        raise UserError(f"no dataset {name[:200]} is prepared; {hint} ({prepared_names(name)})")
+    meta = read_meta(folder)
     if not meta["tokenizer"]:
         raise UserError(f"the dataset {name} has no tokenizer in its meta.json; choose another --tokenizer")
     return from_description(meta["tokenizer"])
 
 
-@cli_errors()
+@cli_errors(CLOSE_OTHERS)
 def prepare_shakespeare(about: str, make_tokenizer: Callable[[str], Tokenizer]) -> None:
     """The command of a prepare.py of tiny Shakespeare: the first nine tenths are train, the rest is val."""
     args = argument_parser(sys.argv[0], about, "a copy of the text, instead of the download").parse_args()
     path = args.input or download(SHAKESPEARE, SHAKESPEARE_SHA256, args.output / "input.txt")
-    text = read_text(path)
-    actual = hash_of(path)
+    with show_wait("reads the text"):
+        text, actual = read_text(path), hash_of(path)
     if actual != SHAKESPEARE_SHA256:
         print(f"note: {path} is not tiny Shakespeare as published, but another text; it is used as it is")
     tokenizer, split, source = make_tokenizer(text), int(len(text) * 0.9), str(args.input or SHAKESPEARE)
     with write_dataset(args.output, tokenizer, args.overwrite, source=source, sha256=actual) as add:
         for name, part in (("train", text[:split]), ("val", text[split:])):
-            add(name, tokenizer.encode(part), text_bytes(part))
+            with show_wait("tokenizes the text"):
+                add(name, tokenizer.encode(part), text_bytes(part))
 
 
-def download(url: str, sha256: str, path: Path) -> Path:
-    """Download `url` to `path`, unless the file is there; verify its sha256. Raises UserError."""
+def download(url: str, sha256: str, path: Path, flag: str = "--input PATH") -> Path:
+    """Download `url` to `path`, unless the file is there; verify its sha256. Raises UserError, with the flag
+    that takes a copy."""
     if not path.is_file():
         from torch.hub import download_url_to_file
 
@@ -111,11 +125,11 @@ def download(url: str, sha256: str, path: Path) -> Path:
             download_url_to_file(url, str(path), hash_prefix=sha256, progress=sys.stderr.isatty())
         except (OSError, http.client.HTTPException, RuntimeError) as error:  # RuntimeError: another hash
             reason = getattr(error, "reason", error)
-            raise UserError(f"no download ({reason}); fetch {url} elsewhere and give --input PATH") from None
+            raise UserError(f"no download ({reason}); fetch {url} elsewhere and give {flag}") from None
         finally:
             socket.setdefaulttimeout(timeout)
     if hash_of(path) != sha256:
-        raise UserError(f"{path} is not as expected (sha256 {sha256}); fetch {url}, give --input PATH")
+        raise UserError(f"{path} is not as expected (sha256 {sha256}); fetch {url}, give {flag}")
     return path
 
 

@@ -21,6 +21,7 @@ from distrogpt.data.preparation.documents import Piece
 from distrogpt.data.tokenizer import Tokenizer
 from distrogpt.errors import MachineError, UserError, why_not_written
 from distrogpt.files import locked, write_text
+from distrogpt.progress import bar_size, show_wait
 
 Encoded = tuple[Piece, np.ndarray]
 BATCH = 16  # pieces that a thread encodes at once
@@ -76,7 +77,8 @@ def lock_folder(folder: Path, timeout: float = 1.0) -> Iterator[None]:
     with ExitStack() as stack:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(locked(folder / "prepare.lock", busy(folder), timeout))
+            with show_wait(f"waits for another prepare.py, which holds {folder}"):
+                stack.enter_context(locked(folder / "prepare.lock", busy(folder), timeout))
         except OSError as error:
             advice = "choose another --output"
             raise UserError(f"{folder} cannot be written ({error.strerror}); {advice}") from None
@@ -101,7 +103,9 @@ def busy_parts(folder: Path) -> set[str]:
 
 
 @contextmanager
-def claim_folder(folder: Path, overwrite: bool, **about: Any) -> Iterator[None]:
+def claim_folder(
+    folder: Path, overwrite: bool, advice: str = "choose another --output", **about: Any
+) -> Iterator[None]:
     """The folder of a new dataset, in the block. Raises UserError if it has one already that is not `about`
     the same, unless `overwrite`, or if another process writes one."""
     with lock_folder(folder):
@@ -109,10 +113,11 @@ def claim_folder(folder: Path, overwrite: bool, **about: Any) -> Iterator[None]:
         if not (overwrite or same) and any(
             path.suffix == ".bin" or path.stem == "meta" for path in dataset_files(folder)
         ):
-            advice = "choose another --name or --output, or --overwrite"
-            raise UserError(f"{folder} has a dataset already; {advice}")
+            raise UserError(f"{folder} has a dataset already; {advice}, or --overwrite")
         if busy_parts(folder):
             raise UserError(busy(folder))
+        for path in (*folder.glob("*.part"), *folder.glob("pipe[0-9]*")):  # of a command that was killed
+            path.unlink()
         yield
 
 
@@ -148,7 +153,7 @@ def token_progress(done: Callable[[], float], delay: float = 0) -> Iterator[Call
     from tqdm import tqdm
 
     interval = 0.1 if sys.stderr.isatty() else 5
-    with tqdm(unit=" tokens", unit_scale=True, dynamic_ncols=True, mininterval=interval, delay=delay) as bar:
+    with tqdm(unit=" tokens", unit_scale=True, mininterval=interval, delay=delay, **bar_size()) as bar:
 
         def advance(tokens: int) -> None:
             fraction = done()
@@ -198,7 +203,7 @@ def write_splits(folder: Path, tokenizer: Tokenizer, **about: Any) -> Iterator[C
         for split, count in tokens.items():
             if count < 2:
                 raise UserError(f"the text is too short: {split} has {count} tokens; give a longer one")
-        with report_full_disk(folder, UNCHANGED):
+        with report_full_disk(folder, UNCHANGED), show_wait("writes to the disk"):
             for file in files.values():
                 sync(file)
             write_meta(folder / "meta.json.tmp", tokenizer, tokens, text, **about)
