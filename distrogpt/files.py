@@ -84,7 +84,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 @contextmanager
-def locked(lock: Path, busy: str, timeout: float = 1.0) -> Iterator[None]:
+def locked(lock: Path, busy: str, timeout: float = 0.5) -> Iterator[None]:
     """Keep other processes out of the block, by a file that is locked as long as this one lives, and removed
     at the end. Raises UserError(busy) if another one is in it still after `timeout` seconds; OSError."""
     from filelock import FileLock, Timeout  # comes with torch

@@ -421,11 +421,10 @@ class ServeConfig(Settings):
             raise ValueError("host is empty; name an address, such as 127.0.0.1")
 
 
-TASKS_OF = {  # which tasks read a setting of EvalConfig
+TASKS_OF = {  # which tasks read a setting of EvalConfig; all, the tokenizer of its dataset
     "batch_size": ("loss", "hellaswag", "choice", "accuracy"),
     "max_items": ("hellaswag", "choice", "accuracy"),
     "show": ("accuracy", "next"),
-    "dataset": ("loss", "accuracy"),
     "split": ("loss", "accuracy"),
     "block_size": ("loss",),
     "stride": ("loss",),

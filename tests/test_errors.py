@@ -24,7 +24,7 @@ def test_datasets_that_are_not_there(tmp_path):
     )
     assert_user_error(train_on("xyz"), "no dataset xyz", "stdlib_char")
     (tmp_path / "empty").mkdir()
-    assert_user_error(train_on(tmp_path / "empty"), "train.bin is missing", "prepare.py")
+    assert_user_error(train_on(tmp_path / "empty"), "train.bin is missing", "data/text/prepare.py --input")
     assert_user_error(train_on("text"), "data/text/train.bin is missing", "--input FILE --name NAME")
     (tmp_path / "book.txt").write_text("words")
     assert_user_error(train_on(tmp_path / "book.txt"), "book.txt, which is a file", "data/text/prepare.py")

@@ -109,6 +109,8 @@ def test_a_file_is_whole_whoever_writes_it(tmp_path):
     for thread in threads:
         thread.join()
     assert read_text(path) in texts and list(tmp_path.iterdir()) == [path]
+    if sys.platform == "win32":  # where links are for administrators
+        return
     (tmp_path / "link.json").symlink_to(path)
     write_text(tmp_path / "link.json", "new")
     assert read_text(path) == "new" and (tmp_path / "link.json").is_symlink()

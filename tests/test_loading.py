@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import NANOGPT, TINY, assert_user_error, run_here, sample_here, train_here
 
-from configurator import read_settings
+from configurator import configure
 from distrogpt.checkpoint import load_checkpoint, restore_model
 from distrogpt.data.meta import read_meta
 from distrogpt.errors import UserError
@@ -154,7 +154,7 @@ def test_a_dataset_that_is_elsewhere_can_be_named_by_its_path(nanogpt, tmp_path,
     settings = {"out_dir": str(nanogpt), "device": "cpu", "dataset": str(NANOGPT), "tasks": "loss,next"}
     assert measure(EvalConfig(**settings, start="First"))["next"]["tokens"][0]["token"] == done.stdout[5]
     flags = [*named, "--tasks=next", "--start=First", "--device=cpu"]  # of which it gives the tokenizer alone
-    assert measure(read_settings(EvalConfig, flags))["next"]["tokens"][0]["token"] == done.stdout[5]
+    assert measure(configure(EvalConfig, flags))["next"]["tokens"][0]["token"] == done.stdout[5]
     monkeypatch.chdir(NANOGPT.parent)
     sampler = Sampler(str(nanogpt), device="cpu", dtype="float32", dataset="nanogpt")
     assert sampler.generate("First", 1, 9, temperature=0)[0] + "\n" == done.stdout

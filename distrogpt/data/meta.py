@@ -41,7 +41,8 @@ def find_dataset(name: str) -> Path:
     if folder := dataset_folder(name):
         return folder
     if folder := next(filter(os.path.isdir, folders_of(name)), None):
-        raise UserError(f"{folder / 'train.bin'} is missing; {how_to_prepare(folder)}")
+        script = folder if (folder / "prepare.py").is_file() else DATA / "text"
+        raise UserError(f"{folder / 'train.bin'} is missing; {how_to_prepare(script)}")
     if os.path.isfile(name):
         here = has_dataset(Path(name).parent)
         hint = f"give {Path(name).parent}" if here else how_to_prepare(DATA / "text")

@@ -23,7 +23,7 @@ GPT2_CACHED = [sha1(f"{GPT2_FILES}{name}".encode()).hexdigest() for name in ("vo
 # GPT-2's words: an ending as in 's, or letters, digits or signs with a space before them, or white space
 GPT2_WORDS = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 WHITE = r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"  # \s in GPT2_WORDS; not Python's
-# of white space without end before something else, all but the last: more than a regular expression's stack
+# A word of white space, all but the last before something else, that \s+(?!\S) could have no stack for
 ENDLESS_SPACE = re.compile(rf"(?<!{WHITE}){WHITE}{{100000,}}(?={WHITE}(?!{WHITE}|\Z))")
 SAFE_CUT = re.compile(r"(?s).*\S(?=[ \n\t])")  # up to the last white space that follows something else
 LONGEST_WORD = 1000  # characters that train a byte-pair encoding as one: the time grows with the square

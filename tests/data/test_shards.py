@@ -238,17 +238,14 @@ def test_while_shards_are_written_only_other_parts_may_begin(number, source, ids
     assert not list(tmp_path.glob("*.lock"))
 
 
-@pytest.mark.parametrize("damage", ["other ids", "another shard", "zeros at its end"])
+@pytest.mark.parametrize("damage", ["other ids", "another shard"])
 def test_a_shard_that_is_not_what_was_written_is_written_again(damage, source, whole, tmp_path, capsys):
     """Of the right length: of another run, or of a machine that failed."""
     write(source, tmp_path)
     path = tmp_path / "train_000003.bin"
     content = path.read_bytes()
-    damaged = {
-        "other ids": content[:5000] + content[5002:] + b"ab",
-        "zeros at its end": content[:-9] + bytes(9),
-    }
-    path.write_bytes(damaged.get(damage) or (tmp_path / "train_000002.bin").read_bytes())
+    other = (tmp_path / "train_000002.bin").read_bytes()
+    path.write_bytes(other if damage == "another shard" else content[:5000] + content[5002:] + b"ab")
     capsys.readouterr()
     write(source, tmp_path)
     assert f"note: {path} is not what was written there" in capsys.readouterr().out

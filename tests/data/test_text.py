@@ -70,7 +70,7 @@ def write_stories(folder: Path, kind: str) -> list[str]:
         "lines.json": lines,
         "texts.jsonl": "".join(json.dumps(story) + "\n" for story in STORIES).encode(),
         "excel.tsv": tables["\t"].encode("utf-16"),  # as Excel saves "Unicode text"
-        "semicolons.csv": tables[";"].encode(),
+        "semicolons.csv": b"sep=;\r\n" + tables[";"].encode("utf-8"),
         "stories.csv": table.getvalue().encode(),
         "stories.csv.gz": gzip.compress(table.getvalue().encode()),
         "stories.txt": joined,
@@ -386,6 +386,7 @@ MISTAKES = [
     (b'["a",\n "b', ["--format=json"], ["line 2: Unterminated string"]),
     (b'["a",\n\n5]', ["--format=json"], ["line 3 is no JSON object, but 5", "give texts"]),
     (b'[{"text": "a"}, {"body": "b"}]', ["--format=json"], ["line 1 has no field 'text', but body"]),
+    (b'id\ttext\n1\t"Yes," she said\n', ["--format=tsv"], ["is no table", "double the quotes"]),
     (b"id;body\n1;2\n", ["--format=csv"], ["no field 'text', but id, body"]),
     (b"id;text\n1;2;3\n", ["--format=csv"], ["row 1 has not the columns", "quote text that has ';'"]),
     (b"id\ttext\n1\t2\t3\n", ["--format=tsv"], ["row 1 has not the columns"]),

@@ -66,7 +66,10 @@ class Corpus:
             try:
                 for piece in skip_blank(READERS.get(kind, text_pieces)(path, self)):
                     yield piece._replace(file=number)
-            except (OSError, EOFError, zlib.error, csv.Error) as error:
+            except csv.Error as error:
+                advice = "double the quotes within quoted text, and close it"
+                raise UserError(f"{path} is no table ({error!r:.100}); {advice}") from None
+            except (OSError, EOFError, zlib.error) as error:
                 reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:120]
                 raise UserError(f"{path} cannot be read ({reason}); mend it or leave it out") from None
         self.bytes_read = sum(self.sizes[:end])
@@ -234,11 +237,13 @@ def is_cut_off(error: Exception, size: int) -> bool:
     return position > size - 16 or getattr(error, "msg", "").startswith("Unterminated string")
 
 
-def csv_pieces(path: Path, corpus: Corpus, separators: str = ",;\t") -> Iterator[Piece]:
+def csv_pieces(path: Path, corpus: Corpus, separators: str = ",;\t|") -> Iterator[Piece]:
     """A document per row, in a column that the first row names; the separator is the one that finds it."""
     csv.field_size_limit(2**31 - 1)
     lines = read_text(path, corpus, by_line=True)
     head = next(lines, "")
+    if re.fullmatch("sep=.\n", head):  # which tells Excel the separator
+        separators, head = head[4], next(lines, "")
     columns = {one: next(csv.reader([head], delimiter=one), []) for one in separators}
     found = [one for one in separators if corpus.field in columns[one]]
     separator = max(found or separators, key=lambda one: len(columns[one]))

@@ -79,7 +79,7 @@ def write_shards(folder: Path, source: Corpus, tokenizer: Tokenizer, settings: S
     first, width = part.range_of(len(source))[0], writer.id_dtype(tokenizer).itemsize
     kept = "its shards are kept: free some space, run the same command again"
     with ExitStack() as lock, writer.report_full_disk(folder, kept):
-        with writer.lock_folder(folder, timeout=1 if part.of == 1 else 30):  # parts hold it for a moment
+        with writer.lock_folder(folder, timeout=0.5 if part.of == 1 else 30):  # parts hold it for a moment
             lock.enter_context(locked(folder / part.progress_name(".lock"), writer.busy(folder)))
             progress = load_progress(folder, part, identity, settings.overwrite)
             if not progress:  # then the shards to come are this text's

@@ -88,7 +88,7 @@ def named_tokenizer(name: str, kinds: Sequence[str] = ("gpt2", "byte")) -> Token
         return from_description({"kind": name})
     if not (folder := dataset_folder(name)):
         hint = f"{did_you_mean(name, kinds)} --tokenizer is {', '.join(kinds)}, or a prepared dataset".strip()
-        raise UserError(f"no dataset {name[:200]} is prepared; {hint} ({prepared_names(name)})")
+        raise UserError(f"no dataset {name[:200] or repr(name)} is prepared; {hint} ({prepared_names(name)})")
     meta = read_meta(folder)
     if not meta["tokenizer"]:
         raise UserError(f"the dataset {name} has no tokenizer in its meta.json; choose another --tokenizer")

@@ -71,7 +71,7 @@ def dataset_files(folder: Path) -> list[Path]:
 
 
 @contextmanager
-def lock_folder(folder: Path, timeout: float = 1.0) -> Iterator[None]:
+def lock_folder(folder: Path, timeout: float = 0.5) -> Iterator[None]:
     """Make the folder of a dataset, and keep others from writing there in the block. Raises UserError if
     another prepare.py holds it for `timeout` seconds, or if it takes no files."""
     with ExitStack() as stack:
