@@ -11,12 +11,14 @@ from distrogpt.data.dataset import find_parts, parse_mixture
 from distrogpt.data.meta import GPT2_META, dataset_folder, described_vocab_size, read_meta, tokenizers_differ
 from distrogpt.data.tokenizer import Tokenizer, described_by_json, tokenizer_of
 from distrogpt.errors import UserError, near_name, warn
+from distrogpt.runtime import activity
 from model import GPT, GPTConfig
 
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 NAME_DATASET = "name the folder that has its meta.pkl or meta.json: --dataset=FOLDER"
 
 
+@activity("loads the model")
 def load_trained(out_dir: str, init_from: str) -> tuple[GPT, dict[str, Any], str]:
     """The network to use, on the CPU, the contents of its checkpoint, and a line that describes its source.
     init_from="resume" is the best checkpoint in out_dir; otherwise see load_pretrained. Raises UserError."""

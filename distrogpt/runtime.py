@@ -5,11 +5,14 @@ import logging
 import os
 import signal
 import sys
+import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -202,25 +205,60 @@ def collect_signals(abandon: Callable[[], None], enabled: bool = True) -> Iterat
 
 
 @contextmanager
-def progress_bar(first: int, last: int, runtime: Runtime, unit: str = "step") -> Iterator[Callable]:
+def progress_bar(
+    first: int, last: int, runtime: Runtime, unit: str = "step", what: str = ""
+) -> Iterator[Callable]:
     """Yields advance(units=1, loss=None): on a terminal, it moves tqdm's bar with the loss and the time left.
-    In a file, on other ranks and without tqdm, there is no bar. Logged lines are printed above it."""
+    In a file, on other ranks and without tqdm, there is no bar. Logged lines are printed above it. The bar of
+    a part of the work, `what`, appears after a second and is removed at its end."""
+    options: dict[str, Any] = {"total": last, "initial": first, "unit": unit}
+    if what:
+        options |= {"desc": what, "delay": 1, "leave": False, "smoothing": 0}
+    with terminal_bar(runtime.is_main and first < last, **options) as bar:
+
+        def advance(units: int = 1, loss: float | None = None) -> None:
+            if bar is not None and loss is not None:
+                bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)  # shown at the bar's next update
+            if bar is not None:
+                bar.update(units)
+
+        yield advance
+
+
+@contextmanager
+def activity(what: str) -> Iterator[None]:
+    """On a terminal, shows after a second what this process does, and for how long."""
+    options = {"desc": what, "bar_format": "{desc}, {elapsed}", "delay": 1, "leave": False}
+    with terminal_bar(True, **options):
+        yield
+
+
+@contextmanager
+def terminal_bar(wanted: bool, **options: Any) -> Iterator[Any]:
+    """Yields tqdm's bar, drawn anew each second, so that a long step is no silence; None if it is not wanted,
+    this is no terminal or another rank, or there is no tqdm."""
     tqdm = None
-    if runtime.is_main and sys.stderr.isatty() and first < last:
+    if wanted and sys.stderr.isatty() and not int(os.environ.get("RANK", 0)):
         with suppress(ImportError):
             from tqdm import tqdm
     if tqdm is None:
-        yield lambda units=1, loss=None: None
+        yield None
         return
-    with tqdm(total=last, initial=first, unit=unit, **bar_size()) as bar:
+    write, ended = HANDLER.write, threading.Event()
+    with tqdm(**bar_size(), **options) as bar:
 
-        def advance(units: int = 1, loss: float | None = None) -> None:
-            if loss is not None:
-                bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)  # shown at the bar's next update
-            bar.update(units)
+        def redraw() -> None:
+            while not ended.wait(1):
+                if bar.delay:  # close() removes what was drawn after it
+                    bar.last_print_t = time.time()
+                bar.refresh()
 
+        thread = threading.Thread(target=redraw, daemon=True)
+        thread.start()
         HANDLER.write = bar.write
         try:
-            yield advance
+            yield bar
         finally:
-            del HANDLER.write
+            HANDLER.write = write
+            ended.set()
+            thread.join()

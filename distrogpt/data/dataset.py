@@ -13,7 +13,7 @@ from distrogpt.data.sampling import epoch_order, epoch_starts, interleave, rando
 from distrogpt.data.token_stream import TokenStream
 from distrogpt.data.tokenizer import from_description
 from distrogpt.errors import UserError
-from distrogpt.runtime import Runtime
+from distrogpt.runtime import Runtime, activity
 from distrogpt.settings import TrainConfig
 
 Windows = tuple[np.ndarray, np.ndarray]  # their starts, and how many first targets do not count: (N,), (N,)
@@ -112,6 +112,7 @@ def measured_splits(config: TrainConfig) -> tuple[str, ...]:
     return ("train", "val") if config.eval_splits == "both" else (config.eval_splits,)
 
 
+@activity("opens the data")
 def open_dataset(config: TrainConfig, splits: tuple[str, ...] | None = None) -> Dataset:
     """Open the settings' dataset or mixture, by default the splits that a run reads. Raises UserError."""
     if splits is None:

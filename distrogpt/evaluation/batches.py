@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from distrogpt.errors import UserError
-from distrogpt.runtime import Runtime
+from distrogpt.runtime import Runtime, progress_bar
 
 StopCheck = Callable[[], bool] | None  # None: never
 
@@ -28,11 +28,14 @@ def map_batches(
     results = np.zeros((len(lengths), width), np.int64)
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])  # what takes most memory comes first
     batches = [order[begin : begin + batch_size] for begin in range(0, len(order), batch_size)]
-    for number in range(runtime.rank, len(batches) + runtime.rank, runtime.world_size):
-        if stop_requested is not None and stop_requested():
-            raise EvaluationStopped("stopped by a signal; start it again")
-        batch = batches[number % len(batches)]
-        rows = compute(batch)
-        if number < len(batches):
-            results[batch] = rows
+    numbers = range(runtime.rank, len(batches) + runtime.rank, runtime.world_size)
+    with progress_bar(0, len(numbers), runtime, " batches", "asks questions") as advance:
+        for number in numbers:
+            if stop_requested is not None and stop_requested():
+                raise EvaluationStopped("stopped by a signal; start it again")
+            batch = batches[number % len(batches)]
+            rows = compute(batch)
+            if number < len(batches):
+                results[batch] = rows
+            advance()
     return runtime.sum_over_ranks(results)

@@ -16,7 +16,7 @@ from distrogpt.evaluation.loss import Losses, mean_losses
 from distrogpt.evaluation.multiple_choice import answer_multiple_choice, load_questions
 from distrogpt.inference.decoder import stream
 from distrogpt.inference.sampling import SamplingParams, uniform_noise
-from distrogpt.runtime import Runtime
+from distrogpt.runtime import Runtime, activity, progress_bar
 from distrogpt.settings import TrainConfig
 from model import GPT
 
@@ -94,21 +94,23 @@ class Evaluator:
         B, T, runtime = self.config.batch_size, self.config.block_size, self.runtime
         firsts = range(runtime.rank * B, len(starts), runtime.world_size * B)
         sums = torch.zeros(len(firsts), 2, device=runtime.device)  # loss and number of targets of each batch
-        for i, first in enumerate(firsts):
-            try:
-                windows = tokens.windows(starts[first : first + B], T + 1)  # (B, T + 1)
-            except UserError as error:
-                self.error = error
-            if runtime.all_reduce_sum(self.error is not None or stop_requested())[0]:
-                raise EvaluationStopped(str(self.error or "another rank stopped; see its message"))
-            counted = np.arange(T) >= skip[first : first + B, None]  # (B, T)
-            loss_mask = self.data.loss_mask(windows)
-            x, y = to_xy(windows, counted if loss_mask is None else counted & loss_mask, runtime)
-            with runtime.autocast():
-                _, loss = model(x, y, return_logits=False)
-            count = (y >= 0).sum()
-            sums[i, 0] = torch.where(count > 0, loss.float() * count, 0.0)  # the mean of no losses is nan
-            sums[i, 1] = count
+        with progress_bar(0, len(firsts), runtime, " batches", f"evaluates {tokens.name}") as advance:
+            for i, first in enumerate(firsts):
+                try:
+                    windows = tokens.windows(starts[first : first + B], T + 1)  # (B, T + 1)
+                except UserError as error:
+                    self.error = error
+                if runtime.all_reduce_sum(self.error is not None or stop_requested())[0]:
+                    raise EvaluationStopped(str(self.error or "another rank stopped; see its message"))
+                counted = np.arange(T) >= skip[first : first + B, None]  # (B, T)
+                loss_mask = self.data.loss_mask(windows)
+                x, y = to_xy(windows, counted if loss_mask is None else counted & loss_mask, runtime)
+                with runtime.autocast():
+                    _, loss = model(x, y, return_logits=False)
+                count = (y >= 0).sum()
+                sums[i, 0] = torch.where(count > 0, loss.float() * count, 0.0)  # the mean of no losses is nan
+                sums[i, 1] = count
+                advance()
         return tuple(runtime.all_reduce_sum(*sums.cpu().double().sum(dim=0).tolist()))
 
     def accuracies(self, model: GPT, stop_requested: StopCheck) -> dict[str, float]:
@@ -126,6 +128,7 @@ class Evaluator:
             self.log_samples(model)
         return results
 
+    @activity("samples")
     def log_samples(self, model: GPT) -> None:
         """Log eval_samples texts that begin with sample_start, drawn alike at each evaluation."""
         config, n = self.config, self.config.eval_samples

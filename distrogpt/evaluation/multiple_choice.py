@@ -15,7 +15,7 @@ from distrogpt.data.tokenizer import Tokenizer, encode_prompt
 from distrogpt.errors import UserError
 from distrogpt.evaluation.batches import StopCheck, map_batches
 from distrogpt.files import read_text
-from distrogpt.runtime import Runtime
+from distrogpt.runtime import Runtime, activity
 from model import GPT
 
 HELLASWAG = (  # arXiv 1905.07830
@@ -37,6 +37,7 @@ class Question(NamedTuple):
     label: int
 
 
+@activity("reads the questions")
 def load_questions(
     path: str | None, flag: str, tokenizer: Tokenizer, block_size: int, limit: int | None, runtime: Runtime
 ) -> list[Question]:

@@ -12,12 +12,13 @@ from torch.nn.parallel import DistributedDataParallel
 from distrogpt.errors import UserError
 from distrogpt.kernels.compile import maybe_compile
 from distrogpt.kernels.cpu import to_device, use_cpu_kernels
-from distrogpt.runtime import Runtime, enable_onednn_float32
+from distrogpt.runtime import Runtime, activity, enable_onednn_float32
 from distrogpt.settings import TrainConfig
 
 log = logging.getLogger("distrogpt")
 
 
+@activity("prepares the model")
 def distribute(model: torch.nn.Module, config: TrainConfig, runtime: Runtime) -> torch.nn.Module:
     """Bring the model to its device, compile it if configured, and wrap it to train on all ranks."""
     enable_onednn_float32(runtime)

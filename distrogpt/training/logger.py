@@ -20,7 +20,7 @@ from distrogpt.evaluation.loss import Losses
 from distrogpt.hardware import peak_flops
 from distrogpt.openmp import WAITS
 from distrogpt.plotting import PICTURE, temporary_name
-from distrogpt.runtime import progress_bar
+from distrogpt.runtime import activity, progress_bar
 from distrogpt.settings import TrainConfig
 from distrogpt.training.run_directory import COLUMNS, TENSORBOARD, RunDirectory
 from distrogpt.training.state import TrainState
@@ -232,6 +232,7 @@ class LossPlot:
             if os.name != "nt":
                 os.setpriority(os.PRIO_PROCESS, self.process.pid, 19)
 
+    @activity("draws loss.png")
     def finish(self, seconds: float = 5.0) -> None:
         """Wait for the drawing of the whole log, `seconds` for each process."""
         with suppress(subprocess.TimeoutExpired):

@@ -39,7 +39,7 @@ from distrogpt.checkpoint import (
 )
 from distrogpt.errors import Diverged, MachineError, UserError, why_not_written
 from distrogpt.plotting import LOG, PICTURE
-from distrogpt.runtime import Runtime
+from distrogpt.runtime import Runtime, activity
 from distrogpt.settings import TrainConfig
 from distrogpt.training.distributed import weights_are_finite
 from distrogpt.training.state import TrainState
@@ -275,6 +275,7 @@ class RunDirectory:
         else:
             log.info(self.save_result)
 
+    @activity("writes the last checkpoint")
     def finish(self) -> None:
         """Wait for the last save. Raises MachineError if the newest checkpoint could not be written."""
         if self.save_thread:

@@ -24,7 +24,7 @@ from distrogpt.data.dataset import Dataset, samples_per_epoch
 from distrogpt.data.meta import tokenizers_differ
 from distrogpt.errors import UserError, quote
 from distrogpt.loading import is_here, load_pretrained
-from distrogpt.runtime import Runtime
+from distrogpt.runtime import Runtime, activity
 from distrogpt.settings import OF_THIS_CALL, TrainConfig
 from distrogpt.training.pitfalls import pitfalls
 from distrogpt.training.run_directory import LOG, is_restart
@@ -65,6 +65,8 @@ def inherited_settings(config: TrainConfig, contents: dict[str, Any]) -> dict[st
 def inherit_settings(config: TrainConfig) -> TrainConfig:
     """The settings, with those that are not given from the checkpoint to resume from. Raises UserError."""
     path = path_to_resume(config)
+    if path is None and config.init_from == "resume" and inherits(config) and "dataset" not in config.given:
+        path = Path(config.out_dir) / NEWEST  # which is missing; that is what is wrong, not the dataset
     if path is None or not inherits(config):
         return config
     inherited = inherited_settings(config, load_checkpoint(path, mmap=True))
@@ -137,6 +139,7 @@ def new_model_config(config: TrainConfig, meta: dict[str, Any]) -> GPTConfig:
         raise UserError(error) from None
 
 
+@activity("loads the model")
 def initial_model(config: TrainConfig, meta: dict, restarted_id: str | None = None) -> tuple[GPT, dict]:
     """The model to train, on the CPU, and the checkpoint to resume from, {} for a new run. Raises UserError
     if they do not fit the settings or the dataset."""
@@ -232,11 +235,12 @@ def describe_inheritance(config: TrainConfig, checkpoint: dict[str, Any]) -> Non
         for name in inherited_settings(config, checkpoint)
         if getattr(config, name) != getattr(TrainConfig, name)
     ]
+    kept = {*OF_THIS_CALL, *checkpoint["model_args"]} - {"block_size", "dropout"}  # a network keeps its shape
     before = {name: value for name, value in run_settings(checkpoint).items() if name in (config.given or ())}
     given = [
         f"{name}={getattr(config, name)}, not {value}"
         for name, value in before.items()
-        if name not in OF_THIS_CALL and getattr(config, name) != value
+        if name not in kept and getattr(config, name) != value
     ]
     lines = [f"from the checkpoint: {', '.join(taken)}"] if taken else []
     lines += [f"as given: {'; '.join(given)}"] if given else []

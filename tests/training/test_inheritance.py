@@ -56,6 +56,13 @@ def test_a_resumed_run_needs_no_setting_and_ends_bit_for_bit_as_the_unbroken_one
     assert "nothing left to do" in train_here(*flags)
 
 
+def test_a_folder_without_a_checkpoint_is_what_is_wrong(tmp_path):
+    for flags in ((), ("--eval_only=True",)):
+        done = run_here("train.py", "--init_from=resume", f"--out_dir={tmp_path / 'none'}", *flags)
+        assert_user_error(done, f"{tmp_path / 'none' / 'last.pt'} is missing", "--out_dir")
+        assert not (tmp_path / "none").exists()
+
+
 def test_an_evaluation_alone_needs_no_setting(resumable):
     printed = train_here(*resumable[1], "--eval_only=True")
     with open(resumable[0] / "log.csv") as file:
