@@ -292,6 +292,8 @@ def home(tmp_path, monkeypatch):
 
 
 def test_the_home_folder_stands_for_a_tilde_in_every_path(home):
+    (home / "a b" / "c").mkdir(parents=True)
+    (home / "a b" / "c" / "model.py").touch()  # against is the folder of a nanoGPT
     for cls in (TrainConfig, BenchConfig, AblateConfig, PlotConfig, SampleConfig, ServeConfig, EvalConfig):
         for field in cls.__dataclass_fields__.values():
             if "path" in field.metadata:
