@@ -19,7 +19,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from distrogpt.errors import CLOSE_OTHERS, REPO, UserError, cli_errors, leave_to_rank_0, near_name, quote
+from distrogpt.errors import (
+    CLOSE_OTHERS,
+    REPO,
+    UserError,
+    cli_errors,
+    leave_to_rank_0,
+    near_name,
+    quote,
+    warn,
+)
 from distrogpt.files import read_text
 
 NOT_IN_PATHS = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")  # null, and surrogates that encode no byte
@@ -57,6 +66,10 @@ class Settings:
         config files may have them, as these serve several commands."""
         return self.never_used()
 
+    def idle(self) -> dict[str, str]:
+        """Settings that another value of another setting would make use of, and which; flags get a note."""
+        return {}
+
 
 T = TypeVar("T", bound=Settings)
 
@@ -82,12 +95,14 @@ def configure(cls: type[T], argv: list[str] | None = None) -> T:
 
 
 def refuse_unused(config: Settings, argv: list[str]) -> None:
-    """Raises UserError if a flag has no effect."""
-    reasons = config.unused()
+    """Raises UserError if a flag has no effect in this command; prints a note if it has none this time."""
+    reasons, idle = config.unused(), config.idle()
     for word in argv:
         name = word.removeprefix("--").partition("=")[0] if word.startswith("-") else "a config file"
         if name in reasons:
             raise UserError(f"{name} has no effect: {reasons[name]}; leave it out")
+        if name in idle:
+            warn(f"note     {name} has no effect {idle[name]}")
 
 
 def read_settings(cls: type[T], argv: list[str]) -> T:

@@ -34,7 +34,7 @@ class NotFinite(ValueError):
 
 def atomic_write(write: Callable[[IO[bytes]], object], *paths: Path, needed: int = 0) -> None:
     """Write one file, flush it to disk, and rename it to each of `paths`: each is complete, old or new.
-    Raises MachineError if it cannot be written, which tells the bytes `needed` if the disk is full; the old
+    Raises MachineError if it cannot be written, which reports the bytes `needed` if the disk is full; the old
     files are then unchanged."""
     temporaries = [path.with_name(path.name + ".tmp") for path in paths]
     try:
@@ -176,7 +176,7 @@ def run_settings(contents: dict[str, Any]) -> dict[str, Any]:
     shape = {"activation": "gelu", **contents["model_args"]}
     dropout = shape.pop("dropout", 0.0)  # the config's counts, as the model is made anew
     settings = {"dropout": dropout, **contents.get("config", {}), **shape}
-    if "meta" not in contents:  # nanoGPT names the dtype of its GPU, also where nobody chose it
+    if "meta" not in contents:  # nanoGPT names the dtype of its GPU, even if it was not set
         settings.pop("dtype", None)
     return settings
 

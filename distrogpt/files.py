@@ -10,7 +10,7 @@ from pathlib import Path
 
 from distrogpt.errors import UserError
 
-MARKS = {  # byte order marks, with which Windows begins files; UTF-32's begins with UTF-16's
+MARKS = {  # byte order marks, with which files of Windows begin; UTF-32's begins with UTF-16's
     codecs.BOM_UTF32_LE: "utf-32",
     codecs.BOM_UTF32_BE: "utf-32",
     codecs.BOM_UTF16_LE: "utf-16",
@@ -18,9 +18,11 @@ MARKS = {  # byte order marks, with which Windows begins files; UTF-32's begins 
     codecs.BOM_UTF8: "utf-8-sig",
 }
 
+TEMPORARY = ".distrogpt-"  # how names of files begin that are not complete yet
+
 
 def encoding_of(begin: bytes, default: str = "utf-8") -> str:
-    """The encoding that the mark at the begin of a file names, or else the default."""
+    """The encoding that the mark at the beginning of a file names, or else the default."""
     return next((name for mark, name in MARKS.items() if begin.startswith(mark)), default)
 
 
@@ -69,7 +71,7 @@ def write_text(path: str | Path, text: str) -> None:
     if path.exists() and not path.is_file():  # a device or a pipe
         path.write_text(text, encoding="utf-8")
         return
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
+    temporary = path.with_name(f"{TEMPORARY}{secrets.token_hex(4)}-{path.name}")
     try:
         with open(temporary, "w", encoding="utf-8", newline="\n") as file:
             file.write(text)

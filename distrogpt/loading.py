@@ -6,11 +6,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from distrogpt.checkpoint import NotFinite, best_checkpoint, first_line, load_checkpoint, restore_model
+from distrogpt.checkpoint import NotFinite, best_checkpoint, load_checkpoint, restore_model
 from distrogpt.data.dataset import find_parts, parse_mixture
 from distrogpt.data.meta import GPT2_META, dataset_folder, described_vocab_size, read_meta, tokenizers_differ
 from distrogpt.data.tokenizer import Tokenizer, described_by_json, tokenizer_of
-from distrogpt.errors import UserError, near_name, warn
+from distrogpt.errors import UserError, first_line, near_name, warn
 from distrogpt.runtime import activity
 from model import GPT, GPTConfig
 

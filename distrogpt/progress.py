@@ -11,7 +11,7 @@ from typing import Any
 
 @contextmanager
 def show_wait(what: str, state: Callable[[], str] = str, after: float = 2.0) -> Iterator[None]:
-    """Shows on stderr, if it is a terminal, from `after` seconds on, what the block does, how far it is by
+    """Shows on stderr, if it is a terminal, after `after` seconds, what the block does, how far it is by
     `state`, and how long it has taken. Print nothing in the block."""
     if sys.stderr is None or not sys.stderr.isatty():
         yield

@@ -163,21 +163,18 @@ class TrainConfig(Settings):
         if not self.out_dir or not self.dataset:
             raise ValueError("out_dir or dataset is empty; name a folder")
 
-    def unused(self) -> dict[str, str]:
-        reasons = super().unused()
-        if self.init_from.startswith(("resume", "auto")):  # the checkpoint may have what they need
-            return reasons
+    def idle(self) -> dict[str, str]:
+        if self.init_from != "scratch":  # the checkpoint may have what they need
+            return {}
         needs = {
             ("hellaswag_input", "hellaswag_items"): (self.eval_hellaswag, "without eval_hellaswag=True"),
             ("sample_start", "sample_tokens"): (self.eval_samples, "without eval_samples"),
             ("wandb_project", "wandb_run_name"): (self.wandb_log, "without wandb_log=True"),
             ("muon_lr",): (self.optimizer == "muon", "without optimizer=muon"),
             ("cooldown",): (self.lr_schedule == "wsd", "without lr_schedule=wsd"),
-            ("head_lr",): (not self.tied, "on a tied lm_head; it needs tied=False"),
+            ("head_lr",): (not self.tied, "on a tied lm_head, without tied=False"),
         }
-        for names, (is_used, reason) in needs.items():
-            reasons |= {} if is_used else dict.fromkeys(names, f"nothing reads it {reason}")
-        return reasons
+        return {name: why for names, (is_used, why) in needs.items() if not is_used for name in names}
 
 
 CHECKS = "machine network greedy compile fp16 resume ranks synchronize memory".split()
@@ -269,7 +266,7 @@ class BenchConfig(TrainConfig):
     @classmethod
     def never_used(cls) -> dict[str, str]:
         used = {"device", "dtype", "real_data", "json", *MEASUREMENTS}.union(*MEASUREMENTS.values())
-        return {name: "no speed depends on it" for name in cls.__dataclass_fields__ if name not in used}
+        return {name: "bench.py does not read it" for name in cls.__dataclass_fields__ if name not in used}
 
     def unused(self) -> dict[str, str]:
         used = MEASUREMENTS[self.measurement]
@@ -284,7 +281,7 @@ class BenchConfig(TrainConfig):
             where = f" (but {', '.join(others)})" if len(others) < 5 else ""
             reasons[name] = f"{what} does not depend on it{where}"
         if "n_layer" in reasons and self.measurement != "serve":  # which reads its out_dir
-            reasons["a config file"] = f"{what} has settings of its own"
+            reasons["a config file"] = f"{what} uses fixed settings"
         return reasons
 
 

@@ -326,11 +326,7 @@ def test_a_tilde_elsewhere_is_a_tilde(home):
         (AblateConfig, "--eval_iters=5", "a study evaluates all of val"),
         (AblateConfig, "--out_dir=x", "their val losses alone are kept"),
         (AblateConfig, "--init_from=gpt2", "trains each variant from scratch"),
-        (TrainConfig, "--hellaswag_input=x", "without eval_hellaswag=True"),
-        (TrainConfig, "--sample_start=x", "without eval_samples"),
-        (TrainConfig, "--muon_lr=0.1", "without optimizer=muon"),
-        (TrainConfig, "--head_lr=0.1", "it needs tied=False"),
-        (BenchConfig, "--eval_iters=5", "no speed depends on it"),
+        (BenchConfig, "--eval_iters=5", "bench.py does not read it"),
         (BenchConfig, "--gpu=h100", "a training step does not depend on it (but plan)"),
         (BenchConfig, "--generate=True --bench_steps=3", "generate does not depend on it"),
         (BenchConfig, "--serve=True --n_layer=3", "serve does not depend on it"),
@@ -347,6 +343,26 @@ def test_a_flag_without_effect_is_refused(cls, flags, message, capsys):
     error = capsys.readouterr().err
     assert caught.value.code == 2 and "has no effect: " in error and message in error
     assert error.rstrip().endswith("; leave it out")
+
+
+@pytest.mark.parametrize(
+    ("flags", "note"),
+    [
+        ("--hellaswag_input=x", "hellaswag_input has no effect without eval_hellaswag=True"),
+        ("--sample_start=x", "sample_start has no effect without eval_samples"),
+        ("--wandb_project=x", "wandb_project has no effect without wandb_log=True"),
+        ("--muon_lr=0.1", "muon_lr has no effect without optimizer=muon"),
+        ("--head_lr=0.1", "head_lr has no effect on a tied lm_head"),
+        ("--head_lr=0.1 --init_from=out-untied", ""),
+        ("--muon_lr=0.1 --init_from=resume", ""),
+        ("--wandb_project=x --wandb_log=True", ""),
+        ("--compile=False --eval_iters=20 --log_interval=1 --min_lr=1e-4 --decay_lr=False", ""),
+    ],
+)
+def test_a_flag_that_another_setting_leaves_idle_is_noted(flags, note, capsys):
+    configure(TrainConfig, flags.split())
+    printed = capsys.readouterr().err
+    assert note in printed if note else printed == ""
 
 
 def test_a_flag_with_an_effect_and_configs_are_not_refused(tmp_path):

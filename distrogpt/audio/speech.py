@@ -14,8 +14,8 @@ from itertools import chain, groupby
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from distrogpt.checkpoint import atomic_write, first_line
-from distrogpt.errors import UserError, is_out_of_memory, path_from_here
+from distrogpt.checkpoint import atomic_write
+from distrogpt.errors import UserError, first_line, is_out_of_memory, path_from_here
 from distrogpt.files import locked
 
 MAX_CHARS = 400  # that a voice gets at once: its memory grows with them

@@ -48,7 +48,9 @@ def with_gpt2_shape(config: BenchConfig) -> BenchConfig:
         return replace(config, init_from="scratch", n_layer=layers, n_head=heads, n_embd=width, **gpt2)
     if source not in ("scratch", "resume", "auto"):
         advice = "give its shape in the settings, and --init_from=scratch"
-        raise UserError(f"{config.measurement} cannot see into init_from={config.init_from}; {advice}")
+        raise UserError(
+            f"{config.measurement} does not read the shape of init_from={config.init_from}; {advice}"
+        )
     return config
 
 

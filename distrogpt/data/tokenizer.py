@@ -26,6 +26,7 @@ WHITE = r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"  # 
 # A word of white space, all but the last before something else, that \s+(?!\S) could have no stack for
 ENDLESS_SPACE = re.compile(rf"(?<!{WHITE}){WHITE}{{100000,}}(?={WHITE}(?!{WHITE}|\Z))")
 SAFE_CUT = re.compile(r"(?s).*\S(?=[ \n\t])")  # up to the last white space that follows something else
+SIGN_CUT = re.compile(r"(?s).*[^\W_](?=[^\w\s'])")  # up to the last sign that follows a letter or digit
 LONGEST_WORD = 1000  # characters that train a byte-pair encoding as one: the time grows with the square
 BYTE_CHARS = {b: chr(b) for b in range(256) if chr(b).isprintable() and not chr(b).isspace()}
 BYTE_CHARS |= {b: chr(256 + n) for n, b in enumerate(b for b in range(256) if b not in BYTE_CHARS)}
@@ -230,8 +231,9 @@ def trainable(texts: Iterable[str]) -> Iterator[str]:
     for text in texts:
         begin = 0
         while begin < len(text):
-            safe = SAFE_CUT.match(text, begin, begin + LONGEST_WORD)
-            end = safe.end() if safe else begin + LONGEST_WORD
+            end = begin + LONGEST_WORD
+            safe = SAFE_CUT.match(text, begin, end) or SIGN_CUT.match(text, begin, end)
+            end = safe.end() if safe else end
             yield text[begin:end]
             begin = end
 

@@ -55,7 +55,6 @@ OTHER_KEYS = """architectures auto_map bos_token_id chunk_size_feed_forward drop
     pad_token_id problem_type return_dict tie_word_embeddings torch_dtype transformers_version use_cache
     zero_init""".split()
 CONSTANTS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # in old files, beside the weights
-WRAPPERS = ("_orig_mod", "module")  # in the names of weights: torch.compile, DDP
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 Weights = dict[str, torch.Tensor]
 
@@ -256,7 +255,7 @@ def read_pretrained(folder: Path, dropout: float = 0.0) -> GPT:
     require(settings, **{name: getattr(config, name) for name in ours})
     if config.n_kv_head == config.n_head:
         config = replace(config, n_kv_head=None)
-    weights = without_wrappers(read_weights(folder), WRAPPERS)
+    weights = without_wrappers(read_weights(folder), ("_orig_mod", "module"))
     weights = {name: w for name, w in weights.items() if not name.endswith(CONSTANTS)}
     check_finite(weights)
     if kind == "gpt2":

@@ -133,7 +133,7 @@ class App(Starlette):
         if not self.engine.submit(requests):
             if self.engine.closed:
                 raise HTTPException(503, "the server ends, or is out of memory; start it again")
-            message = f"{self.engine.queue} requests may wait, and do; try again"
+            message = f"the queue is full ({self.engine.queue} requests wait); try again later"
             raise HTTPException(429, message, {"Retry-After": "1"})
         return read_outputs(request, requests, queue)
 

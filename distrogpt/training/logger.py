@@ -197,7 +197,7 @@ class TensorBoard:
                 self.writer.add_scalar(name, value, step)
             self.writer.flush()
         except Exception as error:
-            log.info(f"note     {TENSORBOARD} takes no more ({error}); continues without")
+            log.info(f"note     {TENSORBOARD} cannot be written ({error}); continues without")
             self.failed = True
 
     def close(self) -> None:

@@ -29,10 +29,6 @@ def of_the_schedule(config: TrainConfig) -> list[str]:
         found.append(
             f"weight_decay={config.weight_decay:g} takes away most of a weight at each step; lower it"
         )
-    if config.head_lr is not None and config.tied:
-        found.append(
-            "head_lr has no effect: lm_head is tied to the embedding; set --tied=False, or embedding_lr"
-        )
     if not config.decay_lr:
         return found
     end = steps if config.lr_decay_iters is None else config.lr_decay_iters
@@ -65,9 +61,9 @@ def of_evaluations(config: TrainConfig) -> list[str]:
     steps, found = config.max_iters, []
     tenth = max(1, steps // 10)
     for name, effect in (
-        ("eval_interval", "it is evaluated at its begin and end alone"),
-        ("save_interval", "it is saved after evaluations alone"),
-        ("log_interval", "its last step alone is logged"),
+        ("eval_interval", "it is evaluated only at its start and end"),
+        ("save_interval", "it is saved only after evaluations"),
+        ("log_interval", "only its last step is logged"),
     ):
         interval = getattr(config, name)
         if interval is not None and interval > steps:
@@ -76,7 +72,7 @@ def of_evaluations(config: TrainConfig) -> list[str]:
             )
     evaluations = -(-steps // config.eval_interval)
     if config.patience is not None and config.patience >= evaluations:
-        count = f"the run has {evaluations} after its begin"
+        count = f"the run has {evaluations} after the first"
         found.append(
             f"patience={config.patience} evaluations cannot end it early: {count}; lower --eval_interval"
         )

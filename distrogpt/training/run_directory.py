@@ -162,15 +162,15 @@ class RunDirectory:
         self.write_owner(f"run {self.run_id}, job {job_name()}")
 
     def claim(self) -> None:
-        """Move another run's files aside before the first of this one: a start too many loses nothing.
-        For a run that has saved no checkpoint, none of an earlier one is removed. Raises MachineError."""
+        """Move another run's files aside before the first of this one: a start too many loses nothing. If
+        they have no checkpoint, those that were moved before stay. Raises MachineError."""
         if self.owned:
             return
         paths, earlier = self.find(FILES), self.find(map(previous_name, FILES))
         if {".pt"} & {path.suffix for path in earlier} - {path.suffix for path in paths}:
-            self.remove(paths, "is of a run that saved no checkpoint")
-        else:
-            self.move_aside(paths, earlier)
+            names = {previous_name(path.name) for path in paths}
+            earlier = [path for path in earlier if path.name in names]
+        self.move_aside(paths, earlier)
         self.take_ownership()
 
     def find(self, names: Iterable[str]) -> list[Path]:
@@ -219,7 +219,7 @@ class RunDirectory:
         except OSError as error:
             if not self.log_failed:
                 reason = why_not_written(error, self.path / LOG)
-                log.info(f"note     {self.path / LOG} takes no more ({reason}); continues without")
+                log.info(f"note     {self.path / LOG} cannot be written ({reason}); continues without")
             self.log_failed = True
 
     def save(self, model: GPT, optimizers: list[Optimizer], scaler: GradScaler, state: TrainState) -> None:
@@ -311,14 +311,14 @@ class RunDirectory:
         self.file_lock.release()
 
     def remove_if_empty(self) -> None:
-        """Remove the folder after a start that failed, if that has made it and nothing else is there."""
+        """Remove the folder after a start that failed, if that start created it and nothing else is there."""
         if self.created and {path.name for path in self.path.glob("*")} <= {LOCK, OWNER}:
             with suppress(OSError):
                 shutil.rmtree(self.path)
 
 
 class StoppableFile:
-    """What torch.save needs of a file; raises MachineError where it is written to after a stop."""
+    """What torch.save needs of a file; raises MachineError if it is written to after a stop."""
 
     def __init__(self, file: IO[bytes], stopped: threading.Event) -> None:
         self.file, self.stopped, self.flush = file, stopped, file.flush

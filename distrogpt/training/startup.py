@@ -57,7 +57,7 @@ def inherited_settings(config: TrainConfig, contents: dict[str, Any]) -> dict[st
     if config.eval_only:
         kept.add("wandb_log")
     if "max_iters" in config.given:
-        kept.add("max_epochs")  # of which max_iters would be made
+        kept.add("max_epochs")  # it would override max_iters
     names = {field.name for field in fields(TrainConfig)} - kept
     return {name: value for name, value in run_settings(contents).items() if name in names}
 

@@ -218,10 +218,19 @@ def test_stdin_globs_and_formats(tmp_path):
 def test_what_a_killed_command_left_is_removed(tmp_path):
     (tmp_path / "book.txt").write_text("some text " * 100)
     (tmp_path / "out").mkdir()
-    for name in ("pipe0", "train.bin.tmp", "meta.json.1234abcd.part", "prepare.lock", "progress.lock"):
+    ours = (
+        ".distrogpt-pipe0",
+        "train.bin.tmp",
+        ".distrogpt-1234abcd-meta.json",
+        "prepare.lock",
+        "progress.lock",
+    )
+    others = {"pipe1_notes.txt", "download.part"}
+    for name in (*ours, *others):
         (tmp_path / "out" / name).write_bytes(b"half")
     assert prepare(tmp_path, "--input", tmp_path / "book.txt").returncode == 0
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"meta.json", "train.bin", "val.bin"}
+    left = {path.name for path in (tmp_path / "out").iterdir()}
+    assert left == {"meta.json", "train.bin", "val.bin", *others}
 
 
 def test_cleaning_leaves_out_lines_by_pattern(tmp_path):
@@ -388,8 +397,8 @@ MISTAKES = [
     (b'[{"text": "a"}, {"body": "b"}]', ["--format=json"], ["line 1 has no field 'text', but body"]),
     (b'id\ttext\n1\t"Yes," she said\n', ["--format=tsv"], ["is no table", "double the quotes"]),
     (b"id;body\n1;2\n", ["--format=csv"], ["no field 'text', but id, body"]),
-    (b"id;text\n1;2;3\n", ["--format=csv"], ["row 1 has not the columns", "quote text that has ';'"]),
-    (b"id\ttext\n1\t2\t3\n", ["--format=tsv"], ["row 1 has not the columns"]),
+    (b"id;text\n1;2;3\n", ["--format=csv"], ["row 1 has other columns", "quote text that has ';'"]),
+    (b"id\ttext\n1\t2\t3\n", ["--format=tsv"], ["row 1 has other columns"]),
     (b"", [], ["no text", "book.txt"]),
     (b" \n\t\n", [], ["no text"]),
     (b"x", [], ["too short"]),
@@ -408,8 +417,8 @@ MISTAKES = [
     (b'{"text": "a"}\n{"te', ["--format=jsonl"], ["line 2 is no JSON"]),
     (b"[1]\n", ["--format=jsonl"], ["line 1 is no JSON object"]),
     (b"a,b\n1,2\n", ["--format=csv"], ["row 1", "no field 'text', but a, b"]),
-    (b"id,text\n1,Hello, world\n", ["--format=csv"], ["row 1 has not the columns", "quote"]),
-    (b"id,text\n1\n", ["--format=csv"], ["row 1 has not the columns"]),
+    (b"id,text\n1,Hello, world\n", ["--format=csv"], ["row 1 has other columns", "quote"]),
+    (b"id,text\n1\n", ["--format=csv"], ["row 1 has other columns"]),
     (b"[" * 100_000, ["--format=jsonl"], ["line 1 is no JSON"]),
     (b"text " * 100, ["--tokenizer=bpe:\u00b2"], ["bpe:4096"]),
     (b"text " * 100, ["--tokenizer=bpe:2000000000"], ["bpe:4096"]),

@@ -103,9 +103,11 @@ def test_a_text_without_a_break_trains_a_tokenizer(signs, count):
     assert tokenizer.vocab_size == 300 or len(signs) == 1
 
 
-def test_words_are_counted_as_in_the_whole_text(text):
+@pytest.mark.parametrize("between", [" ", "，", '","'])
+def test_words_are_counted_as_in_the_whole_text(text, between):
     from tokenizers import ByteLevelBPETokenizer
 
+    text = between.join(text.split(" "))
     whole = ByteLevelBPETokenizer()
     whole.train_from_iterator([text], 700 - 1, show_progress=False)
     merges = json.loads(whole.to_str())["model"]["merges"]

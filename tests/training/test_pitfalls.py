@@ -35,7 +35,6 @@ def found(dataset, *flags: str) -> list[str]:
         ("--min_lr=0.1", "min_lr=0.1 is above learning_rate=0.01"),
         ("--learning_rate=1e-9", "learning_rate=1e-09 changes next to nothing"),
         ("--weight_decay=90", "weight_decay=90 takes away"),
-        ("--head_lr=0.1", "head_lr has no effect"),
         ("--max_iters=0", "max_iters=0 trains nothing"),
         (
             "--eval_interval=21",

@@ -242,7 +242,7 @@ def csv_pieces(path: Path, corpus: Corpus, separators: str = ",;\t|") -> Iterato
     csv.field_size_limit(2**31 - 1)
     lines = read_text(path, corpus, by_line=True)
     head = next(lines, "")
-    if re.fullmatch("sep=.\n", head):  # which tells Excel the separator
+    if re.fullmatch("sep=.\n", head):  # Excel's line that names the separator
         separators, head = head[4], next(lines, "")
     columns = {one: next(csv.reader([head], delimiter=one), []) for one in separators}
     found = [one for one in separators if corpus.field in columns[one]]
@@ -251,7 +251,7 @@ def csv_pieces(path: Path, corpus: Corpus, separators: str = ",;\t|") -> Iterato
     for number, row in enumerate(rows, 1):
         if None in row or None in row.values():
             advice = f"quote text that has {separator!r}"
-            raise UserError(f"{path}, row {number} has not the columns of the first; {advice}")
+            raise UserError(f"{path}, row {number} has other columns than the first row; {advice}")
         yield from row_pieces(row, f"{path}, row {number}", corpus)
 
 

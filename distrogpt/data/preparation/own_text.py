@@ -20,7 +20,7 @@ from distrogpt.data.preparation.documents import Corpus, Piece
 from distrogpt.data.preparation.sources import named_tokenizer, open_corpus, text_parser
 from distrogpt.data.tokenizer import BPETokenizer, CharTokenizer, Tokenizer, tokenizer_json, train_bpe
 from distrogpt.errors import CLOSE_OTHERS, UserError, cli_errors, command
-from distrogpt.files import write_text
+from distrogpt.files import TEMPORARY, write_text
 from distrogpt.progress import show_wait
 
 BPE_SAMPLE = 50_000_000  # characters that train a tokenizer: its memory grows with the number of words
@@ -174,7 +174,7 @@ def next_commands(folder: Path, name: str, tokenizer: Tokenizer) -> tuple[str, s
         config = "train_gpt2_modern"
     elif tokenizer.describe()["kind"] == "gpt2":
         config = "finetune_own_text"
-        flags["out_dir"] += "-gpt2"  # where no other network of this text is
+        flags["out_dir"] += "-gpt2"  # train_own_text would write another network to the same folder
         flags["block_size"] = min(1024, longest)
     else:
         config = "train_own_text"
@@ -238,7 +238,7 @@ def copy_pipes(inputs: list[str], folder: Path) -> Iterator[list[str]]:
     if "-" in inputs and sys.stdin is None:
         raise UserError("--input - reads standard input, which is closed; give it some text")
     pipes = [word for word in inputs if word == "-" or Path(word).is_fifo()]
-    copies = {word: folder / f"pipe{number}" for number, word in enumerate(pipes)}
+    copies = {word: folder / f"{TEMPORARY}pipe{number}" for number, word in enumerate(pipes)}
     try:
         with writer.report_full_disk(folder, writer.UNCHANGED):
             for word, path in copies.items():

@@ -148,7 +148,7 @@ def drop_damaged_shards(folder: Path, part: Part, progress: dict[str, Any], widt
 
 
 def is_whole(path: Path, size: int, checksum: int | None) -> bool:
-    """Whether a file has so many bytes, and this crc32 if it is known."""
+    """Whether a file has `size` bytes, and this crc32 if it is known."""
     if not path.is_file() or path.stat().st_size != size:
         return False
     found = 0

@@ -20,7 +20,7 @@ import numpy as np
 from distrogpt.data.preparation.documents import Piece
 from distrogpt.data.tokenizer import Tokenizer
 from distrogpt.errors import MachineError, UserError, why_not_written
-from distrogpt.files import locked, write_text
+from distrogpt.files import TEMPORARY, locked, write_text
 from distrogpt.progress import bar_size, show_wait
 
 Encoded = tuple[Piece, np.ndarray]
@@ -116,7 +116,7 @@ def claim_folder(
             raise UserError(f"{folder} has a dataset already; {advice}, or --overwrite")
         if busy_parts(folder):
             raise UserError(busy(folder))
-        for path in (*folder.glob("*.part"), *folder.glob("pipe[0-9]*")):  # of a command that was killed
+        for path in folder.glob(f"{TEMPORARY}*"):  # of a command that was killed
             path.unlink()
         yield
 
@@ -171,7 +171,7 @@ def report_full_disk(folder: Path, kept: str) -> Iterator[None]:
         yield
     except OSError as error:
         reason = why_not_written(error, folder / "train.bin")
-        raise MachineError(f"{folder} takes no more ({reason}); {kept}") from None
+        raise MachineError(f"{folder} cannot be written ({reason}); {kept}") from None
 
 
 @contextmanager
