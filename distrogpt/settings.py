@@ -446,9 +446,10 @@ class EvalConfig(Settings):
            python eval.py --out_dir=out --tasks=loss,next --stride=64 --start="To be or not"
     """
 
+    uses_ranks = True
+
     init_from: str = INIT_FROM
     out_dir: str = OUT_DIR
-    uses_ranks = True
     tasks: str = setting("auto", f"some of {', '.join(EVAL_TASKS)}; auto: accuracy if loss_after, else loss")
     batch_size: int | None = setting(None, "per batch; None is 16 sequences or questions, 256 lines", min=1)
     max_items: int | None = setting(None, "evaluate only the first N lines or questions; None is all", min=1)
