@@ -75,7 +75,7 @@ class TrainConfig(Settings):
     hellaswag_items: int | None = setting(None, "evaluate only the first N questions; None is all", min=1)
     eval_accuracy: bool = setting(False, "evaluate exact answers: how val's lines continue after loss_after")
     eval_samples: int = setting(0, "samples to print at each evaluation", min=0)
-    sample_start: str = setting("\n", "prompt of these samples")
+    sample_start: str = setting("\n", "prompt of these samples, or FILE:path", path_after=FILE)
     sample_tokens: int = setting(100, "tokens of each of these samples", min=1)
     log_interval: int = setting(1, "steps between log lines", min=1)
     always_save_checkpoint: bool = setting(True, "write ckpt.pt at each evaluation, not only at the best")

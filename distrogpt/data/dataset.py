@@ -126,7 +126,7 @@ def open_dataset(config: TrainConfig, splits: tuple[str, ...] | None = None) -> 
     if config.sampling == "lines" or config.loss_after is not None:
         newline = single_token_id("\n", parts[0].meta, "the newline, which ends lines,")
     if config.loss_after is not None:
-        separator = single_token_id(config.loss_after, parts[0].meta, f"the separator {config.loss_after!r}")
+        separator = single_token_id(config.loss_after, parts[0].meta, f"loss_after={config.loss_after!r}")
         if separator == newline:
             raise UserError("the separator is the newline, which ends a line; choose a token within lines")
     if config.sampling == "lines":
@@ -141,7 +141,10 @@ def single_token_id(text: str, meta: dict[str, Any], what: str) -> int:
     """The id of a text that is one token. Raises UserError if it is not."""
     if not meta["tokenizer"]:
         raise UserError(f"{what} is to be found, but the vocabulary names no characters; write a meta.json")
-    ids = from_description(meta["tokenizer"]).encode(text)
+    try:
+        ids = from_description(meta["tokenizer"]).encode(text)
+    except UserError as error:
+        raise UserError(f"{what}: {error}") from None
     if len(ids) != 1:
         raise UserError(f"{what} has to be one token, but {text!r} is {len(ids)}; choose another")
     return int(ids[0])

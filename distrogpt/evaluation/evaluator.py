@@ -15,6 +15,7 @@ from distrogpt.evaluation.exact_match import answer_problems, load_problems
 from distrogpt.evaluation.loss import Losses, mean_losses
 from distrogpt.evaluation.multiple_choice import answer_multiple_choice, load_questions
 from distrogpt.inference.decoder import stream
+from distrogpt.inference.sampler import read_prompt
 from distrogpt.inference.sampling import SamplingParams, uniform_noise
 from distrogpt.runtime import Runtime, activity, progress_bar
 from distrogpt.settings import TrainConfig
@@ -49,7 +50,8 @@ class Evaluator:
                 raise UserError("eval_accuracy asks val's lines, eval_splits=train reads none; drop one")
             self.problems = load_problems(data, config.block_size)
         if config.eval_samples:
-            prompt = {"sample_start": encode_prompt(self.tokenizer, config.sample_start)}
+            self.sample_start = read_prompt(config.sample_start, "the file of sample_start")
+            prompt = {"sample_start": encode_prompt(self.tokenizer, self.sample_start)}
             (self.prompt,) = keep_ends(prompt, config.block_size, log.info)
 
     def evaluate(self, model: GPT, stop_requested: StopCheck = lambda: False) -> Losses | None:
@@ -138,4 +140,4 @@ class Evaluator:
             steps = stream(model, prompts, SamplingParams(0.8, 200), uniforms, vocab_size, graph=False)
             ids = torch.cat([step.ids for step in steps], dim=1)  # (n, sample_tokens)
         for number, row in enumerate(ids.tolist(), 1):
-            log.info(f"sample {number}: {config.sample_start}{self.tokenizer.decode(row)}")
+            log.info(f"sample {number}: {self.sample_start}{self.tokenizer.decode(row)}")

@@ -42,7 +42,9 @@ def of_the_schedule(config: TrainConfig) -> list[str]:
             f"lr_decay_iters={end} is within the warm-up of {warmup} steps: no step has the full rate"
         )
     elif end > steps:
-        found.append(f"lr_decay_iters={end} is beyond the run: {last}; leave it out to follow max_iters")
+        found.append(
+            f"lr_decay_iters={end} is beyond the run: {last}; --lr_decay_iters=None follows max_iters"
+        )
     elif min_lr == 0 and end < steps:
         found.append(
             f"from step {end} on (lr_decay_iters), the rate is min_lr=0: nothing is learned any more"

@@ -69,8 +69,11 @@ def inherit_settings(config: TrainConfig) -> TrainConfig:
         path = Path(config.out_dir) / NEWEST  # which is missing; that is what is wrong, not the dataset
     if path is None or not inherits(config):
         return config
-    inherited = inherited_settings(config, load_checkpoint(path, mmap=True))
-    dataset = inherited.get("dataset")
+    contents = load_checkpoint(path, mmap=True)
+    inherited = inherited_settings(config, contents)
+    dataset, vocab_size = inherited.get("dataset"), contents["model_args"]["vocab_size"]
+    if not dataset and "dataset" not in config.given and vocab_size not in (50257, GPTConfig.vocab_size):
+        raise UserError(f"{path} does not say on what it was trained; give --dataset=NAME")
     if dataset and not is_here(dataset):
         raise UserError(f"{path} was trained on {dataset[:200]}, which is not here; give --dataset=FOLDER")
     values = {name: check_value(TrainConfig, name, value, f"{path}: ") for name, value in inherited.items()}
@@ -231,14 +234,14 @@ def describe_run(config: TrainConfig, runtime: Runtime, data: Dataset, model: GP
 def describe_inheritance(config: TrainConfig, checkpoint: dict[str, Any]) -> None:
     """Log the settings from the checkpoint that are no defaults, and the given ones that differ from it."""
     taken = [
-        f"{name}={getattr(config, name)}"
+        f"{name}={quote(getattr(config, name))}"
         for name in inherited_settings(config, checkpoint)
         if getattr(config, name) != getattr(TrainConfig, name)
     ]
     kept = {*OF_THIS_CALL, *checkpoint["model_args"]} - {"block_size", "dropout"}  # a network keeps its shape
     before = {name: value for name, value in run_settings(checkpoint).items() if name in (config.given or ())}
     given = [
-        f"{name}={getattr(config, name)}, not {value}"
+        f"{name}={quote(getattr(config, name))}, not {quote(value)}"
         for name, value in before.items()
         if name not in kept and getattr(config, name) != value
     ]

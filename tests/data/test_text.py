@@ -68,6 +68,7 @@ def write_stories(folder: Path, kind: str) -> list[str]:
         "stories.json": json.dumps(rows, ensure_ascii=False).encode(),
         "texts.json.gz": gzip.compress(json.dumps(STORIES, indent=1).encode()),
         "lines.json": lines,
+        "lines.ndjson": lines,
         "texts.jsonl": "".join(json.dumps(story) + "\n" for story in STORIES).encode(),
         "excel.tsv": tables["\t"].encode("utf-16"),  # as Excel saves "Unicode text"
         "semicolons.csv": b"sep=;\r\n" + tables[";"].encode("utf-8"),
@@ -93,7 +94,15 @@ def write_stories(folder: Path, kind: str) -> list[str]:
 
 KINDS = (
     *("stories.jsonl", "stories.jsonl.gz", "stories.jsonl.zst", "stories.csv", "stories.csv.gz"),
-    *("stories.json", "texts.json.gz", "lines.json", "texts.jsonl", "excel.tsv", "semicolons.csv"),
+    *(
+        "stories.json",
+        "texts.json.gz",
+        "lines.json",
+        "lines.ndjson",
+        "texts.jsonl",
+        "excel.tsv",
+        "semicolons.csv",
+    ),
     *("stories.txt", "stories.md.zst", "parquet", "folder of .md"),
 )
 
@@ -384,12 +393,13 @@ MISTAKES = [
     (b"x" * 2_000_000 + b"\xff", [], ["0xff", "offset 2000000"]),
     (b"x" * 1_048_575 + "é".encode() + b"\xe9 x", [], ["offset 1048577"]),  # the character spans two blocks
     (b"cut off: \xc3", [], ["offset 9"]),
-    (b"\x00\x01binary", [], ["is binary", "a null character"]),
+    (b"\x00\x01binary", [], ["a null character", "may be binary"]),
     (b"caf\xe9 au lait", [], ["--encoding=cp1252"]),
     ("cafe au lait".encode("utf-16-le"), [], ["--encoding=utf-16-le"]),
     ("café ".encode() * 50, ["--encoding=utf-16"], ["is not utf-16 text, but utf-8"]),
     ("cafe ".encode("utf-16") * 50 + b"x", [], ["offset 600", "mend it"]),
-    (b"PK\3\4\0\xff\xfe\xfd" * 100, [], ["binary", "leave it out"]),
+    (b"PK\3\4\0\xff\xfe\xfd" * 100, [], ["zip file, not text", "save its text"]),
+    (b"%PDF-1.7\nabc" * 100, ["--encoding=cp1252"], ["a PDF, not text", "save its text"]),
     ("café au lait".encode("utf-16-be"), [], ["offset 7", "--encoding=utf-16-be"]),
     (b'["a", "b"', ["--format=json"], ["ends within its array, in line 1", "cut off"]),
     (b'["a",\n "b', ["--format=json"], ["line 2: Unterminated string"]),

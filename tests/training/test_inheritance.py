@@ -110,6 +110,14 @@ def test_a_checkpoint_of_nanogpt_has_its_settings_too(tmp_path):
         assert {float(row["lr"]) for row in csv.DictReader(file) if row["lr"]} == {1e-4}  # its min_lr
 
 
+def test_a_checkpoint_that_names_no_dataset_asks_for_it(resumable):
+    out_dir, flags = resumable
+    contents = torch.load(out_dir / "last.pt", weights_only=True)
+    del contents["config"]["dataset"]
+    torch.save(contents, out_dir / "last.pt")
+    assert_user_error(run_here("train.py", *flags), "does not say on what it was trained", "--dataset=NAME")
+
+
 @pytest.mark.parametrize(
     ("name", "value"), [("n_layer", "x"), ("sampling", "all"), ("max_iters", -1), ("seed", [])]
 )

@@ -1,4 +1,4 @@
-"""Documents from files: .txt, .md, .jsonl, .json, .csv, .tsv, .parquet; all but the last also as .gz, .zst.
+"""Documents from files: text, JSON lines, JSON, tables, parquet; all but the last also as .gz, .zst.
 
 A document comes in pieces of some ten thousand characters, so that no file is in memory as a whole. It is cut
 only before white space that follows something else, where no tokenizer joins the two sides.
@@ -26,6 +26,7 @@ from distrogpt.errors import UserError
 from distrogpt.files import encoding_of, fault_of, likely_encoding
 
 BLOCK = 1 << 16  # bytes read at once, and characters of a piece: small, as one wide character widens them all
+FORMATS = {b"%PDF": "a PDF", b"PK\3\4": "a .docx, .epub or other zip file", b"\x7fELF": "a program"}
 ROWS = 64  # of a parquet file at once: they can be long
 PACKED = (".gz", ".zst")
 BETWEEN = re.compile(r"[\s,]*")  # the values of a JSON array
@@ -137,13 +138,15 @@ def read_text(path: Path, corpus: Corpus, by_line: bool) -> Iterator[str]:
             import pyarrow
 
             unpacked = io.BufferedReader(pyarrow.CompressedInputStream(file, "zstd"))
+        if name := next((name for mark, name in FORMATS.items() if unpacked.peek(4).startswith(mark)), ""):
+            raise UserError(f"{path} is {name}, not text; save its text as .txt")
         encoding = encoding_of(unpacked.peek(4), "") or unmarked_encoding(unpacked.peek(4), path, corpus)
         text = io.TextIOWrapper(unpacked, encoding, corpus.errors)
         try:
             while texts := text.readlines(BLOCK) if by_line else list(filter(None, [text.read(BLOCK)])):
                 if corpus.errors == "strict" and any("\0" in one for one in texts):
                     advice = how_to_read(texts[0].encode("utf-8", "replace"), encoding, corpus)
-                    raise UserError(f"{path} is binary (a null character); {advice}")
+                    raise UserError(f"{path} has a null character; {advice}")
                 corpus.bytes_read = before + file.tell()
                 texts[0] = texts[0].removeprefix(mark)
                 mark = ""
@@ -274,6 +277,7 @@ def parquet_pieces(path: Path, corpus: Corpus) -> Iterator[Piece]:
 
 
 READERS = {".txt": text_pieces, ".md": text_pieces, ".jsonl": json_line_pieces, ".json": json_pieces}
+READERS[".ndjson"] = json_line_pieces
 READERS |= {".csv": csv_pieces, ".tsv": partial(csv_pieces, separators="\t"), ".parquet": parquet_pieces}
 
 
