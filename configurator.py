@@ -116,7 +116,10 @@ def read_settings(cls: type[T], argv: list[str]) -> T:
             raise UserError(f"{flag} has no value; write --{name}={value}, without a space")
     given, shown = set(), values.keys() - cls.never_used()
     for path in [find_config(word, shown) for word in argv if not word.startswith("-")]:
-        for key, value in run_config_file(path, values).items():
+        changed = run_config_file(path, values)
+        if not changed:
+            warn(f"note     {path} sets nothing; a setting is a line such as max_iters = 100")
+        for key, value in changed.items():
             values[key] = check_value(cls, key, value, f"{path}: ")
             given.add(key)
     from_flags: dict[str, Any] = {}

@@ -365,6 +365,12 @@ def test_a_flag_that_another_setting_leaves_idle_is_noted(flags, note, capsys):
     assert note in printed if note else printed == ""
 
 
+def test_a_config_that_sets_nothing_is_noted(tmp_path, capsys):
+    (tmp_path / "c.py").write_text('{"n_layer": 1}')
+    read_settings(TrainConfig, [str(tmp_path / "c.py")])
+    assert f"{tmp_path / 'c.py'} sets nothing; a setting is a line" in capsys.readouterr().err
+
+
 def test_a_flag_with_an_effect_and_configs_are_not_refused(tmp_path):
     (tmp_path / "c.py").write_text("eval_iters = 3\nout_dir = 'x'\nmuon_lr = 0.1\n")
     for cls in (AblateConfig, BenchConfig, TrainConfig):

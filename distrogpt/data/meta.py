@@ -54,12 +54,13 @@ def find_dataset(name: str) -> Path:
 
 
 def prepared_near(name: str) -> list[str]:
-    """The names of the datasets that are where find_dataset looks for this one."""
+    """The names of the datasets in data/, here and in the repository, and of those beside that path."""
     found: set[str] = set()
-    for parent in (folder.parent for folder in folders_of(name)):
+    for parent, prefix in ((Path("data"), ""), (DATA, ""), (Path(name).parent, Path(name).parent)):
         with suppress(OSError, ValueError):
-            found.update(entry for entry in os.listdir(parent) if has_dataset(parent / entry, ".bin"))
-    return [str(Path(name).parent / entry) for entry in sorted(found)]
+            entries = (entry for entry in os.listdir(parent) if has_dataset(parent / entry, ".bin"))
+            found.update(str(Path(prefix, entry)) for entry in entries)
+    return sorted(found, key=lambda dataset: (os.sep in dataset, dataset))
 
 
 def prepared_names(name: str) -> str:

@@ -373,7 +373,15 @@ def test_what_is_no_tokenizer(script, tmp_path):
         assert not (tmp_path / "out").exists()
     assert prepare_here(SCRIPT, *words, "--tokenizer=byte").returncode == 0
     done = prepare_here(script, *words, f"--tokenizer={tmp_path / 'outt'}")
-    assert_user_error(done, f"did you mean {tmp_path / 'out'}?", f"prepared dataset ({tmp_path / 'out'})")
+    assert_user_error(done, f"did you mean {tmp_path / 'out'}?", "prepared dataset (", f"{tmp_path / 'out'})")
+
+
+def test_files_of_a_folder_that_are_left_out_are_counted(tmp_path):
+    write_stories(tmp_path / "in", "stories.txt")
+    for name in ("a.docx", "b.pdf"):
+        (tmp_path / "in" / name).write_bytes(b"PK")
+    done = prepare(tmp_path, "--input", tmp_path / "in", "--tokenizer=byte")
+    assert done.returncode == 0 and "2 files of other kinds are left out (.docx, .pdf)" in done.stderr
 
 
 def test_a_large_vocabulary_takes_uint32_and_says_so(tmp_path):

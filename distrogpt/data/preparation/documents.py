@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from distrogpt.data.token_stream import open_file
 from distrogpt.data.tokenizer import END_OF_TEXT, SAFE_CUT
-from distrogpt.errors import UserError
+from distrogpt.errors import UserError, warn
 from distrogpt.files import encoding_of, fault_of, likely_encoding
 
 BLOCK = 1 << 16  # bytes read at once, and characters of a piece: small, as one wide character widens them all
@@ -107,6 +107,10 @@ def find_files(inputs: Iterable[str], kinds: Sequence[str] = (), order: Callable
             files = [path / name for name in names if kind_of(path / name) in wanted]
             if not files and not kinds:  # beside texts, .json has settings of programs
                 files = [path / name for name in names if kind_of(path / name) == ".json"]
+            others = {path / name for name in names if (path / name).is_file()} - set(files)
+            if files and others and not kinds:
+                suffixes = ", ".join(sorted({file.suffix or file.name for file in others})[:5])
+                warn(f"note     {path}: {len(others)} files of other kinds are left out ({suffixes})")
         elif os.path.exists(path):
             files = [path]
         else:
