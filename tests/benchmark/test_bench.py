@@ -220,7 +220,7 @@ def test_the_shape_is_that_of_init_from(dataset):
     medium = with_gpt2_shape(read_settings(BenchConfig, ["--init_from=auto:gpt2-medium"]))
     assert (medium.n_layer, medium.n_embd) == (24, 1024)
     done = run_here("bench.py", *TINY, f"--dataset={dataset}", "--init_from=some/model")
-    assert_user_error(done, "cannot see into init_from=some/model", "--init_from=scratch")
+    assert_user_error(done, "does not read the shape of init_from=some/model", "--init_from=scratch")
 
 
 def test_the_ladder_leaves_the_precision_of_products_as_it_was(dataset):
