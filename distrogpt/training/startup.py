@@ -21,7 +21,7 @@ from distrogpt.checkpoint import (
     run_settings,
 )
 from distrogpt.data.dataset import Dataset, samples_per_epoch
-from distrogpt.data.meta import tokenizers_differ
+from distrogpt.data.meta import GPT2_META, tokenizers_differ
 from distrogpt.errors import UserError, quote
 from distrogpt.loading import is_here, load_pretrained
 from distrogpt.runtime import Runtime, activity
@@ -209,6 +209,8 @@ def describe_run(config: TrainConfig, runtime: Runtime, data: Dataset, model: GP
         sizes = ", ".join(f"{len(stream):,} {split}" for split, stream in part.streams.items())
         weight = "" if len(data.parts) == 1 else f"{part.weight:.1%} "
         log.info(f"data     {weight}{part.folder}: {sizes} tokens, vocabulary {data.meta['vocab_size']:,}")
+        if part.meta is GPT2_META:
+            log.info(f"note     {part.folder} has no meta.json or meta.pkl: its ids are taken for GPT-2's")
     shape, parameters = model.config, model.get_num_params(non_embedding=False)
     sizes = f"{shape.n_layer} layers, {shape.n_head} heads, {shape.n_embd} wide, block {shape.block_size}"
     log.info(f"model    {sizes}: {parameters:,} parameters")
