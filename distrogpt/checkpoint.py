@@ -174,7 +174,7 @@ def restore_model(contents: dict[str, Any], path: Path, dropout: float = 0.0) ->
 def run_settings(contents: dict[str, Any]) -> dict[str, Any]:
     """The settings with which a checkpoint was trained, its network's shape among them; of any type."""
     shape = {"activation": "gelu", **contents["model_args"]}
-    dropout = shape.pop("dropout", 0.0)  # the config's counts, as the model is made anew
+    dropout = shape.pop("dropout", 0.0)  # the config's counts, as a new model is made
     settings = {"dropout": dropout, **contents.get("config", {}), **shape}
     if "meta" not in contents:  # nanoGPT names the dtype of its GPU, even if it was not set
         settings.pop("dtype", None)

@@ -93,8 +93,8 @@ def exit_process(status: int) -> NoReturn:
 
 
 def leave_to_rank_0(command: str) -> None:
-    """For commands that work in one process: under torchrun, all ranks but the first end, and that goes on
-    as if alone."""
+    """For commands that work in one process: under torchrun, all ranks but rank 0 end, and it continues
+    as a single process."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return
     if int(os.environ.get("RANK", 0)):

@@ -27,8 +27,8 @@ def encoding_of(begin: bytes, default: str = "utf-8") -> str:
 
 
 def likely_encoding(data: bytes) -> str | None:
-    """What the bytes at the begin of a text without a mark may be: UTF-16, whose ASCII has a null in every
-    second byte; nothing, if there are other nulls; UTF-8; or else the encoding of Windows in the West."""
+    """The probable encoding of a text without a mark, from its first bytes: UTF-16, whose ASCII has a null in
+    every second byte; None, if there are other nulls; UTF-8; or else that of Windows in the West."""
     even, odd = data[0::2].count(0), data[1::2].count(0)
     if max(even, odd) > len(data) // 8 and min(even, odd) <= len(data) // 64:
         return "utf-16-be" if even > odd else "utf-16-le"
@@ -66,7 +66,7 @@ def read_text(name: str | Path, what: str = "") -> str:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a file completely or not at all, whoever else writes it now. Raises OSError."""
+    """Write a file completely or not at all, also if others write it at the same time. Raises OSError."""
     path = Path(os.path.realpath(path))
     if path.exists() and not path.is_file():  # a device or a pipe
         path.write_text(text, encoding="utf-8")

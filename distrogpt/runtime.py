@@ -186,7 +186,7 @@ def collect_signals(abandon: Callable[[], None], enabled: bool = True) -> Iterat
         if number != signal.SIGINT:
             return
         if received.count(number) == 2:
-            abandon()  # here, as a third Ctrl-C could interrupt whoever catches the exception
+            abandon()  # here, as a third Ctrl-C could interrupt what catches the exception
             raise KeyboardInterrupt
         if received.count(number) == 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
             with suppress(OSError):  # print() is not safe in a signal handler
@@ -235,7 +235,7 @@ def activity(what: str) -> Iterator[None]:
 
 @contextmanager
 def terminal_bar(wanted: bool, **options: Any) -> Iterator[Any]:
-    """Yields tqdm's bar, drawn anew each second, so that a long step is no silence; None if it is not wanted,
+    """Yields tqdm's bar, redrawn each second, so that a long step is no silence; None if it is not wanted,
     this is no terminal or another rank, or there is no tqdm."""
     tqdm = None
     if wanted and sys.stderr.isatty() and not int(os.environ.get("RANK", 0)):

@@ -100,7 +100,7 @@ def test_a_prompt_in_a_pipe_has_its_encoding_too(trained):
             assert sample_here(*flags, "--interactive=True").stdout == plain
 
 
-def test_a_file_is_whole_whoever_writes_it(tmp_path):
+def test_a_file_with_several_writers_is_whole(tmp_path):
     """Several threads, for several processes: each has a temporary file of its own."""
     path, texts = tmp_path / "result.json", [str(number) * 300_000 for number in range(6)]
     threads = [threading.Thread(target=write_text, args=(path, text)) for text in texts]

@@ -18,7 +18,7 @@ from distrogpt.inference.sampling import SamplingParams, sample_token, uniform_n
 from distrogpt.settings import SampleConfig
 
 EMIT_INTERVAL = 0.05  # seconds: readers hardly want more, and each output wakes a thread on the same cores
-TopLogprobs = list[tuple[int, float]]  # the likeliest ids of a position with their log-probabilities
+TopLogprobs = list[tuple[int, float]]  # the most likely ids of a position, and their log-probabilities
 
 
 class RequestOutput(NamedTuple):
@@ -225,7 +225,7 @@ class Engine:
         return ids
 
     def logprobs(self, logits: torch.Tensor, ids: torch.Tensor) -> tuple[list[float], list[TopLogprobs]]:
-        """The log-probability of each sample's id; those of the likeliest ids that it wants, and its own."""
+        """The log-probability of each sample's id; and those of the most likely ids, as requested."""
         requests = [sample.request for sample in self.samples]
         if not any(request.settings.show_probs for request in requests):
             return [0.0] * len(ids), [[] for _ in ids]

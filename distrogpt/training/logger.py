@@ -136,7 +136,7 @@ class TrainLogger:
         config, state = self.config, self.state
         if state.stop_requested:
             flag = "" if config.init_from.partition(":")[0] == "auto" else " and --init_from=resume"
-            log.info(f"stopped after step {state.step}; go on with the same command{flag}")
+            log.info(f"stopped after step {state.step}; resume with the same command{flag}")
         elif not config.eval_only:
             reason = state.early_stop_reason(config)
             early = f"early stop after step {state.step}: {reason}; " if reason else ""
