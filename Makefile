@@ -14,7 +14,7 @@ INSTALLED := .venv/requirements.installed
 TESTABLE := .venv/requirements-test.installed
 OUT := out-stdlib-char
 
-.PHONY: help install demo serve test test-audio test-latest test-oldest chaos lint lock clean
+.PHONY: help install demo serve pictures test test-audio test-latest test-oldest chaos lint lock clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -48,6 +48,9 @@ demo: $(INSTALLED) data/stdlib_char/meta.json ## prepare, train for a minute or 
 serve: $(INSTALLED) ## write with the demo's model on a page of your browser
 	$(INSTALL) -r requirements-serve.txt
 	$(BIN)/python serve.py --out_dir=$(OUT)
+
+pictures: $(TESTABLE) data/stdlib_char/meta.json ## make the pictures of the docs: two minutes
+	$(BIN)/python docs/pictures.py
 
 test: $(TESTABLE) ## run all tests
 	$(BIN)/python -m pytest

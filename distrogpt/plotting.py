@@ -19,6 +19,7 @@ MAX_POINTS = 2000  # of a line: more than a picture has columns
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#777777")
 MARKERS = "osD^vP*X"
 INK, GREY, GRID = "#1f2328", "#656d76", "#e3e6ea"
+RING = {"fillstyle": "none", "markersize": 11, "zorder": 4}
 SCORES = {"hellaswag": "HellaSwag (accuracy)", "accuracy": "accuracy"}  # columns, and labels of their axes
 TIME_UNITS = ((5 * 3600, 3600, "hours"), (600, 60, "minutes"), (-1, 1, "seconds"))  # above, size, name
 Baseline = float | None  # a published value
@@ -77,7 +78,7 @@ def window(count: int) -> int:
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:
-    """The mean of `window` values around each: of fewer at the steep start, and of those before at the end."""
+    """The mean of `window` values around each: of fewer at the steep start, of those before at the end."""
     index = np.arange(len(values))
     before = np.minimum(window(len(values)) // 2, index)
     after = np.minimum(before, index[::-1])
@@ -100,7 +101,7 @@ def new_figure(width: float, height: float, title: str = "") -> Any:
     figure = Figure(figsize=(width, height), layout="constrained", facecolor="white", dpi=110)
     if title:
         title = title if len(title) <= 70 else f"...{title[-67:]}"
-        figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold", color=INK)
+        figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold", color=INK, parse_math=False)
     return figure
 
 
@@ -126,7 +127,7 @@ def add_line(axes: Any, x: np.ndarray, y: np.ndarray, number: int, label: str, l
 def label_ends(axes: Any) -> None:
     """Write the label of each line beside its end, or higher if it would overlap another; after set_ylim."""
     (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
-    lines = [line for line in axes.get_lines() if line.get_label()[0] != "_" and len(line.get_xdata())]
+    lines = [line for line in axes.get_lines() if line.get_label()[:1] != "_" and len(line.get_xdata())]
     labels: list[tuple[float, float]] = []  # x, and the upper edge
     for line in sorted(lines, key=lambda line: line.get_ydata()[-1]):
         x, y = line.get_xydata()[-1]
@@ -137,7 +138,8 @@ def label_ends(axes: Any) -> None:
         labels.append((end, height + half))
         style = {"color": line.get_color(), "fontsize": 9, "fontweight": "bold", "va": "center"}
         style |= {"xycoords": line.get_transform(), "textcoords": "offset points", "annotation_clip": False}
-        axes.annotate(line.get_label(), (x, height), (7, 0), **style)
+        style["bbox"] = {"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 0.5}  # above other lines
+        axes.annotate(line.get_label(), (x, height), (9, 0), parse_math=False, **style)
 
 
 def draw(
@@ -172,15 +174,22 @@ def draw(
         style_axes(panels[name], unit, SCORES[name])
         add_baseline(panels[name], baseline_hellaswag if name == "hellaswag" else None)
         for number, (run, log) in enumerate(logs.items()):
-            add_line(panels[name], *points(log, name, by), number, run)
+            x, values = points(log, name, by)
+            add_line(panels[name], x, values, number, f"{values[-1]:.3g}" if alone else run)
         label_ends(panels[name])
     if by != "seconds":
-        from matplotlib.ticker import EngFormatter, MaxNLocator, StrMethodFormatter
+        from matplotlib.ticker import MaxNLocator
 
         axis = loss.xaxis  # of all panels
         axis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 2.5, 5, 10], integer=True))
-        axis.set_major_formatter(EngFormatter(sep="") if by == "tokens" else StrMethodFormatter("{x:,.0f}"))
+        axis.set_major_formatter(lambda x, _: shorten_count(x) if by == "tokens" else f"{x:,.0f}")
     return figure
+
+
+def shorten_count(count: float) -> str:
+    """20M for 20,000,000."""
+    size, letter = next((pair for pair in ((1e9, "B"), (1e6, "M"), (1e3, "k")) if count >= pair[0]), (1, ""))
+    return f"{count / size:g}{letter}"
 
 
 def extent(log: Log) -> str:
@@ -209,7 +218,7 @@ def draw_run(axes: Any, log: Log, by: str) -> None:
     if len(x):
         best = losses.argmin()
         end, text = (x[best], losses[best]), f"best val loss {losses[best]:.4f}\nat step {steps[best]:,.0f}"
-        axes.plot(*end, "o", color=INK, fillstyle="none", markersize=11, zorder=4)
+        axes.plot(*end, "o", color=INK, **RING)
         corner = 1 if best > 0.6 * len(x) else 0 if best < 0.3 * len(x) else 0.5  # of the text
         side = {0: "left", 0.5: "center", 1: "right"}[corner]
         arrow = {"arrowstyle": "-", "color": GREY, "linewidth": 0.8, "shrinkB": 6, "relpos": (corner, 0)}
@@ -225,7 +234,9 @@ def draw_runs(axes: Any, logs: dict[str, Log], by: str) -> None:
         axes.plot(*mean, color=COLORS[number % len(COLORS)], linewidth=0.8, alpha=0.4)
         curves = {"val": points(log, "val_loss", by), "train": points(log, "train_loss", by), "step": mean}
         kind, (x, losses) = next((kind, curve) for kind, curve in curves.items() if len(curve[0]))
-        add_line(axes, x, losses, number, f"{run}\nbest {kind} {losses.min():.4f}")
+        best, color = losses.argmin(), COLORS[number % len(COLORS)]
+        add_line(axes, x, losses, number, f"{run}\nbest {kind} {losses[best]:.4f}")
+        axes.plot(x[best], losses[best], "o", color=color, **RING)
 
 
 def loss_range(logs: Iterable[Log], by: str, baseline: Baseline) -> tuple[float, float] | None:

@@ -2,8 +2,8 @@
 
 python -u train.py config/train_shakespeare_char.py ... | python nanogpt_log.py TOKENS_PER_STEP > log.csv
 
-Seconds are counted from the last line that nanoGPT prints before its training loop. docs/data/README.md has the
-whole command.
+Seconds are counted from the last line that nanoGPT prints before its training loop. The whole command is in
+docs/data/README.md.
 """
 
 import csv

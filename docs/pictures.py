@@ -7,6 +7,7 @@ model, which this script trains for about a minute on the source of Python's sta
 import csv
 import io
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -27,9 +28,9 @@ from distrogpt.plotting import COLORS, INK, Log, draw, new_figure, points, read_
 
 DATA, PICTURES = REPO / "docs" / "data", REPO / "docs" / "pictures"
 DPI, NUM_COLORS = 144, 128
+YLABEL = "val loss (nats per character)"
 PROMPT = "class Reader:\n    def read(self, size):\n"
 TEXT = "def read(self):\n    return self.data"  # for the attention map
-LONGEST_WAIT = 60_000  # ms, for the page
 
 
 def val_losses(name: str) -> Log:
@@ -40,35 +41,28 @@ def val_losses(name: str) -> Log:
 
 def loss_over_seconds() -> Any:
     """Ours beside nanoGPT on two CPU cores."""
-    nanogpt, ours = val_losses("cpu-nanogpt"), val_losses("cpu-train_shakespeare_cpu_modern")
-    figure = draw(
-        {"distroGPT": ours, "nanoGPT": nanogpt}, "seconds", title="Tiny Shakespeare on two CPU cores"
-    )
+    logs = {"distroGPT": val_losses("cpu-train_shakespeare_cpu_modern"), "nanoGPT": val_losses("cpu-nanogpt")}
+    figure = draw(logs, "seconds", title="Tiny Shakespeare on two CPU cores")
     (axes,) = figure.axes
-    style_axes(
-        axes, "seconds of training", "val loss (nats per character)", "0.8 M parameters; lower is better"
-    )
-    seconds, losses = points(nanogpt, "val_loss", "seconds")
+    style_axes(axes, "seconds of training", YLABEL, "0.8 M parameters; lower is better")
+    seconds, losses = points(logs["nanoGPT"], "val_loss", "seconds")
     end, best = seconds[losses.argmin()], losses.min()
-    seconds, losses = points(ours, "val_loss", "seconds")
+    seconds, losses = points(logs["distroGPT"], "val_loss", "seconds")
     below = int((losses <= best).argmax())  # its first evaluation below nanoGPT's best
     crossing = np.interp(-best, -losses[below - 1 : below + 1], seconds[below - 1 : below + 1])
     arrow = {"arrowstyle": "<|-|>", "color": INK, "linewidth": 1.2, "shrinkA": 6, "shrinkB": 0}
     axes.annotate("", (crossing, best), (end, best), arrowprops=arrow)
     text = f"after {end:.0f} s; distroGPT needs {crossing:.0f} s for this loss"
-    axes.annotate(text, (end, best), (7, -12), textcoords="offset points", va="top", color=INK)
+    axes.annotate(text, (end, best), (9, -12), textcoords="offset points", va="top", color=INK)
     return figure
 
 
 def loss_h200() -> Any:
     """Two runs on a GPU."""
-    runs = {
-        "GPT-2's recipe": "h200-train_shakespeare_char",
-        "modern recipe": "h200-train_shakespeare_char_modern",
-    }
-    logs = {name: val_losses(file) for name, file in runs.items()}
-    figure = draw(logs, "tokens", title="Tiny Shakespeare, 10.7 M parameters, one NVIDIA H200")
-    style_axes(figure.axes[0], "tokens of training", "val loss (nats per character)", "lower is better")
+    logs = {"GPT-2's recipe": val_losses("h200-train_shakespeare_char")}
+    logs["modern recipe"] = val_losses("h200-train_shakespeare_char_modern")
+    figure = draw(logs, "tokens", title="Tiny Shakespeare on one NVIDIA H200")
+    style_axes(figure.axes[0], "tokens of training", YLABEL, "11 M parameters; lower is better")
     return figure
 
 
@@ -77,37 +71,41 @@ def ladder() -> Any:
     from distrogpt.benchmark.studies import draw_ladder  # loads torch
 
     found = json.loads((DATA / "cpu-ladder.json").read_text(encoding="utf-8"))
-    return draw_ladder(found["rungs"], found["title"])
+    size = "/".join(str(found["settings"][name]) for name in ("n_layer", "n_head", "n_embd"))
+    return draw_ladder(found["rungs"], f"GPT-2 {size}, {found['device']}")
 
 
 def tokens_per_second() -> Any:
     """Decoding speed of GPT-2, a bar for each program."""
     with (DATA / "cpu-decoding.csv").open(encoding="utf-8", newline="") as file:
         rows = sorted(csv.DictReader(file), key=lambda row: float(row["tokens_per_second"]))
-    figure = new_figure(8, 0.5 * len(rows) + 1.6, "GPT-2 124M writes on two CPU cores")
+    figure = new_figure(8, 0.5 * len(rows) + 1.6, "Decoding speed of GPT-2 124M on two CPU cores")
     axes = figure.subplots()
     colors = [COLORS[0] if row["name"].startswith("distroGPT") else "#9aa3ad" for row in rows]
     speeds = [float(row["tokens_per_second"]) for row in rows]
     bars = axes.barh([row["name"] for row in rows], speeds, color=colors)
-    axes.bar_label(bars, [f"{speed:.0f}" for speed in speeds], padding=5, color=INK, fontweight="bold")
+    axes.bar_label(bars, [f"{speed:.3g}" for speed in speeds], padding=5, color=INK, fontweight="bold")
     axes.invert_yaxis()
-    style_axes(axes, "tokens per second, one text at a time (higher is better)", grid="x")
+    style_axes(axes, "tokens per second at batch 1 (higher is better)", grid="x")
     return figure
 
 
 @contextmanager
 def trained_run() -> Iterator[Path]:
-    """The out_dir of a small model, trained in a temporary folder."""
+    """The out_dir of a small model, relative to a temporary folder that becomes the working directory."""
+    started_in, dataset, out_dir = Path.cwd(), REPO / "data" / "stdlib_char", Path("out-stdlib-char")
     with tempfile.TemporaryDirectory() as folder:
-        dataset, out_dir = REPO / "data" / "stdlib_char", Path(folder) / "out-stdlib-char"
-        if not (dataset / "meta.json").is_file():
-            dataset = Path(folder) / "stdlib_char"
-            prepare = REPO / "data" / "stdlib_char" / "prepare.py"
-            subprocess.run([sys.executable, str(prepare), "--output", str(dataset)], check=True)
-        command = [sys.executable, str(REPO / "train.py"), "config/train_stdlib_char.py", "--device=cpu"]
-        command += ["--max_iters=1500", "--eval_interval=150", "--log_interval=5", "--loss_plot=False"]
-        subprocess.run([*command, f"--dataset={dataset}", f"--out_dir={out_dir}"], check=True)
-        yield out_dir
+        os.chdir(folder)
+        try:
+            if not (dataset / "meta.json").is_file():
+                prepare, dataset = dataset / "prepare.py", Path("stdlib_char")
+                subprocess.run([sys.executable, str(prepare), f"--output={dataset}"], check=True)
+            command = [sys.executable, str(REPO / "train.py"), "train_stdlib_char", f"--dataset={dataset}"]
+            command += ["--max_iters=1500", "--eval_interval=150", "--log_interval=5", "--loss_plot=False"]
+            subprocess.run([*command, f"--out_dir={out_dir}", "--device=cpu"], check=True)
+            yield out_dir
+        finally:
+            os.chdir(started_in)
 
 
 def loss(out_dir: Path) -> Any:
@@ -125,12 +123,13 @@ def attention(out_dir: Path) -> Any:
     far = weights.tril(-2)[..., 1:]  # neither the character itself, nor the one before, nor the first
     scores = far.amax(dim=-1).mean(dim=-1)  # (n_layer, n_head)
     layer, head = divmod(int(scores.argmax()), weights.size(1))
-    figure = new_figure(8, 7, "Attention: from which characters a head reads")
+    figure = new_figure(8, 7, "Attention weights of one head")
     axes = figure.subplots()
-    image = axes.imshow(weights[layer, head], cmap="Blues", vmin=0, vmax=1)
+    image = axes.imshow(weights[layer, head].numpy(), cmap="Blues", vmin=0, vmax=1)
     names = [{" ": "␣", "\n": "⏎"}.get(character, character) for character in TEXT]
     subtitle = f"layer {layer + 1}, head {head + 1} of {out_dir.name}; ␣ is a space, ⏎ a newline"
-    style_axes(axes, "character that is read", "character that reads", subtitle)
+    style_axes(axes, "key: the character that is attended to", "query: the character that attends", subtitle)
+    axes.grid(False)
     axes.set_xticks(range(len(names)), names, family="monospace")
     axes.set_yticks(range(len(names)), names, family="monospace")
     figure.colorbar(image, label="attention weight (a row sums to 1)", shrink=0.8)
@@ -144,16 +143,17 @@ def page(theme: str, out_dir: Path) -> bytes:
     from distrogpt.benchmark.serving import CHROMIUM, QUIET, running_server
     from distrogpt.settings import BenchConfig
 
-    config = BenchConfig(out_dir=str(out_dir), device="cpu", dtype="float32")
+    config = BenchConfig(out_dir=str(out_dir), device="cpu")
     with running_server(config) as (port, _), sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
-        size = {"width": 900, "height": 640}
-        tab = chromium.new_page(viewport=size, color_scheme=theme, device_scale_factor=1.5)
-        tab.set_default_timeout(LONGEST_WAIT)
+        shape = {"viewport": {"width": 900, "height": 640}, "device_scale_factor": 1.5}
+        tab = chromium.new_page(color_scheme=theme, **shape)
+        tab.set_default_timeout(60_000)  # ms
         tab.goto(f"http://127.0.0.1:{port}")
-        for name, value in {"prompt": PROMPT, "max_tokens": 180, "temperature": 0.6, "seed": 1}.items():
+        for name, value in {"prompt": PROMPT, "max_tokens": 180, "temperature": 0.5, "seed": 2}.items():
             tab.fill(f"[name={name}]", str(value))
         tab.check("[name=tinted]")
+        tab.click("summary")  # closes the settings that are seldom used
         tab.click("#go")
         tab.locator("#go", has_text="Write").wait_for()
         tab.evaluate("scrollTo(0, 0)")

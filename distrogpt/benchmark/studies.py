@@ -137,16 +137,19 @@ def plot_ladder(rungs: list[dict[str, Any]], title: str) -> None:
 
 
 def draw_ladder(rungs: list[dict[str, Any]], subtitle: str) -> Any:
-    """A figure with bars of ms per step, each with its gain over the one above it and over the first."""
+    """A figure with bars of ms per step, each with its gain over the one above it."""
     figure = new_figure(8, 0.45 * len(rungs) + 1.6, "What each improvement gains")
     axes = figure.subplots()
-    labels = [f"{rung['ms']:.1f} ms   x {rung['gain']:.2f}" for rung in rungs]
+    labels = [f"{rung['ms']:.1f} ms  (\u00d7 {rung['gain']:.2f})" for rung in rungs]
     bars = axes.barh([rung["rung"] for rung in rungs], [rung["ms"] for rung in rungs], color=COLORS[0])
     axes.bar_label(bars, labels, padding=5, color=INK)
     axes.invert_yaxis()
     axes.margins(x=0.2)
     style_axes(
-        axes, "milliseconds per training step (x: gain over the bar above)", subtitle=subtitle, grid="x"
+        axes,
+        "milliseconds per training step (\u00d7: speedup over the bar above)",
+        subtitle=subtitle,
+        grid="x",
     )
     return figure
 
