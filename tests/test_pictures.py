@@ -44,7 +44,7 @@ def assert_nothing_is_cut_off(figure) -> None:
 
 
 def test_all_pictures_and_no_others_are_in_the_docs():
-    assert {path.name for path in pictures.PICTURES.iterdir()} == {f"{name}.png" for name in NAMES}
+    assert {path.name for path in pictures.PICTURES.glob("*.png")} == {f"{name}.png" for name in NAMES}
     for name in NAMES:
         assert_small_png(pictures.PICTURES / f"{name}.png")
 
