@@ -14,7 +14,7 @@ INSTALLED := .venv/requirements.installed
 TESTABLE := .venv/requirements-test.installed
 OUT := out-stdlib-char
 
-.PHONY: help install demo serve test test-audio test-latest test-oldest chaos lint lock clean
+.PHONY: help install demo serve test test-audio test-latest test-oldest chaos docs notebook lint lock clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -69,6 +69,12 @@ test-oldest: ## run the tests that use transformers with 5.0, the oldest that is
 
 chaos: $(TESTABLE) ## kill a run 60 times at random, and read 4,000 damaged files: some minutes
 	CHAOS_KILLS=60 FUZZ_INPUTS=4000 $(BIN)/python -m pytest -s -n 0 tests/training/test_chaos.py tests/test_fuzz.py tests/test_fuzz_checkpoint.py
+
+docs: $(INSTALLED) ## draw the picture of docs/architecture.md
+	$(BIN)/python docs/architecture.py
+
+notebook: $(TESTABLE) ## run docs/quickstart.ipynb and keep its outputs: some minutes
+	$(BIN)/python docs/notebook.py
 
 lint: $(TESTABLE) ## check style and format
 	$(BIN)/python -m ruff check .
