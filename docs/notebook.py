@@ -1,7 +1,7 @@
 """Execute docs/quickstart.ipynb and keep its outputs: make notebook
 
-It trains from the start, for some minutes. What differs from run to run is left out: lines with speed, seconds
-or the load of the machine, folders, dates and versions.
+It trains from the start, for some minutes. What differs from run to run is left out: lines with speed or
+seconds, folders, dates and versions.
 """
 
 import re
