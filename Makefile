@@ -70,8 +70,8 @@ test-oldest: ## run the tests that use transformers with 5.0, the oldest that is
 chaos: $(TESTABLE) ## kill a run 60 times at random, and read 4,000 damaged files: some minutes
 	CHAOS_KILLS=60 FUZZ_INPUTS=4000 $(BIN)/python -m pytest -s -n 0 tests/training/test_chaos.py tests/test_fuzz.py tests/test_fuzz_checkpoint.py
 
-docs: $(INSTALLED) ## draw the picture of docs/architecture.md
-	$(BIN)/python docs/architecture.py
+docs: ## draw the picture of docs/architecture.md
+	$(PYTHON) docs/architecture.py
 
 notebook: $(TESTABLE) ## run docs/quickstart.ipynb and keep its outputs: some minutes
 	$(BIN)/python docs/notebook.py
