@@ -361,12 +361,12 @@ def find_settings(
     def plain(text: str) -> str:  # max_iters, --max-iters and "max iters" are the same
         return re.sub(r"[\W_]+", " ", f" {text.casefold()} ")
 
-    def matches(heading: str, field: dataclasses.Field) -> bool:
-        text = plain(f"{heading} {field.name} {field.metadata['explanation']} {type_text(cls, field)}")
-        return all(plain(word).rstrip() in text for word in search.split())
-
-    found = {name: [field for field in fields if matches(name, field)] for name, fields in groups.items()}
-    found = {name: fields for name, fields in found.items() if fields}
+    words, found = [plain(word).rstrip() for word in search.split()], {}
+    for heading, fields in groups.items():
+        texts = [plain(f"{heading} {describe_setting(cls, field)}") for field in fields]
+        matching = [f for f, text in zip(fields, texts, strict=True) if all(word in text for word in words)]
+        if matching:
+            found[heading] = matching
     if not found:
         names = [field.name for fields in groups.values() for field in fields]
         near = near_name(search.strip().lstrip("-"), [*names, *groups])

@@ -36,10 +36,10 @@ START = setting(
     path_after=FILE,
     heading="prompt",
 )
-DEVICE = setting("auto", "cpu, cuda, cuda:1, mps; auto: cuda, else mps, else cpu", heading="machine")
+DEVICE = setting("auto", "cpu, cuda, cuda:1, mps; auto: a GPU if there is one, else cpu", heading="machine")
 DTYPE = setting(
     "auto",
-    "compute dtype (mixed precision); auto: bfloat16 if supported; float32: TF32 on GPUs",
+    "compute dtype (mixed precision: bf16, fp16); auto: bf16 if supported; float32: TF32 on GPUs",
     choices=DTYPES,
 )
 INT8 = setting(False, "8-bit weights: less memory, slightly less exact; faster on CPUs for few samples")
@@ -216,7 +216,9 @@ class TrainConfig(Settings):
     activation_checkpointing: bool = setting(
         False, "gradient checkpointing: recompute activations; less memory, slower"
     )
-    shard: bool = setting(False, "FSDP2 instead of DDP: shard weights, gradients, optimizer state")
+    shard: bool = setting(
+        False, "FSDP2 instead of DDP: shard weights, gradients and optimizer state; less memory per GPU"
+    )
     backend: str = setting(
         "auto", "torch.distributed backend on GPUs; auto: nccl", choices=("auto", "nccl", "gloo")
     )
@@ -283,12 +285,12 @@ class BenchConfig(TrainConfig):
     """
 
     uses_ranks = False
-    most_used = "against generate profile find_batch plan gpu n_gpus report batch_size device"
+    most_used = "generate against profile find_batch plan gpu n_gpus report batch_size device"
 
     gradient_accumulation_steps: int = setting(1, "micro-steps per optimizer step", min=1)
     batch_size: int | None = setting(None, "sequences per micro-step; None: 12 on a GPU, 1 on a CPU", min=1)
 
-    generate: bool = setting(False, "time sampling: prefill and decoding", heading="measurement")
+    generate: bool = setting(False, "time sampling (inference): prefill and decoding", heading="measurement")
     profile: bool = setting(
         False, "list the most expensive operations of a training step; writes bench_trace.json for a browser"
     )
