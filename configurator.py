@@ -35,7 +35,7 @@ from distrogpt.files import read_text
 
 NOT_IN_PATHS = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")  # null, and surrogates that encode no byte
 TYPE_NAMES = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
-TYPE_NAMES |= {tuple: "a list of texts that are not empty", types.NoneType: "None"}
+TYPE_NAMES |= {tuple: "a list of texts, none of them empty", types.NoneType: "None"}
 HELP_WIDTH, HELP_COLUMN = 100, 32  # of --help: its lines, and where explanations begin
 
 
@@ -164,8 +164,8 @@ def find_config(name: str, settings: Container[str] = ()) -> Path:
         if os.path.isfile(path):  # Path.is_file raises OSError for 5,000 characters
             return path
     if os.path.isdir(name):
-        run = f"a run is named by --out_dir={quote(shorten(name))}"
-        hint = run if "out_dir" in settings else "name a file of settings"
+        run = f"for a run, give --out_dir={quote(shorten(name))}"
+        hint = run if "out_dir" in settings else "give a config file"
         raise UserError(f"{shorten(name)} is a folder, not a config file; {hint}")
     known = sorted(path.stem for path in (REPO / "config").glob("[!_]*.py"))
     stem = Path(name).stem
@@ -207,10 +207,11 @@ def check_value(cls: type, key: str, value: Any, source: str = "", *, is_text: b
         value = parse_text(value, expected) if is_text else convert(value, expected)
     except (ValueError, OverflowError):
         wanted = " or ".join(TYPE_NAMES[kind] for kind in expected)
-        raise UserError(f"{source}{key}={shorten(value, repr)} does not fit; give it {wanted}") from None
+        raise UserError(f"{source}{key}={shorten(value, repr)} is not valid; give {wanted}") from None
     broken = broken_limit(value, fields[key].metadata)
     if broken:
-        raise UserError(f"{source}{key}={shorten(value)} is out of range; it must be {broken}")
+        fault = "out of range" if isinstance(value, (int, float)) else "not valid"
+        raise UserError(f"{source}{key}={shorten(value)} is {fault}; it must be {broken}")
     return expand_home(value, fields[key].metadata)
 
 

@@ -226,7 +226,7 @@ class TrainConfig(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.out_dir or not self.dataset:
-            raise ValueError("out_dir or dataset is empty; name a folder")
+            raise ValueError("out_dir or dataset is empty; give a name")
 
     def idle(self) -> dict[str, str]:
         if self.init_from != "scratch":  # the checkpoint may have what they need
@@ -237,7 +237,7 @@ class TrainConfig(Settings):
             ("wandb_project", "wandb_run_name"): (self.wandb_log, "without wandb_log=True"),
             ("muon_lr",): (self.optimizer == "muon", "without optimizer=muon"),
             ("cooldown",): (self.lr_schedule == "wsd", "without lr_schedule=wsd"),
-            ("head_lr",): (not self.tied, "on a tied lm_head, without tied=False"),
+            ("head_lr",): (not self.tied, "on a tied lm_head; it needs tied=False"),
         }
         return {name: why for names, (is_used, why) in needs.items() if not is_used for name in names}
 
@@ -350,7 +350,7 @@ class BenchConfig(TrainConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.against not in (None, "transformers") and not (Path(self.against) / "model.py").is_file():
-            advice = "name a nanoGPT checkout, or transformers"
+            advice = "give the folder of a nanoGPT checkout, or transformers"
             raise ValueError(f"against={self.against} has no model.py; {advice}")
 
     @property
@@ -375,11 +375,11 @@ class BenchConfig(TrainConfig):
         elif self.check not in ("memory", "synchronize", None):
             used = []
         reasons = self.never_used()
-        what = "a training step" if self.measurement == "profile" else self.measurement
+        what = "timing a training step" if self.measurement == "profile" else self.measurement
         for name in set().union(*MEASUREMENTS.values()) - set(used):
             others = [other for other, names in MEASUREMENTS.items() if name in names and other != "profile"]
-            where = f" (but {', '.join(others)})" if len(others) < 5 else ""
-            reasons[name] = f"{what} does not depend on it{where}"
+            where = f" (only {', '.join(others)})" if len(others) < 5 else ""
+            reasons[name] = f"{what} does not use it{where}"
         if "n_layer" in reasons and self.measurement != "serve":  # which reads its out_dir
             reasons["a config file"] = f"{what} uses fixed settings"
         return reasons
@@ -405,7 +405,7 @@ class AblateConfig(TrainConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.picture == Path(self.json):
-            raise ValueError(f"json={self.json} is the name of the picture; choose another")
+            raise ValueError(f"json={self.json} is the name of the plot too; choose another")
 
     @property
     def picture(self) -> Path:
@@ -417,8 +417,8 @@ class AblateConfig(TrainConfig):
             wandb_project wandb_run_name tensorboard_log loss_plot baseline_train_loss baseline_loss
             baseline_hellaswag eval_hellaswag hellaswag_input hellaswag_items eval_accuracy eval_samples
             sample_start sample_tokens""".split()
-        reasons = dict.fromkeys(left, "of the runs of a study, their val losses alone are kept")
-        reasons |= dict.fromkeys(("eval_iters", "eval_splits"), "a study evaluates all of val")
+        reasons = dict.fromkeys(left, "a study keeps only the val losses of its runs")
+        reasons |= dict.fromkeys(("eval_iters", "eval_splits"), "a study evaluates the whole val split")
         return reasons | dict.fromkeys(("init_from", "eval_only"), "a study trains each variant from scratch")
 
 
@@ -517,12 +517,12 @@ class SampleConfig(Settings):
         if sum(prompts) > 1:
             raise ValueError("start, prompts and interactive all set the prompt; give one of them")
         if self.speak and self.interactive:
-            raise ValueError("speak needs samples that end; leave out interactive")
+            raise ValueError("speak does not work with interactive; leave out one of them")
         if self.voice and not self.speak:
             raise ValueError("voice has no effect without speak; add --speak=out.wav")
 
     def unused(self) -> dict[str, str]:
-        reason = "interactive writes one sample of each prompt"
+        reason = "interactive generates one sample per prompt"
         names = ["num_samples", "batch_size"][: 1 if self.best_of > 1 else 2]
         return dict.fromkeys(names, reason) if self.interactive else {}
 
@@ -564,7 +564,7 @@ class ServeConfig(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.host:
-            raise ValueError("host is empty; name an address, such as 127.0.0.1")
+            raise ValueError("host is empty; give an address, such as 127.0.0.1")
 
 
 TASKS_OF = {  # which tasks read a setting of EvalConfig; all, the tokenizer of its dataset
@@ -649,7 +649,7 @@ class EvalConfig(Settings):
 
     def unused_by(self, tasks: Collection[str]) -> dict[str, str]:
         """The settings that none of these tasks reads, and why."""
-        reason = f"it is not for tasks={','.join(tasks)}"
+        reason = f"tasks={','.join(tasks)} does not use it"
         return {name: reason for name, of in TASKS_OF.items() if not set(tasks) & set(of)}
 
 
@@ -672,4 +672,4 @@ class ExportConfig(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.to:
-            raise ValueError("to is empty; name the folder to write: --to=FOLDER")
+            raise ValueError("to is empty; give the folder to write: --to=FOLDER")

@@ -189,7 +189,7 @@ def test_a_network_that_cannot_be_built_is_refused_in_one_line(flag, message, da
     ("line", "message"),
     [
         ("batchsize = 3", "did you mean batch_size?"),
-        ("batch_size = '3'", "batch_size='3' does not fit"),
+        ("batch_size = '3'", "batch_size='3' is not valid"),
         ("batch_size = None", "batch_size=None"),
         ("batch_size = len", "batch_size="),
         ("dropout = 2", "below 1"),
@@ -198,7 +198,7 @@ def test_a_network_that_cannot_be_built_is_refused_in_one_line(flag, message, da
         ("batch_size = 1 / 0", "line 2: ZeroDivisionError"),
         ("import sys; sys.exit()", "line 2: SystemExit"),
         ("batch_size = 10**5000", "batch_size=<int>"),
-        ("learning_rate = 10**400", "does not fit"),
+        ("learning_rate = 10**400", "is not valid; give a number"),
         ("out_dir = 'a\\0b'", "it must be a path"),
         ("out_dir = '\\ud800'", "it must be a path"),
         ("class E(Exception):\n    def __str__(self): 1 / 0\nraise E", "line 4: E: <E>"),
@@ -326,18 +326,18 @@ def test_a_tilde_elsewhere_is_a_tilde(home):
 @pytest.mark.parametrize(
     ("cls", "flags", "message"),
     [
-        (AblateConfig, "--eval_iters=5", "a study evaluates all of val"),
-        (AblateConfig, "--out_dir=x", "their val losses alone are kept"),
+        (AblateConfig, "--eval_iters=5", "a study evaluates the whole val split"),
+        (AblateConfig, "--out_dir=x", "a study keeps only the val losses of its runs"),
         (AblateConfig, "--init_from=gpt2", "trains each variant from scratch"),
         (BenchConfig, "--eval_iters=5", "bench.py does not read it"),
-        (BenchConfig, "--gpu=h100", "a training step does not depend on it (but plan)"),
-        (BenchConfig, "--generate=True --bench_steps=3", "generate does not depend on it"),
-        (BenchConfig, "--serve=True --n_layer=3", "serve does not depend on it"),
+        (BenchConfig, "--gpu=h100", "timing a training step does not use it (only plan)"),
+        (BenchConfig, "--generate=True --bench_steps=3", "generate does not use it"),
+        (BenchConfig, "--serve=True --n_layer=3", "serve does not use it"),
         (BenchConfig, "--report=True config/train_gpt2.py", "a config file has no effect"),
-        (BenchConfig, "--check=network --n_layer=3", "check does not depend on it"),
-        (SampleConfig, "--interactive=True --num_samples=2", "one sample of each prompt"),
-        (EvalConfig, "--start=x", "it is not for tasks=loss,accuracy"),
-        (EvalConfig, "--tasks=next --stride=2", "it is not for tasks=next"),
+        (BenchConfig, "--check=network --n_layer=3", "check does not use it"),
+        (SampleConfig, "--interactive=True --num_samples=2", "one sample per prompt"),
+        (EvalConfig, "--start=x", "tasks=loss,accuracy does not use it"),
+        (EvalConfig, "--tasks=next --stride=2", "tasks=next does not use it"),
     ],
 )
 def test_a_flag_without_effect_is_refused(cls, flags, message, capsys):
@@ -512,5 +512,5 @@ def test_a_setting_of_several_values(tmp_path):
     assert stop_of(r"--stop=\n\tx\y", "--stop= ", "--stop=None") == ("\n\tx\\y", " ", "None")
     assert SampleConfig(stop="x").stop == ("x",) and SampleConfig(stop=["x", "\\n"]).stop == ("x", "\\n")
     for wrong in (5, None, [5], [""], {"x": 1}):
-        with pytest.raises(ValueError, match="a list of texts"):
+        with pytest.raises(ValueError, match="give a list of texts"):
             SampleConfig(stop=wrong)
