@@ -371,6 +371,6 @@ def find_settings(
     if not found:
         names = [field.name for fields in groups.values() for field in fields]
         near = near_name(search.strip().lstrip("-"), [*names, *groups])
-        hint = f"did you mean --help={near}?" if near else "try another word; --help lists all settings"
+        hint = f"did you mean --help={near}?" if near else "try another word, or --help for all settings"
         raise UserError(f"no setting of this command has {quote(shorten(search))} in its text; {hint}")
     return found
