@@ -14,7 +14,7 @@ INSTALLED := .venv/requirements.installed
 TESTABLE := .venv/requirements-test.installed
 OUT := out-stdlib-char
 
-.PHONY: help install demo serve pictures test test-audio test-latest test-oldest chaos lint lock clean
+.PHONY: help install demo serve pictures test test-audio test-latest test-oldest chaos lint docs notebook lock clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -76,6 +76,13 @@ chaos: $(TESTABLE) ## kill a run 60 times at random, and read 4,000 damaged file
 lint: $(TESTABLE) ## check style and format
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
+
+docs: ## write docs/settings.md, the reference of all settings, and draw the imports of docs/architecture.md
+	$(PYTHON) docs/settings.py
+	$(PYTHON) docs/architecture.py
+
+notebook: $(TESTABLE) ## run docs/quickstart.ipynb and keep its outputs: some minutes
+	$(BIN)/python docs/notebook.py
 
 # torch is raised here, by hand: it is a large download, and has to be tested on a GPU too. setuptools and wheel build
 # packages that come as source; pyobjc requires exact versions of pyobjc-*. Builds of other sources (+cpu) stay out
