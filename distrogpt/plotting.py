@@ -161,7 +161,11 @@ def draw(
     loss = panels["loss"]
     style_axes(loss, unit if len(rows) == 1 else "", "loss (nats per token)", subtitle)
     loss.margins(x=0.02)
-    add_baseline(loss, baseline_loss)
+    for name, value in (("loss", baseline_loss), ("hellaswag", baseline_hellaswag)):
+        if value is not None and name in panels:
+            panels[name].axhline(
+                value, color=INK, linestyle="--", linewidth=0.9, label=f"published {value:g}"
+            )
     draw_run(loss, logs[run], by) if alone else draw_runs(loss, logs, by)
     loss.set_ylim(loss_range(logs.values(), by, baseline_loss))
     label_ends(loss)
@@ -172,7 +176,6 @@ def draw(
         panels["lr"].set_yticks([0, rates.max()], ["0", f"{rates.max():.3g}"])
     for name in scores:
         style_axes(panels[name], unit, SCORES[name])
-        add_baseline(panels[name], baseline_hellaswag if name == "hellaswag" else None)
         for number, (run, log) in enumerate(logs.items()):
             x, values = points(log, name, by)
             add_line(panels[name], x, values, number, f"{values[-1]:.3g}" if alone else run)
@@ -197,12 +200,6 @@ def extent(log: Log) -> str:
     logs, unit = in_time_units({"": log})
     parts = {"steps": log["step"], "tokens": points(log, "tokens")[1], unit: points(logs[""], "seconds")[1]}
     return ", ".join(f"{values[-1]:,.0f} {name}" for name, values in parts.items() if len(values))
-
-
-def add_baseline(axes: Any, value: Baseline) -> None:
-    """A dashed line at a published value."""
-    if value is not None:
-        axes.axhline(value, color=INK, linestyle=":", linewidth=1.2, label=f"published {value:g}")
 
 
 def draw_run(axes: Any, log: Log, by: str) -> None:
