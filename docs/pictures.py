@@ -41,13 +41,15 @@ def val_losses(name: str) -> Log:
 
 def loss_over_seconds() -> Any:
     """Ours beside nanoGPT on two CPU cores."""
-    logs = {"distroGPT": val_losses("cpu-train_shakespeare_cpu_modern"), "nanoGPT": val_losses("cpu-nanogpt")}
+    ours, nanogpt = val_losses("cpu-train_shakespeare_cpu_modern"), val_losses("cpu-nanogpt")
+    runs = {"distroGPT": ours, "nanoGPT": nanogpt}
+    logs = {f"{name}, {points(log, 'val_loss')[0][-1]:,.0f} steps": log for name, log in runs.items()}
     figure = draw(logs, "seconds", title="Tiny Shakespeare on two CPU cores")
     (axes,) = figure.axes
     style_axes(axes, "seconds of training", YLABEL, "0.8 M parameters; lower is better")
-    seconds, losses = points(logs["nanoGPT"], "val_loss", "seconds")
+    seconds, losses = points(nanogpt, "val_loss", "seconds")
     end, best = seconds[losses.argmin()], losses.min()
-    seconds, losses = points(logs["distroGPT"], "val_loss", "seconds")
+    seconds, losses = points(ours, "val_loss", "seconds")
     below = int((losses <= best).argmax())  # its first evaluation below nanoGPT's best
     crossing = np.interp(-best, -losses[below - 1 : below + 1], seconds[below - 1 : below + 1])
     arrow = {"arrowstyle": "<|-|>", "color": INK, "linewidth": 1.2, "shrinkA": 6, "shrinkB": 0}
