@@ -393,7 +393,7 @@ def test_a_loss_needs_no_tokenizer(copy, tmp_path):
     assert 0 < measure(EvalConfig(**where))["loss"]["loss"] < 6
     for settings, words in (
         ({"tasks": "hellaswag"}, "reads token ids, not HellaSwag's English"),
-        ({"tasks": "accuracy"}, "names no characters"),
+        ({"tasks": "accuracy"}, "has no tokenizer"),
         ({"tasks": "next", "start": "the"}, "'the' is not a token id"),
     ):
         with pytest.raises(UserError, match=words):
