@@ -93,10 +93,12 @@ def find_tokenizer(
     a note. Raises UserError."""
     source = source.partition(", step ")[0]
     meta = find_meta(contents, vocab_size, source, dataset)
-    if (count := meta["vocab_size"]) > vocab_size:
-        raise UserError(f"{source} has {vocab_size} tokens, but its tokenizer {count}; {NAME_DATASET}")
+    count = meta["vocab_size"]
+    sizes = f"{source} has a vocabulary of {vocab_size:,}, but its tokenizer has {count:,} tokens"
+    if count > vocab_size:
+        raise UserError(f"{sizes}; {NAME_DATASET}")
     if "meta" not in contents and vocab_size - count >= 128:  # more than padding
-        warn(f"note     {source} has {vocab_size:,} tokens, but its tokenizer only {count:,}")
+        warn(f"note     {sizes}")
     if not meta["tokenizer"]:
         ids = f"prompts and samples are token ids, 0 to {count - 1}"
         warn(f"note     {source} has no known tokenizer: {ids} (--dataset=FOLDER gives one)")

@@ -103,7 +103,7 @@ def find_parts(text: str) -> list[tuple[str, float, Path, dict[str, Any]]]:
     for name, *_, meta in parts[1:]:
         if different := [key for key in GPT2_META if meta[key] != first[key]]:
             advice = "prepare them with the same tokenizer"
-            raise UserError(f"{first_name} and {name} have different values of {different[0]}; {advice}")
+            raise UserError(f"{first_name} and {name} differ in {different[0]}; {advice}")
     return parts
 
 

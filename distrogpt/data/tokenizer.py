@@ -78,8 +78,9 @@ class CharTokenizer(Tokenizer):
         unknown = ids < 0
         if unknown.any():
             position = int(np.argmax(unknown))
-            where = f"{text[position]!r} at position {position}"
-            raise UserError(f"character {where} is not one of the vocabulary's {len(self.chars)}; replace it")
+            unknown_char = f"character {text[position]!r} at position {position}"
+            count = f"{len(self.chars)} characters"
+            raise UserError(f"{unknown_char} is not in the vocabulary of {count}; replace it")
         return ids
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:

@@ -66,7 +66,7 @@ def to_json(value: Any) -> str:
 def check_target(to: Path, shown: str, overwrite: bool) -> None:
     """Raises UserError if `to`, which the user called `shown`, is not a name, or exists but is no export."""
     if not to.name or any(category(char) in ("Cc", "Zl", "Zp") for char in shown):
-        raise UserError(f"to={shown} is not a folder name on one line; choose another")
+        raise UserError(f"to={shown} is not a valid folder name; choose another")
     if not os.path.lexists(to):
         return
     try:
@@ -75,7 +75,7 @@ def check_target(to: Path, shown: str, overwrite: bool) -> None:
         reason = f"cannot be read ({error.strerror})" if to.is_dir() else "is a file"
         raise UserError(f"{shown} {reason}; choose another folder for --to") from None
     if foreign:
-        raise UserError(f"{shown} has {foreign[:60]}, which is not of an export; choose another folder")
+        raise UserError(f"{shown} has {foreign[:60]}, which is not part of an export; choose another folder")
     if not is_empty and not overwrite:
         raise UserError(f"{shown} exists already; choose another folder, or set --overwrite=True")
 
@@ -129,7 +129,7 @@ def write_folder(to: Path, shown: str, overwrite: bool, texts: dict[str, str], w
         raise MachineError(f"{shown} cannot be written ({reason}); {before}") from None
     try:
         if old.is_dir() and (foreign := foreign_file(old)):  # added to the old export in the meantime
-            raise OSError(f"{foreign[:60]} is not of an export")
+            raise OSError(f"{foreign[:60]} is not part of an export")
         rmtree(workspace)
     except OSError as error:
         warn(f"note     {old} has the old files of {shown}; delete it yourself ({error.strerror or error})")

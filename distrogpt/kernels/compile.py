@@ -25,10 +25,10 @@ def maybe_compile(
     if wanted == "auto":
         small = sum(p.numel() for p in model.parameters()) < 3e6
         if device.type != "cuda" and not small:
-            log.info(f"compile  off: it does not speed up a model of this size on {device.type}")
+            log.info(f"compile  off: compiling does not speed up a model of this size on {device.type}")
             return False
         if steps < (200 if device.type == "cuda" else 20_000):
-            log.info(f"compile  off: it takes half a minute, more than it would save in {steps} steps")
+            log.info(f"compile  off: compiling takes half a minute, more than it saves in {steps} steps")
             return False
     if error := compile_error(device):
         log.info(f"note     {error}")

@@ -44,7 +44,7 @@ def of_the_schedule(config: TrainConfig) -> list[str]:
         )
     elif end > steps:
         found.append(
-            f"lr_decay_iters={end} is longer than the run of {steps} steps: {last}; lower it, or set None"
+            f"lr_decay_iters={end} is beyond the run of {steps} steps: {last}; set --lr_decay_iters=None"
         )
     elif min_lr == 0 and end < steps:
         found.append(
@@ -80,7 +80,7 @@ def of_evaluations(config: TrainConfig) -> list[str]:
     targets = config.eval_iters * config.batch_size * config.block_size
     if 0 < targets < FEW_TARGETS:
         found.append(
-            f"eval_iters={config.eval_iters} evaluates only {targets} tokens; raise it, or set 0 for all"
+            f"eval_iters={config.eval_iters}: the loss of {targets} tokens is noisy; raise it, or set it to 0"
         )
     return found
 

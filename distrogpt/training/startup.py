@@ -165,7 +165,7 @@ def initial_model(config: TrainConfig, meta: dict, restarted_id: str | None = No
         raise UserError(f"{sizes}; {OTHER_DATA}")
     if config.block_size > model.config.block_size:
         limit = f"--block_size={model.config.block_size} or less"
-        raise UserError(f"block_size={config.block_size} is longer than that of {source}; set {limit}")
+        raise UserError(f"block_size={config.block_size} is larger than that of {source}; set {limit}")
     if config.block_size < model.config.block_size:
         model.crop_block_size(config.block_size)
         if not model.config.rotary:
@@ -213,11 +213,11 @@ def describe_run(config: TrainConfig, runtime: Runtime, data: Dataset, model: GP
         if part.meta is GPT2_META:
             log.info(f"note     {part.folder} has no meta.json or meta.pkl: its ids are read as GPT-2's")
     shape, parameters = model.config, model.get_num_params(non_embedding=False)
-    sizes = f"{shape.n_layer} layers, {shape.n_head} heads, width {shape.n_embd}, block {shape.block_size}"
-    log.info(f"model    {sizes}: {parameters:,} parameters")
+    sizes = f"{shape.n_layer} layers, {shape.n_head} heads, width {shape.n_embd}"
+    log.info(f"model    {sizes}, block size {shape.block_size}: {parameters:,} parameters")
     log.info(f"machine  {runtime.describe()}")
     sizes = f"{config.gradient_accumulation_steps} x {config.batch_size} sequences of {config.block_size}"
-    log.info(f"step     {samples_per_step(config) * config.block_size:,} tokens: {sizes}")
+    log.info(f"step     {samples_per_step(config) * config.block_size:,} tokens: {sizes} tokens")
     for pitfall in pitfalls(config, data):
         log.info(f"note     {pitfall}")
     if config.eval_only:
@@ -231,7 +231,9 @@ def describe_run(config: TrainConfig, runtime: Runtime, data: Dataset, model: GP
     interval = min(config.eval_interval, config.save_interval or config.eval_interval)
     megabytes = f"{4 * (1 + averages) * parameters / 1e6:,.0f} MB each"
     files = f"{config.out_dir}/{BEST} (best) and {NEWEST} (newest), {megabytes}"
-    log.info(f"writes   {files}, every {interval} steps up to {config.max_iters}; {LOG}")
+    last = config.max_iters
+    when = f"every {interval} steps up to {last}" if interval < last else f"after step {last}"
+    log.info(f"writes   {files}, {when}, and {LOG}")
 
 
 def describe_inheritance(config: TrainConfig, checkpoint: dict[str, Any]) -> None:
@@ -260,8 +262,8 @@ def describe_resumption(config: TrainConfig, model: GPT, checkpoint: dict[str, A
         state = TrainState(checkpoint)
         line = f"resumes  after step {state.step}"
         if state.finished(config) and not config.eval_only:
-            reason = state.early_stop_reason(config)
-            line += f": nothing left to do ({reason})" if reason else ": nothing left to do"
+            reason = state.early_stop_reason(config) or f"max_iters={config.max_iters} is reached"
+            line += f": nothing left to do ({reason})"
         log.info(line)
         describe_inheritance(config, checkpoint)
         if "optimizer" not in checkpoint:
@@ -269,7 +271,7 @@ def describe_resumption(config: TrainConfig, model: GPT, checkpoint: dict[str, A
         if "data" in checkpoint and not same_data(checkpoint["data"], fingerprint(data)):
             if is_restart():
                 raise UserError("the data changed during the run; restore the old files, then resume")
-            log.info("note     the data has changed since the checkpoint; the run continues on it")
+            log.info("note     the data has changed since the checkpoint; continuing with the new data")
     for name, value in asdict(model.config).items():
         wanted = getattr(config, name, value)
         chosen = bool(checkpoint) or wanted != getattr(TrainConfig, name, wanted)

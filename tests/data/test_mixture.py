@@ -186,7 +186,7 @@ def test_parts_of_different_vocabularies_are_refused(dataset, copy):
     meta = json.loads((copy / "meta.json").read_text())
     meta["tokenizer"]["chars"] = meta["tokenizer"]["chars"][::-1]
     (copy / "meta.json").write_text(json.dumps(meta))
-    with pytest.raises(UserError, match="have different values of tokenizer"):
+    with pytest.raises(UserError, match="differ in tokenizer"):
         open_dataset(config_of(f"--dataset={dataset},{copy}"))
 
 

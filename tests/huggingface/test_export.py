@@ -465,7 +465,7 @@ BROKEN = {
     "no tokenizer": (lambda f: (f / "meta.json").write_text("{}"), "meta.json cannot be read"),
     "another's tokenizer": (
         lambda f: (f / "meta.json").write_text(json.dumps({"tokenizer": {"kind": "gpt2"}, "vocab_size": 50257,
-                                                           "dtype": "uint16"})), "its tokenizer 50257"),
+                                                           "dtype": "uint16"})), "tokenizer has 50,257"),
 }  # fmt: skip
 
 
@@ -660,7 +660,7 @@ def test_only_an_export_is_replaced(what, small, tmp_path):
         (to / "mine").mkdir()
     before = read_tree(tmp_path)
     wrong = export_run(small, "to", "--overwrite=True", cwd=tmp_path)
-    assert_user_error(wrong, "to has ", "which is not of an export")
+    assert_user_error(wrong, "to has ", "which is not part of an export")
     assert str(tmp_path) not in wrong.stderr and read_tree(tmp_path) == before  # called as the user did
 
 
@@ -692,7 +692,7 @@ def test_a_file_added_to_the_old_export_while_writing_is_kept(small, tmp_path, m
 
 @pytest.mark.parametrize("to", ["/", "two\nlines", "two\u2028lines", "bell\a"])
 def test_an_unprintable_name_is_refused(to, small, tmp_path):
-    assert_user_error(export_run(small, to, cwd=tmp_path), "is not a folder name")
+    assert_user_error(export_run(small, to, cwd=tmp_path), "is not a valid folder name")
     assert not list(tmp_path.iterdir())
 
 

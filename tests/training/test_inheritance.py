@@ -87,7 +87,7 @@ def test_steps_that_are_given_count_and_not_the_epochs_of_before(half, dataset, 
     flags = (f"--dataset={dataset}", f"--out_dir={tmp_path}", "--batch_size=128", "--max_epochs=0.01")
     train_here(*HALF, *flags)
     resumed = train_here("--init_from=resume", f"--out_dir={tmp_path}", "--max_iters=2")
-    assert "up to 2;" in resumed and "epoch of" not in resumed
+    assert "after step 2, and log.csv" in resumed and "epoch of" not in resumed
 
 
 def test_auto_says_all_of_a_run_if_it_names_the_data(resumable, dataset):
@@ -102,7 +102,7 @@ def test_a_checkpoint_of_nanogpt_has_its_settings_too(tmp_path):
     shutil.copy(NANOGPT / "ckpt_compiled.pt", tmp_path / "ckpt.pt")
     flags = ("--init_from=resume", f"--out_dir={tmp_path}", f"--dataset={NANOGPT}", "--device=cpu")
     printed = train_here(*flags, "--max_iters=42", "--log_interval=1", "--loss_plot=False")
-    assert "2 layers, 2 heads, width 16, block 32" in printed and "has no effect" not in printed
+    assert "2 layers, 2 heads, width 16, block size 32" in printed and "has no effect" not in printed
     line = settings_line(printed)
     assert "learning_rate=0.001" in line and "activation=gelu" in line and "dtype=" not in line
     assert "dataset=" in line.split("changed: ")[1] and "log_interval=1 (was 10)" in line

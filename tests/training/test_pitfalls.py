@@ -28,7 +28,7 @@ def found(dataset, *flags: str) -> list[str]:
             "warmup_iters=20 does not end within the run of 20 .* has 95% of .*--warmup_iters=1",
         ),
         ("--warmup_iters=2000", "has 1% of learning_rate"),
-        ("--lr_decay_iters=400", "lr_decay_iters=400 is longer than the run of 20 steps: .* has 100%"),
+        ("--lr_decay_iters=400", "lr_decay_iters=400 is beyond the run of 20 steps: .* has 100%"),
         ("--lr_decay_iters=10 --warmup_iters=15", "lr_decay_iters=10 is within warmup_iters=15"),
         ("--lr_decay_iters=10 --min_lr=0", "min_lr=0 from step 10 "),
         ("--lr_schedule=wsd --cooldown=1 --warmup_iters=10", "cooldown=1 begins within warmup_iters=10"),
@@ -43,7 +43,7 @@ def found(dataset, *flags: str) -> list[str]:
         ("--save_interval=50", "save_interval=50 is longer"),
         ("--log_interval=50", "log_interval=50 is longer"),
         ("--patience=2", "patience=2 evaluations cannot stop it early: the run has only 2"),
-        ("--eval_iters=1", "eval_iters=1 evaluates only 64 tokens"),
+        ("--eval_iters=1", "eval_iters=1: the loss of 64 tokens is noisy"),
         (
             "--batch_size=4000 --gradient_accumulation_steps=40",
             "a step reads 2,560,000 tokens",

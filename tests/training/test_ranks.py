@@ -176,7 +176,7 @@ def test_mistakes_are_told_once(dataset, tmp_path):
     done = start_torchrun(2, *flags, "--gradient_accumulation_steps=3")
     _, errors = done.communicate()
     told = [line for line in errors.splitlines() if line.startswith("error: ")]
-    wanted = "error: gradient_accumulation_steps=3 is not divisible by the 2 ranks; set it to a multiple"
+    wanted = "error: gradient_accumulation_steps=3 is not divisible by the 2 ranks; set it to a multiple of 2"
     assert done.returncode != 0 and told == [wanted]
     assert list(tmp_path.iterdir()) == []
 

@@ -364,7 +364,7 @@ def test_compile_auto_weighs_the_run_and_says_why(capsys):
     start_logging(is_main=True)
     small, large = (torch.nn.Linear(n, n) for n in (10, 2000))
     for model, steps, said in (
-        (small, 100, "save in 100 steps"),
+        (small, 100, "more than it saves in 100 steps"),
         (large, 10**6, "does not speed up"),
     ):
         maybe_compile(model, "auto", torch.device("cpu"), steps)

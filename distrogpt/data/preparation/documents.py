@@ -69,7 +69,8 @@ class Corpus:
                     yield piece._replace(file=number)
             except csv.Error as error:
                 advice = "write quotes within quoted text twice, and close each quoted text"
-                raise UserError(f"{path} is not a valid table ({error!r:.100}); {advice}") from None
+                reason = str(error).replace("\t", r"\t")[:100]
+                raise UserError(f"{path} is not a valid table ({reason}); {advice}") from None
             except (OSError, EOFError, zlib.error) as error:
                 reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:120]
                 raise UserError(f"{path} cannot be read ({reason}); repair it or leave it out") from None
@@ -298,8 +299,8 @@ def value_pieces(value: Any, where: str, corpus: Corpus) -> Iterator[Piece]:
 def row_pieces(row: dict[str, Any], where: str, corpus: Corpus) -> Iterator[Piece]:
     """The document in a field of a row. Raises UserError."""
     if corpus.field not in row:
-        names = ", ".join(map(str, row))[:200]
-        raise UserError(f"{where} has no field {corpus.field!r} (but {names or 'none'}); give --field=NAME")
+        names = ", ".join(map(str, row))[:200] or "none"
+        raise UserError(f"{where} has no field {corpus.field!r} (fields: {names}); give --field=NAME")
     text = row[corpus.field] or ""
     if not isinstance(text, str):
         raise UserError(f"{where}: field {corpus.field!r} is not text; give another --field, or convert it")

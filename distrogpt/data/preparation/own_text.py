@@ -118,11 +118,12 @@ def make_tokenizer(name: str, chars: str, documents: int, train: Iterable[str]) 
         size = int(name.removeprefix("bpe:"))
         tokenizer = train_bpe(train, size)
         if tokenizer.vocab_size < size:
-            print(f"note: the text is too short for {size:,} tokens; it has {tokenizer.vocab_size:,}")
+            count = f"only {tokenizer.vocab_size:,} tokens, as the text is too short for {size:,}"
+            print(f"note: the tokenizer has {count}")
     if tokenizer.vocab_size > 1 << 16:
         print(f"note: a vocabulary of {tokenizer.vocab_size:,} takes 4 bytes per token on disk (uint32)")
     if tokenizer.end_of_text is None and documents > 1:
-        print(f"note: {name} has no end-of-text token; documents follow each other without one")
+        print(f"note: --tokenizer {name} has no end-of-text token; documents follow each other without one")
     return tokenizer
 
 

@@ -42,7 +42,8 @@ def write_problems(args: argparse.Namespace, total: int, lines_of: Callable[[int
     check_range(0, 2**63 - 1, seed=args.seed)
     held_out = round(count * args.val_fraction) if 0 < args.val_fraction < 1 else 0
     if not 0 < held_out < count:
-        raise UserError(f"--val_fraction {args.val_fraction} of {count:,} leaves a split empty; give 0.1")
+        fault = f"--val_fraction {args.val_fraction} of {count:,} leaves a split empty"
+        raise UserError(f"{fault}; change it or --lines")
     keys = np.random.SeedSequence(args.seed).generate_state(18, np.uint64)
     with show_wait("making the lines"):
         drawn = feistel_permutation(np.arange(count), total, keys[:6]).tolist()
