@@ -14,7 +14,7 @@ INSTALLED := .venv/requirements.installed
 TESTABLE := .venv/requirements-test.installed
 OUT := out-stdlib-char
 
-.PHONY: help install demo serve test test-audio test-latest test-oldest chaos lint lock clean
+.PHONY: help install demo serve test test-audio test-latest test-oldest chaos lint docs lock clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -73,6 +73,9 @@ chaos: $(TESTABLE) ## kill a run 60 times at random, and read 4,000 damaged file
 lint: $(TESTABLE) ## check style and format
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
+
+docs: ## write docs/settings.md, the reference of all settings
+	$(PYTHON) docs/settings.py
 
 # torch is raised here, by hand: it is a large download, and has to be tested on a GPU too. setuptools and wheel build
 # packages that come as source; pyobjc requires exact versions of pyobjc-*. Builds of other sources (+cpu) stay out
