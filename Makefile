@@ -14,7 +14,7 @@ INSTALLED := .venv/requirements.installed
 TESTABLE := .venv/requirements-test.installed
 OUT := out-stdlib-char
 
-.PHONY: help install demo serve test test-audio test-latest test-oldest chaos lint docs lock clean
+.PHONY: help install demo serve test test-audio test-latest test-oldest chaos lint docs notebook lock clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -74,8 +74,12 @@ lint: $(TESTABLE) ## check style and format
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 
-docs: ## write docs/settings.md, the reference of all settings
+docs: ## write docs/settings.md, the reference of all settings, and draw the imports of docs/architecture.md
 	$(PYTHON) docs/settings.py
+	$(PYTHON) docs/architecture.py
+
+notebook: $(TESTABLE) ## run docs/quickstart.ipynb and keep its outputs: some minutes
+	$(BIN)/python docs/notebook.py
 
 # torch is raised here, by hand: it is a large download, and has to be tested on a GPU too. setuptools and wheel build
 # packages that come as source; pyobjc requires exact versions of pyobjc-*. Builds of other sources (+cpu) stay out
