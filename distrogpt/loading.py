@@ -38,7 +38,7 @@ def load_pretrained(
     """The network, on the CPU, and the contents of its checkpoint. Raises UserError.
 
     `name` is a run's folder or one of its .pt files, a folder in Hugging Face's format, or a name on the hub.
-    For Hugging Face's format, contents has meta alone, or nothing (GPT-2). `ways` are the other values of
+    For Hugging Face's format, contents has only meta, or nothing (GPT-2). `ways` are the other values of
     init_from that the command takes.
     """
     folder = Path(name)

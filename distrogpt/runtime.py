@@ -46,7 +46,7 @@ HANDLER = LineHandler()
 
 
 def start_logging(is_main: bool) -> None:
-    """Print the messages of the logger "distrogpt", on rank 0 alone."""
+    """Print the messages of the logger "distrogpt", only on rank 0."""
     log.handlers[:] = [HANDLER]
     log.setLevel(logging.INFO if is_main else logging.CRITICAL)
     log.propagate = False
@@ -195,7 +195,7 @@ def collect_signals(abandon: Callable[[], None], enabled: bool = True) -> Iterat
                 os.write(2, b"\nfinishing the step and saving; press Ctrl-C again to stop at once\n")
 
     previous_handlers = {}
-    with suppress(ValueError):  # not in the main thread, which alone can catch signals
+    with suppress(ValueError):  # not in the main thread: only that can catch signals
         for name in ("SIGINT", "SIGTERM", "SIGUSR1") if enabled else ():
             if number := getattr(signal, name, None):  # Windows has no SIGUSR1
                 previous_handlers[number] = signal.signal(number, collect)

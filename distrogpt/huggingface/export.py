@@ -64,7 +64,7 @@ def to_json(value: Any) -> str:
 
 
 def check_target(to: Path, shown: str, overwrite: bool) -> None:
-    """Raises UserError if `to`, which the user called `shown`, is not a name, or exists but is no export."""
+    """Raises UserError if `to`, called `shown` by the user, is not a name, or exists and is not an export."""
     if not to.name or any(category(char) in ("Cc", "Zl", "Zp") for char in shown):
         raise UserError(f"to={shown} is not a valid folder name; choose another")
     if not os.path.lexists(to):

@@ -6,7 +6,7 @@ import torch.nn as nn
 
 
 def replace_layers(model: nn.Module, replacements: dict[type, Callable[[nn.Module], nn.Module]]) -> nn.Module:
-    """Replace, in this model alone, each layer whose class is a key by the result of the key's function."""
+    """Replace, only in this model, each layer whose class is a key by the result of the key's function."""
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if type(child) in replacements:

@@ -174,7 +174,7 @@ def initial_model(config: TrainConfig, meta: dict, restarted_id: str | None = No
 
 
 def check_resumable(config: TrainConfig, checkpoint: dict[str, Any]) -> None:
-    """Raises UserError if it was trained with another optimizer. Forgets a best loss of another split."""
+    """Raises UserError if it was trained with another optimizer. Drops its best loss if of another split."""
     optimizer = checkpoint.get("config", {}).get("optimizer", "adamw")
     if optimizer != config.optimizer and not config.eval_only:
         advice = f"resume with that, or start a new run from it: --init_from={quote(config.out_dir)}"
