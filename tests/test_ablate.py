@@ -85,7 +85,7 @@ def test_a_variant_that_diverges_is_reported_and_the_others_are_trained(dataset,
 
 
 def test_mistakes_of_a_study(dataset, tmp_path):
-    assert_user_error(run_here("ablate.py", *TINY, f"--dataset={dataset}"), "this recipe is GPT-2's")
+    assert_user_error(run_here("ablate.py", *TINY, f"--dataset={dataset}"), "the recipe is GPT-2's")
     assert_user_error(run_here("ablate.py", *STUDY, f"--json={tmp_path}/no/x.json"), "cannot be written")
     assert_user_error(
         run_here("ablate.py", *STUDY, "--dataset=nowhere", f"--json={tmp_path}/x.json"), "nowhere"
