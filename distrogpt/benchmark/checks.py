@@ -223,7 +223,7 @@ def check_fp16(config: BenchConfig, runtime: Runtime, training_step: TrainingSte
         losses = losses_of(Trainer(training_step, config, None, replace(runtime, dtype=dtype), model), length)
         learned.append(float(losses[0] - losses[-1]))
         rows.append(Row(f"{timing.dtype_name(dtype)}: losses", f"{losses[0]:.4f} to {losses[-1]:.4f}"))
-    row = Row("fp16: loss decrease missing, as a fraction of fp32's", 1 - learned[1] / learned[0], 0.25)
+    row = Row("fp16: fraction of fp32's loss decrease that is missing", 1 - learned[1] / learned[0], 0.25)
     return [row, not_finite("fp16", model, runtime), *rows]
 
 

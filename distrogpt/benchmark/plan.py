@@ -414,10 +414,12 @@ def print_memory(config: BenchConfig, hardware: Hardware, counts: Counts, result
         f"{counts.flops_per_token / 1e9:,.3g} GFLOP per token\n{recipe_line(config)}"
     )
     if (n * run["rounds"], run["B"]) != (steps, config.batch_size):
-        why = f"cannot be divided among {n:,} GPUs" if steps % n else "do not fit"
+        why = f"cannot be split among {n:,} GPUs" if steps % n else "do not fit"
+        wanted = steps * config.batch_size
+        instead = "" if run["sequences"] == wanted else f", not {wanted:,}"
         print(
             f"batch    {steps} micro-steps of {config.batch_size} {why}; nearest: {n * run['rounds']:,} of "
-            f"{run['B']}, {run['sequences']:,} sequences per step, not {steps * config.batch_size:,}"
+            f"{run['B']} = {run['sequences']:,} sequences per step{instead}"
         )
     heads = "  ".join(MEMORY_COLUMNS.values())
     print(f"memory   GiB per rank, eager   {heads}  batch_size {run['B']}")
@@ -431,7 +433,7 @@ def print_memory(config: BenchConfig, hardware: Hardware, counts: Counts, result
             print(f"flags    {flags}")
     else:
         least = min(parts["peak"] for parts in result["variants"].values()) / 2**30
-        print(f"fits     no: at least {least:,.1f} of {usable} usable; use more GPUs, or larger ones")
+        print(f"fits     no: at least {least:,.1f} GiB needed, {usable} usable; use more or larger GPUs")
         print("         the table below is with --shard=True --activation_checkpointing=True:")
 
 
@@ -450,11 +452,12 @@ def print_run(config: BenchConfig, result: dict[str, Any]) -> None:
     rates = {name: f"{rate / 1e6:,.1f}" for name, rate in run["data"].items()}
     tokens = run["sequences"] * config.block_size
     print(
-        f"step     {ms['seconds']} ms for {tokens:,} tokens: compute {ms['compute']}, "
-        f"optimizer {ms['update']}, communication {ms['exchange']} ({ms['waits']} not overlapped)\n"
+        f"step     {ms['seconds']} ms for {tokens:,} tokens\n"
+        f"         compute {ms['compute']} ms, optimizer {ms['update']} ms, "
+        f"communication {ms['exchange']} ms ({ms['waits']} ms exposed)\n"
         f"speed    {run['tokens_per_second']:,.0f} tokens/s\n"
         f"run      {run['max_iters']:,} steps, {run['max_iters'] * tokens / 1e9:,.1f} billion tokens: "
-        f"{run['days']:,.2f} days ({duration(run['days'] * 86400)}), {run['gpu_hours']:,.1f} GPU-hours\n"
+        f"{duration(run['days'] * 86400)}, {run['gpu_hours']:,.1f} GPU-hours\n"
         f"reads    {rates['total']} MB/s of token ids in total, {rates['node']} MB/s per node, "
         f"{rates['disk']} MB/s from its disk in {PAGE // 1024} KiB pages\n"
         f"writes   {size / 1e9:,.2f} GB per checkpoint, {size / DISK:,.1f} s at {DISK / 1e9:.0f} GB/s"
@@ -479,17 +482,18 @@ def print_scaling(config: BenchConfig, rows: list[dict[str, Any]]) -> None:
         return
     most, sequences = rows[-1]["n"], samples_per_step(config)
 
-    def where(limited: list[bool]) -> str:
-        numbers = [row["n"] for row, is_limited in zip(fitting, limited, strict=True) if is_limited]
-        return f"from {numbers[0]:,} GPUs on" if numbers else f"nowhere up to {most:,} GPUs"
-
-    print("         exposed: not overlapped communication; efficiency: compute; both as parts of a step")
-    exposed = where([row["share"] >= 0.1 for row in fitting])
-    print(f"limits   communication: 10% of a step or more is exposed {exposed}")
+    print("         exposed: part of a step that waits for communication; efficiency: part that computes")
+    words = f"less than 10% of a step is exposed up to {most:,} GPUs"
+    if slow := [row["n"] for row in fitting if row["share"] >= 0.1]:
+        words = f"10% of a step or more is exposed from {slow[0]:,} GPUs on"
+    print(f"limits   communication: {words}")
     if sequences < most:
         few = next(row["n"] for row in rows if row["n"] > sequences)
         why = "a larger batch learns less per token"
         print(f"         batch: {sequences:,} sequences are too few for {few:,} GPUs; {why}")
-    rates = [row["data"]["disk"] for row in fitting]
-    too_fast, most_read = where([rate >= DISK for rate in rates]), f"{max(rates) / 1e6:,.1f} MB/s at most"
-    print(f"         data: a node reads more than an SSD's {DISK / 1e6:,.0f} MB/s {too_fast} ({most_read})")
+    words = f"is enough up to {most:,} GPUs"
+    if slow := [row["n"] for row in fitting if row["data"]["disk"] >= DISK]:
+        words = f"is too slow from {slow[0]:,} GPUs on"
+    rate = max(row["data"]["disk"] for row in fitting) / 1e6
+    ssd = f"an SSD of {DISK / 1e6:,.0f} MB/s per node"
+    print(f"         data: {ssd} {words} ({rate:,.1f} MB/s at most)")

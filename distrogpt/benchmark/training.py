@@ -48,9 +48,7 @@ def with_gpt2_shape(config: BenchConfig) -> BenchConfig:
         return replace(config, init_from="scratch", n_layer=layers, n_head=heads, n_embd=width, **gpt2)
     if source not in ("scratch", "resume", "auto"):
         advice = "set --n_layer, --n_head, --n_embd and --init_from=scratch"
-        raise UserError(
-            f"{config.measurement} cannot read the shape of init_from={config.init_from}; {advice}"
-        )
+        raise UserError(f"bench.py cannot read the shape of init_from={config.init_from}; {advice}")
     return config
 
 

@@ -4,6 +4,7 @@ import atexit
 import os
 import signal
 import sys
+import textwrap
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -16,13 +17,14 @@ from distrogpt.inference.sampler import Sampler
 from distrogpt.settings import SAMPLING_FIELDS, SampleConfig
 
 QUOTES = '"""'
+NAMES = textwrap.fill(", ".join(SAMPLING_FIELDS), 78).replace("\n", f"\n{32 * ' '}")
 HELP = f"""\
 Type a prompt and press Enter. An empty line continues the last text. Ctrl-C stops generating, Ctrl-D quits.
 For a prompt of several lines, end each line but the last with \\, or put the prompt between two lines of
 {QUOTES}. Put a prompt that begins with / between two such lines, too.
 
-/NAME VALUE   change a setting: {", ".join(SAMPLING_FIELDS[:-1])}
-              or {SAMPLING_FIELDS[-1]}, which increases by 1 after each text
+/NAME VALUE   change a setting: {NAMES}
+              (seed increases by 1 after each text)
 /stop TEXT    stop before TEXT (\\n is a newline); /stop without TEXT removes the stop string
 /settings     show the settings
 /help         show this help

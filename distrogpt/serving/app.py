@@ -76,7 +76,7 @@ class App(Starlette):
         cannot send requests by pointing their own domain at this address (DNS rebinding)."""
         host = Request(scope).headers.get("host")  # browsers always send it; in HTTP/1.0 it is optional
         if self.key is None and host and host_name(host) not in LOCAL_HOSTS:
-            advice = f"use {', '.join(LOCAL_HOSTS)}, or start serve.py with --api_key=SECRET"
+            advice = "use localhost, or start serve.py with --api_key=SECRET"
             message = f"the host {host[:100]} is not allowed without an API key; {advice}"
             await JSONResponse(error_json(400, message), 400)(scope, receive, send)
         else:

@@ -90,7 +90,7 @@ def parse_settings(body: dict[str, Any], limits: ServeConfig) -> tuple[Completio
             raise UserError(f"{name} is not supported; leave it out")
     for name in body.keys() - set(FIELDS):
         near = "max_tokens" if name == "max_new_tokens" else near_name(name, FIELDS)
-        hint = f"did you mean {near}?" if near else f"use {', '.join(FIELDS)}"
+        hint = f"did you mean {near}?" if near else f"the fields are {', '.join(FIELDS)}"
         raise UserError(f"unknown field {shorten(name)}; {hint}")
     params = {name: body.pop(name) for name in SAMPLING if name in body}
     defaults = {"temperature": 1.0, "top_k": None, "seed": secrets.randbits(31)}
@@ -102,7 +102,7 @@ def parse_settings(body: dict[str, Any], limits: ServeConfig) -> tuple[Completio
     except ValueError as error:
         raise UserError(error) from None
     if len(settings.stop) > 16 or any(len(stop) > 200 for stop in settings.stop):
-        raise UserError("stop is limited to 16 strings of 200 characters; send fewer or shorter ones")
+        raise UserError("stop is limited to 16 strings of up to 200 characters; send fewer or shorter ones")
     if config.max_tokens > (most := limits.max_new_tokens):
         raise UserError(f"max_tokens={config.max_tokens} is above the server's limit; send at most {most}")
     if config.num_samples > (most := limits.batch_size):
