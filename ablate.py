@@ -48,7 +48,7 @@ def variants(config: AblateConfig) -> dict[str, dict[str, Any]]:
     gpt2 = {name: getattr(TrainConfig, name) for name in INGREDIENTS}  # a dataclass keeps its defaults there
     recipe = {name: getattr(config, name) for name in INGREDIENTS if getattr(config, name) != gpt2[name]}
     if not recipe:
-        advice = f"use config/modern.py, or set one of {', '.join(INGREDIENTS)}"
+        advice = f"use config/train_shakespeare_cpu_modern.py, or set one of {', '.join(INGREDIENTS)}"
         raise UserError(f"the recipe is GPT-2's, so there is nothing to ablate; {advice}")
     without = {f"recipe without {name}={recipe[name]}": {name: gpt2[name]} for name in recipe}
     added = {f"GPT-2 with {name}={value}": {**gpt2, name: value} for name, value in recipe.items()}
@@ -79,7 +79,7 @@ def read_results(path: Path, settings: dict[str, Any]) -> dict[str, list[Run]]:
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path} is not a study of ablate.py; choose another --json") from None
     if changed:
-        raise UserError(f"{path} has a study with another {', '.join(changed)}; choose another --json")
+        raise UserError(f"{path} is of a study with different {', '.join(changed)}; choose another --json")
     return runs
 
 
