@@ -14,7 +14,7 @@ INSTALLED := .venv/requirements.installed
 TESTABLE := .venv/requirements-test.installed
 OUT := out-stdlib-char
 
-.PHONY: help install demo serve test test-audio test-latest test-oldest chaos lint lock clean
+.PHONY: help install demo serve test test-audio test-latest test-oldest chaos lint docs notebook lock clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -73,6 +73,13 @@ chaos: $(TESTABLE) ## kill a run 60 times at random, and read 4,000 damaged file
 lint: $(TESTABLE) ## check code style and formatting
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
+
+docs: ## write docs/settings.md, the settings reference, and draw docs/architecture.md's diagram
+	$(PYTHON) docs/settings.py
+	$(PYTHON) docs/architecture.py
+
+notebook: $(TESTABLE) ## run docs/quickstart.ipynb and save its outputs; a few minutes
+	$(BIN)/python docs/notebook.py
 
 # Raise torch here, by hand: it is a large download, and has to be tested on a GPU. setuptools and wheel build source
 # packages. pyobjc itself pins pyobjc-*. Other package indexes are ignored, as their builds have local versions (+cpu)
