@@ -26,7 +26,7 @@ $(INSTALLED): requirements.txt constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
 		|| { echo "error: $(PYTHON) is older than 3.10; run: make PYTHON=python3.12 ..." >&2; exit 2; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null \
-		|| { echo "error: $(PYTHON) cannot create a .venv; on Debian and Ubuntu, run: apt install python3-venv" >&2; exit 2; }
+		|| { echo "error: $(PYTHON) cannot make a .venv; on Debian and Ubuntu: apt install python3-venv" >&2; exit 2; }
 	$(PYTHON) -m venv .venv
 	$(if $(UV),$(LOCKED) torch)
 	$(INSTALL) -r requirements.txt

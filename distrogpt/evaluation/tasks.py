@@ -62,10 +62,10 @@ def open_eval_data(config: EvalConfig, loaded: LoadedModel, **settings: Any) -> 
     """The dataset of the settings, by default the one of the training, and its settings. Raises UserError."""
     dataset, source = config.dataset or loaded.settings.get("dataset"), loaded.source
     if not dataset:
-        raise UserError(f"{source} does not name its dataset; set --dataset=NAME")
+        raise UserError(f"{source} does not name the dataset that it was trained on; give --dataset=NAME")
     if not config.dataset and not is_here(dataset):
         path = source.partition(", step ")[0]
-        raise UserError(f"{path} was trained on {dataset[:200]}, which was not found; set --dataset=FOLDER")
+        raise UserError(f"{path} was trained on {dataset[:200]}, which is not here; give --dataset=FOLDER")
     train_config = TrainConfig(dataset=dataset, eval_iters=0, eval_splits=config.split, **settings)
     data, advice = open_dataset(train_config, (config.split,)), "use a dataset with the model's tokenizer"
     if tokenizers_differ(loaded.meta.get("tokenizer"), data.meta["tokenizer"]):
@@ -81,7 +81,7 @@ def loss_task(config: EvalConfig, loaded: LoadedModel, name: str) -> Task:
     T = config.block_size or longest
     settings: dict[str, Any] = {"block_size": T, "loss_after": loaded.settings.get("loss_after")}
     if T > longest:
-        raise UserError(f"block_size={T} is larger than the model's; set {longest} or less")
+        raise UserError(f"block_size={T} is larger than that of {loaded.source}; set {longest} or less")
     if loaded.settings.get("sampling") == "lines":
         settings["sampling"] = "lines"
         if stride:

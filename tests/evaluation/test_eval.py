@@ -428,7 +428,7 @@ def test_a_checkpoint_without_a_dataset(tmp_path):
         meta={"tokenizer": {"kind": "byte"}, "vocab_size": 257, "dtype": "uint16"},
     )
     torch.save(state, tmp_path / "ckpt.pt")
-    with pytest.raises(UserError, match="does not name its dataset"):
+    with pytest.raises(UserError, match="does not name the dataset"):
         measure(EvalConfig(out_dir=str(tmp_path), device="cpu"))
 
 
