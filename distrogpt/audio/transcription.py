@@ -73,7 +73,9 @@ def model_id(model: str) -> str:
         return model
     for name in ("model.bin", "config.json", "tokenizer.json"):
         if not os.path.isfile(os.path.join(model, name)):
-            hint = "run: ct2-transformers-converter --copy_files tokenizer.json preprocessor_config.json"
+            hint = (
+                "convert it: ct2-transformers-converter --copy_files tokenizer.json preprocessor_config.json"
+            )
             raise UserError(f"--model {model} has no {name}; {hint}")
     return str(checksum(Path(model, "model.bin")))
 

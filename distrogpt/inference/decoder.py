@@ -203,11 +203,11 @@ def stream(
 def optimize_for_inference(
     model: nn.Module, dtype: torch.dtype, int8: bool = False, compile: bool = False
 ) -> nn.Module:
-    """Change the model in place for fast decoding: its weights are converted to `dtype`, or to 8 bits, and
-    packed.
+    """Change the model in place for fast decoding: its weights are converted to `dtype`, or to 8 bits, and on
+    a CPU packed into a fast layout.
 
-    With `compile`, the decoding step is compiled and weights are not packed, as torch.compile does not
-    support packed ones. On CPUs that is faster with 8-bit weights or in fp32, slower in bf16.
+    With `compile`, the decoding step is compiled, without the layout, which torch.compile does not support.
+    On CPUs, compiling is faster with 8-bit weights or in fp32, and slower in bf16.
     """
     device = model.transformer.wte.weight.device
     to_device(model.eval().to(dtype), device)
