@@ -49,7 +49,7 @@ def convert(weights: Weights, dtype: str) -> Weights:
     for name, w in converted.items():
         if not w.isfinite().all():
             larger = "bfloat16" if dtype == "float16" else "float32"
-            raise UserError(f"{name} has weights that overflow in {dtype}; set --dtype={larger}")
+            raise UserError(f"{name} has weights that are not finite in {dtype}; set --dtype={larger}")
     return converted
 
 
