@@ -35,9 +35,7 @@ def target_of(page: Path, target: str) -> Path:
 
 def name_in_site(path: Path) -> str:
     """The place of a file of the repository in the site."""
-    name = path.relative_to(REPO).as_posix()
-    if name.startswith("docs/"):
-        return name.removeprefix("docs/")
+    name = path.relative_to(REPO).as_posix().removeprefix("docs/")
     return RENAMED.get(name, name if path.suffix in (".md", *KEPT) else f"{name}.txt")
 
 
@@ -50,9 +48,12 @@ def copy_page(page: Path, site: Path) -> None:
             return match[0]
         path = target_of(page, target)
         name = name_in_site(path)
-        if path.is_file() and path.suffix != ".md":
+        if path.suffix != ".md":
             (site / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, site / name)
+            if path.is_dir():
+                (site / name).write_text("\n".join(sorted(file.name for file in path.iterdir())))
+            elif path.is_file():
+                shutil.copyfile(path, site / name)
         return before + name + "".join(target.partition("#")[1:])
 
     text, end, parts = page.read_text(encoding="utf-8"), 0, []
