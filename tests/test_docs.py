@@ -172,7 +172,7 @@ def fault_of(script: str, arguments: list[str], in_block: bool) -> str | None:
         arguments = [word for word in arguments if not PLACEHOLDER.fullmatch(word.partition("=")[2] or word)]
         if script in CONFIGS:
             arguments = [word for word in arguments if "=" in word or not word.startswith("-")]
-    if not arguments or "--help" in arguments:
+    if not arguments or any(word.partition("=")[0] == "--help" for word in arguments):
         return None
     if script == "make":
         targets = re.findall(r"^([a-z-]+):", read(REPO / "Makefile"), re.M)
