@@ -68,8 +68,12 @@ def main(site: Path) -> None:
     shutil.rmtree(site, ignore_errors=True)
     site.mkdir(parents=True)
     for page in [*sorted((REPO / "docs").glob("*.md")), *(REPO / name for name in ROOT_PAGES)]:
-        if page.is_file():
-            copy_page(page, site)
+        for target in filter(is_relative, links_of(page.read_text(encoding="utf-8"))):
+            if not target_of(
+                page, target
+            ).exists():  # the site's builder sees missing pages, but not pictures
+                sys.exit(f"error: {page.name} has a link to {target}, which does not exist; correct it")
+        copy_page(page, site)
 
 
 if __name__ == "__main__":
