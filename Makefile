@@ -15,7 +15,7 @@ TESTABLE := .venv/requirements-test.installed
 SITE := .venv-docs/requirements.installed
 OUT := out-stdlib-char
 
-.PHONY: help install demo serve test test-audio test-latest test-oldest chaos lint site lock clean
+.PHONY: help install demo serve test test-audio test-latest test-oldest chaos lint docs site lock clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -74,6 +74,9 @@ chaos: $(TESTABLE) ## kill a run 60 times at random, and read 4,000 damaged file
 lint: $(TESTABLE) ## check style and format
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
+
+docs: ## write docs/settings.md, the reference of all settings
+	$(PYTHON) docs/settings.py
 
 $(SITE): requirements-docs.txt constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

@@ -1,6 +1,7 @@
 """Settings of a command: a dataclass's defaults, then config files, then --key=value flags; with --help.
 
 The annotation of a setting is its type; the flag of a tuple[str, ...] is repeated for each of its values.
+The order of the fields is the order of --help, where a field with a heading begins a group.
 """
 
 import ctypes
@@ -11,6 +12,7 @@ import os
 import re
 import signal
 import sys
+import textwrap
 import traceback
 import types
 import typing
@@ -33,12 +35,14 @@ from distrogpt.files import read_text
 
 NOT_IN_PATHS = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")  # null, and surrogates that encode no byte
 TYPE_NAMES = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
-TYPE_NAMES |= {tuple: "a list of texts that are not empty", types.NoneType: "None"}
+TYPE_NAMES |= {tuple: "a list of texts, none of them empty", types.NoneType: "None"}
+HELP_WIDTH, HELP_COLUMN = 100, 32  # of --help: its lines, and where explanations begin
 
 
 def setting(default: Any, explanation: str, **limits: Any) -> Any:
     """A dataclass field; its limits are min, max, above, below, choices, or path=True for a file's name;
-    path_after is a regular expression for what stands before the names of files in a text."""
+    path_after is a regular expression for the text before the names of files in a text. With heading=TEXT,
+    the field begins a group of settings in --help."""
     return dataclasses.field(default=default, metadata={"explanation": explanation, **limits})
 
 
@@ -46,6 +50,7 @@ class Settings:
     """Base class of dataclasses of settings: checks and converts the fields. Raises ValueError."""
 
     uses_ranks = False  # under torchrun, this command's ranks work together
+    most_used = ""  # names of settings that --help lists first
     given: frozenset[str] | None = None  # what config files and flags have set; None: made in Python, all is
 
     def __post_init__(self) -> None:
@@ -85,10 +90,12 @@ def configure(cls: type[T], argv: list[str] | None = None) -> T:
     with cli_errors(CLOSE_OTHERS):
         if not cls.uses_ranks:
             leave_to_rank_0(Path(sys.argv[0]).name)
-        if "--help" in argv or "-h" in argv:
-            if not int(os.environ.get("RANK", 0)):
-                print(help_text(cls))
-            sys.exit(0)
+        for word, _, search in (word.partition("=") for word in argv):
+            if word in ("-h", "--help"):
+                text = help_text(cls, search)
+                if not int(os.environ.get("RANK", 0)):
+                    print(text)
+                sys.exit(0)
         config = read_settings(cls, argv)
         refuse_unused(config, argv)
         return config
@@ -157,8 +164,8 @@ def find_config(name: str, settings: Container[str] = ()) -> Path:
         if os.path.isfile(path):  # Path.is_file raises OSError for 5,000 characters
             return path
     if os.path.isdir(name):
-        run = f"a run is named by --out_dir={quote(shorten(name))}"
-        hint = run if "out_dir" in settings else "name a file of settings"
+        run = f"for a run, give --out_dir={quote(shorten(name))}"
+        hint = run if "out_dir" in settings else "give a config file"
         raise UserError(f"{shorten(name)} is a folder, not a config file; {hint}")
     known = sorted(path.stem for path in (REPO / "config").glob("[!_]*.py"))
     stem = Path(name).stem
@@ -200,10 +207,11 @@ def check_value(cls: type, key: str, value: Any, source: str = "", *, is_text: b
         value = parse_text(value, expected) if is_text else convert(value, expected)
     except (ValueError, OverflowError):
         wanted = " or ".join(TYPE_NAMES[kind] for kind in expected)
-        raise UserError(f"{source}{key}={shorten(value, repr)} does not fit; give it {wanted}") from None
+        raise UserError(f"{source}{key}={shorten(value, repr)} is not valid; give {wanted}") from None
     broken = broken_limit(value, fields[key].metadata)
     if broken:
-        raise UserError(f"{source}{key}={shorten(value)} is out of range; it must be {broken}")
+        fault = "out of range" if isinstance(value, (int, float)) else "not valid"
+        raise UserError(f"{source}{key}={shorten(value)} is {fault}; it must be {broken}")
     return expand_home(value, fields[key].metadata)
 
 
@@ -291,17 +299,78 @@ def convert(value: Any, expected: tuple[type, ...]) -> Any:
     raise ValueError(value)
 
 
-def help_text(cls: type) -> str:
-    """The dataclass's docstring, then a line for each setting: name, default, explanation, type."""
-    lines = [inspect.getdoc(cls) or "", "", "settings (--name=default, type, meaning):", ""]
+def settings_by_heading(cls: type[Settings]) -> dict[str, list[dataclasses.Field]]:
+    """The settings that have an effect in a command, in groups; its own before those that it inherits."""
+    inherited = {name for base in cls.__bases__ for name in getattr(base, "__dataclass_fields__", ())}
+    groups: dict[str, list[dataclasses.Field]] = {}
+    heading = "settings"
+    for field in sorted(dataclasses.fields(cls), key=lambda field: field.name in inherited):
+        heading = field.metadata.get("heading", heading)
+        if field.name not in cls.never_used():
+            groups.setdefault(heading, []).append(field)
+    return groups
+
+
+def help_text(cls: type[Settings], search: str = "") -> str:
+    """The dataclass's docstring, the settings that are most used, then all by heading; or only those with the
+    words of `search` in name, heading or explanation. Raises UserError if there are none."""
+    groups = settings_by_heading(cls)
+    if search.strip():
+        groups, parts = find_settings(cls, groups, search), []
+    else:
+        by_name = {field.name: field for fields in groups.values() for field in fields}
+        most_used = [by_name[name] for name in cls.most_used.split()]
+        groups = {"most used": most_used, **groups} if most_used else groups
+        parts = [inspect.getdoc(cls) or ""]
+    for heading, fields in groups.items():
+        parts.append("\n".join([heading, *(describe_setting(cls, field) for field in fields)]))
+    if not search.strip():
+        parts.append("--help=WORD lists the settings with WORD in their name, heading or explanation.")
+    return "\n\n".join(parts)
+
+
+def describe_setting(cls: type, field: dataclasses.Field) -> str:
+    """The lines of --help for a setting: name, default, explanation, type."""
+    name = f"  --{field.name}={default_text(field)}"
+    kinds, indent = type_text(cls, field), " " * HELP_COLUMN
+    kinds = kinds.replace(" ", "\xa0") if len(kinds) < 60 else kinds  # not to be broken
+    text = f"{field.metadata['explanation']}  [{kinds}]"
+    begin = name.ljust(HELP_COLUMN) if len(name) < HELP_COLUMN - 1 else indent
+    lines = textwrap.fill(text, HELP_WIDTH, initial_indent=begin, subsequent_indent=indent,
+                          break_long_words=False, break_on_hyphens=False).replace("\xa0", " ")  # fmt: skip
+    return lines if begin != indent else f"{name}\n{lines}"
+
+
+def default_text(field: dataclasses.Field) -> str:
+    """The default of a setting as it is written in a flag; newlines and the like as escapes."""
+    text = "" if field.default == () else str(field.default)
+    return text if text.isprintable() else repr(text)
+
+
+def type_text(cls: type, field: dataclasses.Field) -> str:
+    """The choices or the types of a setting."""
     names = {types.NoneType: "None", tuple: "str, can be repeated"}
-    for field in dataclasses.fields(cls):
-        if field.name in cls.never_used():
-            continue
-        kinds = field.metadata.get("choices")
-        kinds = kinds or [names.get(kind, kind.__name__) for kind in setting_types(cls)[field.name]]
-        default = "" if field.default == () else str(field.default)
-        default = default if default.isprintable() else repr(default)
-        start = f"  --{field.name}={default}".ljust(36)
-        lines.append(f"{start} {field.metadata['explanation']}  [{' | '.join(map(str, kinds))}]")
-    return "\n".join(lines)
+    kinds = [names.get(kind, kind.__name__) for kind in setting_types(cls)[field.name]]
+    return " | ".join(map(str, field.metadata.get("choices", kinds)))
+
+
+def find_settings(
+    cls: type, groups: dict[str, list[dataclasses.Field]], search: str
+) -> dict[str, list[dataclasses.Field]]:
+    """The settings of these groups that have words that begin with those of `search`. Raises UserError."""
+
+    def plain(text: str) -> str:  # max_iters, --max-iters and "max iters" are the same
+        return re.sub(r"[\W_]+", " ", f" {text.casefold()} ")
+
+    words, found = [plain(word).rstrip() for word in search.split()], {}
+    for heading, fields in groups.items():
+        texts = [plain(f"{heading} {describe_setting(cls, field)}") for field in fields]
+        matching = [f for f, text in zip(fields, texts, strict=True) if all(word in text for word in words)]
+        if matching:
+            found[heading] = matching
+    if not found:
+        names = [field.name for fields in groups.values() for field in fields]
+        near = near_name(search.strip().lstrip("-"), [*names, *groups])
+        hint = f"did you mean --help={near}?" if near else "try another word, or --help for all settings"
+        raise UserError(f"no setting of this command has {quote(shorten(search))} in its text; {hint}")
+    return found

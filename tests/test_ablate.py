@@ -71,7 +71,7 @@ def test_a_study_is_printed_drawn_kept_and_resumed(dataset, tmp_path):
     (tmp_path / "second.v2.json").write_bytes(results)
     run_here(*flags, "--json=second.v2.json", "--seeds=1", cwd=tmp_path)
     assert (tmp_path / "second.v2.png").is_file() and (tmp_path / "ablate.png").read_bytes() == picture
-    assert_user_error(run_here(*flags, "--json=a.png", cwd=tmp_path), "json=a.png is the name of the picture")
+    assert_user_error(run_here(*flags, "--json=a.png", cwd=tmp_path), "json=a.png is the name of the plot")
 
 
 def test_a_variant_that_diverges_is_reported_and_the_others_are_trained(dataset, tmp_path):

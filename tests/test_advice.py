@@ -23,7 +23,6 @@ PREPARE = sorted(path.relative_to(REPO).as_posix() for path in (REPO / "data").g
 FILES = [*REPO.glob("*.py"), *(REPO / "distrogpt").rglob("*.py"), *(REPO / "data").glob("*/prepare.py")]
 PROGRAMS = r"(data/\w+/prepare\.py|\w+\.py|lm_eval|vllm|torchrun|pip|ct2-transformers-converter)\b"
 NOT_SAID = {  # why a command that lacks a setting does not say it; or it is no message
-    "configurator.help_text --name": "any name",
     "ablate.py --init_from": "the runs of a study begin from scratch",
     "ablate.py --out_dir": "and write into folders of their own",
     "distrogpt.errors.OOM_HINT": "the test below: commands without these settings say something else",
@@ -121,7 +120,7 @@ def texts_of(tree: ast.AST) -> Iterator[str]:
 def settings_of_commands() -> dict[str, set[str]]:
     helps = {name: help_text(cls) for name, cls in COMMANDS.items()}
     helps |= {script: prepare_here(script, "--help").stdout for script in PREPARE}
-    return {name: {"help", "key", *re.findall(r"^ +.*?--(\w+)", text, re.M)} for name, text in helps.items()}
+    return {name: {"help", "key", *re.findall(r"^  --(\w+)", text, re.M)} for name, text in helps.items()}
 
 
 @pytest.mark.parametrize("script", [*COMMANDS, *PREPARE])

@@ -1,14 +1,15 @@
-"""Settings: defaults, config files, flags, in this order; every mistake in one line."""
+"""Settings: defaults, config files, flags, in this order; --help; every mistake in one line."""
 
 import re
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 from conftest import REPO, assert_user_error, run, run_here
 
-from configurator import configure, help_text, read_settings
+from configurator import Settings, configure, help_text, read_settings, setting
+from distrogpt import settings
 from distrogpt.errors import UserError
 from distrogpt.settings import (
     AblateConfig,
@@ -20,6 +21,8 @@ from distrogpt.settings import (
     ServeConfig,
     TrainConfig,
 )
+
+COMMANDS = [cls for name, cls in vars(settings).items() if name.endswith("Config")]
 
 
 def settings_of(*argv: str) -> TrainConfig:
@@ -186,7 +189,7 @@ def test_a_network_that_cannot_be_built_is_refused_in_one_line(flag, message, da
     ("line", "message"),
     [
         ("batchsize = 3", "did you mean batch_size?"),
-        ("batch_size = '3'", "batch_size='3' does not fit"),
+        ("batch_size = '3'", "batch_size='3' is not valid"),
         ("batch_size = None", "batch_size=None"),
         ("batch_size = len", "batch_size="),
         ("dropout = 2", "below 1"),
@@ -195,7 +198,7 @@ def test_a_network_that_cannot_be_built_is_refused_in_one_line(flag, message, da
         ("batch_size = 1 / 0", "line 2: ZeroDivisionError"),
         ("import sys; sys.exit()", "line 2: SystemExit"),
         ("batch_size = 10**5000", "batch_size=<int>"),
-        ("learning_rate = 10**400", "does not fit"),
+        ("learning_rate = 10**400", "is not valid; give a number"),
         ("out_dir = 'a\\0b'", "it must be a path"),
         ("out_dir = '\\ud800'", "it must be a path"),
         ("class E(Exception):\n    def __str__(self): 1 / 0\nraise E", "line 4: E: <E>"),
@@ -241,8 +244,8 @@ def test_help_lists_every_setting_with_its_type_and_loads_nothing_heavy(script, 
     assert done.returncode == 0, done.stderr
     assert "loaded: nothing" in done.stdout
     for name in cls.__dataclass_fields__.keys() - cls.never_used():
-        line = next(line for line in done.stdout.splitlines() if line.startswith(f"  --{name}="))
-        assert line.rstrip().endswith("]")  # ... its type
+        lines = re.search(rf"^  --{name}=.*\n(    .*\n)*", done.stdout, re.M)
+        assert lines and lines[0].endswith("]\n")  # ... its type
 
 
 def test_configure_ends_the_process_with_status_2(capsys):
@@ -323,18 +326,18 @@ def test_a_tilde_elsewhere_is_a_tilde(home):
 @pytest.mark.parametrize(
     ("cls", "flags", "message"),
     [
-        (AblateConfig, "--eval_iters=5", "a study evaluates all of val"),
-        (AblateConfig, "--out_dir=x", "their val losses alone are kept"),
+        (AblateConfig, "--eval_iters=5", "a study evaluates the whole val split"),
+        (AblateConfig, "--out_dir=x", "a study keeps only the val losses of its runs"),
         (AblateConfig, "--init_from=gpt2", "trains each variant from scratch"),
         (BenchConfig, "--eval_iters=5", "bench.py does not read it"),
-        (BenchConfig, "--gpu=h100", "a training step does not depend on it (but plan)"),
-        (BenchConfig, "--generate=True --bench_steps=3", "generate does not depend on it"),
-        (BenchConfig, "--serve=True --n_layer=3", "serve does not depend on it"),
+        (BenchConfig, "--gpu=h100", "timing a training step does not use it (only plan)"),
+        (BenchConfig, "--generate=True --bench_steps=3", "generate does not use it"),
+        (BenchConfig, "--serve=True --n_layer=3", "serve does not use it"),
         (BenchConfig, "--report=True config/train_gpt2.py", "a config file has no effect"),
-        (BenchConfig, "--check=network --n_layer=3", "check does not depend on it"),
-        (SampleConfig, "--interactive=True --num_samples=2", "one sample of each prompt"),
-        (EvalConfig, "--start=x", "it is not for tasks=loss,accuracy"),
-        (EvalConfig, "--tasks=next --stride=2", "it is not for tasks=next"),
+        (BenchConfig, "--check=network --n_layer=3", "check does not use it"),
+        (SampleConfig, "--interactive=True --num_samples=2", "one sample per prompt"),
+        (EvalConfig, "--start=x", "tasks=loss,accuracy does not use it"),
+        (EvalConfig, "--tasks=next --stride=2", "tasks=next does not use it"),
     ],
 )
 def test_a_flag_without_effect_is_refused(cls, flags, message, capsys):
@@ -382,6 +385,101 @@ def test_a_flag_with_an_effect_and_configs_are_not_refused(tmp_path):
     configure(SampleConfig, ["--out_dir=x", "--num_samples=2"])
 
 
+def names_by_heading(text: str) -> dict[str, list[str]]:
+    """The settings that a text of --help lists, by heading."""
+    parts = [part for part in text.split("\n\n") if "\n  --" in part]
+    return {part.partition("\n")[0]: re.findall(r"^  --(\w+)=", part, re.M) for part in parts}
+
+
+@pytest.mark.parametrize("cls", COMMANDS)
+def test_help_has_each_setting_once_under_a_heading_after_the_most_used(cls):
+    text = help_text(cls)
+    groups = names_by_heading(text)
+    most_used = groups.pop("most used", [])
+    assert most_used == cls.most_used.split() and len(set(most_used)) == len(most_used) <= 10
+    listed = [name for names in groups.values() for name in names]
+    assert sorted(listed) == sorted(cls.__dataclass_fields__.keys() - cls.never_used())
+    assert len(listed) <= 20 or (most_used and len(groups) > 3)
+    assert max(map(len, text.splitlines())) <= 100 and text.isascii()
+    assert text.index("usage: python ") < text.index(most_used[0] if most_used else listed[0])
+    assert text.splitlines()[-1].startswith("--help=WORD ")
+
+
+def test_help_groups_the_settings_of_training():
+    groups = names_by_heading(help_text(TrainConfig))
+    expected = "most used,data,model,optimizer,schedule,evaluation,checkpoints,logging,machine"
+    assert list(groups) == expected.split(",")
+    examples = "data:block_size model:n_kv_head optimizer:beta2 schedule:min_lr evaluation:eval_iters"
+    for example in f"{examples} checkpoints:init_from logging:wandb_log machine:shard".split():
+        heading, _, name = example.partition(":")
+        assert name in groups[heading]
+    assert next(iter(names_by_heading(help_text(AblateConfig)).values())) == AblateConfig.most_used.split()
+    assert list(names_by_heading(help_text(AblateConfig)))[1] == "study"  # its own, before train.py's
+
+
+@pytest.mark.parametrize(
+    ("cls", "search", "found"),
+    [
+        (TrainConfig, "patience", {"schedule": ["patience"]}),
+        (TrainConfig, "n_kv_head", {"model": ["n_kv_head"]}),
+        (TrainConfig, "--Weight-Decay", {"optimizer": ["weight_decay"]}),
+        (TrainConfig, "rope", {"model": ["rotary"]}),
+        (TrainConfig, "early stopping", {"schedule": ["patience"]}),
+        (TrainConfig, "wandb name", {"logging": ["wandb_project", "wandb_run_name"]}),
+        (SampleConfig, "nucleus", {"sampling": ["top_p"]}),
+        (SampleConfig, "speech", {"output": ["speak"]}),
+        (ServeConfig, "float16", {"machine": ["dtype"]}),
+        (PlotConfig, "axis", {"settings": ["by"]}),
+    ],
+)
+def test_help_finds_settings_by_a_word(cls, search, found, capsys):
+    with pytest.raises(SystemExit) as caught:
+        configure(cls, ["config/none.py", f"--help={search}"])
+    assert caught.value.code == 0
+    assert names_by_heading("\n\n" + capsys.readouterr().out) == found
+
+
+def test_help_finds_a_group_by_its_heading():
+    groups = names_by_heading(help_text(TrainConfig))
+    assert names_by_heading(help_text(TrainConfig, "checkpoints"))["checkpoints"] == groups["checkpoints"]
+    assert help_text(TrainConfig, " ") == help_text(TrainConfig)
+
+
+@pytest.mark.parametrize(
+    ("cls", "search", "says"),
+    [
+        (TrainConfig, "lerning_rate", "did you mean --help=learning_rate?"),
+        (TrainConfig, "optimiser", "did you mean --help=optimizer?"),
+        (TrainConfig, "zebra crossing", "no setting of this command has 'zebra crossing'"),
+        (AblateConfig, "wandb", "or --help for all settings"),  # which has no effect there
+    ],
+)
+def test_help_about_nothing_is_a_mistake(cls, search, says, capsys):
+    with pytest.raises(SystemExit) as caught:
+        configure(cls, [f"--help={search}"])
+    printed = capsys.readouterr()
+    assert caught.value.code == 2 and printed.out == ""
+    assert printed.err.startswith("error: ") and printed.err.count("\n") == 1 and says in printed.err
+
+
+def test_headings_follow_the_order_of_the_fields():
+    @dataclass
+    class Base(Settings):
+        a: int = setting(1, "one", heading="first")
+        b: int = setting(2, "two", heading="second")
+        c: int = setting(3, "three")
+
+    @dataclass
+    class Derived(Base):
+        c: int = setting(4, "four")
+        d: int = setting(5, "five", heading="own")
+
+    groups = {"first": ["a"], "second": ["b", "c"]}
+    assert names_by_heading(help_text(Base)) == groups
+    assert names_by_heading(help_text(Derived)) == {"own": ["d"]} | groups
+    assert list(names_by_heading(help_text(Derived))) == ["own", "first", "second"]
+
+
 def test_help_leaves_out_what_has_no_effect():
     for cls, gone, there in (
         (AblateConfig, "eval_iters out_dir wandb_log eval_hellaswag", "seeds json max_iters seed device"),
@@ -414,5 +512,5 @@ def test_a_setting_of_several_values(tmp_path):
     assert stop_of(r"--stop=\n\tx\y", "--stop= ", "--stop=None") == ("\n\tx\\y", " ", "None")
     assert SampleConfig(stop="x").stop == ("x",) and SampleConfig(stop=["x", "\\n"]).stop == ("x", "\\n")
     for wrong in (5, None, [5], [""], {"x": 1}):
-        with pytest.raises(ValueError, match="a list of texts"):
+        with pytest.raises(ValueError, match="give a list of texts"):
             SampleConfig(stop=wrong)

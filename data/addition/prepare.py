@@ -17,8 +17,8 @@ from distrogpt.errors import CLOSE_OTHERS, cli_errors
 def main() -> None:
     parser = line_parser(sys.argv[0], __doc__.splitlines()[0])
     add = parser.add_argument
-    add("--digits", type=int, default=2, metavar="N", help="of each number at most; default 2")
-    add("--reverse", action="store_true", help="the answer's last digit first")
+    add("--digits", type=int, default=2, metavar="N", help="most digits of a number (default: 2)")
+    add("--reverse", action="store_true", help="write the answer with its last digit first")
     args = parser.parse_args()
     check_range(1, 9, digits=args.digits)
     end = 10**args.digits

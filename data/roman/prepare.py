@@ -29,7 +29,8 @@ def roman(number: int) -> str:
 def main() -> None:
     parser = line_parser(sys.argv[0], __doc__.splitlines()[0])
     ways = ("to_roman", "from_roman", "both")
-    parser.add_argument("--direction", choices=ways, default=ways[0], help="default: to_roman")
+    about = "to_roman: 1987=MCMLXXXVII; from_roman: MCMLXXXVII=1987 (default: to_roman)"
+    parser.add_argument("--direction", choices=ways, default=ways[0], help=about)
     args = parser.parse_args()
 
     def lines_of(number: int) -> list[str]:

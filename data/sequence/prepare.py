@@ -16,8 +16,10 @@ from distrogpt.errors import CLOSE_OTHERS, cli_errors
 @cli_errors(CLOSE_OTHERS)
 def main() -> None:
     parser = line_parser(sys.argv[0], __doc__.splitlines()[0])
-    parser.add_argument("--highest", type=int, default=899, metavar="N", help="first number; default 899")
-    parser.add_argument("--steps", type=int, default=9, metavar="N", help="from 1 to this one; default 9")
+    parser.add_argument(
+        "--highest", type=int, default=899, metavar="N", help="highest first number (default: 899)"
+    )
+    parser.add_argument("--steps", type=int, default=9, metavar="N", help="highest step (default: 9)")
     args = parser.parse_args()
     check_range(0, 10**9, highest=args.highest)
     check_range(1, 10**9, steps=args.steps)

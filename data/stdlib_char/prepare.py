@@ -36,7 +36,9 @@ def source_files(folder: Path) -> list[str]:
 
 @cli_errors(CLOSE_OTHERS)
 def main() -> None:
-    parser = argument_parser(sys.argv[0], __doc__.splitlines()[0], "another folder of Python files")
+    parser = argument_parser(
+        sys.argv[0], __doc__.splitlines()[0], "folder of Python files, instead of the standard library"
+    )
     args = parser.parse_args()
     folder = args.input or Path(sysconfig.get_path("stdlib"))
     with show_wait("reads the files"):

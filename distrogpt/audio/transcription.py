@@ -301,14 +301,17 @@ def main(description: str) -> None:
     """The command of data/audio/prepare.py."""
     parser = argument_parser(sys.argv[0], description)
     add = parser.add_argument
-    about_input = f"recordings: files, folders, globs ({', '.join(KINDS)})"
+    about_input = f"recordings: files, folders or globs ({', '.join(KINDS)})"
     add("--input", nargs="+", type=os.path.expanduser, metavar="PATH", help=about_input)
-    about_model = f"a folder in CTranslate2's format, or (default: small) {MODELS}"
+    about_model = f"Whisper model: a folder in CTranslate2's format, or {MODELS} (default: small)"
     add("--model", type=os.path.expanduser, default="small", help=about_model)
-    add("--language", metavar="CODE", help="en, de, ...; by default what is heard first")
-    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="default: auto")
-    add("--compute_type", default="auto", choices=COMPUTE_TYPES, help="default: auto, the fastest")
-    add("--skip_broken", action="store_true", help="leave out recordings that cannot be decoded")
+    language_help = "language of the recordings, such as en or de (default: detected)"
+    add("--language", metavar="CODE", help=language_help)
+    device_help = "device that Whisper runs on (default: auto)"
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help=device_help)
+    type_help = "dtype that Whisper computes in (default: auto, the fastest)"
+    add("--compute_type", default="auto", choices=COMPUTE_TYPES, help=type_help)
+    add("--skip_broken", action="store_true", help="skip recordings that cannot be decoded")
     add_text_options(parser)
     args = parse_options(parser)
     patterns, text = strip_patterns(args), args.output / "transcripts.txt"

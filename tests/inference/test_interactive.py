@@ -85,8 +85,8 @@ def test_mistakes_are_reported_and_the_loop_continues(trained):
         "/temprature 3": "unknown command /temprature; did you mean /temperature?",
         "/xyzzy": "unknown command /xyzzy; /help lists all",
         "/device cuda": "unknown command /device",
-        "/temperature warm": "temperature='warm' does not fit; give it a number",
-        "/temperature": "does not fit",
+        "/temperature warm": "temperature='warm' is not valid; give a number",
+        "/temperature": "is not valid",
         "/top_p 2": "at most 1",
         "é": "character 'é' at position 0",
     }

@@ -349,7 +349,7 @@ def test_mistakes(trained, tmp_path, chars):
                 call("a", max_new_tokens=3, **wrong)
     with pytest.raises(UserError, match="prompt 2: character 'é'"):
         chars.generate(["a", "é"])
-    with pytest.raises(UserError, match="start=5 does not fit"):
+    with pytest.raises(UserError, match="start=5 is not valid"):
         chars.generate(["a", 5])
     with pytest.raises(TypeError, match="device is not a setting of a sample"):
         chars.generate("a", device="cuda")

@@ -319,12 +319,12 @@ def test_a_whole_evaluation_of_train_alone_counts_each_of_its_tokens_once(datase
     "flag, words",
     [
         ("--patience=0", "patience=0 is out of range; it must be at least 1"),
-        ("--patience=1.5", "patience='1.5' does not fit; give it a whole number or None"),
+        ("--patience=1.5", "patience='1.5' is not valid; give a whole number or None"),
         ("--max_epochs=-1", "max_epochs=-1.0 is out of range; it must be above 0"),
         ("--max_epochs=0", "max_epochs=0.0 is out of range; it must be above 0"),
         ("--max_minutes=nan", "max_minutes=nan is out of range; it must be a finite number"),
         ("--max_minutes=0", "max_minutes=0.0 is out of range; it must be above 0"),
-        ("--eval_splits=test", "eval_splits=test is out of range; it must be one of both, train, val"),
+        ("--eval_splits=test", "eval_splits=test is not valid; it must be one of both, train, val"),
     ],
 )
 def test_mistakes_are_told(flag, words):

@@ -77,21 +77,26 @@ class HubText:
 @cli_errors(CLOSE_OTHERS)
 def prepare_shards(about: str, dataset: str | None = None, config: str | None = None) -> None:
     """The command of a prepare.py that writes shards; without `dataset`, its options name one."""
-    parser = text_parser(sys.argv[0], about, "instead of the hub: files, folders, globs")
+    parser = text_parser(sys.argv[0], about, "local files, folders or globs, instead of the hub")
     add = parser.add_argument
     if dataset is None:
-        about_dataset = "of the hub, such as Salesforce/wikitext, or a folder"
+        about_dataset = "dataset of the Hugging Face hub, such as Salesforce/wikitext, or a folder"
         add("--dataset", type=os.path.expanduser, metavar="NAME", help=about_dataset)
     parser.set_defaults(dataset=dataset)
-    add("--config", default=config, metavar="NAME", help=f"which of its configurations (default: {config})")
-    add("--split", default="train", metavar="NAME", help="which of its splits is read (default: train)")
-    about_tokenizer = "gpt2 (default), byte, or a dataset whose tokenizer to take"
+    about_config = f"configuration of the dataset (default: {config or 'its default one'})"
+    add("--config", default=config, metavar="NAME", help=about_config)
+    add("--split", default="train", metavar="NAME", help="split of the dataset to read (default: train)")
+    about_tokenizer = "gpt2, byte, or the name of a dataset whose tokenizer to use (default: gpt2)"
     add("--tokenizer", type=os.path.expanduser, default="gpt2", help=about_tokenizer)
     stop_help = "stop after N tokens, such as 1e9 (default: all)"
     add("--max_tokens", type=whole_number, metavar="N", help=stop_help)
-    add("--shard_tokens", type=whole_number, default=10**8, metavar="N", help="per file (default: 1e8)")
-    add("--val_tokens", type=whole_number, metavar="N", help="default: one file, or a tenth of a small text")
-    add("--shard", type=part, default=Part(), metavar="I/N", help="this machine does part I of N, from 1 on")
+    add(
+        "--shard_tokens", type=whole_number, default=10**8, metavar="N", help="tokens per file (default: 1e8)"
+    )
+    val_help = "tokens of the val split (default: one file; a tenth of a small text)"
+    add("--val_tokens", type=whole_number, metavar="N", help=val_help)
+    shard_help = "prepare only part I of N, such as 3/16: one part per machine"
+    add("--shard", type=part, default=Part(), metavar="I/N", help=shard_help)
     args = parser.parse_args()
     refuse_unused(parser, args, fixed=dataset is not None)
     if not args.input and not args.dataset:

@@ -199,10 +199,14 @@ def next_commands(folder: Path, name: str, tokenizer: Tokenizer) -> tuple[str, s
 def parse_options(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """The command line, with a dataset's name, tokenizer and val added to the parser. Raises UserError."""
     add = parser.add_argument
-    add("--name", metavar="NAME", help="the dataset becomes data/NAME")
-    about_tokenizer = "char (default), byte, gpt2, bpe:4096, or another dataset's name"
+    add("--name", metavar="NAME", help="name of the dataset, which is written to data/NAME")
+    about_tokenizer = (
+        "char, byte, gpt2, bpe:4096 (BPE with 4096 tokens, learned from the text), or the name of "
+    )
+    about_tokenizer += "a dataset whose tokenizer to use (default: char)"
     add("--tokenizer", type=os.path.expanduser, default="char", help=about_tokenizer)
-    add("--val_fraction", type=float, default=0.1, help="of documents, or the end of one (default: 0.1)")
+    val_help = "fraction of the documents for validation; of a single one, its end (default: 0.1)"
+    add("--val_fraction", type=float, default=0.1, metavar="F", help=val_help)
     args = parser.parse_args()
     if not args.input:
         parser.error("--input is missing")
@@ -257,7 +261,7 @@ def copy_pipes(inputs: list[str], folder: Path) -> Iterator[list[str]]:
 @cli_errors(CLOSE_OTHERS)
 def main(description: str) -> None:
     """Any text as a dataset."""
-    args = parse_options(text_parser(sys.argv[0], description, "files, folders, globs; - is stdin"))
+    args = parse_options(text_parser(sys.argv[0], description, "files, folders or globs; - is stdin"))
     known_tokenizer(args.tokenizer)  # which is checked before the text is read
     with new_folder(args), copy_pipes(args.input, args.output) as inputs:
         make_dataset(args, open_corpus(args, inputs))

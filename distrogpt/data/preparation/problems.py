@@ -21,9 +21,11 @@ def line_parser(script: str, about: str) -> argparse.ArgumentParser:
     """The options of the prepare.py of each line task."""
     parser = argument_parser(script, about)
     add = parser.add_argument
-    add("--lines", type=int, metavar="N", help=f"problems to draw; default: all, at most {MAX_LINES:,}")
-    add("--val_fraction", type=float, default=0.1, metavar="F", help="held out, by default 0.1")
-    add("--seed", type=int, default=1337, metavar="N", help="of their order, by default 1337")
+    lines_help = f"number of problems, drawn at random (default: all, at most {MAX_LINES:,})"
+    val_help = "fraction of the problems held out for validation (default: 0.1)"
+    add("--lines", type=int, metavar="N", help=lines_help)
+    add("--val_fraction", type=float, default=0.1, metavar="F", help=val_help)
+    add("--seed", type=int, default=1337, metavar="N", help="random seed of their order (default: 1337)")
     return parser
 
 

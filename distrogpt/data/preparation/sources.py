@@ -27,10 +27,11 @@ def argument_parser(script: str, about: str, input_help: str | None = None) -> a
     leave_to_rank_0(script)
     parser = argparse.ArgumentParser(prog=f"python {quote(script)}", description=about)
     add, folder = parser.add_argument, Path(script).resolve().parent
+    output_help = "folder of the dataset (default: a folder in data/)"
     if input_help:
         add("--input", type=home_path, metavar="PATH", help=input_help)
-    add("--output", type=home_path, default=folder, metavar="FOLDER", help="default: the script's folder")
-    add("--overwrite", action="store_true", help="replace the dataset that is there")
+    add("--output", type=home_path, default=folder, metavar="FOLDER", help=output_help)
+    add("--overwrite", action="store_true", help="replace an existing dataset")
     parser.error = lambda message: exit_with_error(2, f"{message}; --help lists the options")
     return parser
 
@@ -45,10 +46,13 @@ def text_parser(script: str, about: str, input_help: str) -> argparse.ArgumentPa
     parser = argument_parser(script, about)
     add = parser.add_argument
     add("--input", nargs="+", type=os.path.expanduser, metavar="PATH", help=input_help)
-    add("--field", default="text", metavar="NAME", help="of JSON lines, or column of tables (default: text)")
-    add("--format", choices=sorted(kind[1:] for kind in READERS), help="of all files, whatever their names")
-    add("--encoding", default="utf-8", help="of the files (default: utf-8)")
-    add("--errors", default="strict", choices=("strict", "replace"), help="replace: U+FFFD for bad bytes")
+    field_help = "field of JSON lines or column of tables with the text (default: text)"
+    add("--field", default="text", metavar="NAME", help=field_help)
+    format_help = "read all files in this format (default: by their names)"
+    add("--format", choices=sorted(kind[1:] for kind in READERS), help=format_help)
+    add("--encoding", default="utf-8", help="encoding of the files (default: utf-8)")
+    errors_help = "bytes that are invalid in the encoding: stop, or replace by U+FFFD (default: strict)"
+    add("--errors", default="strict", choices=("strict", "replace"), help=errors_help)
     add_text_options(parser)
     return parser
 
@@ -57,8 +61,9 @@ def add_text_options(parser: argparse.ArgumentParser) -> None:
     """The options of a prepare.py that reads text, or makes some."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     add = parser.add_argument
-    add("--strip_lines", action="append", metavar="REGEX", help="leave out lines that match; repeatable")
-    add("--workers", type=int, default=cores, metavar="N", help="threads (default: the cores)")
+    strip_help = "remove lines that match this regular expression; can be repeated"
+    add("--strip_lines", action="append", metavar="REGEX", help=strip_help)
+    add("--workers", type=int, default=cores, metavar="N", help="number of threads (default: all cores)")
 
 
 def open_corpus(args: argparse.Namespace, inputs: list[str]) -> Corpus:
@@ -98,7 +103,9 @@ def named_tokenizer(name: str, kinds: Sequence[str] = ("gpt2", "byte")) -> Token
 @cli_errors(CLOSE_OTHERS)
 def prepare_shakespeare(about: str, make_tokenizer: Callable[[str], Tokenizer]) -> None:
     """The command of a prepare.py of tiny Shakespeare: the first nine tenths are train, the rest is val."""
-    args = argument_parser(sys.argv[0], about, "a copy of the text, instead of the download").parse_args()
+    args = argument_parser(
+        sys.argv[0], about, "local copy of the text, instead of downloading it"
+    ).parse_args()
     path = args.input or download(SHAKESPEARE, SHAKESPEARE_SHA256, args.output / "input.txt")
     with show_wait("reads the text"):
         text, actual = read_text(path), hash_of(path)
