@@ -15,7 +15,7 @@ TESTABLE := .venv/requirements-test.installed
 SITE := .venv-docs/requirements.installed
 OUT := out-stdlib-char
 
-.PHONY: help install demo serve test test-audio test-latest test-oldest chaos lint docs site lock clean
+.PHONY: help install demo serve test test-audio test-latest test-oldest chaos lint docs notebook site lock clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -75,8 +75,12 @@ lint: $(TESTABLE) ## check style and format
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 
-docs: ## write docs/settings.md, the reference of all settings
+docs: ## write docs/settings.md, the reference of all settings, and draw the imports of docs/architecture.md
 	$(PYTHON) docs/settings.py
+	$(PYTHON) docs/architecture.py
+
+notebook: $(TESTABLE) ## run docs/quickstart.ipynb and keep its outputs: some minutes
+	$(BIN)/python docs/notebook.py
 
 $(SITE): requirements-docs.txt constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

@@ -20,7 +20,7 @@ sampling = "epochs"
 n_layer = 6
 n_head = 6
 n_embd = 384  # 10.7 M parameters
-dropout = 0.0  # ten times more parameters than characters, but weight decay works better (BENCHMARKS.md)
+dropout = 0.0  # ten times more parameters than characters, but weight decay works better (docs/lab-notes.md)
 
 weight_decay = 2.0  # Muon's updates never shrink by themselves: this bounds the weights
 momentum = 0.95

@@ -4,6 +4,7 @@ Imports inside functions count as well: they are read from the source, nothing i
 """
 
 import ast
+import runpy
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -120,14 +121,25 @@ def test_data_has_dataset_folders_alone():
     assert {(path.parents[1].name, path.name) for path in DATASET_FILES} == {("data", "prepare.py")}
 
 
-def test_the_readme_names_files_and_folders_that_exist():
-    table = (REPO / "README.md").read_text(encoding="utf-8").split("## The files")[1].split("\n## ")[0]
+def test_the_architecture_page_names_files_and_folders_that_exist():
+    table = (
+        (REPO / "docs" / "architecture.md")
+        .read_text(encoding="utf-8")
+        .split("## The files")[1]
+        .split("\n## ")[0]
+    )
     rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
     names = [name for row in rows for name in row.split("`")[1::2]]
     assert names and [name for name in names if not list(REPO.glob(name))] == []
     assert {path.name for path in ROOT_FILES} <= set(names)
     package = [path for path in (REPO / "distrogpt").glob("[!_]*") if path.is_dir() or path.suffix == ".py"]
     assert {f"distrogpt/{path.name}{'/' if path.is_dir() else ''}" for path in package} <= set(names)
+
+
+def test_the_drawing_shows_the_imports_of_today():
+    drawn = runpy.run_path(str(REPO / "docs" / "architecture.py"))["draw"]()
+    picture = REPO / "docs" / "pictures" / "architecture.svg"
+    assert drawn == picture.read_text(encoding="utf-8"), "run make docs"
 
 
 @pytest.mark.parametrize("path", (*ROOT_FILES, *PACKAGE_FILES), ids=lambda path: str(path.relative_to(REPO)))
