@@ -64,23 +64,23 @@ class GPTConfig:
     def __post_init__(self) -> None:
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
             if not 1 <= getattr(self, name) < 2**31:
-                raise ValueError(f"{name}={getattr(self, name)}; it must be at least 1 and below 2**31")
+                raise ValueError(f"{name}={getattr(self, name)} is out of range; use 1 to 2**31 - 1")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}; change one")
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout}; it must be at least 0 and below 1")
+            raise ValueError(f"dropout={self.dropout} is out of range; it must be at least 0 and below 1")
         for name, known in (("activation", ACTIVATIONS), ("norm", NORMS)):
             if getattr(self, name) not in known:
-                raise ValueError(f"{name}={getattr(self, name)!r}; it must be one of {', '.join(known)}")
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; use one of {', '.join(known)}")
         if self.n_kv_head is not None and (self.n_kv_head < 1 or self.n_head % self.n_kv_head):
             raise ValueError(f"n_kv_head={self.n_kv_head} does not divide n_head={self.n_head}; change one")
         if self.rotary and self.head_dim % 2:
-            raise ValueError(f"rotary rotates pairs: n_embd/n_head={self.head_dim} must be even; change one")
+            raise ValueError(f"rotary needs an even n_embd/n_head, which is {self.head_dim}; change one")
         if self.qk_norm_weights and not self.qk_norm:
             raise ValueError("qk_norm_weights has no effect without qk_norm; set both")
         self.logit_softcap = float(self.logit_softcap)
         if not 0 <= self.logit_softcap < math.inf:
-            raise ValueError(f"logit_softcap={self.logit_softcap}; it must be at least 0 and finite")
+            raise ValueError(f"logit_softcap={self.logit_softcap} is out of range; it must be at least 0")
 
     @property
     def head_dim(self) -> int:
@@ -161,9 +161,9 @@ class KVCache:
     def update(
         self, layer: int, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store k and v (N, K, T, D) of the first N sequences; returns what their queries read.
+        """Store k and v (N, K, T, D) of the first N sequences; returns the keys and values to attend to.
 
-        Without positions they are a prompt's, from position 0 on, and read only each other.
+        Without positions, they are a prompt's, from position 0 on, and attend only to each other.
         """
         kv = self.layers[layer][:, : len(k)]  # (2, N, K, size, D)
         new = torch.stack((k, v)).to(kv.dtype)  # (2, N, K, T, D)
@@ -178,7 +178,7 @@ class KVCache:
 
 
 class CausalSelfAttention(nn.Module):
-    """Each position reads from itself and those before it, in n_head independent ways."""
+    """Each position attends to itself and those before it, in n_head independent heads."""
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
@@ -221,7 +221,7 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two matrices with a nonlinearity between them, at each position alone."""
+    """Two matrices with a nonlinearity between them, applied to each position alone."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -247,7 +247,7 @@ class Block(nn.Module):
         self.skip = nn.Parameter(torch.empty(2)) if config.embedding_skip else None
 
     def forward(self, x: torch.Tensor, x0: torch.Tensor, *context: Any) -> torch.Tensor:
-        """x and the embeddings x0 (B, T, C) to (B, T, C); `context` is what attention takes beside x."""
+        """x and the embeddings x0 (B, T, C) to (B, T, C); `context` is attention's other inputs."""
         if self.skip is not None:
             x = self.skip[0] * x + self.skip[1] * x0
         x = x + self.attn(self.ln_1(x), *context).to(x.dtype)  # adding mixed dtypes is slow on CPUs
@@ -258,7 +258,7 @@ def embedding(rows: int, columns: int) -> nn.Embedding:
     """nn.Embedding, whose own initialisation is slow on the meta device."""
     weight = torch.empty(rows, columns)
     if not weight.is_meta:
-        weight.normal_()  # replaced by init_weights; drawn all the same, so that a seed keeps its weights
+        weight.normal_()  # init_weights draws again; kept, so that a seed gives the same weights as before
     return nn.Embedding.from_pretrained(weight, freeze=False)
 
 
@@ -323,7 +323,7 @@ class GPT(nn.Module):
         mask: torch.Tensor | None = None,
         cache: KVCache | None = None,
     ) -> torch.Tensor:
-        """What lm_head reads, (B, T, C), of idx (B, T).
+        """The inputs of lm_head, (B, T, C), for idx (B, T).
 
         Positions are 0..T-1 unless `positions` (1 or B, T) are given. Attention is causal, also over a cache,
         unless a mask (1 or B, 1, T, S) is added to its scores: 0 for a key that is read, else -inf.
@@ -388,7 +388,7 @@ class GPT(nn.Module):
     def from_pretrained(cls, model_type: str, override_args: dict[str, Any] | None = None) -> "GPT":
         """The weights of gpt2, gpt2-medium, gpt2-large or gpt2-xl, or of a folder that transformers wrote.
 
-        `override_args` may set dropout. Raises OSError or ValueError if there is no GPT-2.
+        `override_args` may set dropout. Raises OSError or ValueError if that is not a GPT-2.
         """
         from transformers import GPT2LMHeadModel
 
@@ -399,7 +399,7 @@ class GPT(nn.Module):
             raise ValueError(f"{model_type}: {len(report['missing_keys'])} weights are missing")
         kind = theirs.config.activation_function
         if kind != "gelu_new":
-            raise ValueError(f"{model_type}: activation_function={kind}, not GPT-2's")
+            raise ValueError(f"{model_type}: activation_function={kind} is not GPT-2's, gelu_new")
         shape = {"block_size": theirs.config.n_positions, "vocab_size": theirs.config.vocab_size}
         shape |= {name: getattr(theirs.config, name) for name in ("n_layer", "n_head", "n_embd")}
         model = cls(GPTConfig(**shape, **(override_args or {})))
@@ -413,7 +413,7 @@ class GPT(nn.Module):
     def crop_block_size(self, block_size: int) -> None:
         """Drop the positions from block_size on: a shorter context, the same weights. Raises ValueError."""
         if not 1 <= block_size <= self.config.block_size:
-            raise ValueError(f"block_size={block_size} does not fit; choose 1 to {self.config.block_size}")
+            raise ValueError(f"block_size={block_size} is out of range; choose 1 to {self.config.block_size}")
         self.config.block_size = block_size
         if not self.config.rotary:
             kept = self.transformer.wpe.weight.detach()[:block_size].clone()
@@ -432,7 +432,7 @@ class GPT(nn.Module):
         return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
 
     def get_num_params(self, non_embedding: bool = True) -> int:
-        """Number of parameters; with non_embedding, without wpe, and without wte if lm_head is its own."""
+        """Number of parameters; with non_embedding, without wpe, and without wte unless lm_head shares it."""
         total = sum(p.numel() for p in self.parameters())
         if not non_embedding:
             return total

@@ -1,6 +1,6 @@
 """Train a GPT: python train.py config/train_shakespeare_char.py --batch_size=32
 
-One process trains on one device; under torchrun, one process per GPU trains the same model together.
+One process trains on one device. Under torchrun, one process per GPU trains the same model.
 """
 
 from configurator import configure
@@ -34,7 +34,7 @@ from model import GPT
 
 class TrainResult(NamedTuple):
     """`losses` has a dict for each evaluation: step, the losses of the eval_splits, bits_per_byte if known,
-    and val/NAME of each part of a mixture. best_val_loss is train's if that alone is evaluated."""
+    and val/NAME of each part of a mixture. best_val_loss is the train loss if only train is evaluated."""
 
     model: GPT
     iter_num: int
@@ -60,9 +60,9 @@ def training_step(
     """One optimizer step on the micro-batches of all ranks, or none if loss or gradient is not finite."""
     loss_sum = torch.zeros((), device=runtime.device)
     for number, (x, y, dropout_seed, weight) in enumerate(batches, 1):
-        torch.manual_seed(dropout_seed)  # so that dropout depends on nothing drawn before
+        torch.manual_seed(dropout_seed)  # so that dropout does not depend on earlier random numbers
         if isinstance(model, DistributedDataParallel):
-            model.require_backward_grad_sync = number == len(batches)  # all-reduce the gradients' sum, once
+            model.require_backward_grad_sync = number == len(batches)  # all-reduce the gradients once
         with runtime.autocast():
             _, loss = model(x, y, return_logits=False)
         scaler.scale(loss / (len(batches) / weight)).backward()
@@ -84,7 +84,7 @@ def training_step(
 def train(config: TrainConfig, on_evaluation: Callable | None = None) -> TrainResult:
     """Train as the settings say; returns the model and its losses. Raises UserError and MachineError.
 
-    `on_evaluation` is called on rank 0 after each evaluation, with the losses of all so far.
+    `on_evaluation` is called on rank 0 after each evaluation, with the losses of all evaluations so far.
     """
     config = startup.inherit_settings(config)
     runtime = start_runtime(config.device, config.dtype, config.backend)
@@ -131,8 +131,8 @@ def train(config: TrainConfig, on_evaluation: Callable | None = None) -> TrainRe
                 state.sync(runtime, stop_requested=bool(signals) or batches.error is not None)
                 logger.log_step(step.loss, step.grad_norm, lr, step.applied)
                 run.report_save()
-            run.finish()  # while signals are still collected: none may end the last save
-    del replica  # if DDP is the last to hold the ranks' group, it may end it with Python locked, and hang
+            run.finish()  # while signals are still collected: none may interrupt the last save
+    del replica  # DDP may hang, with Python locked, if it is the last to release the process group
     stop_runtime()
     if batches.error or evaluator.error:
         raise batches.error or evaluator.error

@@ -34,8 +34,8 @@ class NotFinite(ValueError):
 
 def atomic_write(write: Callable[[IO[bytes]], object], *paths: Path, needed: int = 0) -> None:
     """Write one file, flush it to disk, and rename it to each of `paths`: each is complete, old or new.
-    Raises MachineError if it cannot be written, which reports the bytes `needed` if the disk is full; the old
-    files are then unchanged."""
+    Raises MachineError if it cannot be written; the old files are then unchanged. The message has the bytes
+    `needed` if the disk is full."""
     temporaries = [path.with_name(path.name + ".tmp") for path in paths]
     try:
         with open(temporaries[0], "wb") as file:
@@ -59,7 +59,7 @@ def atomic_write(write: Callable[[IO[bytes]], object], *paths: Path, needed: int
         if not isinstance(error, (OSError, RuntimeError, MemoryError)):  # torch raises RuntimeError
             raise
         reason = why_not_written(error, paths[-1], needed)
-        raise MachineError(f"{paths[-1]} cannot be written ({reason}), and is what it was before") from None
+        raise MachineError(f"{paths[-1]} cannot be written ({reason}) and is unchanged") from None
     with suppress(OSError):  # some systems cannot flush folders
         folder = os.open(paths[0].parent, os.O_RDONLY)
         os.fsync(folder)  # the renames reach the disk, too
@@ -71,14 +71,14 @@ def load_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
     `mmap`, tensors stay on disk until they are read, as long as the file is not replaced."""
     if not os.path.isfile(path):  # Path.is_file raises OSError for 5,000 characters
         if os.path.isfile(path.parent):
-            raise UserError(f"{path.parent} is a file; give the folder that it is in")
+            raise UserError(f"{path.parent} is a file; give the folder that contains it")
         runs = sorted(str(run.parent) for run in Path().glob(f"out*/{BEST}"))[:5]
-        here = f" ({', '.join(runs)})" if runs else ""
-        raise UserError(f"{path} is missing; train first, or point --out_dir at a run's folder{here}")
+        here = f" (here: {', '.join(runs)})" if runs else ""
+        raise UserError(f"{path} is missing; train first, or set --out_dir to the folder of a run{here}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch guesses what is wrong; the error below is enough
-            mmap = mmap and zipfile.is_zipfile(path)  # torch's format before 1.6 has no such thing
+            mmap = mmap and zipfile.is_zipfile(path)  # torch's format before 1.6 cannot be mapped
             contents = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # damaged, foreign and hostile files raise errors of any type
         raise UserError(f"{path} is damaged or not a checkpoint ({first_line(error)}); use another") from None
@@ -86,7 +86,8 @@ def load_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
         with suppress(Exception):  # contents and values can be of any type
             if is_valid(contents.get(key, default)):
                 continue
-        raise UserError(f"{path} is no checkpoint of this project or nanoGPT (see {key}); use another one")
+        reason = f"{key} is missing or invalid"
+        raise UserError(f"{path} is not a checkpoint of distroGPT or nanoGPT ({reason}); use another")
     if math.isnan(float(contents.get("best_val_loss", math.inf))):
         contents["best_val_loss"] = math.inf  # no loss would be below nan
     return contents
@@ -157,10 +158,11 @@ def restore_model(contents: dict[str, Any], path: Path, dropout: float = 0.0) ->
     try:
         config = make_config(args)
     except ValueError as error:
-        raise UserError(f"{path} has {error}; use another, or update") from None
+        reason = str(error).partition(";")[0]  # without advice for new models
+        raise UserError(f"{path}: {reason}; use another checkpoint, or update distroGPT") from None
     try:
         weights = without_wrappers(contents["model"])
-        weights = {  # without nanoGPT's causal mask, with torch before 2.0
+        weights = {  # without the causal mask, which nanoGPT saves with torch before 2.0
             name: tensor for name, tensor in weights.items() if not name.endswith(".attn.bias")
         }
         return build_model(tie_weights(config, weights), weights)
@@ -168,13 +170,13 @@ def restore_model(contents: dict[str, Any], path: Path, dropout: float = 0.0) ->
         raise not_finite_error(path, error) from None
     except (ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[-1].strip()
-        raise UserError(f"{path}: weights and model_args do not fit ({reason}); use another one") from None
+        raise UserError(f"{path}: its weights do not fit its model_args ({reason}); use another") from None
 
 
 def run_settings(contents: dict[str, Any]) -> dict[str, Any]:
-    """The settings with which a checkpoint was trained, its network's shape among them; of any type."""
+    """The settings with which a checkpoint was trained, including the shape of its network; unchecked."""
     shape = {"activation": "gelu", **contents["model_args"]}
-    dropout = shape.pop("dropout", 0.0)  # the config's counts, as a new model is made
+    dropout = shape.pop("dropout", 0.0)  # replaced by the config's, as the model is built with that
     settings = {"dropout": dropout, **contents.get("config", {}), **shape}
     if "meta" not in contents:  # nanoGPT names the dtype of its GPU, even if it was not set
         settings.pop("dtype", None)
@@ -182,31 +184,31 @@ def run_settings(contents: dict[str, Any]) -> dict[str, Any]:
 
 
 def make_config(args: dict[str, Any]) -> GPTConfig:
-    """GPTConfig(**args), of any origin. Raises ValueError for unknown settings and values of another type."""
+    """GPTConfig(**args), of any origin. Raises ValueError for unknown settings and values of a wrong type."""
     types = get_type_hints(GPTConfig)
     for name, value in args.items():
         is_wrong_bool = type(value) is bool and types.get(name) is not bool  # a bool is an instance of int
         if name not in types or is_wrong_bool or not isinstance(value, types[name]):
             shown = str(value)[:40] if isinstance(value, (int, float, str)) else type(value).__name__
-            raise ValueError(f"{name[:40]}={shown}, not known here")
+            raise ValueError(f"{name[:40]}={shown} is unknown or has a wrong type")
     return GPTConfig(**args)
 
 
 def without_wrappers(weights: Mapping[str, Any], wrappers: tuple[str, ...] = WRAPPERS) -> dict[str, Any]:
-    """Weights by the names that the network has without what was around it or its layers. Raises ValueError
-    if two have the same name then."""
+    """The weights without the parts of their names that wrappers of the network or its layers have added.
+    Raises ValueError if two of the names become the same."""
     unwrapped: dict[str, Any] = {}
     for name, tensor in weights.items():
         own = ".".join(part for part in name.split(".") if part not in wrappers)
         if own in unwrapped:
-            raise ValueError(f"{own[:60]} is there twice")
+            raise ValueError(f"two weights are named {own[:60]}")
         unwrapped[own] = tensor
     return unwrapped
 
 
 def tie_weights(config: GPTConfig, weights: dict[str, Any], wte: str = "transformer.wte.weight") -> GPTConfig:
-    """Complete `weights` if one of two tied ones is missing. If both are there and differ, they are not tied,
-    and the config that is returned says so, as transformers does."""
+    """Add to `weights` one of the two tied ones if it is missing. If both are there and differ, they are not
+    tied: the returned config says so, as in transformers."""
     tied = [name for name in (wte, "lm_head.weight") if name in weights]
     if not config.tied or not tied:
         return config
@@ -220,7 +222,7 @@ def tie_weights(config: GPTConfig, weights: dict[str, Any], wte: str = "transfor
 def meta_model(config: GPTConfig, n_weights: int) -> GPT:
     """A network whose weights take no memory. Raises ValueError if n_weights are too few for its layers."""
     if config.n_layer > n_weights:
-        raise ValueError(f"n_layer={config.n_layer}, but there are {n_weights} weights")
+        raise ValueError(f"n_layer={config.n_layer}, but there are only {n_weights} weights")
     with torch.device("meta"):
         return GPT(config)
 
@@ -231,7 +233,7 @@ def check_weights(weights: Mapping[str, Any], expected: Mapping[str, torch.Tenso
     if missing:
         raise ValueError(f"{len(missing)} weights are missing, such as {min(missing)}")
     if unknown:
-        raise ValueError(f"{min(unknown)[:60]} has no place in it")
+        raise ValueError(f"unexpected weight {min(unknown)[:60]}")
     for name, tensor in expected.items():
         if not is_dense(weights[name]) or weights[name].shape != tensor.shape:
             raise ValueError(f"{name} is not a dense floating-point tensor of shape {tuple(tensor.shape)}")
@@ -240,7 +242,7 @@ def check_weights(weights: Mapping[str, Any], expected: Mapping[str, torch.Tenso
 def check_finite(tensors: Mapping[str, torch.Tensor]) -> None:
     """Raises NotFinite with the first name whose tensor has an element that is infinite or not a number."""
     for name, tensor in tensors.items():
-        # a tenth of the time of isfinite().all(); of a nan, both are nan
+        # takes a tenth of the time of isfinite().all(); if there is a nan, both extremes are nan
         if tensor.numel() and not all(extreme.isfinite() for extreme in tensor.detach().aminmax()):
             raise NotFinite(f"{name} has NaN or infinite values")
 
@@ -252,15 +254,15 @@ def check_range(model: GPT, dtype: torch.dtype) -> None:
         if not largest.to(dtype).isfinite():
             kind = str(dtype).removeprefix("torch.")
             advice = "set --dtype=bfloat16 or float32" if dtype == torch.float16 else "set --dtype=float32"
-            raise UserError(f"{name} has {largest:.3g}, which is too large for {kind}; {advice}")
+            raise UserError(f"{name} has a value of {largest:.3g}, too large for {kind}; {advice}")
 
 
 def not_finite_error(path: Path, error: NotFinite, otherwise: str = "use another checkpoint") -> UserError:
-    """The error of a file that cannot be used. Says which newest one of its run can be, else `otherwise`."""
+    """The error of an unusable checkpoint; it names the newest good one of the run, or says `otherwise`."""
     good = last_good_checkpoint(path.parent)
     if good:
         flag = f"--init_from={quote(good)}"
-        otherwise = f"{good} is the last good file: copy it to {path.name}, or give {flag}"
+        otherwise = f"{good} is the last good checkpoint: copy it to {path.name}, or use {flag}"
     return UserError(f"{path}: {error}; {otherwise}")
 
 
@@ -279,14 +281,13 @@ def last_good_checkpoint(folder: Path) -> Path | None:
 
 
 def build_model(config: GPTConfig, weights: Mapping[str, Any]) -> GPT:
-    """The network with a copy of these weights, in fp32. Raises ValueError if they are not its own, NotFinite
-    if they are not finite."""
+    """The network with a copy of these weights, in fp32. Raises ValueError if they do not fit; NotFinite."""
     model = meta_model(config, len(weights))
     check_weights(weights, model.state_dict())
     copies = {name: tensor.to(torch.float32, copy=True) for name, tensor in weights.items()}
     check_finite(copies)
     model.load_state_dict(copies, assign=True)
-    if config.tied:  # assigning has made them two parameters
+    if config.tied:  # load_state_dict has made them two parameters
         model.transformer.wte.weight = model.lm_head.weight
     return model
 
@@ -312,7 +313,7 @@ def restore_optimizers(
         otherwise = f"--init_from={quote(path)} starts a new run with its weights"
         raise not_finite_error(path, error, otherwise) from None
     except Exception as error:  # a state of any structure can fail in any way
-        advice = "set optimizer, embedding_lr and head_lr as they were, or use another one"
+        advice = "use the same optimizer, embedding_lr and head_lr as before, or another checkpoint"
         raise UserError(
             f"{out_dir}: the optimizer state does not fit ({first_line(error)}); {advice}"
         ) from None
@@ -323,7 +324,7 @@ def fit_averages(averages: dict[str, Any], p: torch.Tensor, kind: str) -> dict[s
     NotFinite."""
     names = {"step", "exp_avg", "exp_avg_sq"} if kind == "AdamW" else {"momentum_buffer"}
     if averages != {} and (set(averages) != names or not is_number(averages.get("step", 0))):
-        raise ValueError(f"{kind} keeps {', '.join(sorted(names))} of each parameter")
+        raise ValueError(f"{kind} needs {', '.join(sorted(names))} for each parameter")
     for name in set(averages) - {"step"}:
         if not is_dense(averages[name]) or averages[name].shape != p.shape:
             raise ValueError(f"{name} is not a dense tensor of shape {tuple(p.shape)}")
@@ -345,7 +346,7 @@ def training_state(
     states = [gather_to_cpu(optimizer.state_dict(), keep) for optimizer in optimizers]
     named_states, model_args = dict(zip(OPTIMIZER_KEYS, states, strict=False)), asdict(model.config)
     if not model.config.qk_norm_weights:
-        del model_args["qk_norm_weights"]  # which versions before it do not know
+        del model_args["qk_norm_weights"]  # unknown to older versions
     return {"model": weights, **named_states, "model_args": model_args, **extra}
 
 

@@ -1,4 +1,4 @@
-"""How a command ends if something is wrong: one line on stderr, and an exit status; what messages advise."""
+"""How a command ends after an error: one line on stderr and an exit status. Helpers for messages."""
 
 import difflib
 import errno
@@ -17,7 +17,7 @@ REPO = Path(__file__).resolve().parents[1]
 
 
 class UserError(Exception):
-    """A setting, path, prompt or file is wrong; the message says what, and what to do. Status 2."""
+    """A setting, path, prompt or file is wrong; the message says what to do. Exit status 2."""
 
 
 class Diverged(UserError):
@@ -25,13 +25,13 @@ class Diverged(UserError):
 
 
 class MachineError(Exception):
-    """The machine failed (disk full, out of memory); the last good checkpoint is intact. Status 1."""
+    """The machine failed (disk full, out of memory); the last good checkpoint is intact. Exit status 1."""
 
 
-# of the machine's disk, not of a path that was chosen: full, over quota, a file too large, read-only, broken
+# failures of the disk, not of the chosen path: full, over quota, file too large, read-only, input/output
 FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG)
 DISK_FAILURES = (*FULL, errno.EROFS, errno.EIO)
-# what to do if memory is short: in training, and in commands without sizes to lower
+# what to do if memory runs out: in training, and in commands that have no sizes to lower
 OOM_HINT = "lower --batch_size (and raise --gradient_accumulation_steps), --block_size or --n_embd"
 CLOSE_OTHERS = "close other programs"
 
@@ -45,7 +45,7 @@ def cli_errors(out_of_memory: str = OOM_HINT) -> Iterator[None]:
         exit_with_error(2 if isinstance(error, UserError) else 1, error)
     except KeyboardInterrupt:
         exit_process(130)  # 128 + SIGINT, as shells expect
-    except BrokenPipeError:  # the reader of our output left (`| head`)
+    except BrokenPipeError:  # the reader of our output has exited (`| head`)
         sys.stderr.close()
         sys.exit(141)  # 128 + SIGPIPE
     except OSError as error:
@@ -54,20 +54,19 @@ def cli_errors(out_of_memory: str = OOM_HINT) -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that buffered output does not fail again
         path = error.filename or "the output"
         reason = why_not_written(error, path) if error.filename else error.strerror
-        exit_with_error(1, f"{path} cannot be written ({reason}); make room")
+        exit_with_error(1, f"{path} cannot be written ({reason}); free some space or use another disk")
     except (RuntimeError, MemoryError) as error:
         text = str(error).lower()
         if "gloo" in text or "nccl" in text or type(error).__name__ == "DistBackendError":
-            exit_with_error(
-                1, f"another rank was lost ({text[:60]}); start again (train.py --init_from=auto resumes)"
-            )
+            advice = "start again (train.py --init_from=auto resumes)"
+            exit_with_error(1, f"lost the connection to another rank ({text[:60]}); {advice}")
         if not is_out_of_memory(error):
             raise
         exit_with_error(1, f"out of memory; {out_of_memory}")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether it is torch's or Python's error for too little memory, a GPU's or the machine's."""
+    """Whether it is torch's or Python's error for running out of memory, on a GPU or the machine."""
     messages = ("out of memory", "t allocate memory", "not enough memory")
     matches = any(message in str(error).lower() for message in messages)
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and matches)
@@ -76,7 +75,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def exit_with_error(status: int, error: object) -> NoReturn:
     """Print `error` as one line and exit with `status`."""
     if status == 2 and int(os.environ.get("RANK", 0)):
-        time.sleep(3)  # rank 0 reports an error of all ranks; then torchrun ends the others
+        time.sleep(3)  # if all ranks have this error, rank 0 reports it, and torchrun ends the others
     sys.stdout.flush()
     lines = filter(None, map(str.strip, str(error).splitlines()))
     sys.stderr.write(f"error: {' '.join(lines)}\n")  # in one piece, as ranks share a terminal
@@ -84,7 +83,7 @@ def exit_with_error(status: int, error: object) -> NoReturn:
 
 
 def exit_process(status: int) -> NoReturn:
-    """End the process. A rank ends at once, as torch's communication threads may abort it otherwise."""
+    """Exit. A rank exits at once, as torch's communication threads could abort it otherwise."""
     if "RANK" in os.environ:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -93,22 +92,22 @@ def exit_process(status: int) -> NoReturn:
 
 
 def leave_to_rank_0(command: str) -> None:
-    """For commands that work in one process: under torchrun, all ranks but rank 0 end, and it continues
-    as a single process."""
+    """For commands that run as one process: under torchrun, all ranks but rank 0 exit, and rank 0 continues
+    alone."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return
     if int(os.environ.get("RANK", 0)):
         exit_process(0)
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         os.environ.pop(name, None)
-    warn(f"note     {command} works in one process, without torchrun; the other ranks end")
+    warn(f"note     {command} runs as a single process and needs no torchrun; the other ranks exit")
 
 
 @contextmanager
 def writable(path: str) -> Iterator[str]:
     """Raises UserError if the file cannot be written."""
     try:
-        with open(path, "a"):  # torch's profiler does not report it
+        with open(path, "a"):  # torch's profiler would not report the failure
             pass
         yield path
     except OSError as error:
@@ -122,9 +121,9 @@ def first_line(error: BaseException) -> str:
 
 
 def why_not_written(error: BaseException, path: str | Path, needed: int = 0) -> str:
-    """Why a file was not written, in words: of a full disk, the bytes `needed`, if known, and those free."""
+    """Why a file was not written; if the disk is full, with the bytes `needed`, if known, and those free."""
     cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, OSError):  # torch raises others on top of it
+    while cause is not None and not isinstance(cause, OSError):  # torch raises another error on top of it
         cause = cause.__context__
     in_rust = re.search(r"os error (\d+)", str(error))  # safetensors'
     number = cause.errno if cause else int(in_rust[1]) if in_rust else None
@@ -133,7 +132,6 @@ def why_not_written(error: BaseException, path: str | Path, needed: int = 0) -> 
     sizes = [f"{needed / 1e6:,.1f} MB needed"] if needed else []
     words = os.strerror(number)
     if number == errno.ENOSPC:
-        words += ", the disk is full"
         with suppress(OSError):
             sizes.append(f"{shutil.disk_usage(Path(path).parent).free / 1e6:,.1f} MB free")
     elif number not in FULL:
@@ -142,7 +140,7 @@ def why_not_written(error: BaseException, path: str | Path, needed: int = 0) -> 
 
 
 def near_name(word: str, names: Iterable[str]) -> str | None:
-    """The name that `word` is probably a typing error of; None if it is none, or one of the names itself."""
+    """The name that `word` is probably a misspelling of; None if there is none, or if `word` is a name."""
     plain = word.casefold().replace("-", "_").strip("_")
     by_plain = {name.casefold().replace("-", "_"): name for name in names}
     possible = [name for name in by_plain if name[:1] == plain[:1] or name.endswith(f"_{plain}")]
@@ -151,13 +149,13 @@ def near_name(word: str, names: Iterable[str]) -> str | None:
 
 
 def command(script: str, *words: str, **settings: object) -> str:
-    """A command line that runs a script of the repository from here, for the user's shell."""
+    """A command line for the user's shell that runs a script of the repository from the current folder."""
     flags = [f"--{name}={quote(value) if str(value) else ''}" for name, value in settings.items()]
     return " ".join(["python", path_from_here(script), *map(quote, words), *flags])
 
 
 def path_from_here(name: str | Path) -> str:
-    """A file of the repository, or another by its whole path, as a word for the user's shell."""
+    """A file of the repository as a word for the user's shell: relative if it is in the current folder."""
     try:
         path = os.path.relpath(REPO / name)
     except ValueError:  # another drive of Windows
@@ -174,6 +172,6 @@ def quote(value: object) -> str:
 
 
 def warn(line: str) -> None:
-    """Print a note to stderr, so that stdout has the samples alone; of several ranks, rank 0 does."""
+    """Print a note to stderr, so that stdout has only the samples; of several ranks, only rank 0 does."""
     if not int(os.environ.get("RANK", 0)):
         print(line, file=sys.stderr)

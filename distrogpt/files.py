@@ -10,7 +10,7 @@ from pathlib import Path
 
 from distrogpt.errors import UserError
 
-MARKS = {  # byte order marks, with which files of Windows begin; UTF-32's begins with UTF-16's
+MARKS = {  # byte order marks, which Windows programs write; UTF-32's begins with UTF-16's
     codecs.BOM_UTF32_LE: "utf-32",
     codecs.BOM_UTF32_BE: "utf-32",
     codecs.BOM_UTF16_LE: "utf-16",
@@ -18,17 +18,17 @@ MARKS = {  # byte order marks, with which files of Windows begin; UTF-32's begin
     codecs.BOM_UTF8: "utf-8-sig",
 }
 
-TEMPORARY = ".distrogpt-"  # how names of files begin that are not complete yet
+TEMPORARY = ".distrogpt-"  # prefix of the names of incomplete files
 
 
 def encoding_of(begin: bytes, default: str = "utf-8") -> str:
-    """The encoding that the mark at the beginning of a file names, or else the default."""
+    """The encoding that a byte order mark at the beginning of a file names, else the default."""
     return next((name for mark, name in MARKS.items() if begin.startswith(mark)), default)
 
 
 def likely_encoding(data: bytes) -> str | None:
-    """The probable encoding of a text without a mark, from its first bytes: UTF-16, whose ASCII has a null in
-    every second byte; None, if there are other nulls; UTF-8; or else that of Windows in the West."""
+    """The probable encoding of a text without a byte order mark, from its first bytes: UTF-16 if every second
+    byte is often null; None if other bytes are null; UTF-8 if it is valid; else Windows' cp1252."""
     even, odd = data[0::2].count(0), data[1::2].count(0)
     if max(even, odd) > len(data) // 8 and min(even, odd) <= len(data) // 64:
         return "utf-16-be" if even > odd else "utf-16-le"
@@ -42,31 +42,31 @@ def likely_encoding(data: bytes) -> str | None:
 
 
 def fault_of(error: UnicodeDecodeError, before: int | None = 0) -> str:
-    """The byte that has no place in an encoding, and its offset, if `before` bytes of the file came first."""
+    """The byte that is invalid in the encoding, and its offset, if `before` bytes of the file came first."""
     where = "" if before is None else f" at offset {before + error.start}"
-    return f"byte 0x{error.object[error.start]:02x}{where}"
+    return f"invalid byte 0x{error.object[error.start]:02x}{where}"
 
 
 def read_text(name: str | Path, what: str = "") -> str:
     r"""The text of a user's file, or of stdin if the name is -, with \n for each end of line. It is UTF-8,
-    or what its mark says. Raises UserError, in which the file is called `what`."""
+    or what its byte order mark says. Raises UserError, whose message calls the file `what`."""
     what = what or str(name)
     try:
         data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
         encoding = encoding_of(data)
         if encoding == "utf-8" and str(likely_encoding(data[:4096])).startswith("utf-16"):
-            raise UserError(f"{what} is binary, or UTF-16 without its mark; save it as UTF-8")
+            raise UserError(f"{what} is binary, or UTF-16 without a byte order mark; save it as UTF-8")
         return data.decode(encoding).replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         kind = "UTF-8" if encoding.startswith("utf-8") else encoding
         raise UserError(f"{what} is not {kind} text ({fault_of(error)}); save it as UTF-8") from None
     except (OSError, ValueError) as error:  # ValueError: a null character in the name
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{what} cannot be read ({reason}); name a text file") from None
+        raise UserError(f"{what} cannot be read ({reason}); give the path of a text file") from None
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a file completely or not at all, also if others write it at the same time. Raises OSError."""
+    """Write a file completely or not at all, even if other processes write it too. Raises OSError."""
     path = Path(os.path.realpath(path))
     if path.exists() and not path.is_file():  # a device or a pipe
         path.write_text(text, encoding="utf-8")
@@ -79,7 +79,7 @@ def write_text(path: str | Path, text: str) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        error.filename = error.filename or str(path)  # which Python knows of opening alone
+        error.filename = error.filename or str(path)  # Python sets it only if open() fails
         raise
     finally:
         temporary.unlink(missing_ok=True)
@@ -87,8 +87,8 @@ def write_text(path: str | Path, text: str) -> None:
 
 @contextmanager
 def locked(lock: Path, busy: str, timeout: float = 0.5) -> Iterator[None]:
-    """Keep other processes out of the block, by a file that is locked as long as this one lives, and removed
-    at the end. Raises UserError(busy) if another one is in it still after `timeout` seconds; OSError."""
+    """Keep other processes out of the block, by a file that is locked until the block or the process ends.
+    Raises UserError(busy) if another process still has the lock after `timeout` seconds; OSError."""
     from filelock import FileLock, Timeout  # comes with torch
 
     lock = Path(os.path.realpath(lock))
@@ -103,6 +103,6 @@ def locked(lock: Path, busy: str, timeout: float = 0.5) -> Iterator[None]:
     try:
         yield
     finally:
-        with suppress(OSError):  # Windows keeps what is open, and filelock removes it
+        with suppress(OSError):  # Windows cannot remove an open file; filelock does it later
             lock.unlink()
         holder.release()

@@ -1,4 +1,4 @@
-"""What a machine offers: its devices and compute dtypes, and what these can do at most."""
+"""The hardware of a machine: its devices, their compute dtypes, peak FLOP/s and memory bandwidth."""
 
 import time
 from functools import cache
@@ -18,16 +18,17 @@ def find_device(name: str) -> torch.device:
     except RuntimeError:
         device = None
     if device is None or device.type not in ("cpu", "cuda", "mps"):
-        raise UserError(f"device={name} is no device here; use auto, cpu, cuda, cuda:1 or mps")
+        raise UserError(f"device={name} is not a known device; use auto, cpu, cuda, cuda:1 or mps")
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise UserError("device=mps, but this is no Apple GPU; use --device=cpu")
+        raise UserError("device=mps, but this machine has no Apple GPU; use --device=cpu")
     if device.type != "cuda":
         return device
     if not torch.cuda.is_available():
-        raise UserError(f"device={name}, but torch {torch.__version__} finds no CUDA here; use --device=cpu")
+        raise UserError(f"device={name}, but torch {torch.__version__} finds no CUDA GPU; use --device=cpu")
     index, count = device.index or 0, torch.cuda.device_count()
     if index >= count:
-        raise UserError(f"device={name}, but there are {count} GPUs; count from cuda:0")
+        gpus = ", ".join(f"cuda:{number}" for number in range(count))
+        raise UserError(f"device={name}, but this machine has {gpus}; use one of these")
     return torch.device("cuda", index)
 
 
@@ -42,7 +43,7 @@ def find_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.float32
 
 
-@cache  # many short runs in one process, as a study's, measure once
+@cache  # measured once for many short runs in one process, as in a study
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Peak FLOP/s of the device: from its data sheet if that is known, else measured once."""
     gpu = find_gpu(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
@@ -57,7 +58,7 @@ def measured_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.
     and larger ones, which fill a larger machine."""
     best = 0.0
     for n in (512, 1024, 2048) if device.type == "cpu" else (4096, 8192):
-        a = torch.randn(n, n, device=device, dtype=dtype)  # GPUs are faster on equal numbers
+        a = torch.randn(n, n, device=device, dtype=dtype)  # random, as GPUs multiply constant matrices faster
         end = time.perf_counter() + seconds / 3
         now = 0.0
         while now < end:
@@ -72,7 +73,7 @@ def measured_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.
 
 @torch.no_grad()
 def measured_bandwidth(device: torch.device) -> float:
-    """Bytes per second of the fastest of several reads of a quarter gigabyte, on GPUs of two."""
+    """Bytes per second of the fastest of several reads: of a quarter gigabyte, on GPUs of two gigabytes."""
     data = torch.ones(2**28 if device.type == "cuda" else 2**25, dtype=torch.int64, device=device)
     best = 0.0
     for _ in range(6):

@@ -15,10 +15,10 @@ from distrogpt.runtime import activity
 from model import GPT, GPTConfig
 
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
-NAME_DATASET = "name the folder that has its meta.pkl or meta.json: --dataset=FOLDER"
+NAME_DATASET = "give the folder with its meta.pkl or meta.json: --dataset=FOLDER"
 
 
-@activity("loads the model")
+@activity("loading the model")
 def load_trained(out_dir: str, init_from: str) -> tuple[GPT, dict[str, Any], str]:
     """The network to use, on the CPU, the contents of its checkpoint, and a line that describes its source.
     init_from="resume" is the best checkpoint in out_dir; otherwise see load_pretrained. Raises UserError."""
@@ -38,7 +38,7 @@ def load_pretrained(
     """The network, on the CPU, and the contents of its checkpoint. Raises UserError.
 
     `name` is a run's folder or one of its .pt files, a folder in Hugging Face's format, or a name on the hub.
-    For Hugging Face's format, contents has meta alone, or nothing (GPT-2). `ways` are the other values of
+    For Hugging Face's format, contents has only meta, or nothing (GPT-2). `ways` are the other values of
     init_from that the command takes.
     """
     folder = Path(name)
@@ -59,8 +59,8 @@ def load_pretrained(
     except ImportError as error:
         raise UserError(f"init_from={name} needs {error.name}; run: pip install {error.name}") from None
     except Exception as error:  # no network, an unknown name, damaged or hostile files: errors of many types
-        advice = "give a folder with its config.json and model.safetensors, or go online"
-        advice = "use another one, or update" if is_folder else advice
+        advice = "check the name and your connection, or give a folder with config.json and model.safetensors"
+        advice = "use another model, or update distroGPT" if is_folder else advice
         raise UserError(f"init_from={name} cannot be loaded ({first_line(error)}); {advice}") from None
     if (folder / "meta.json").is_file():
         return model, {"meta": read_meta(folder)}
@@ -75,15 +75,15 @@ def load_pretrained(
 
 
 def check_name(name: str, ways: tuple[str, ...]) -> None:
-    """Raises UserError if `name` can be neither GPT-2's nor a name on the hub."""
+    """Raises UserError if `name` can be neither one of GPT2_NAMES nor a name on the hub."""
     if name.startswith((".", "~")) or os.path.isabs(name):
-        raise UserError(f"init_from={name[:200]} is not there; give a run's folder, or Hugging Face's")
+        raise UserError(f"init_from={name[:200]} does not exist; give the folder of a run or model")
     if name.partition(":")[0] in ("scratch", "auto") and name not in ways:
-        raise UserError(f"init_from={name[:200]} is for training; a run is named by --out_dir=FOLDER alone")
+        raise UserError(f"init_from={name[:200]} is only for train.py; to use a run, give --out_dir=FOLDER")
     if name not in GPT2_NAMES and "/" not in name:
         near = near_name(name, (*ways, *GPT2_NAMES))
         hint = f"did you mean {near}?" if near else f"use a folder, or one of {', '.join(GPT2_NAMES)}"
-        raise UserError(f"init_from={name[:200]} is neither a way to start nor a folder; {hint}")
+        raise UserError(f"init_from={name[:200]} is neither a known value nor a folder; {hint}")
 
 
 def find_tokenizer(
@@ -93,26 +93,28 @@ def find_tokenizer(
     a note. Raises UserError."""
     source = source.partition(", step ")[0]
     meta = find_meta(contents, vocab_size, source, dataset)
-    if (count := meta["vocab_size"]) > vocab_size:
-        raise UserError(f"{source} has {vocab_size} tokens, its tokenizer {count}; {NAME_DATASET}")
+    count = meta["vocab_size"]
+    sizes = f"{source} has a vocabulary of {vocab_size:,}, but its tokenizer has {count:,} tokens"
+    if count > vocab_size:
+        raise UserError(f"{sizes}; {NAME_DATASET}")
     if "meta" not in contents and vocab_size - count >= 128:  # more than padding
-        warn(f"note     {source} has {vocab_size:,} tokens, its tokenizer only {count:,}")
+        warn(f"note     {sizes}")
     if not meta["tokenizer"]:
         ids = f"prompts and samples are token ids, 0 to {count - 1}"
-        warn(f"note     {source} has no known tokenizer: {ids} (--dataset=FOLDER names one)")
+        warn(f"note     {source} has no known tokenizer: {ids} (--dataset=FOLDER gives one)")
     return tokenizer_of(meta)
 
 
 def find_meta(
     contents: dict[str, Any], vocab_size: int, source: str, dataset: str | None = None
 ) -> dict[str, Any]:
-    """What is known of a checkpoint's vocabulary: its own meta; else that of `dataset`, or of the dataset it
-    was trained on if that is here; else GPT-2's if it has its size, with a note. Raises UserError."""
+    """The meta of a checkpoint's vocabulary: its own; else that of `dataset`, or of the dataset that it was
+    trained on if that is found; else GPT-2's if the size fits, with a note. Raises UserError."""
     own, trained_on = contents.get("meta"), contents.get("config", {}).get("dataset")
     if dataset:
         *_, meta = find_parts(dataset)[0]
         if own and tokenizers_differ(own["tokenizer"], meta["tokenizer"]):
-            raise UserError(f"{source} has another tokenizer than {dataset}; use a dataset of its own")
+            raise UserError(f"{source} has another tokenizer than {dataset}; give its own dataset")
         return own if own and own["tokenizer"] else meta
     if own:
         return own
@@ -124,7 +126,7 @@ def find_meta(
     names = f"was trained on {trained_on[:200]}, which is not here" if trained_on else "names no dataset"
     if vocab_size not in (GPT2_META["vocab_size"], GPTConfig.vocab_size):
         raise UserError(f"{source} {names}, and its {vocab_size} tokens are not GPT-2's; {NAME_DATASET}")
-    warn(f"note     {source} {names}; its {vocab_size:,} tokens are taken for GPT-2's")
+    warn(f"note     {source} {names}; using GPT-2's tokenizer for its {vocab_size:,} tokens")
     return GPT2_META
 
 

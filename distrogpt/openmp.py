@@ -25,7 +25,7 @@ class ThreadWaits:
     sleeping = False
 
     def watch(self, seconds_waited: Callable[[], float], sleep_at_barriers: Callable[[bool], None]) -> None:
-        """Switch by what is measured, forever; `seconds_waited` counts up while threads wait for cores."""
+        """Measure and switch, forever; `seconds_waited` is the total time for which threads waited."""
         waited, clock, average = seconds_waited(), time.perf_counter(), 0.0
         while True:
             time.sleep(INTERVAL)
@@ -43,8 +43,8 @@ WAITS = ThreadWaits()  # of this process
 
 @cache
 def adapt_waits() -> None:
-    """Start to adapt the waits of this process, unless the user has chosen how threads wait, there is one
-    thread only, or this system or its OpenMP does not support it."""
+    """Start to adapt the waits of this process, unless the user has chosen how threads wait, there is only
+    one thread, or this system or its OpenMP does not support it."""
     if torch.get_num_threads() > 1 and not any(name in os.environ for name in SET_BY_USER):
         linux_counts = Path("/proc/self/schedstat").is_file()
         functions = run_delay if linux_counts else find_cores_taken(), find_switch()
@@ -63,8 +63,8 @@ def run_delay() -> float:
 
 
 def find_cores_taken() -> Callable[[], float] | None:
-    """By psutil: the seconds that other programs have used of cores which our threads need, less half a core,
-    which an idle desktop uses."""
+    """By psutil: the seconds for which other programs have used the cores that our threads need, minus half
+    a core, which an idle desktop uses."""
     try:
         import psutil
     except ImportError:

@@ -1,4 +1,4 @@
-"""What a terminal shows of work that takes a while, so that nothing is silent for long."""
+"""What a terminal shows during long work, so that a command is never silent for long."""
 
 import os
 import sys
@@ -11,8 +11,8 @@ from typing import Any
 
 @contextmanager
 def show_wait(what: str, state: Callable[[], str] = str, after: float = 2.0) -> Iterator[None]:
-    """Shows on stderr, if it is a terminal, after `after` seconds, what the block does, how far it is by
-    `state`, and how long it has taken. Print nothing in the block."""
+    """If the block takes longer than `after` seconds, show on stderr, if it is a terminal, what the block is
+    doing, its progress `state()`, and the seconds so far. The block must not print."""
     if sys.stderr is None or not sys.stderr.isatty():
         yield
         return
@@ -38,8 +38,8 @@ def show_wait(what: str, state: Callable[[], str] = str, after: float = 2.0) -> 
 
 
 def bar_size() -> dict[str, Any]:
-    """tqdm's options that fit its bar to the terminal. One that does not know its size, as in containers,
-    has no rows, and tqdm would show nothing."""
+    """tqdm's options for the size of its bar. A terminal of unknown size, as in containers, has 0 rows, and
+    tqdm would show nothing."""
     with suppress(OSError, ValueError, AttributeError):
         if 0 in os.get_terminal_size(sys.stderr.fileno()):
             return {"ncols": 80, "nrows": 24}

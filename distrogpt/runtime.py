@@ -28,7 +28,7 @@ log = logging.getLogger("distrogpt")
 
 class LineHandler(logging.Handler):
     """Prints messages to sys.stdout at once, above the progress bar if there is one. If the reader of a pipe
-    leaves (`| head`), a run that saves its state on SIGTERM stops as by that signal."""
+    exits (`| head`), a run that handles SIGTERM stops as if it had received it."""
 
     write = staticmethod(partial(print, flush=True))  # or the progress bar's
 
@@ -46,7 +46,7 @@ HANDLER = LineHandler()
 
 
 def start_logging(is_main: bool) -> None:
-    """Print the messages of the logger "distrogpt", on rank 0 alone."""
+    """Print the messages of the logger "distrogpt", only on rank 0."""
     log.handlers[:] = [HANDLER]
     log.setLevel(logging.INFO if is_main else logging.CRITICAL)
     log.propagate = False
@@ -67,11 +67,11 @@ class Runtime:
         return self.rank == 0
 
     def autocast(self) -> AbstractContextManager:
-        """The context of a forward pass: matrix products in `dtype`, what needs the range in fp32."""
+        """The context of a forward pass: matrix products in `dtype`, those that need its range in fp32."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def grad_scaler(self) -> torch.amp.GradScaler:
-        """The scaling of the loss that fp16 needs; does nothing for other dtypes."""
+        """The loss scaling that fp16 needs; disabled for other dtypes."""
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
 
     def to_device(self, array: np.ndarray) -> torch.Tensor:
@@ -121,7 +121,9 @@ def start_runtime(device: str = "auto", dtype: str = "auto", backend: str = "aut
     if world_size > 1 and torch_device.type == "cuda":
         local_rank = int(os.environ["LOCAL_RANK"])
         if local_rank >= torch.cuda.device_count():
-            raise UserError(f"rank {rank} has no GPU of its own; start no more processes than GPUs per node")
+            count = torch.cuda.device_count()
+            advice = f"start at most one process per GPU: torchrun --nproc_per_node={count}"
+            raise UserError(f"rank {rank} has no GPU of its own; {advice}")
         torch_device = torch.device("cuda", local_rank)
     if torch_device.type == "cuda":
         torch.cuda.set_device(torch_device)
@@ -141,20 +143,20 @@ def start_runtime(device: str = "auto", dtype: str = "auto", backend: str = "aut
 
 
 def stop_runtime() -> None:
-    """Leave the group of ranks."""
+    """Leave the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def tune_malloc() -> None:
-    """Let glibc keep the memory that a step frees: to fetch it again costs a tenth of the step."""
+    """Let glibc keep the memory that a step frees: requesting it again takes a tenth of the step."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # another libc, another system
         return
     mmap_threshold, trim_threshold, top_pad = -3, -1, -2  # their numbers in malloc.h
     if not mallopt(mmap_threshold, 2**30):
-        mallopt(mmap_threshold, 2**25)  # older versions take 32 MiB at most
+        mallopt(mmap_threshold, 2**25)  # the maximum of older versions
     mallopt(trim_threshold, 2**31 - 1)
     mallopt(top_pad, 2**26)
 
@@ -163,8 +165,8 @@ def tune_malloc() -> None:
 def enable_onednn_float32(runtime: Runtime) -> None:
     """Let oneDNN multiply fp32 matrices on a CPU if it does so exactly: on AMD, twice as fast as MKL.
 
-    "medium" allows oneDNN to round to bf16; on chips where it does (AMX), the default stays. Training gains;
-    torch's attention of one query, in sampling, becomes slower by it.
+    "medium" allows oneDNN to round to bf16; on chips on which it does (AMX), the default stays. Training gets
+    faster; torch's attention for one query, in sampling, gets slower.
     """
     if runtime.device.type != "cpu":
         return
@@ -190,10 +192,10 @@ def collect_signals(abandon: Callable[[], None], enabled: bool = True) -> Iterat
             raise KeyboardInterrupt
         if received.count(number) == 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
             with suppress(OSError):  # print() is not safe in a signal handler
-                os.write(2, b"\nfinishes the step and saves; Ctrl-C again ends at once\n")
+                os.write(2, b"\nfinishing the step and saving; press Ctrl-C again to stop at once\n")
 
     previous_handlers = {}
-    with suppress(ValueError):  # not in the main thread, which alone can catch signals
+    with suppress(ValueError):  # not in the main thread: only that can catch signals
         for name in ("SIGINT", "SIGTERM", "SIGUSR1") if enabled else ():
             if number := getattr(signal, name, None):  # Windows has no SIGUSR1
                 previous_handlers[number] = signal.signal(number, collect)
@@ -209,8 +211,8 @@ def progress_bar(
     first: int, last: int, runtime: Runtime, unit: str = "step", what: str = ""
 ) -> Iterator[Callable]:
     """Yields advance(units=1, loss=None): on a terminal, it moves tqdm's bar with the loss and the time left.
-    In a file, on other ranks and without tqdm, there is no bar. Logged lines are printed above it. The bar of
-    a part of the work, `what`, appears after a second and is removed at its end."""
+    In a file, on other ranks and without tqdm, there is no bar. Log lines are printed above it. The bar of a
+    part of the work, named by `what`, appears after a second and is removed at the end."""
     options: dict[str, Any] = {"total": last, "initial": first, "unit": unit}
     if what:
         options |= {"desc": what, "delay": 1, "leave": False, "smoothing": 0}
@@ -227,7 +229,7 @@ def progress_bar(
 
 @contextmanager
 def activity(what: str) -> Iterator[None]:
-    """On a terminal, shows after a second what this process does, and for how long."""
+    """On a terminal, shows after a second what this process is doing, and for how long."""
     options = {"desc": what, "bar_format": "{desc}, {elapsed}", "delay": 1, "leave": False}
     with terminal_bar(True, **options):
         yield
@@ -235,8 +237,8 @@ def activity(what: str) -> Iterator[None]:
 
 @contextmanager
 def terminal_bar(wanted: bool, **options: Any) -> Iterator[Any]:
-    """Yields tqdm's bar, redrawn each second, so that a long step is no silence; None if it is not wanted,
-    this is no terminal or another rank, or there is no tqdm."""
+    """Yields tqdm's bar, redrawn each second, also during a long step; None if it is not wanted, if stderr is
+    not a terminal, on other ranks, or if tqdm is not installed."""
     tqdm = None
     if wanted and sys.stderr.isatty() and not int(os.environ.get("RANK", 0)):
         with suppress(ImportError):
@@ -249,7 +251,7 @@ def terminal_bar(wanted: bool, **options: Any) -> Iterator[Any]:
 
         def redraw() -> None:
             while not ended.wait(1):
-                if bar.delay:  # close() removes what was drawn after it
+                if bar.delay:  # else close() would not remove the bar
                     bar.last_print_t = time.time()
                 bar.refresh()
 

@@ -198,9 +198,9 @@ def test_the_commands_that_follow_are_quoted(dataset, tmp_path, monkeypatch, cap
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("text", "python data/text/prepare.py --input FILE --name NAME, then --dataset=NAME"),
-        ("audio", "python data/audio/prepare.py --input FOLDER --name NAME, then --dataset=NAME"),
-        ("hub", "python data/hub/prepare.py --dataset OWNER/SET --output data/NAME, then --dataset=NAME"),
+        ("text", "python data/text/prepare.py --input FILE --name NAME, then use --dataset=NAME"),
+        ("audio", "python data/audio/prepare.py --input FOLDER --name NAME, then use --dataset=NAME"),
+        ("hub", "python data/hub/prepare.py --dataset OWNER/SET --output data/NAME, then use --dataset=NAME"),
     ],
 )
 def test_a_folder_of_a_script_is_told_with_the_whole_command(name, says):
@@ -213,24 +213,25 @@ def test_advice_that_a_command_can_follow(dataset, trained, tmp_path, monkeypatc
     asked = run_here(
         "train.py", *TINY, f"--dataset={dataset}", "--eval_hellaswag=True", f"--out_dir={tmp_path / 'o'}"
     )
-    assert_user_error(asked, "no download", "give --hellaswag_input=FILE")
+    assert_user_error(asked, "download failed", "give --hellaswag_input=FILE")
     for way in ("scratch", "auto", "auto:gpt2"):
-        assert_user_error(run_here("sample.py", f"--init_from={way}"), f"init_from={way} is for training")
+        asked = run_here("sample.py", f"--init_from={way}")
+        assert_user_error(asked, f"init_from={way} is only for train.py")
     assert_user_error(run_here("sample.py", "--init_from=scrach"), "use a folder, or one of gpt2")
     assert_user_error(run_here("sample.py", "--init_from=gpt2-x1"), "did you mean gpt2-xl?")
     there = prepare_here("data/roman/prepare.py", "--output", dataset)
-    assert_user_error(there, "has a dataset already; choose another --output, or --overwrite")
+    assert_user_error(there, "has a dataset already; choose another --output, or give --overwrite")
     there = prepare_here("data/text/prepare.py", "--input", dataset, "--output", dataset)
-    assert_user_error(there, "has a dataset already; choose another --name or --output, or --overwrite")
+    assert_user_error(there, "has a dataset already; choose another --name or --output, or give --overwrite")
 
 
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        ("hub --input x --dataset y", "--dataset has no effect: it is for the hub"),
-        ("openwebtext --input x --split test", "--split has no effect: it is for the hub"),
-        ("fineweb_edu --encoding latin-1", "--encoding has no effect: it is for files"),
-        ("text --input x --name y --output z", "--name y has no effect beside --output z"),
+        ("hub --input x --dataset y", "--dataset has no effect with --input"),
+        ("openwebtext --input x --split test", "--split has no effect with --input"),
+        ("fineweb_edu --encoding latin-1", "--encoding has no effect without --input"),
+        ("text --input x --name y --output z", "--name y has no effect with --output z"),
     ],
 )
 def test_options_of_prepare_without_effect_are_refused(words, says):

@@ -77,7 +77,8 @@ def test_the_last_good_file_of_a_run_is_named(dataset, tmp_path):
     spoil(out_dir / "last.pt")
     resume = (*flags, "--init_from=resume", "--max_iters=22")
     good = out_dir / "ckpt.pt"
-    assert_user_error(run_here("train.py", *resume), f"{good} is the last good file: copy it to last.pt")
+    wrong = run_here("train.py", *resume)
+    assert_user_error(wrong, f"{good} is the last good checkpoint: copy it to last.pt")
     averages = torch.load(good, weights_only=True)["optimizer"]
     averages["state"][3]["exp_avg_sq"].view(-1)[0] = math.inf
     change(good, optimizer=averages)
@@ -111,7 +112,7 @@ def test_a_best_loss_that_is_no_number_is_forgotten(out_dir, dataset):
 
 def test_weights_too_large_for_the_dtype_are_refused(out_dir, dataset, tmp_path):
     spoil(out_dir / "ckpt.pt", 70_000.0)
-    words = (f"{BROKEN} has 7e+04", "too large for float16; set --dtype=bfloat16")
+    words = (f"{BROKEN} has a value of 7e+04", "too large for float16; set --dtype=bfloat16")
     flags = (f"--out_dir={out_dir}", "--dtype=float16", "--device=cpu")
     assert_user_error(sample_here(*flags), *words)
     assert_user_error(sample_here(*flags, "--int8=True"), *words)
@@ -170,7 +171,7 @@ def test_a_vocabulary_of_gpt2s_size_is_taken_for_gpt2s_with_a_note(vocab_size, n
     )
     done = sample_here(f"--out_dir={nanogpt}", "--start=Hello", *GREEDY)
     assert done.returncode == 0 and done.stdout.startswith("Hello")
-    note = f"was trained on elsewhere, which is not here; its {vocab_size:,} tokens are taken for GPT-2's"
+    note = f"trained on elsewhere, which is not here; using GPT-2's tokenizer for its {vocab_size:,} tokens"
     assert done.stderr.count("note     ") == 1 and note in done.stderr
     assert_user_error(sample_here(f"--out_dir={nanogpt}", f"--dataset={nanogpt / 'no'}"), "no dataset")
 
@@ -224,9 +225,9 @@ def test_weights_of_wrapped_and_tied_networks(kind, missing, nanogpt):
 def test_weights_that_are_there_twice_are_refused(nanogpt):
     path, weights = nanogpt / "ckpt.pt", load_checkpoint(nanogpt / "ckpt.pt")["model"]
     change(path, model=weights | {f"module.{name}": tensor + 1 for name, tensor in weights.items()})
-    assert_user_error(sample_here(f"--out_dir={nanogpt}"), "is there twice")
+    assert_user_error(sample_here(f"--out_dir={nanogpt}"), "two weights are named")
     change(path, model=weights | {f"ema.{name}": tensor + 1 for name, tensor in weights.items()})
-    assert_user_error(sample_here(f"--out_dir={nanogpt}"), "ema.lm_head.weight has no place")
+    assert_user_error(sample_here(f"--out_dir={nanogpt}"), "unexpected weight ema.lm_head.weight")
 
 
 def test_an_untied_network_that_does_not_say_so_keeps_both_tables(nanogpt):

@@ -139,9 +139,9 @@ def test_the_main_thread_sets_how_long_llvms_threads_spin():
 
 def test_a_run_notes_a_busy_machine_once(dataset, tmp_path):
     flags = [*TINY, f"--dataset={dataset}", f"--out_dir={tmp_path}"]
-    assert "other programs use the cores" not in train_here(*flags)
+    assert "other programs use the CPU" not in train_here(*flags)
     WAITS.sleeping = True
     try:
-        assert train_here(*flags).count("other programs use the cores") == 1
+        assert train_here(*flags).count("other programs use the CPU") == 1
     finally:
         WAITS.sleeping = False

@@ -1,7 +1,7 @@
-"""Sums of numbers of up to two digits, a line each (12+34=46): 9,000 train and 1,000 val lines, no download.
+"""Sums of numbers of up to two digits, one per line (12+34=46): 9,000 train and 1,000 val lines, no download.
 
 --digits=3 draws 100,000 of the million pairs of numbers of up to three digits. --reverse writes the answer's
-last digit first (12+34=64), the order in which sums are done. 12+34 and 34+12 are two lines.
+last digit first (12+34=64), the order in which addition is done by hand. 12+34 and 34+12 are two lines.
 """
 
 import sys

@@ -1,8 +1,8 @@
 """Speech as a dataset of text: python data/audio/prepare.py --input recordings/ --name mybook
 
 Whisper (arXiv 2212.04356) transcribes each recording with faster-whisper; the rest is as in data/text.
-Transcripts stay in data/NAME/transcripts, with a checksum of what they depend on in their names: another
-call transcribes new recordings only. data/NAME/transcripts.txt has all of them in order.
+Transcripts are kept in data/NAME/transcripts, by a checksum of the recording and the options: the next call
+transcribes only new recordings. data/NAME/transcripts.txt has all of them in order.
 """
 
 import sys

@@ -1,8 +1,8 @@
-"""FineWeb-Edu, web pages that teach, in GPT-2's byte-pair encoding: 10 billion tokens, 20 GB, as shards.
+"""FineWeb-Edu, educational web pages, in GPT-2's byte-pair encoding: 10 billion tokens, 20 GB, as shards.
 
---config=sample-100BT, sample-350BT or default (1.3 trillion) take more, --max_tokens=1e9 less. Streamed from
-the hub, tokenized on all cores; only the shards are on disk. The first one, 10^8 tokens, is val.
-If interrupted, the same command resumes; --shard 3/16 writes the third of sixteen parts, one per machine.
+--config=sample-100BT, sample-350BT or default (1.3 trillion) gives more tokens, --max_tokens=1e9 fewer. The
+text is streamed from the hub and tokenized on all cores; only the shards are stored. The first one, 10^8
+tokens, is val. If interrupted, the same command resumes. --shard 3/16 writes the third of sixteen parts.
 """
 
 import sys

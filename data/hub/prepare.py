@@ -1,7 +1,7 @@
 """Any text dataset of the Hugging Face hub: --dataset=Salesforce/wikitext --config=wikitext-103-raw-v1
 
-It becomes data/salesforce_wikitext_wikitext_103_raw_v1 (or --output) in shards, as data/fineweb_edu does:
-streamed, tokenized on all cores; the first shard, or the first tenth of a small text, is val; if
+It is written to data/salesforce_wikitext_wikitext_103_raw_v1 (or --output) in shards, as by data/fineweb_edu:
+streamed, and tokenized on all cores. The first shard, or the first tenth of a small text, is val. If
 interrupted, the same command resumes.
 """
 

@@ -1,7 +1,7 @@
 """OpenWebText, 8 million web pages, in GPT-2's byte-pair encoding: about 9 billion tokens, 18 GB, as shards.
 
-Streamed from the hub, tokenized on all cores; only the shards are on disk. Each document ends with
-<|endoftext|>. The first shard, 10^8 tokens, is val. If interrupted, the same command resumes.
+The text is streamed from the hub and tokenized on all cores; only the shards are stored. Each document ends
+with <|endoftext|>. The first shard, 10^8 tokens, is val. If interrupted, the same command resumes.
 """
 
 import sys

@@ -1,7 +1,7 @@
-"""Numbers from 1 to 3,999 in Roman numerals, a line each (1987=MCMLXXXVII): 3,599 train and 400 val lines.
+"""Numbers from 1 to 3,999 in Roman numerals, one per line (1987=MCMLXXXVII): 3,599 train, 400 val lines.
 
---direction=from_roman writes MCMLXXXVII=1987, --direction=both both; then held-out numbers have neither line
-in train. No download.
+--direction=from_roman writes MCMLXXXVII=1987, --direction=both writes both lines; neither line of a held-out
+number is in train. No download.
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Arithmetic sequences to continue (17,20,23=26,29,32): 7,290 train and 810 val lines.
 
-A line has three numbers and the three that follow them. The first is from 0 to 899 (--highest), the step
+A line has three numbers and the three that follow. The first number is from 0 to 899 (--highest), the step
 from 1 to 9 (--steps). No download.
 """
 

@@ -1,7 +1,7 @@
 """The Python standard library's own source on this machine, as characters: 9 MB, vocabulary 96, no download.
 
-Left out are tests, tables of text encodings, and files with other than printable ASCII. Every tenth file, in
-the order of their paths, is validation. The vocabulary is the newline, then ASCII 32 to 126.
+Tests, tables of text encodings, and files with characters other than printable ASCII are left out. Every
+tenth file, in the order of paths, is val. The vocabulary is the newline, then ASCII 32 to 126.
 """
 
 import sys
@@ -26,8 +26,8 @@ def source_files(folder: Path) -> list[str]:
     for path in sorted(folder.rglob("*.py"), key=lambda path: path.relative_to(folder).as_posix()):
         if LEFT_OUT.isdisjoint(path.relative_to(folder).parts):
             try:
-                text = path.read_text(encoding="utf-8-sig", errors="replace")  # which CHARS has not
-            except OSError:  # such as a link that leads nowhere
+                text = path.read_text(encoding="utf-8-sig", errors="replace")  # U+FFFD is not in CHARS
+            except OSError:  # such as a broken link
                 continue
             if text.strip() and set(text) <= set(CHARS):
                 texts.append(text.strip("\n") + "\n\n\n")
@@ -41,10 +41,10 @@ def main() -> None:
     )
     args = parser.parse_args()
     folder = args.input or Path(sysconfig.get_path("stdlib"))
-    with show_wait("reads the files"):
+    with show_wait("reading the files"):
         texts = source_files(folder)
     if len(texts) < 10:
-        raise UserError(f"{folder} has only {len(texts)} plain .py files; give another --input FOLDER")
+        raise UserError(f"{folder} has only {len(texts)} ASCII .py files; give another --input FOLDER")
     tokenizer, source = CharTokenizer(CHARS), f"{folder}, Python {sys.version.split()[0]}"
     with write_dataset(args.output, tokenizer, args.overwrite, source=source) as add:
         for number, text in enumerate(texts):

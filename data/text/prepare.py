@@ -1,8 +1,8 @@
 """Your own text as a dataset: python data/text/prepare.py --input notes/ --name mybook
 
-Files, folders and globs of .txt, .md, .jsonl, .json, .csv, .tsv and .parquet, all but the last also as .gz or
-.zst, and stdin by --input -. Each file of text is a document, or several with <|endoftext|> between them; so
-is each row of the others. It writes data/mybook and prints the next two commands.
+--input takes files, folders and globs of .txt, .md, .jsonl, .json, .csv, .tsv and .parquet, all but the last
+also as .gz or .zst; - is stdin. Each text file is a document, or several with <|endoftext|> between them;
+each row of the others is a document. Writes data/mybook and prints the next two commands.
 """
 
 import sys

@@ -1,1 +1,1 @@
-"""Datasets: token files, tokenizers, and which windows a step reads."""
+"""Datasets: token files, tokenizers, and the windows that a step reads."""

@@ -1,4 +1,4 @@
-"""The data of a run: a dataset, or a weighted mixture of datasets, and the windows that it reads of them."""
+"""The data of a run: a dataset or a weighted mixture of datasets, and the windows that the run reads."""
 
 import math
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ from distrogpt.errors import UserError
 from distrogpt.runtime import Runtime, activity
 from distrogpt.settings import TrainConfig
 
-Windows = tuple[np.ndarray, np.ndarray]  # their starts, and how many first targets do not count: (N,), (N,)
+Windows = tuple[np.ndarray, np.ndarray]  # starts, and numbers of first targets not to count: (N,), (N,)
 
 
 @dataclass
@@ -31,7 +31,7 @@ class Part:
     line_starts: dict[str, np.ndarray] = field(default_factory=dict)  # by split, with sampling=lines
 
     def tokens_per_byte(self, split: str = "val") -> float | None:
-        """Of a split; None if meta.json does not have the size of its text."""
+        """The ratio of a split; None if meta.json does not have the size of its text."""
         size = self.meta.get("bytes", {}).get(split)
         return len(self.streams[split]) / size if size else None
 
@@ -84,12 +84,12 @@ def parse_mixture(text: str) -> list[tuple[str, float]]:
             weights.append(None)
         names.append(piece if weights[-1] is None else name)
     if len(pieces) > 1 and (not all(names) or len(set(names)) < len(names)):
-        raise UserError(f"dataset={text[:200]} has a name that is empty or there twice; name each once")
+        raise UserError(f"dataset={text[:200]} has an empty or repeated name; give each name once")
     given = [weight for weight in weights if weight is not None]
     if not given:
         return [(name, 1 / len(names)) for name in names]
     if len(given) < len(weights) or not all(0 < weight < math.inf for weight in given):
-        raise UserError(f"dataset={text[:200]}: weights are not all positive; write NAME:0.9,OTHER:0.1")
+        raise UserError(f"dataset={text[:200]}: not all weights are positive; write NAME:0.9,OTHER:0.1")
     return [(name, weight / sum(given)) for name, weight in zip(names, given, strict=True)]
 
 
@@ -103,7 +103,7 @@ def find_parts(text: str) -> list[tuple[str, float, Path, dict[str, Any]]]:
     for name, *_, meta in parts[1:]:
         if different := [key for key in GPT2_META if meta[key] != first[key]]:
             advice = "prepare them with the same tokenizer"
-            raise UserError(f"{first_name} and {name} have not the same {different[0]}; {advice}")
+            raise UserError(f"{first_name} and {name} differ in {different[0]}; {advice}")
     return parts
 
 
@@ -112,7 +112,7 @@ def measured_splits(config: TrainConfig) -> tuple[str, ...]:
     return ("train", "val") if config.eval_splits == "both" else (config.eval_splits,)
 
 
-@activity("opens the data")
+@activity("opening the data")
 def open_dataset(config: TrainConfig, splits: tuple[str, ...] | None = None) -> Dataset:
     """Open the settings' dataset or mixture, by default the splits that a run reads. Raises UserError."""
     if splits is None:
@@ -124,11 +124,11 @@ def open_dataset(config: TrainConfig, splits: tuple[str, ...] | None = None) -> 
         parts.append(Part(name, weight, folder, meta, streams))
     newline = separator = None
     if config.sampling == "lines" or config.loss_after is not None:
-        newline = single_token_id("\n", parts[0].meta, "the newline, which ends lines,")
+        newline = single_token_id("\n", parts[0].meta, "the newline")
     if config.loss_after is not None:
         separator = single_token_id(config.loss_after, parts[0].meta, f"loss_after={config.loss_after!r}")
         if separator == newline:
-            raise UserError("the separator is the newline, which ends a line; choose a token within lines")
+            raise UserError("loss_after is the newline, which ends a line; choose a token within lines")
     if config.sampling == "lines":
         for part in parts:
             for split, stream in part.streams.items():
@@ -140,19 +140,19 @@ def open_dataset(config: TrainConfig, splits: tuple[str, ...] | None = None) -> 
 def single_token_id(text: str, meta: dict[str, Any], what: str) -> int:
     """The id of a text that is one token. Raises UserError if it is not."""
     if not meta["tokenizer"]:
-        raise UserError(f"{what} is to be found, but the vocabulary names no characters; write a meta.json")
+        raise UserError(f"{what} cannot be encoded: the dataset has no tokenizer; add one to its meta.json")
     try:
         ids = from_description(meta["tokenizer"]).encode(text)
     except UserError as error:
         raise UserError(f"{what}: {error}") from None
     if len(ids) != 1:
-        raise UserError(f"{what} has to be one token, but {text!r} is {len(ids)}; choose another")
+        raise UserError(f"{what} must be a single token, but {text!r} is {len(ids)} tokens; choose another")
     return int(ids[0])
 
 
 def to_xy(windows: np.ndarray, loss_mask: np.ndarray | None, runtime: Runtime) -> tuple[Tensor, Tensor]:
-    """Inputs x (B, T) and next tokens y (B, T) of windows (B, T + 1), on the device; y is -1 where the loss
-    does not count a target."""
+    """Inputs x (B, T) and next tokens y (B, T) of windows (B, T + 1), on the device; y is -1 for targets that
+    the loss does not count."""
     tokens = runtime.to_device(windows)
     x, y = tokens[:, :-1], tokens[:, 1:]
     return x, y if loss_mask is None else y.masked_fill(runtime.to_device(~loss_mask), -1)
@@ -187,8 +187,8 @@ def samples_per_epoch(data: Dataset, config: TrainConfig) -> int:
 
 
 def strided_windows(length: int, T: int, stride: int) -> Windows:
-    """Windows of T tokens and a target over `length` ids, `stride` apart. Targets that an earlier one has do
-    not count, so that each id but the first is a target once, with T - stride ids or more before it."""
+    """Windows of T tokens and a target over `length` ids, `stride` apart. Targets of earlier windows are not
+    counted again: each id but the first is a target once, after at least T - stride ids of context."""
     last = length - 1 - T
     starts = np.minimum(np.arange(1 + math.ceil(last / stride)) * stride, last)
     return starts, np.append(0, starts[:-1] + T - starts[1:])
@@ -204,7 +204,7 @@ def evaluation_windows(
     start with a line, and eval_iters=0 takes each line of val.
     """
     B, T, by_lines = config.batch_size, config.block_size, config.sampling == "lines"
-    full_split = "train" if config.eval_splits == "train" else "val"  # all of it with eval_iters=0
+    full_split = "train" if config.eval_splits == "train" else "val"  # evaluated as a whole with eval_iters=0
     stream, starts, skip = part.streams[split], part.line_starts.get(split), None
     if config.eval_iters or split != full_split:
         windows = part.line_starts[full_split] if by_lines else range(0, len(part.streams[full_split]) - 1, T)
@@ -217,5 +217,6 @@ def evaluation_windows(
         starts, skip = strided_windows(len(stream), T, stride or T)
     if skip is None:
         skip = np.zeros_like(starts)
-    padding = (0, -len(starts) % (ranks * B))  # windows that do not count: equal batches suit torch.compile
+    # windows that are not counted make batches equal, for torch.compile
+    padding = (0, -len(starts) % (ranks * B))
     return np.pad(starts, padding), np.pad(skip, padding, constant_values=T)

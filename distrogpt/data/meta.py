@@ -1,4 +1,4 @@
-"""The folder of a dataset, and what its meta.json, or nanoGPT's meta.pkl, says of the token ids in it."""
+"""The folder of a dataset, and its meta.json, or nanoGPT's meta.pkl, which describes its token ids."""
 
 import json
 import os
@@ -19,13 +19,13 @@ GPT2_META = {"tokenizer": {"kind": "gpt2"}, "vocab_size": 50257, "dtype": "uint1
 
 
 def folders_of(name: str) -> list[Path]:
-    """Where the dataset of that name may be: data/NAME here or in the repository, or NAME as a path."""
+    """The possible folders of a dataset: data/NAME here or in the repository, or NAME as a path."""
     return [Path("data") / name, DATA / name, Path(name)]
 
 
 def has_dataset(folder: Path, suffix: str = "") -> bool:
-    """Whether a folder has token ids or their meta, complete or not, in a file of that suffix."""
-    with suppress(OSError, ValueError):  # it is not there; ValueError: a null character in the name
+    """Whether a folder has a file of token ids or their meta, complete or not, with that suffix."""
+    with suppress(OSError, ValueError):  # it is missing; ValueError: a null character in the name
         names = os.listdir(folder)
         return any(name.endswith(suffix) and DATASET_FILE.fullmatch(name) for name in names)
     return False
@@ -45,16 +45,16 @@ def find_dataset(name: str) -> Path:
         raise UserError(f"{folder / 'train.bin'} is missing; {how_to_prepare(script)}")
     if os.path.isfile(name):
         here = has_dataset(Path(name).parent)
-        hint = f"give {Path(name).parent}" if here else how_to_prepare(DATA / "text")
-        raise UserError(f"no dataset {name}, which is a file; {hint}")
+        hint = f"give its folder, {Path(name).parent}" if here else how_to_prepare(DATA / "text")
+        raise UserError(f"dataset {name} is a file; {hint}")
     scripts = {path.parent.name for path in DATA.glob("*/prepare.py")}
     hint = did_you_mean(name, scripts - set(NAMING))
-    hint = hint or f"prepared: {prepared_names(name)}; data/ can make {', '.join(sorted(scripts))}"
-    raise UserError(f"no dataset {name[:200]}; {hint}")
+    hint = hint or f"prepared: {prepared_names(name)}; scripts in data/: {', '.join(sorted(scripts))}"
+    raise UserError(f"there is no dataset {name[:200]}; {hint}")
 
 
 def prepared_near(name: str) -> list[str]:
-    """The names of the datasets in data/, here and in the repository, and of those beside that path."""
+    """The names of the datasets in data/, here and in the repository, and of those beside the path `name`."""
     found: set[str] = set()
     for parent, prefix in ((Path("data"), ""), (DATA, ""), (Path(name).parent, Path(name).parent)):
         with suppress(OSError, ValueError):
@@ -64,13 +64,13 @@ def prepared_near(name: str) -> list[str]:
 
 
 def prepared_names(name: str) -> str:
-    """The same as text."""
+    """The names of prepared_near as text, at most 20."""
     names = prepared_near(name)
     return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if names[20:] else "") or "none"
 
 
 def did_you_mean(name: str, others: Iterable[str]) -> str:
-    """A question whether one of the datasets near there is meant, or one of the others; empty if none is."""
+    """A question for a misspelt name: whether one of prepared_near, or of the others, is meant; or ""."""
     by_last_part = {Path(known).name: known for known in [*others, *prepared_near(name)]}
     near = near_name(Path(name).name, by_last_part)
     return f"did you mean {by_last_part[near]}?" if near else ""
@@ -100,13 +100,13 @@ def checked_meta(meta: Any) -> dict[str, Any]:
         raise ValueError("tokenizer, vocab_size or dtype is missing")
     tokenizer, vocab_size = meta["tokenizer"], meta["vocab_size"]
     if not isinstance(tokenizer, dict | None) or meta["dtype"] not in ("uint16", "uint32"):
-        raise ValueError("tokenizer or dtype is not what this version writes")
+        raise ValueError("tokenizer or dtype is not supported")
     counts = [vocab_size, *meta.get("tokens", {}).values(), *meta.get("bytes", {}).values()]
     if any(type(count) is not int or count < 1 for count in counts) or vocab_size >= 1 << 31:
         raise ValueError("vocab_size, tokens, bytes are not positive numbers, or vocab_size is over 31 bits")
     described = described_vocab_size(tokenizer or {})
     if described > vocab_size:
-        raise ValueError(f"the tokenizer has {described} ids, which are more than vocab_size={vocab_size}")
+        raise ValueError(f"the tokenizer has {described} ids, more than vocab_size={vocab_size}")
     return meta
 
 
@@ -126,15 +126,15 @@ def tokenizers_differ(trained_on: dict[str, Any] | None, given: dict[str, Any] |
 
 
 class VocabularyUnpickler(pickle._Unpickler):
-    """Reads dicts, lists, strings and numbers, and refuses all that would run code, and tuples: nested ones
-    can take years to hash. Its base, in Python, has a dict as memo, so that no number allocates memory."""
+    """Reads dicts, lists, strings and numbers. Refuses all that would run code, and tuples: nested ones can
+    take years to hash. Its base class, in Python, has a dict as memo: a large index allocates no memory."""
 
     dispatch = {
         opcode: load for opcode, load in pickle._Unpickler.dispatch.items() if "tuple" not in load.__name__
     }
 
     def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which a vocabulary does not need")
+        raise pickle.UnpicklingError(f"it loads {module}.{name}, which a vocabulary does not need")
 
 
 def read_meta_pickle(path: Path) -> dict[str, Any]:
@@ -148,6 +148,6 @@ def read_meta_pickle(path: Path) -> dict[str, Any]:
     if itos:
         chars = "".join(itos[i] for i in range(vocab_size))
         if not len(set(chars)) == len(chars) == vocab_size:
-            raise ValueError("itos does not name one character for each id")
+            raise ValueError("itos does not have one character for each id")
         tokenizer = {"kind": "char", "chars": chars}
     return {"tokenizer": tokenizer, "vocab_size": vocab_size, "dtype": "uint16"}

@@ -1,4 +1,4 @@
-"""Which windows a training step reads: pure functions of seed and step, so that a run stores no order."""
+"""The windows that a training step reads: pure functions of seed and step, so that no order is stored."""
 
 import math
 from collections.abc import Sequence
@@ -31,8 +31,8 @@ def windows_per_epoch(length: int, T: int) -> int:
 
 
 def epoch_order(seed: int, first: int, count: int, size: int, part: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Which of `size` items the samples first, first + 1, ... take, each once per epoch, in an order of
-    the epoch and the `part` of a mixture; and for each a random 64-bit number of its epoch: both (count,)."""
+    """Which of `size` items the samples first, first + 1, ... are: each item once per epoch, in an order that
+    depends on the epoch and the `part` of a mixture; and a random 64-bit number per epoch: both (count,)."""
     samples = first + np.arange(count)
     order, offsets = np.empty(count, np.int64), np.empty(count, np.uint64)
     for epoch in np.unique(samples // size):

@@ -19,18 +19,18 @@ FILES_CHECKED = 64  # at the start, evenly spaced; the others are opened when a 
 CHUNK = 1 << 22  # ids that a scan reads at once
 MAX_MAPS = 128  # files mapped at the same time; each map holds a file descriptor
 
-NAMING = {  # folders of scripts that make datasets of other names, and how these are called
-    "text": "data/text/prepare.py --input FILE --name NAME, then --dataset=NAME",
-    "audio": "data/audio/prepare.py --input FOLDER --name NAME, then --dataset=NAME",
-    "hub": "data/hub/prepare.py --dataset OWNER/SET --output data/NAME, then --dataset=NAME",
+NAMING = {  # folders of scripts that write datasets of any name, and the commands for them
+    "text": "data/text/prepare.py --input FILE --name NAME, then use --dataset=NAME",
+    "audio": "data/audio/prepare.py --input FOLDER --name NAME, then use --dataset=NAME",
+    "hub": "data/hub/prepare.py --dataset OWNER/SET --output data/NAME, then use --dataset=NAME",
 }
 
 
 def how_to_prepare(folder: Path) -> str:
-    """What to run if a dataset's token files are missing."""
+    """The advice if a dataset's token files are missing."""
     script = folder / "prepare.py"
     if not script.is_file():
-        return "write it with a prepare.py"
+        return "prepare the dataset again"
     _, space, options = NAMING.get(folder.resolve().name, "").partition(" ")
     return f"run: python {path_from_here(script.resolve())}{space}{options}"
 
@@ -57,7 +57,7 @@ class TokenStream:
         self.offsets = [0]  # of each file in the sequence, then the end
         for path, (size, _) in zip(self.paths, self.signatures, strict=True):
             if not size or size % self.dtype.itemsize:
-                fault = f"{size:,} bytes, not whole {self.dtype.name} ids"
+                fault = f"{size:,} bytes, which is not a positive multiple of {self.dtype.itemsize}"
                 raise UserError(f"{path} has {fault}; run its prepare.py again")
             self.offsets.append(self.offsets[-1] + size // self.dtype.itemsize)
         if len(self) <= block_size:
@@ -79,8 +79,8 @@ class TokenStream:
         return self.offsets[-1]
 
     def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """The ids from each start on, (N, length), int64; the first id follows the last one. Raises UserError
-        if a file has changed, or an id is not in the vocabulary."""
+        """`length` ids from each start, (N, length), int64, continuing at the first after the last.
+        Raises UserError if a file has changed, or an id is not in the vocabulary."""
         ids = np.empty((len(starts), length), self.dtype)
         unchanged: set[int] = set()
         for row, start in enumerate(starts.tolist()):
@@ -101,7 +101,7 @@ class TokenStream:
 
     def chunks(self, first: int = 0, end: int | None = None) -> Iterator[tuple[int, np.ndarray]]:
         """The ids from `first` up to `end` in chunks (N,), each with its position; read, not mapped, as the
-        system reads ahead in files, and not in maps for random access. Raises UserError."""
+        system reads ahead in files, but not in maps for random access. Raises UserError."""
         end = len(self) if end is None else end
         while first < end:
             i = bisect_right(self.offsets, first) - 1
@@ -129,7 +129,7 @@ class TokenStream:
         signature = file_signature(self.paths[i])
         if signature != self.signatures[i]:
             event = "was removed" if signature == (0, 0) else "changed"
-            raise UserError(f"{self.paths[i]} {event} under the run; put back what it was, and resume")
+            raise UserError(f"{self.paths[i]} {event} during the run; restore it, then resume")
 
 
 def file_signature(path: Path) -> tuple[int, int]:
@@ -157,4 +157,4 @@ def open_file(path: Path) -> Iterator[FileIO]:
         with open(path, "rb", buffering=0) as file:
             yield file
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); see its permissions") from None
+        raise UserError(f"{path} cannot be read ({error.strerror}); check its permissions") from None

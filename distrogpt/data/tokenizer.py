@@ -20,7 +20,7 @@ from distrogpt.progress import show_wait
 END_OF_TEXT = "<|endoftext|>"
 GPT2_FILES = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 GPT2_CACHED = [sha1(f"{GPT2_FILES}{name}".encode()).hexdigest() for name in ("vocab.bpe", "encoder.json")]
-# GPT-2's words: an ending as in 's, or letters, digits or signs with a space before them, or white space
+# GPT-2's words: an ending such as 's; letters, digits or signs with a space before them; or white space
 GPT2_WORDS = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 WHITE = r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"  # \s in GPT2_WORDS; not Python's
 # A word of white space, all but the last before something else, that \s+(?!\S) could have no stack for
@@ -37,12 +37,12 @@ class Tokenizer:
     """vocab_size ids; end_of_text is the one that ends a document, None if there is none.
 
     Subclasses have `encode_text(text)`, to which <|endoftext|> is plain text, `decode_bytes(ids)`, since ids
-    may begin or end within a character, and `describe()`, of which `from_description` rebuilds them.
+    may begin or end within a character, and `describe()`, from which `from_description` rebuilds them.
     """
 
     vocab_size: int
     end_of_text: int | None
-    byte_order, merges = range(256), ()  # bytes of the ids 0..255, and what makes the others: of BPE
+    byte_order, merges = range(256), ()  # of BPE: the bytes of ids 0..255, and the merges of the others
 
     def for_thread(self) -> "Tokenizer":
         """The same tokenizer, for use in another thread."""
@@ -61,7 +61,7 @@ class Tokenizer:
 
 
 class CharTokenizer(Tokenizer):
-    """One id for each of some characters, in their order; with `ends`, one more that ends documents."""
+    """One id for each of `chars`, in their order; with `ends`, one more that ends documents."""
 
     def __init__(self, chars: str, ends: bool = False) -> None:
         self.chars = chars
@@ -78,8 +78,9 @@ class CharTokenizer(Tokenizer):
         unknown = ids < 0
         if unknown.any():
             position = int(np.argmax(unknown))
-            where = f"{text[position]!r} at position {position}"
-            raise UserError(f"character {where} is not in the vocabulary of {self.vocab_size}; replace it")
+            unknown_char = f"character {text[position]!r} at position {position}"
+            count = f"{len(self.chars)} characters"
+            raise UserError(f"{unknown_char} is not in the vocabulary of {count}; replace it")
         return ids
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
@@ -105,7 +106,7 @@ class ByteTokenizer(Tokenizer):
 
 
 class IdTokenizer(Tokenizer):
-    """The ids themselves, written as numbers: of a vocabulary that names no characters."""
+    """Ids written as numbers, for a vocabulary without a tokenizer."""
 
     end_of_text, chars = None, ""
 
@@ -113,8 +114,8 @@ class IdTokenizer(Tokenizer):
         self.vocab_size = vocab_size
 
     def encode_text(self, text: str) -> np.ndarray:
-        """ids (N,) of numbers with spaces or commas between them. Raises UserError that names the first word
-        that is none."""
+        """ids (N,) of numbers with spaces or commas between them. Raises UserError with the first word
+        that is not an id."""
         ids = []
         for word in text.replace(",", " ").split():
             if not (word.isascii() and word.isdecimal() and len(word) < 20 and int(word) < self.vocab_size):
@@ -140,7 +141,7 @@ class TiktokenTokenizer(Tokenizer):
         parts = [text[begin:end] for begin, end in pairwise([0, *cuts, len(text)])]
         try:
             ids = [self.bpe.encode_to_numpy(part, disallowed_special=()) for part in parts]
-        except UnicodeEncodeError:  # halves of characters, which UTF-8 cannot write
+        except UnicodeEncodeError:  # unpaired surrogates, which UTF-8 cannot write
             return self.encode_text(text.encode("utf-8", "replace").decode())
         return ids[0] if len(ids) == 1 else np.concatenate(ids)
 
@@ -148,7 +149,7 @@ class TiktokenTokenizer(Tokenizer):
         return self.bpe.decode_bytes(list(ids))
 
     def for_thread(self) -> "TiktokenTokenizer":
-        """With an Encoding of its own: threads that share one wait for its regular expressions."""
+        """With its own Encoding: threads that share one wait for each other."""
         import tiktoken
 
         copied, bpe = copy.copy(self), self.bpe
@@ -162,13 +163,13 @@ class BPETokenizer(TiktokenTokenizer):
     that merges make, and <|endoftext|>. Merges are pairs of tokens in the alphabet of GPT-2's vocab.bpe."""
 
     def __init__(self, merges: Sequence[tuple[str, str]]) -> None:
-        """Raises ValueError if a merge joins unknown tokens, or makes a known one."""
+        """Raises ValueError if a merge joins unknown tokens or results in a known one."""
         import tiktoken
 
         tokens = {BYTE_CHARS[b]: b for b in range(256)}
         for left, right in merges:
             if left not in tokens or right not in tokens or left + right in tokens:
-                raise ValueError(f"merge {len(tokens) - 256} does not join two tokens to a new one")
+                raise ValueError(f"merge {len(tokens) - 256} does not join two known tokens into a new one")
             tokens[left + right] = len(tokens)
         self.merges, self.end_of_text, self.vocab_size = merges, len(tokens), len(tokens) + 1
         byte_of = {char: b for b, char in BYTE_CHARS.items()}
@@ -189,12 +190,13 @@ class GPT2Tokenizer(TiktokenTokenizer):
         import tiktoken
 
         try:
-            with show_wait("loads GPT-2's tokenizer"):
+            with show_wait("loading GPT-2's tokenizer"):
                 self.bpe = tiktoken.get_encoding("gpt2")
-        except Exception as error:  # whatever its downloader meets: no network, a proxy, a broken copy
+        except Exception as error:  # any error of its downloader: no network, a proxy, a damaged copy
             raise UserError(
-                f"no GPT-2 vocabulary ({type(error).__name__}); fetch vocab.bpe and encoder.json of "
-                f"{GPT2_FILES}, name them {' and '.join(GPT2_CACHED)}, set TIKTOKEN_CACHE_DIR to their folder"
+                f"GPT-2's tokenizer cannot be downloaded ({type(error).__name__}); download vocab.bpe and "
+                f"encoder.json from {GPT2_FILES}, rename them to {' and '.join(GPT2_CACHED)}, and set "
+                f"TIKTOKEN_CACHE_DIR to their folder"
             ) from None
 
     @property
@@ -215,7 +217,7 @@ def code_points(text: str) -> np.ndarray:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Let Ctrl-C end the process at once, which a library that computes for minutes would not notice."""
+    """Let Ctrl-C end the process at once, even in a library that computes for minutes."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -227,7 +229,7 @@ def interruptible() -> Iterator[None]:
 
 
 def trainable(texts: Iterable[str]) -> Iterator[str]:
-    """The texts in pieces that a trainer counts the same words in, but for those over LONGEST_WORD."""
+    """The texts in pieces in which a trainer counts the same words, except those over LONGEST_WORD."""
     for text in texts:
         begin = 0
         while begin < len(text):
@@ -267,7 +269,7 @@ def tokenizer_json(tokenizer: Tokenizer) -> str:
         try:
             tokenizer.chars.encode()
         except UnicodeEncodeError:
-            raise UserError("the vocabulary has halves of characters, which no file can name") from None
+            raise UserError("the vocabulary has surrogates, which JSON cannot store; remove them") from None
         exported = HuggingFaceTokenizer(models.WordLevel({char: i for i, char in enumerate(tokenizer.chars)}))
         exported.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
         exported.decoder = decoders.Fuse()
@@ -307,7 +309,7 @@ def described_by_json(text: str) -> dict[str, Any] | None:
 
 
 def start_token(tokenizer: Tokenizer) -> int:
-    """The id that replaces an empty prompt: the end of the document before, or else a newline."""
+    """The id that replaces an empty prompt: end_of_text, or else a newline."""
     if tokenizer.end_of_text is None:
         return max(tokenizer.chars.find("\n"), 0)
     return tokenizer.end_of_text
@@ -321,11 +323,11 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
 def keep_ends(
     prompts: Mapping[str, list[int]], block_size: int, note: Callable[[str], object] = warn
 ) -> list[list[int]]:
-    """The last block_size ids of each prompt, by its name, as nanoGPT reads them; a note says of which."""
+    """The last block_size ids of each prompt, by its name, as in nanoGPT; a note names those that are cut."""
     longer = [name for name, ids in prompts.items() if len(ids) > block_size]
     if longer[1:]:
         names = f"{longer[0]}, and {len(longer) - 1} more,"
-        note(f"note     {names} have over {block_size} tokens; the model reads their last {block_size}")
+        note(f"note     {names} are over {block_size} tokens long; the model reads the last {block_size}")
     elif longer:
         count = len(prompts[longer[0]])
         note(f"note     {longer[0]} has {count} tokens; the model reads the last {block_size}")
@@ -348,4 +350,4 @@ def from_description(description: dict[str, Any]) -> Tokenizer:
         with suppress(ValueError):
             return BPETokenizer([tuple(line.split(" ")) for line in merges.splitlines()])
     shown = kind[:60] if isinstance(kind, str) else type(kind).__name__  # all of it could fill a disk
-    raise UserError(f"tokenizer {shown} is not known, or not whole; run the dataset's prepare.py again")
+    raise UserError(f"tokenizer {shown} is unknown or incomplete; run the dataset's prepare.py again")

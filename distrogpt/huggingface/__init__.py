@@ -1,1 +1,1 @@
-"""Models in the folders that transformers reads."""
+"""Models as folders in the format of Hugging Face's transformers."""

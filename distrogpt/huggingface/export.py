@@ -1,4 +1,4 @@
-"""The files of an export, and their folder, which may replace an earlier export."""
+"""The files of an export, and the folder, which may replace an earlier export."""
 
 import json
 import os
@@ -44,11 +44,11 @@ def settings_files(shape: GPTConfig, tokenizer: Tokenizer, dtype: str) -> dict[s
     generation: dict[str, Any] = {"bos_token_id": bos}
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "clean_up_tokenization_spaces": False,  # decoded text stays as it is
+        "clean_up_tokenization_spaces": False,  # does not change decoded text
         "model_max_length": shape.block_size,
-        "padding_side": "left",  # of prompts of several lengths in a batch
+        "padding_side": "left",  # of a batch of prompts with different lengths
     }
-    if eos is not None:  # transformers would drop a character in its place from decoded text
+    if eos is not None:  # another token would be removed from decoded text by transformers
         generation |= {"eos_token_id": eos, "pad_token_id": eos}
         tokenizer_config |= dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT)
     generation |= {"do_sample": True, "temperature": SampleConfig.temperature, "top_k": SampleConfig.top_k}
@@ -64,24 +64,24 @@ def to_json(value: Any) -> str:
 
 
 def check_target(to: Path, shown: str, overwrite: bool) -> None:
-    """Raises UserError if `to`, which the user called `shown`, is no name, or anything but an export."""
+    """Raises UserError if `to`, called `shown` by the user, is not a name, or exists and is not an export."""
     if not to.name or any(category(char) in ("Cc", "Zl", "Zp") for char in shown):
-        raise UserError(f"to={shown} is no name of a folder that fits into a line; name another")
+        raise UserError(f"to={shown} is not a valid folder name; choose another")
     if not os.path.lexists(to):
         return
     try:
         foreign, is_empty = foreign_file(to), not any(to.iterdir())
     except OSError as error:
         reason = f"cannot be read ({error.strerror})" if to.is_dir() else "is a file"
-        raise UserError(f"{shown} {reason}; name another folder for --to") from None
+        raise UserError(f"{shown} {reason}; choose another folder for --to") from None
     if foreign:
-        raise UserError(f"{shown} has {foreign[:60]}, which is of no export; name another folder")
+        raise UserError(f"{shown} has {foreign[:60]}, which is not part of an export; choose another folder")
     if not is_empty and not overwrite:
-        raise UserError(f"{shown} is there already; name another folder, or set --overwrite=True")
+        raise UserError(f"{shown} exists already; choose another folder, or set --overwrite=True")
 
 
 def foreign_file(folder: Path) -> str | None:
-    """The first name in a folder that is not of an export; any name if there is no config.json."""
+    """The first name in a folder that is not of an export; any name if it has no config.json."""
     with os.scandir(folder) as entries:
         ours = {entry.name: entry.name in FILES and entry.is_file(follow_symlinks=False) for entry in entries}
     is_export = ours.get("config.json", False)
@@ -89,7 +89,7 @@ def foreign_file(folder: Path) -> str | None:
 
 
 def write_folder(to: Path, shown: str, overwrite: bool, texts: dict[str, str], weights: Weights) -> None:
-    """Write the files into a folder beside `to`, then rename it: `to` is complete, or what it was before.
+    """Write the files into a folder beside `to`, then rename it: `to` is complete, or unchanged.
     Raises MachineError if the disk fails, UserError if the folder cannot be made, or as check_target."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -100,7 +100,7 @@ def write_folder(to: Path, shown: str, overwrite: bool, texts: dict[str, str], w
         new, old = workspace / "new", workspace / "old"
         new.mkdir()  # with the permissions of the umask; mkdtemp's are for the owner alone
     except OSError as error:
-        raise UserError(f"{shown} cannot be made ({error.strerror}); name another folder") from None
+        raise UserError(f"{shown} cannot be created ({error.strerror}); choose another folder") from None
     try:
         for name, text in texts.items():
             (new / name).write_text(text, encoding="utf-8")
@@ -109,7 +109,7 @@ def write_folder(to: Path, shown: str, overwrite: bool, texts: dict[str, str], w
         for path in new.iterdir():
             with open(path, "rb+") as file:
                 os.fsync(file.fileno())
-        busy = f"another export.py writes {shown}; wait until it ends, or name another folder"
+        busy = f"another export.py is writing to {shown}; wait until it ends, or choose another folder"
         with locked(to.with_name(f".{to.name[:40]}.lock"), busy, timeout=10):
             if not overwrite:
                 check_target(to, shown, overwrite)  # again, as another export may have ended since
@@ -125,11 +125,11 @@ def write_folder(to: Path, shown: str, overwrite: bool, texts: dict[str, str], w
         if not isinstance(error, OSError | SafetensorError):
             raise
         reason = why_not_written(error, to, sum(weight.nbytes for weight in weights.values()))
-        before = f"what was there is {old}" if old.is_dir() else "and is what it was before"
-        raise MachineError(f"{shown} cannot be written ({reason}), {before}") from None
+        before = f"its old files are in {old}" if old.is_dir() else "it is unchanged: free some space"
+        raise MachineError(f"{shown} cannot be written ({reason}); {before}") from None
     try:
         if old.is_dir() and (foreign := foreign_file(old)):  # added to the old export in the meantime
-            raise OSError(f"{foreign[:60]} is of no export")
+            raise OSError(f"{foreign[:60]} is not part of an export")
         rmtree(workspace)
     except OSError as error:
-        warn(f"note: {old} is what was in {shown}; delete it yourself ({error.strerror or error})")
+        warn(f"note     {old} has the old files of {shown}; delete it yourself ({error.strerror or error})")

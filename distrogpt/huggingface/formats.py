@@ -1,6 +1,6 @@
 """Hugging Face's formats, in both directions: the keys of config.json, and the names and layout of weights.
 
-A network is written in the first format that computes exactly it:
+A network is written in the first format that computes exactly the same:
 
 gpt2       GPT-2, also with another activation, without biases, or untied
 llama      RMSNorm, rotary positions and SwiGLU (arXiv 2302.13971)
@@ -46,7 +46,7 @@ ACTIVATIONS = {"gelu_tanh": "gelu_new", "gelu": "gelu", "relu2": "relu2", "swigl
 OUR_ACTIVATIONS = {theirs: ours for ours, theirs in ACTIVATIONS.items()}
 OUR_ACTIVATIONS |= {"gelu_pytorch_tanh": "gelu_tanh", "swish": "swiglu"}
 CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # (in, out) in gpt2's files, not (out, in)
-NORMS = {"attn.c_attn": "input_layernorm", "mlp.c_fc": "post_attention_layernorm"}  # what they read
+NORMS = {"attn.c_attn": "input_layernorm", "mlp.c_fc": "post_attention_layernorm"}  # before them
 LLAMA_SIZES = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head"}
 LLAMA_SIZES |= {"max_position_embeddings": "block_size", "vocab_size": "vocab_size"}
 # keys of our config.json, and of any in transformers, that do not change what the network computes
@@ -54,7 +54,7 @@ OTHER_KEYS = """architectures auto_map bos_token_id chunk_size_feed_forward drop
     id2label initializer_range label2id model_type name_or_path output_attentions output_hidden_states
     pad_token_id problem_type return_dict tie_word_embeddings torch_dtype transformers_version use_cache
     zero_init""".split()
-CONSTANTS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # in old files, beside the weights
+CONSTANTS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # in old files, besides the weights
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 Weights = dict[str, torch.Tensor]
 
@@ -203,8 +203,8 @@ def from_llama(config: GPTConfig, theirs: Weights) -> tuple[GPTConfig, Weights]:
 
 
 def are_plain(norms: list[torch.Tensor], D: int) -> bool:
-    """Whether the weights of q_norm and k_norm, in turns, only turn Qwen3's scale of scores, 1/√D, into ours,
-    12/D, in one of the types in which they may have been stored."""
+    """Whether the weights of q_norm and k_norm, alternating, only change Qwen3's scale of scores, 1/√D, to
+    ours, 12/D, in one of the dtypes in which they may have been stored."""
     exact = torch.tensor(12 / D**0.5)
     stored = [exact.to(dtype).float() for dtype in (torch.float32, torch.bfloat16, torch.float16)]
     scales = [q[0] * k[0] for q, k in zip(norms[::2], norms[1::2], strict=True)]
@@ -227,13 +227,13 @@ def in_pairs(rows: torch.Tensor, D: int) -> torch.Tensor:
 
 
 def find_folder(name: str) -> Path:
-    """The folder of that name, or of the hub's files, downloaded once. Raises OSError or ImportError."""
+    """The folder of that name, or that of the hub's files, downloaded once. Raises OSError or ImportError."""
     if os.path.isdir(name):
         return Path(name)
     from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
 
     if not isinstance(try_to_load_from_cache(name, "config.json"), str):
-        with suppress(HTTPError):  # the hub answers; if it is unreachable, its own client retries for 30 s
+        with suppress(HTTPError):  # any answer will do; an unreachable hub is retried for 30 s by its client
             urlopen(constants.ENDPOINT, timeout=10).close()
     folder = Path(snapshot_download(name, allow_patterns=["config.json", "meta.json", "model*.safetensors*"]))
     if not list(folder.glob("model*.safetensors*")):  # an old model
@@ -247,7 +247,7 @@ def read_pretrained(folder: Path, dropout: float = 0.0) -> GPT:
     settings = json.loads((folder / "config.json").read_bytes())
     kind = settings.get("model_type")
     if kind not in ARCHITECTURES:
-        raise ValueError(f"model_type={kind} in config.json is none of {', '.join(ARCHITECTURES)}")
+        raise ValueError(f"model_type={kind} in config.json is not one of {', '.join(ARCHITECTURES)}")
     require(settings, quantization_config=None, pruned_heads={})
     shape_of = {"gpt2": from_gpt2_settings, "distrogpt": from_own_settings}.get(kind, from_llama_settings)
     config = make_config({**shape_of(settings), "dropout": dropout})
@@ -277,7 +277,7 @@ def read_weights(folder: Path) -> Weights:
         elif not files and index.is_file():
             files = {*map(str, json.loads(index.read_bytes())["weight_map"].values())}
     if not files:
-        raise ValueError(f"there is neither {' nor '.join(WEIGHT_FILES)}")
+        raise ValueError(f"it has neither {' nor '.join(WEIGHT_FILES)}")
     if elsewhere := [file for file in files if Path(file).name != file]:
         raise ValueError(f"the index of the weights names a file that is not beside it: {elsewhere[0][:40]}")
     tensors: Weights = {}
@@ -293,7 +293,7 @@ def read_weights(folder: Path) -> Weights:
 
 
 def require(settings: dict[str, Any], **expected: Any) -> None:
-    """Raises ValueError if a setting is present and has another value, which our networks do not support."""
+    """Raises ValueError if a setting is present with another value, which our networks do not support."""
     for key, value in expected.items():
         given = settings.get(key)
         if given is not None and given != value:
@@ -305,7 +305,7 @@ def activation_of(settings: dict[str, Any], key: str, default: str, gated: bool)
     theirs = str(settings.get(key, default))
     ours = OUR_ACTIVATIONS.get(theirs)
     if ours is None or (ours == "swiglu") != gated:
-        raise ValueError(f"{key}={theirs[:40]} is not supported in such a network")
+        raise ValueError(f"{key}={theirs[:40]} is not supported for this model_type")
     return ours
 
 
@@ -323,7 +323,7 @@ def from_gpt2_settings(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def from_gpt2(config: GPTConfig, theirs: Weights, no_biases: bool) -> tuple[GPTConfig, Weights]:
-    """gpt2's weights as ours. With no_biases, biases that are all zero go, and the config says so."""
+    """gpt2's weights as ours. With no_biases, biases that are all zero are removed, as the config says."""
     weights = {}
     for name, w in theirs.items():
         name = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
@@ -337,11 +337,11 @@ def from_gpt2(config: GPTConfig, theirs: Weights, no_biases: bool) -> tuple[GPTC
 
 def from_own_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """The arguments of GPTConfig for our own config.json; one that is missing is None. Raises ValueError for
-    keys that it does not know, which a newer version may have written, unless their value is none or zero."""
+    unknown keys, which a newer version may have written, unless their value is None or zero."""
     names = set(asdict(GPTConfig())) - {"tied", "zero_init", "dropout"}
     for key, value in settings.items():
         if value and key not in (*names, *OTHER_KEYS) and not key.startswith("_"):
-            raise ValueError(f"config.json has {key[:40]}={str(value)[:40]}, which may change the network")
+            raise ValueError(f"config.json has an unknown {key[:40]}={str(value)[:40]}, which may matter")
     later = {"qk_norm_weights": False}  # not in the config.json of older versions
     shape = {name: settings.get(name, later.get(name)) for name in names}
     return shape | {"tied": settings.get("tie_word_embeddings", True)}

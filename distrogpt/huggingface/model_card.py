@@ -1,4 +1,4 @@
-"""The model card of an export: its README.md, which Hugging Face's hub shows."""
+"""The model card of an export: its README.md, which the Hugging Face hub shows."""
 
 import json
 import math
@@ -13,7 +13,7 @@ from distrogpt.huggingface.formats import ARCHITECTURES, model_type_of
 from distrogpt.settings import TrainConfig
 from model import GPTConfig
 
-# settings that are reported even if they are the defaults, and those that do not matter to a reader
+# settings that are reported even if they are defaults, and settings that are never reported
 MAIN = """gradient_accumulation_steps batch_size block_size max_iters optimizer learning_rate weight_decay
     dropout""".split()
 NEVER_REPORTED = """out_dir dataset init_from hellaswag_input wandb_log wandb_project wandb_run_name
@@ -22,12 +22,12 @@ NEVER_REPORTED = """out_dir dataset init_from hellaswag_input wandb_log wandb_pr
     activation_checkpointing eval_only""".split()
 SIZES = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
 TOKENIZERS = {"char": "characters", "byte": "bytes", "bpe": "own byte-pair encoding", "gpt2": "GPT-2's"}
-NO_END = "No token ends a text or fills up a batch: texts of several lengths are read one by one."
-NO_TOKENIZER = "It has no tokenizer: texts are lists of token ids."
-TRUST = """`trust_remote_code=True` lets transformers, 5.0 and newer, run `modeling_distrogpt.py` of this \
-folder, as none of its own architectures computes this network; read it first."""
-LICENCE = """None is claimed here: the owner of the weights and of the text that they come from decides, and \
-names it above as `license:`."""
+NO_END = "It has no end-of-text or padding token: process texts of different lengths one at a time."
+NO_TOKENIZER = "It has no tokenizer: inputs and outputs are token ids."
+TRUST = """No architecture of transformers computes this network. `trust_remote_code=True` lets transformers \
+5.0 and newer run `modeling_distrogpt.py` of this folder; read it first."""
+LICENCE = """This card states no licence: the owner of the weights and of the training text chooses one and \
+adds it above as `license:`."""
 
 
 def public_meta(meta: dict[str, Any] | None, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -43,10 +43,10 @@ def unsupported_by(shape: GPTConfig, tokenizer: Tokenizer) -> dict[str, str]:
     """Why vLLM and llama.cpp cannot run this network; "" if they can."""
     kind, activation = model_type_of(shape), shape.activation
     if kind == "distrogpt":
-        return dict.fromkeys(("vLLM", "llama.cpp"), "does not know this network")
+        return dict.fromkeys(("vLLM", "llama.cpp"), "does not support this network")
     fixed = {"gpt2": "gelu_tanh", "arcee": "relu2"}.get(kind, activation)  # the only one that they compute
-    other = "" if activation == fixed else f"computes another activation than {activation}"
-    unknown = "" if isinstance(tokenizer, GPT2Tokenizer) else "does not know this tokenizer"
+    other = "" if activation == fixed else f"would compute another activation than {activation}"
+    unknown = "" if isinstance(tokenizer, GPT2Tokenizer) else "does not support this tokenizer"
     return {"vLLM": "" if kind == "gpt2" else other, "llama.cpp": other or unknown}
 
 
@@ -56,14 +56,14 @@ def how_to_load(folder: str, shape: GPTConfig, tokenizer: Tokenizer) -> list[str
     trust = ", trust_remote_code=True" if own_code else ""
     unsupported, quoted, name = unsupported_by(shape, tokenizer), repr(folder), quote(folder)
     args: dict[str, Any] = {"pretrained": folder} | ({"trust_remote_code": True} if own_code else {})
-    if tokenizer.end_of_text is None:  # stands before a text without context
+    if tokenizer.end_of_text is None:  # comes before a text without context
         args["prefix_token_id"] = start_token(tokenizer)
     model_args = ",".join(f"{key}={value}" for key, value in args.items())
     if name != folder or "," in folder:  # lm_eval does not understand shell quotes within its list
         model_args = quote(json.dumps(args, ensure_ascii=False))
     tasks = "hellaswag"
-    if isinstance(tokenizer, CharTokenizer):  # hellaswag has characters that it does not know
-        tasks = "choice --include_path distrogpt/huggingface   # of distroGPT; reads questions.jsonl"
+    if isinstance(tokenizer, CharTokenizer):  # hellaswag has other characters
+        tasks = "choice --include_path distrogpt/huggingface   # in distroGPT; reads questions.jsonl"
     lines = [
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         f"model = AutoModelForCausalLM.from_pretrained({quoted}{trust})",
@@ -76,17 +76,17 @@ def how_to_load(folder: str, shape: GPTConfig, tokenizer: Tokenizer) -> list[str
     if not unsupported["vLLM"]:
         lines.append(f"# vllm serve {name}" + ("" if has_tokenizer else " --skip-tokenizer-init"))
     if not unsupported["llama.cpp"]:
-        lines.append(f"# python convert_hf_to_gguf.py {name}   # llama.cpp's")
-    return [*lines, f"# python sample.py --init_from={name}   # distroGPT's"]
+        lines.append(f"# python convert_hf_to_gguf.py {name}   # in llama.cpp")
+    return [*lines, f"# python sample.py --init_from={name}   # in distroGPT"]
 
 
 def limits_of(tokenizer: Tokenizer) -> list[str]:
-    """What the tokenizer cannot do, a sentence each."""
+    """The limits of the tokenizer, a sentence each."""
     if isinstance(tokenizer, IdTokenizer):
         return [NO_TOKENIZER]
     limits = [] if tokenizer.end_of_text is not None else [NO_END]
     if isinstance(tokenizer, CharTokenizer):
-        limits.insert(0, f"Characters outside of its {len(tokenizer.chars)} are an error.")
+        limits.insert(0, f"Its vocabulary is {len(tokenizer.chars)} characters; all others are an error.")
     return limits
 
 
@@ -102,15 +102,15 @@ def model_card(
         loading.append(TRUST)
     loading += [*limits_of(tokenizer), *(f"{program} {reason}." for program, reason in reasons if reason)]
     sections = {
-        "Load it": "\n\n".join(loading),
-        "The network": table({"architecture": ARCHITECTURES[kind], **shape_rows(shape), "weights": dtype}),
-        "The data": table(data_rows(config, meta)),
-        "The losses": table(loss_rows(contents, meta)),
-        "The training": table(settings_rows(config)),
+        "How to load it": "\n\n".join(loading),
+        "Model": table({"architecture": ARCHITECTURES[kind], **shape_rows(shape), "weights": dtype}),
+        "Training data": table(data_rows(config, meta)),
+        "Losses": table(loss_rows(contents, meta)),
+        "Training settings": table(settings_rows(config)),
         "Licence": LICENCE,
     }
     front_matter = "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- distrogpt\n---\n"
-    about = f"A GPT of {count:,} parameters, trained with distroGPT and written by its `export.py`.\n"
+    about = f"A GPT of {count:,} parameters, trained with distroGPT and exported with its `export.py`.\n"
     body = "\n\n".join(f"## {title}\n\n{text}" for title, text in sections.items() if text)
     return "\n".join([front_matter, f"# {cell(name)}\n", about, body, ""])
 
@@ -130,14 +130,14 @@ def cell(value: Any) -> str:
 
 
 def shape_rows(shape: GPTConfig) -> dict[str, Any]:
-    """The sizes of the network, and where it differs from GPT-2."""
+    """The sizes of the network, and its differences from GPT-2."""
     default, values = asdict(GPTConfig()), asdict(shape)
     values |= {"dropout": default["dropout"], "zero_init": default["zero_init"]}  # of the training alone
     return {name: value for name, value in values.items() if name in SIZES or value != default[name]}
 
 
 def data_rows(config: dict[str, Any], meta: dict[str, Any]) -> dict[str, Any]:
-    """What is known of the dataset."""
+    """The known properties of the dataset."""
     names = str(config.get("dataset", "")).split(",")
     rows = {"name": ", ".join(name.rstrip("/\\").replace("\\", "/").split("/")[-1] for name in names)}
     if len(names) == 1:  # for a mixture, meta is that of its first part

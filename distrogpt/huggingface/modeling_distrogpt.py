@@ -32,7 +32,7 @@ DEFAULTS: dict[str, Any] = {
     "norm": "layernorm",  # or rmsnorm, without weights
     "rotary": False,  # rotary position embeddings instead of a table
     "qk_norm": False,  # RMSNorm on queries and keys
-    "qk_norm_weights": False,  # which has weights, and GPT-2's scale of scores
+    "qk_norm_weights": False,  # qk_norm with learned weights, and GPT-2's scale of scores
     "n_kv_head": None,  # None: n_head
     "logit_softcap": 0.0,  # 0 is off
     "embedding_skip": False,  # each block reads a learned mix of the residual stream and the embeddings
@@ -67,7 +67,7 @@ class DistroGPTConfig(PretrainedConfig):
         self.n_kv_head = self.n_kv_head or self.n_head
         known = self.activation in ("gelu_tanh", "gelu", "relu2", "swiglu")
         if not known or self.norm not in ("layernorm", "rmsnorm"):
-            raise ValueError(f"activation={self.activation}, norm={self.norm}: one of them is not known here")
+            raise ValueError(f"activation={self.activation}, norm={self.norm}: one of them is not supported")
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
 
 
@@ -90,7 +90,7 @@ def norm_layer(config: DistroGPTConfig) -> nn.Module:
     return nn.LayerNorm(config.n_embd, bias=config.bias)
 
 
-# what all blocks read: cos_sin, cache, new positions, attention_mask, and masks made of it by number of keys
+# inputs of all blocks: cos_sin, cache, new positions, attention_mask, and masks made of it, by number of keys
 Context = tuple[Tensor | None, Cache | None, Tensor, Tensor | None, dict[int, Tensor]]
 
 
@@ -185,8 +185,8 @@ class DistroGPTForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: DistroGPTConfig) -> None:
         super().__init__(config)
         if config.tie_word_embeddings and transformers.__version__ == "5.3.0":
-            # for models that bring their code, this version takes a tied weight for a loaded one
-            raise ImportError("transformers 5.3.0 leaves lm_head.weight of this model empty: use another")
+            # with custom code, this version assumes that a tied weight was loaded
+            raise ImportError("transformers 5.3.0 leaves lm_head.weight of this model empty; use a newer one")
         layers = {
             "wte": nn.Embedding(config.vocab_size, config.n_embd),
             "wpe": nn.Embedding(config.block_size, config.n_embd),
@@ -286,16 +286,16 @@ def checked_positions(
     attention_mask: Tensor | None, position_ids: Tensor | None, new: Tensor, past: int
 ) -> Tensor:
     """Positions (1 or B, T) of the tokens after `past` others, by default from the first that is not padding.
-    Raises ValueError if the tokens would not attend as the arguments mean it."""
+    Raises ValueError if the arguments do not say which tokens attend to which."""
     ndim, T = None if attention_mask is None else getattr(attention_mask, "ndim", 0), len(new)
     if ndim not in (None, 2, 4):
-        raise ValueError("attention_mask is no tensor of 2 or 4 dimensions")
+        raise ValueError("attention_mask must be a tensor of 2 or 4 dimensions")
     if ndim == 2 and attention_mask.size(1) != past + T:
         size = attention_mask.size(1)
-        raise ValueError(f"attention_mask is for {size} tokens; {past} are in the cache, {T} are new")
+        raise ValueError(f"attention_mask is for {size} tokens, but {past} are in the cache and {T} are new")
     if position_ids is not None:
         if ndim is None and T > 1 and bool((position_ids.diff(dim=-1) < 1).any()):
-            raise ValueError("texts packed into one row (position_ids) would read each other: give a mask")
+            raise ValueError("texts packed into one row (position_ids) need a 4D attention_mask")
         return position_ids
     if ndim == 2:
         return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -T:]
@@ -303,8 +303,8 @@ def checked_positions(
 
 
 def make_mask(attention_mask: Tensor | None, new: Tensor, S: int) -> Tensor:
-    """Whether each new position (T,) reads each of the S keys, more than were read if the cache has a fixed
-    size: (1 or B, 1, T, S). Padding is read by itself alone, so that no row is empty."""
+    """Whether each new position (T,) attends to each of the S keys, unused ones included if the cache has a
+    fixed size: (1 or B, 1, T, S). Padding attends only to itself, so that no row is empty."""
     if attention_mask is not None and attention_mask.ndim == 4:
         return attention_mask
     keys = torch.arange(S, device=new.device)  # (S,)

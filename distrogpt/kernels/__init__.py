@@ -6,7 +6,7 @@ import torch.nn as nn
 
 
 def replace_layers(model: nn.Module, replacements: dict[type, Callable[[nn.Module], nn.Module]]) -> nn.Module:
-    """Replace each layer whose class is a key by what its value makes of it, in this model alone."""
+    """Replace, only in this model, each layer whose class is a key by the result of the key's function."""
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if type(child) in replacements:

@@ -14,21 +14,21 @@ log = logging.getLogger("distrogpt")
 def maybe_compile(
     model: nn.Module, wanted: bool | str, device: torch.device, steps: int, modules: Iterable[nn.Module] = ()
 ) -> bool:
-    """Compile the model, or some of its modules, in place if that is wanted and works here; logs why not, and
-    returns whether.
+    """Compile the model, or some of its modules, in place if that is wanted and works here. Logs why not;
+    returns whether it did.
 
-    'auto' weighs the `steps` to come: compiling takes half a minute. On CPUs (and Apple's GPUs) the step of a
-    model of a few million parameters and more is as fast without; a smaller one's gains some 2 ms.
+    'auto' depends on the `steps` to come, as compiling takes half a minute. On CPUs (and Apple's GPUs), it
+    saves some 2 ms per step of a small model, and nothing from a few million parameters on.
     """
     if not wanted:
         return False
     if wanted == "auto":
         small = sum(p.numel() for p in model.parameters()) < 3e6
         if device.type != "cuda" and not small:
-            log.info(f"compile  off: on this {device.type}, a model of this size is as fast without")
+            log.info(f"compile  off: compiling does not speed up a model of this size on {device.type}")
             return False
         if steps < (200 if device.type == "cuda" else 20_000):
-            log.info(f"compile  off: half a minute, which {steps} steps would not earn back")
+            log.info(f"compile  off: compiling takes half a minute, more than it saves in {steps} steps")
             return False
     if error := compile_error(device):
         log.info(f"note     {error}")
@@ -47,20 +47,20 @@ def compile_error(device: torch.device) -> str:
         torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
     except Exception as error:  # no compiler, no triton, an unsupported Python: all end here
         reason = str(error).strip() or type(error).__name__
-        return f"compile is not possible here, continues without ({reason.splitlines()[0]})"
+        return f"torch.compile does not work here ({reason.splitlines()[0]}); continuing without it"
     return ""
 
 
 @torch.no_grad()
 def cuda_graph(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> Callable[..., torch.Tensor]:
-    """`function`, for inputs of these shapes and run on these first, as one CUDA graph: one launch instead of
-    some hundred. Each call overwrites the result of the call before."""
+    """`function` as one CUDA graph, one launch instead of hundreds, for inputs of these shapes; it is run on
+    these inputs first. Each call overwrites the result of the one before."""
     static_inputs = [tensor.clone() for tensor in inputs]  # each replay reads these
     device, autocast = static_inputs[0].device, torch.is_autocast_enabled("cuda")
     with torch.cuda.device(device), torch.autocast("cuda", enabled=autocast, cache_enabled=False):
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # what kernels set up when first used must not be recorded
+        with torch.cuda.stream(side):  # the setup of kernels at their first use must not be recorded
             for _ in range(3):
                 function(*static_inputs)
         torch.cuda.current_stream().wait_stream(side)

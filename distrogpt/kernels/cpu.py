@@ -52,7 +52,7 @@ class CPURMSNorm(RMSNorm):
 
 
 class CPURotary(Rotary):
-    """As complex products, in a third of the time; torch.compile knows no complex numbers."""
+    """By complex products, in a third of the time; torch.compile does not support complex numbers."""
 
     def forward(self, x: Tensor, cos_sin: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
@@ -68,7 +68,7 @@ def causal_mask(begin: int, end: int, dtype: torch.dtype) -> Tensor:
 
 
 class CPUAttention(Attention):
-    """Plain products: in bf16 and with dropout several times as fast as torch's own kernel."""
+    """Plain matrix products: in bf16 and with dropout several times as fast as torch's own kernel."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         if mask is None:
@@ -83,7 +83,7 @@ class CPUAttention(Attention):
         return torch.matmul(weights, v)
 
     def causal(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """On blocks of queries, so that most of what causality hides is not computed."""
+        """In blocks of queries, so that most of the masked scores are not computed."""
         B, H, T, D = q.shape
         q, k, v = (x.reshape(B * H, T, D) for x in (q, *self.repeat_heads(q, k, v)))
         rows, blocks = max(128, T // 64 * 16), []
@@ -99,8 +99,8 @@ class CPUAttention(Attention):
         return y.view(B, H, T, D)
 
     def one_query(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        """If S is a multiple of 16, a sequence gets the same numbers to the last bit alone and beside others,
-        which torch's own kernel does not grant. q (B, H, 1, D), mask (1 or B, 1, 1, S)."""
+        """If S is a multiple of 16, the result of a sequence is bit-identical alone and in a batch, which
+        torch's own kernel does not guarantee. q (B, H, 1, D), mask (1 or B, 1, 1, S)."""
         B, H, _, D = q.shape
         K = k.size(1)
         mask = mask[:, 0] if len(mask) == 1 else mask[:, 0].repeat_interleave(K, dim=0)  # (1 or B·K, 1, S)

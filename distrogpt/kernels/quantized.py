@@ -10,8 +10,8 @@ from distrogpt.kernels import replace_layers
 
 
 class PackedLinear(nn.Module):
-    """nn.Linear with its weights in oneDNN's blocks, for CPUs: with few rows several times as fast, and a row
-    gets the same numbers to the last bit alone and among others."""
+    """nn.Linear with its weights in oneDNN's blocked layout, for CPUs: for few rows several times as fast.
+    The result of a row is bit-identical alone and in a batch."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()

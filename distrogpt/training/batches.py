@@ -21,7 +21,7 @@ class MicroBatch(NamedTuple):
 
 def step_batches(data: Dataset, config: TrainConfig, runtime: Runtime, step: int) -> list[MicroBatch]:
     """This rank's micro-batches of a step, whose samples are drawn as one set, by seed and step alone. Raises
-    UserError if the data changed, or if no target of a micro-batch counts."""
+    UserError if the data changed, or if a micro-batch has no target that counts."""
     B, T, micro_steps = config.batch_size, config.block_size, config.gradient_accumulation_steps
     parts, starts = (array.reshape(micro_steps, B) for array in step_windows(data, config, step))
     mine = range(runtime.rank, micro_steps, runtime.world_size)
@@ -32,8 +32,8 @@ def step_batches(data: Dataset, config: TrainConfig, runtime: Runtime, step: int
     if data.separator is not None:
         counts = np.array([mask.sum() for mask in masks.values()])
         if not counts.all():
-            reason = f"no target of a micro-step stands after loss_after={config.loss_after}"
-            raise UserError(f"{reason}; raise batch_size, or choose another")
+            reason = f"a micro-batch has no tokens after loss_after={config.loss_after} to learn from"
+            raise UserError(f"{reason}; raise batch_size, or choose another loss_after")
         weights = counts / counts.mean()
     batches = []
     for i in mine:
@@ -44,7 +44,7 @@ def step_batches(data: Dataset, config: TrainConfig, runtime: Runtime, step: int
 
 class BatchLoader:
     """This rank's micro-batches, step by step: an iteration yields those of a step, then reads the next ones
-    while a GPU still computes. `error` is set if that fails, so that all ranks can stop together."""
+    while a GPU is still computing. `error` is set if that fails, so that all ranks can stop together."""
 
     def __init__(self, data: Dataset, config: TrainConfig, runtime: Runtime, step: int) -> None:
         self.data, self.config, self.runtime, self.step = data, config, runtime, step

@@ -1,5 +1,5 @@
-"""How the ranks train one model: each has all of it (DDP), or a shard of each weight (FSDP2), of its gradient
-and of the optimizer's averages, as DTensors."""
+"""How the ranks train one model: each has a full copy (DDP), or a shard of each weight, of its gradient and
+of its optimizer state, as DTensors (FSDP2)."""
 
 import logging
 import warnings
@@ -18,7 +18,7 @@ from distrogpt.settings import TrainConfig
 log = logging.getLogger("distrogpt")
 
 
-@activity("prepares the model")
+@activity("preparing the model")
 def distribute(model: torch.nn.Module, config: TrainConfig, runtime: Runtime) -> torch.nn.Module:
     """Bring the model to its device, compile it if configured, and wrap it to train on all ranks."""
     enable_onednn_float32(runtime)
@@ -31,15 +31,15 @@ def distribute(model: torch.nn.Module, config: TrainConfig, runtime: Runtime) ->
         use_cpu_kernels(model)
     maybe_compile(model, config.compile, runtime.device, steps, model.transformer.h if sharded else ())
     if config.shard and not sharded:
-        log.info("note     shard: one rank has nothing to share with")
+        log.info("note     shard=True has no effect with a single rank")
     return wrap_distributed(model, config.shard, runtime)
 
 
 def wrap_distributed(model: torch.nn.Module, shard: bool, runtime: Runtime) -> torch.nn.Module:
     """The module to call for training on all ranks. Its gradients are the means over the ranks.
 
-    DDP (arXiv 2006.15704) copies; with `shard`, FSDP2 (arXiv 2304.11277) leaves each rank an equal shard of
-    every weight in fp32, and gathers a layer's in the compute dtype when it is needed. Raises UserError.
+    DDP (arXiv 2006.15704) keeps a copy per rank. With `shard`, FSDP2 (arXiv 2304.11277) keeps an equal shard
+    of every weight in fp32 per rank, and gathers a layer in the compute dtype when needed. Raises UserError.
     """
     if runtime.world_size == 1 and not dist.is_initialized():
         return model
@@ -47,11 +47,11 @@ def wrap_distributed(model: torch.nn.Module, shard: bool, runtime: Runtime) -> t
         devices = [runtime.device] if runtime.device.type == "cuda" else None
         return DistributedDataParallel(model, devices, gradient_as_bucket_view=True)
     if runtime.dtype == torch.float16:
-        raise UserError("shard=True has no scaling of fp16's loss; use --dtype=bfloat16 or float32")
+        raise UserError("shard=True does not support float16; use --dtype=bfloat16 or float32")
     from torch.distributed.device_mesh import init_device_mesh  # half a second
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    # a warning about operations in place, which blocks do not use
+    # a warning about in-place operations, which blocks do not use
     warnings.filterwarnings("ignore", "FSDP2-wrapped module")
     mesh = init_device_mesh(runtime.device.type, (runtime.world_size,))
     mixed_precision = MixedPrecisionPolicy(runtime.dtype, torch.float32, cast_forward_inputs=False)
@@ -63,7 +63,7 @@ def wrap_distributed(model: torch.nn.Module, shard: bool, runtime: Runtime) -> t
 
 
 def weights_are_finite(model: torch.nn.Module, runtime: Runtime) -> bool:
-    """Whether all weights on all ranks are."""
+    """Whether all weights on all ranks are finite."""
     finite = all(bool(local(p).isfinite().all()) for p in model.parameters())
     return runtime.all_reduce_sum(not finite)[0] == 0
 
@@ -78,23 +78,23 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """The whole of a DTensor, which all ranks have to call for; other tensors as they are."""
+    """The full tensor of a DTensor, a call that all ranks have to make; other tensors as they are."""
     return tensor.full_tensor() if is_dtensor(tensor) else tensor
 
 
 def shard_like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """A whole tensor in the shape of `parameter`, sharded as that is."""
+    """A full tensor of the shape of `parameter`, sharded like it."""
     if not is_dtensor(parameter) or tensor.shape != parameter.shape:
         return tensor
     from torch.distributed.tensor import distribute_tensor
 
     mesh, tensor = parameter.device_mesh, tensor.to(parameter.device)
-    return distribute_tensor(tensor, mesh, parameter.placements, src_data_rank=None)  # nothing is sent
+    return distribute_tensor(tensor, mesh, parameter.placements, src_data_rank=None)  # sends nothing
 
 
 def gather_to_cpu(tree: Any, keep: bool) -> Any:
-    """A copy of nested dicts and lists with whole tensors on the CPU, or None for each on ranks that do not
-    keep it. Shards are gathered, so all ranks have to call it."""
+    """A copy of nested dicts and lists with full tensors on the CPU, or None for each tensor on ranks that do
+    not `keep` it. Shards are gathered, so all ranks have to call it."""
     if isinstance(tree, torch.Tensor):
         tensor = full_tensor(tree.detach())
         return tensor.to("cpu", copy=True) if keep else None

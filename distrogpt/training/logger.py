@@ -33,8 +33,8 @@ SCALAR_OF = {name: f"val/{name}" for name in ("bits_per_byte", "hellaswag", "acc
 
 
 class LossSpikeDetector:
-    """Reports a loss far above those before it, at most once in 50 steps: by a tenth of their running mean,
-    and by six times their usual distance from it."""
+    """Reports a loss that exceeds the running mean by more than a tenth of it and by more than six times the
+    mean distance from it; at most once in 50 steps."""
 
     def __init__(self) -> None:
         self.mean, self.distance = 0.0, 0.0
@@ -45,7 +45,7 @@ class LossSpikeDetector:
         is_spike = self.count >= 50 and above > max(0.1 * self.mean, 6 * self.distance)
         if is_spike and step >= self.silent_until:
             self.silent_until = step + 50
-            log.info(f"note     step {step}: the loss jumped to {loss:.4f}, where {self.mean:.4f} was usual")
+            log.info(f"note     step {step}: the loss jumped to {loss:.4f} from a mean of {self.mean:.4f}")
         self.count += 1
         weight = max(1 / self.count, 0.02)  # of the newest loss; a plain mean at first
         self.mean += weight * above
@@ -77,7 +77,7 @@ class TrainLogger:
         self.tensorboard = TensorBoard(run, state) if config.tensorboard_log and run.writes else None
         self.plot = LossPlot(config) if config.loss_plot and run.writes else None
         if self.plot and importlib.util.find_spec("matplotlib") is None:
-            log.info(f"note     no {config.out_dir}/{PICTURE}: pip install matplotlib")
+            log.info(f"note     {PICTURE} cannot be drawn without matplotlib; run: pip install matplotlib")
             self.plot = None
 
     def __enter__(self) -> "TrainLogger":
@@ -102,7 +102,7 @@ class TrainLogger:
         log.info(f"step {step}: loss {loss:.4f}, {rates}")
         if WAITS.sleeping and not self.busy_reported:
             self.busy_reported = True
-            log.info("note     other programs use the cores: steps take longer, waiting threads sleep")
+            log.info("note     other programs use the CPU: steps are slower, and waiting threads sleep")
         self.row = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens_per_second": round(speed)}
         self.scalars = {**self.row, "mfu": mfu}
         self.row |= {"tokens": step * self.tokens_per_step, "seconds": round(self.state.elapsed(), 3)}
@@ -154,7 +154,7 @@ class TrainLogger:
 
 
 def next_command(config: TrainConfig) -> str:
-    """The command to try a model: eval.py if it was trained to answer, as it cannot write whole lines."""
+    """The command to try a model: eval.py if it was trained on answers only, not on whole lines."""
     if config.loss_after is None:
         return command("sample.py", out_dir=config.out_dir)
     split = {"split": "train"} if config.eval_splits == "train" else {}  # val need not exist
@@ -169,20 +169,20 @@ def start_wandb(config: TrainConfig, run_id: str) -> Any:
         names = {"project": config.wandb_project, "name": config.wandb_run_name}
         return wandb.init(**names, config=asdict(config), id=run_id, resume="allow")
     except Exception as error:
-        advice = "pip install wandb and log in, or --wandb_log=False"
-        raise UserError(f"wandb does not start ({error}); {advice}") from None
+        advice = "run: pip install wandb && wandb login, or set --wandb_log=False"
+        raise UserError(f"Weights & Biases cannot be started ({error}); {advice}") from None
 
 
 class TensorBoard:
-    """Writes scalars to out_dir/tensorboard; if that fails, it is reported, and the run continues without."""
+    """Writes scalars to out_dir/tensorboard. If that fails, it is reported, and the run continues."""
 
     def __init__(self, run: RunDirectory, state: TrainState) -> None:
         """Raises UserError if it is not installed."""
         try:
             from torch.utils.tensorboard import SummaryWriter
         except Exception as error:
-            advice = "pip install tensorboard, or --tensorboard_log=False"
-            raise UserError(f"TensorBoard does not start ({error}); {advice}") from None
+            advice = "run: pip install tensorboard, or set --tensorboard_log=False"
+            raise UserError(f"TensorBoard cannot be started ({error}); {advice}") from None
         # steps that are repeated are written again
         self.open = partial(SummaryWriter, run.path / TENSORBOARD, purge_step=state.step + 1)
         self.writer: Any = None  # opened after an older run's folder has been renamed
@@ -197,7 +197,7 @@ class TensorBoard:
                 self.writer.add_scalar(name, value, step)
             self.writer.flush()
         except Exception as error:
-            log.info(f"note     {TENSORBOARD} cannot be written ({error}); continues without")
+            log.info(f"note     {TENSORBOARD} cannot be written ({error}); the run continues without it")
             self.failed = True
 
     def close(self) -> None:
@@ -206,7 +206,7 @@ class TensorBoard:
 
 
 class LossPlot:
-    """out_dir/loss.png, which plot.py draws in a process of low priority. Its failures end no run."""
+    """out_dir/loss.png, drawn by plot.py in a process of low priority. If that fails, the run continues."""
 
     def __init__(self, config: TrainConfig) -> None:
         plot = Path(__file__).resolve().parents[2] / "plot.py"
@@ -227,12 +227,12 @@ class LossPlot:
         if os.name == "nt":
             new_group, low = subprocess.CREATE_NEW_PROCESS_GROUP, subprocess.BELOW_NORMAL_PRIORITY_CLASS
             options["creationflags"] = new_group | low
-        with suppress(OSError):  # in a session of its own, it gets no Ctrl-C from the terminal
+        with suppress(OSError):  # in its own session, it gets no Ctrl-C from the terminal
             self.process = subprocess.Popen(self.command, start_new_session=True, **options)
             if os.name != "nt":
                 os.setpriority(os.PRIO_PROCESS, self.process.pid, 19)
 
-    @activity("draws loss.png")
+    @activity("drawing loss.png")
     def finish(self, seconds: float = 5.0) -> None:
         """Wait for the drawing of the whole log, `seconds` for each process."""
         with suppress(subprocess.TimeoutExpired):

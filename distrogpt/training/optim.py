@@ -56,8 +56,8 @@ def orthogonalize(stacks: list[torch.Tensor], dtype: torch.dtype) -> list[torch.
     side, computed in `dtype`, fp32 or bf16.
 
     Newton-Schulz iteration on the square matrices x xᵀ, all of them at once; x is multiplied at the end.
-    Values above 1/100 of the bound below end between 0.7 and 1.3, in bf16 within some tenths more; smaller
-    ones are multiplied by up to 78. Zeros stay zeros.
+    Values above 1/100 of the bound below end between 0.7 and 1.3, in bf16 up to a few tenths further out;
+    smaller ones are multiplied by up to 78. Zeros stay zeros.
     """
     xs = [stack.to(dtype) for stack in stacks]
     grams = torch.cat([x.mT @ x if x.size(1) > x.size(2) else x @ x.mT for x in xs])  # (all, short, short)

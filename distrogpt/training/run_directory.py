@@ -1,12 +1,12 @@
 """The files of a run in out_dir.
 
-ckpt.pt              the best checkpoint so far, or each evaluation's with always_save_checkpoint
+ckpt.pt              the best checkpoint so far; with always_save_checkpoint, that of the last evaluation
 last.pt              the newest one, from which training resumes
 step-00002000.pt     with keep_checkpoints, the newest of some steps
 log.csv              a row for each step that is logged or evaluated
-loss.png             its plot
-tensorboard          a folder with the same values, if configured
-run.lock             locked as long as the process that writes here lives
+loss.png             the plot of log.csv
+tensorboard          a folder with the same values, with tensorboard_log
+run.lock             locked as long as a process writes here
 run.owner            that process, and the run that has written here
 """
 
@@ -64,9 +64,9 @@ class RunDirectory:
         self.config, self.runtime, self.path = config, runtime, Path(config.out_dir)
         self.writes = runtime.is_main and not config.eval_only
         self.lock_timeout = lock_timeout  # seconds: a killed run takes a moment to release its lock
-        self.header: dict[str, Any] = {}  # entries that all checkpoints of the run have in common
+        self.header: dict[str, Any] = {}  # entries that all checkpoints of the run share
         self.run_id = "0"
-        self.owned = False  # the files here are this run's
+        self.owned = False  # whether the files here are this run's
         self.best_val_loss = math.inf  # that of ckpt.pt
         self.rows: list[dict[str, str]] = []  # of log.csv, up to the step at which the run resumes
         self.log_failed = False
@@ -92,19 +92,19 @@ class RunDirectory:
             try:
                 self.file_lock.acquire(timeout=0)
             except Timeout:
-                log.info(f"note     waits for the end of {self.read_owner()[0]}, which writes to {self.path}")
+                log.info(f"note     waiting for {self.read_owner()[0]}, which is writing to {self.path}")
                 self.file_lock.acquire(timeout=self.lock_timeout)
             self.write_owner(self.read_owner()[1] if is_restart() else "")
             for name in (BEST, NEWEST, LOG, HISTORY, f"{PICTURE}.*"):
-                for unfinished in self.path.glob(name + ".tmp"):  # by a run that was killed while it wrote
+                for unfinished in self.path.glob(name + ".tmp"):  # of a run that was killed while writing
                     unfinished.unlink()
         except Timeout:
             advice = "stop it, or choose another --out_dir"
-            raise UserError(f"{self.read_owner()[0]} writes to out_dir={self.path}; {advice}") from None
+            raise UserError(f"{self.read_owner()[0]} is writing to out_dir={self.path}; {advice}") from None
         except OSError as error:
             reason = f"out_dir={self.path} cannot be written ({why_not_written(error, self.path / LOCK)})"
             self.remove_if_empty()
-            raise UserError(f"{reason}; choose another") from None
+            raise UserError(f"{reason}; choose another --out_dir") from None
 
     def read_owner(self) -> tuple[str, str]:
         """The process that writes here or was the last to do so, and its run, "" if that has no files yet."""
@@ -129,7 +129,7 @@ class RunDirectory:
     def resume(self, checkpoint: dict[str, Any], **header: Any) -> None:
         """Continue the run of a checkpoint, {} for a new run; `header` is part of all its checkpoints."""
         step = checkpoint.get("iter_num", 0)
-        message = f"the ranks do not find the same checkpoint; put out_dir={self.path} where all see it"
+        message = f"the ranks find different checkpoints; put out_dir={self.path} on a disk that all share"
         self.runtime.check_equal_on_all_ranks(step, message)
         self.run_id = checkpoint.get("run_id") or self.restarted_id or secrets.token_hex(4)
         self.best_val_loss = float(checkpoint.get("best_val_loss", math.inf))
@@ -141,7 +141,7 @@ class RunDirectory:
             self.cut_log(step)
 
     def cut_log(self, step: int) -> None:
-        """Remove the rows after `step`, as those steps are repeated."""
+        """Remove the rows after `step`, as these steps are repeated."""
         path = self.path / LOG
         text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
         lines = [line.split(",") for line in text.split("\n")[:-1]]  # without a line that was cut off
@@ -162,8 +162,8 @@ class RunDirectory:
         self.write_owner(f"run {self.run_id}, job {job_name()}")
 
     def claim(self) -> None:
-        """Move another run's files aside before the first of this one: a start too many loses nothing. If
-        they have no checkpoint, those that were moved before stay. Raises MachineError."""
+        """Move another run's files aside before this run writes its first, so that a mistaken start loses
+        nothing. If they have no checkpoint, those moved aside before are kept. Raises MachineError."""
         if self.owned:
             return
         paths, earlier = self.find(FILES), self.find(map(previous_name, FILES))
@@ -181,23 +181,25 @@ class RunDirectory:
         """Rename files to *.previous-1.*, if there are any, instead of the `earlier` ones that are named so.
         Raises MachineError."""
         if paths:
-            self.remove(earlier, "is of the run before the last one")
+            self.remove(earlier)
         for path in paths:
             name = previous_name(path.name)
             try:
                 path.rename(self.path / name)
             except OSError as error:
-                raise MachineError(f"{path} cannot be renamed ({error.strerror}); see {self.path}") from None
-            log.info(f"note     {path} is not part of this run, and is {name} now")
+                advice = f"check the permissions of {self.path}"
+                raise MachineError(f"{path} cannot be renamed ({error.strerror}); {advice}") from None
+            log.info(f"note     {path} is not part of this run and was renamed to {name}")
 
-    def remove(self, paths: list[Path], reason: str) -> None:
-        """Remove files and folders, and log it. Raises MachineError."""
+    def remove(self, paths: list[Path]) -> None:
+        """Remove files and folders of an older run, and log it. Raises MachineError."""
         for path in paths:
             try:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
             except OSError as error:
-                raise MachineError(f"{path} cannot be removed ({error.strerror}); see {self.path}") from None
-            log.info(f"note     {path} {reason}, and is removed")
+                advice = f"check the permissions of {self.path}"
+                raise MachineError(f"{path} cannot be removed ({error.strerror}); {advice}") from None
+            log.info(f"note     {path} of an older run was removed")
 
     def append_log(self, row: dict[str, Any]) -> None:
         """Add a row to log.csv. A full disk is reported once, and the run continues without the row."""
@@ -219,7 +221,7 @@ class RunDirectory:
         except OSError as error:
             if not self.log_failed:
                 reason = why_not_written(error, self.path / LOG)
-                log.info(f"note     {self.path / LOG} cannot be written ({reason}); continues without")
+                log.info(f"note     {self.path / LOG} cannot be written ({reason}); the run continues")
             self.log_failed = True
 
     def save(self, model: GPT, optimizers: list[Optimizer], scaler: GradScaler, state: TrainState) -> None:
@@ -244,7 +246,7 @@ class RunDirectory:
             self.best_val_loss = best_val_loss
 
     def write(self, contents: dict[str, Any], names: list[str]) -> None:
-        """Write a checkpoint to the files of these names: in the thread."""
+        """Write a checkpoint to the files of these names; runs in the thread."""
         paths, keep = [self.path / name for name in names], self.config.keep_checkpoints
         if keep:
             paths.insert(0, self.path / f"step-{contents['iter_num']:08}.pt")
@@ -271,22 +273,22 @@ class RunDirectory:
         self.save_thread.join()
         self.save_thread = None
         if self.save_error:
-            log.info(f"note     {self.save_error}; the run continues and tries again")
+            log.info(f"note     {self.save_error}; the run continues and tries again at the next save")
         else:
             log.info(self.save_result)
 
-    @activity("writes the last checkpoint")
+    @activity("writing the last checkpoint")
     def finish(self) -> None:
         """Wait for the last save. Raises MachineError if the newest checkpoint could not be written."""
         if self.save_thread:
             self.save_thread.join()
         if self.save_error:
-            raise MachineError(f"{self.save_error}; make room, and resume from it")
+            raise MachineError(f"{self.save_error}; free some disk space, then resume from it")
         self.report_save()
 
     def abandon_save(self) -> None:
-        """End a save in the background, which leaves the old files: with its thread in the middle of
-        torch.save, Python would abort at its end."""
+        """Stop a save in the background, which keeps the old files: Python would abort at exit if its thread
+        were still in torch.save."""
         self.save_abandoned.set()
         if self.save_thread:
             self.save_thread.join()
@@ -296,9 +298,9 @@ class RunDirectory:
         if self.save_thread:
             self.save_thread.join()
         path = newest_checkpoint(self.path) if self.owned else None
-        saved = f"{path} is the last good state" if path else "nothing was saved yet"
+        saved = f"{path} is the last good checkpoint" if path else "no checkpoint was saved yet"
         advice = "lower --learning_rate or set --grad_clip=1.0"
-        return Diverged(f"the loss is not finite any more at step {step}; {advice} ({saved})")
+        return Diverged(f"the loss is no longer finite at step {step}; {advice} ({saved})")
 
     def __exit__(self, kind: type | None, *_: object) -> None:
         if kind is not KeyboardInterrupt:
@@ -311,14 +313,14 @@ class RunDirectory:
         self.file_lock.release()
 
     def remove_if_empty(self) -> None:
-        """Remove the folder after a start that failed, if that start created it and nothing else is there."""
+        """Remove the folder after a failed start, if that start created it and nothing else is in it."""
         if self.created and {path.name for path in self.path.glob("*")} <= {LOCK, OWNER}:
             with suppress(OSError):
                 shutil.rmtree(self.path)
 
 
 class StoppableFile:
-    """What torch.save needs of a file; raises MachineError if it is written to after a stop."""
+    """The methods of a file that torch.save needs; a write after `stopped` raises MachineError."""
 
     def __init__(self, file: IO[bytes], stopped: threading.Event) -> None:
         self.file, self.stopped, self.flush = file, stopped, file.flush
@@ -330,7 +332,7 @@ class StoppableFile:
 
 
 def previous_name(name: str) -> str:
-    """What the file of another run is renamed to; of these, one generation is kept."""
+    """The new name of another run's file; only one generation is kept."""
     return f"{Path(name).stem}.previous-1{Path(name).suffix}"
 
 

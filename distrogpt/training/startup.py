@@ -1,4 +1,4 @@
-"""How a run begins: the model, and the checkpoint that it resumes from; and what is logged of it."""
+"""The start of a run: settings, model, the checkpoint to resume from, and the log lines about them."""
 
 import logging
 import math
@@ -33,19 +33,19 @@ from model import GPT, GPTConfig
 
 log = logging.getLogger("distrogpt")
 
-OTHER_DATA = "choose the dataset that it was trained on, or --init_from=scratch"
+OTHER_DATA = "use the dataset that it was trained on, or --init_from=scratch"
 
 
 def path_to_resume(config: TrainConfig) -> Path | None:
-    """The newest checkpoint, if init_from resumes; None if it does not, or there is none."""
+    """The newest checkpoint if init_from is resume or auto; None if it is not, or without a checkpoint."""
     if config.init_from.partition(":")[0] not in ("resume", "auto"):
         return None
     return newest_checkpoint(Path(config.out_dir))
 
 
 def inherits(config: TrainConfig) -> bool:
-    """Whether what is not given is the checkpoint's; a command with auto and a dataset, which could begin the
-    run too, says all of it."""
+    """Whether settings that are not given come from the checkpoint. A command with init_from=auto and a
+    dataset, which may also start the run, gives all of its settings."""
     return config.given is not None and not ("dataset" in config.given and config.init_from != "resume")
 
 
@@ -66,14 +66,14 @@ def inherit_settings(config: TrainConfig) -> TrainConfig:
     """The settings, with those that are not given from the checkpoint to resume from. Raises UserError."""
     path = path_to_resume(config)
     if path is None and config.init_from == "resume" and inherits(config) and "dataset" not in config.given:
-        path = Path(config.out_dir) / NEWEST  # which is missing; that is what is wrong, not the dataset
+        path = Path(config.out_dir) / NEWEST  # the error is that this is missing, not the default dataset
     if path is None or not inherits(config):
         return config
     contents = load_checkpoint(path, mmap=True)
     inherited = inherited_settings(config, contents)
     dataset, vocab_size = inherited.get("dataset"), contents["model_args"]["vocab_size"]
     if not dataset and "dataset" not in config.given and vocab_size not in (50257, GPTConfig.vocab_size):
-        raise UserError(f"{path} does not say on what it was trained; give --dataset=NAME")
+        raise UserError(f"{path} does not name the dataset that it was trained on; give --dataset=NAME")
     if dataset and not is_here(dataset):
         raise UserError(f"{path} was trained on {dataset[:200]}, which is not here; give --dataset=FOLDER")
     values = {name: check_value(TrainConfig, name, value, f"{path}: ") for name, value in inherited.items()}
@@ -94,8 +94,9 @@ def check_ranks(config: TrainConfig, runtime: Runtime) -> None:
     """Raises UserError if the ranks cannot share the micro-steps, or have different settings."""
     if config.gradient_accumulation_steps % runtime.world_size:
         setting = f"gradient_accumulation_steps={config.gradient_accumulation_steps}"
-        raise UserError(f"{setting} cannot be shared among {runtime.world_size} ranks; make it a multiple")
-    message = "the ranks have not all the same settings; start them with the same command"
+        ranks = runtime.world_size
+        raise UserError(f"{setting} is not divisible by the {ranks} ranks; set it to a multiple of {ranks}")
+    message = "the ranks have different settings; start all of them with the same command"
     runtime.check_equal_on_all_ranks(zlib.crc32(repr(config).encode()), message)
 
 
@@ -142,7 +143,7 @@ def new_model_config(config: TrainConfig, meta: dict[str, Any]) -> GPTConfig:
         raise UserError(error) from None
 
 
-@activity("loads the model")
+@activity("loading the model")
 def initial_model(config: TrainConfig, meta: dict, restarted_id: str | None = None) -> tuple[GPT, dict]:
     """The model to train, on the CPU, and the checkpoint to resume from, {} for a new run. Raises UserError
     if they do not fit the settings or the dataset."""
@@ -160,23 +161,23 @@ def initial_model(config: TrainConfig, meta: dict, restarted_id: str | None = No
     if tokenizers_differ(weights_from.get("meta", meta)["tokenizer"], meta["tokenizer"]):
         raise UserError(f"{source} was trained with another tokenizer than {config.dataset}'s; {OTHER_DATA}")
     if meta["vocab_size"] > model.config.vocab_size:
-        sizes = f"the dataset has {meta['vocab_size']} tokens, {source} only {model.config.vocab_size}"
+        sizes = f"the dataset has a vocabulary of {meta['vocab_size']}, {source} of {model.config.vocab_size}"
         raise UserError(f"{sizes}; {OTHER_DATA}")
     if config.block_size > model.config.block_size:
         limit = f"--block_size={model.config.block_size} or less"
-        raise UserError(f"block_size={config.block_size} is longer than {source} reads; set {limit}")
+        raise UserError(f"block_size={config.block_size} is larger than that of {source}; set {limit}")
     if config.block_size < model.config.block_size:
         model.crop_block_size(config.block_size)
         if not model.config.rotary:
-            checkpoint.pop("optimizer", None)  # its averages have the shape of the longer table
+            checkpoint.pop("optimizer", None)  # it has the shape of the longer position table
     return model, checkpoint
 
 
 def check_resumable(config: TrainConfig, checkpoint: dict[str, Any]) -> None:
-    """Raises UserError if it was trained with another optimizer. Forgets a best loss of another split."""
+    """Raises UserError if it was trained with another optimizer. Drops its best loss if of another split."""
     optimizer = checkpoint.get("config", {}).get("optimizer", "adamw")
     if optimizer != config.optimizer and not config.eval_only:
-        advice = f"resume with that, or start a new run with --init_from={quote(config.out_dir)}"
+        advice = f"resume with that, or start a new run from it: --init_from={quote(config.out_dir)}"
         raise UserError(f"{config.out_dir} was trained with optimizer={optimizer}; {advice}")
     eval_splits = checkpoint.get("config", {}).get("eval_splits", "both")
     if (eval_splits == "train") != (config.eval_splits == "train"):
@@ -204,19 +205,19 @@ def same_data(one: dict[str, list[int]], other: dict[str, list[int]]) -> bool:
 
 
 def describe_run(config: TrainConfig, runtime: Runtime, data: Dataset, model: GPT) -> None:
-    """Log what is trained, on what data, where, and what will be written."""
+    """Log the data, the model, the machine, the sizes of a step and the run, and the files to be written."""
     for part in data.parts:
         sizes = ", ".join(f"{len(stream):,} {split}" for split, stream in part.streams.items())
         weight = "" if len(data.parts) == 1 else f"{part.weight:.1%} "
         log.info(f"data     {weight}{part.folder}: {sizes} tokens, vocabulary {data.meta['vocab_size']:,}")
         if part.meta is GPT2_META:
-            log.info(f"note     {part.folder} has no meta.json or meta.pkl: its ids are taken for GPT-2's")
+            log.info(f"note     {part.folder} has no meta.json or meta.pkl: its ids are read as GPT-2's")
     shape, parameters = model.config, model.get_num_params(non_embedding=False)
-    sizes = f"{shape.n_layer} layers, {shape.n_head} heads, {shape.n_embd} wide, block {shape.block_size}"
-    log.info(f"model    {sizes}: {parameters:,} parameters")
+    sizes = f"{shape.n_layer} layers, {shape.n_head} heads, width {shape.n_embd}"
+    log.info(f"model    {sizes}, block size {shape.block_size}: {parameters:,} parameters")
     log.info(f"machine  {runtime.describe()}")
     sizes = f"{config.gradient_accumulation_steps} x {config.batch_size} sequences of {config.block_size}"
-    log.info(f"step     {samples_per_step(config) * config.block_size:,} tokens: {sizes}")
+    log.info(f"step     {samples_per_step(config) * config.block_size:,} tokens: {sizes} tokens")
     for pitfall in pitfalls(config, data):
         log.info(f"note     {pitfall}")
     if config.eval_only:
@@ -224,17 +225,19 @@ def describe_run(config: TrainConfig, runtime: Runtime, data: Dataset, model: GP
     if config.max_epochs is not None:
         steps = f"{samples_per_epoch(data, config) / samples_per_step(config):,.1f}".removesuffix(".0")
         epochs = "1 epoch" if config.max_epochs == 1 else f"{config.max_epochs:g} epochs"
-        log.info(f"length   {epochs} of {steps} steps, {config.max_iters:,} in all")
+        log.info(f"length   {epochs} of {steps} steps: {config.max_iters:,} steps in total")
     # beside the weights; Muon's AdamW has few of them
     averages = {"adamw": 2, "muon": 1, "sgd": int(config.momentum > 0)}[config.optimizer]
     interval = min(config.eval_interval, config.save_interval or config.eval_interval)
-    files = f"{config.out_dir}/{BEST} (best), {NEWEST} (newest) and {LOG}"
     megabytes = f"{4 * (1 + averages) * parameters / 1e6:,.0f} MB each"
-    log.info(f"writes   {files}, every {interval} steps up to {config.max_iters}, {megabytes}")
+    files = f"{config.out_dir}/{BEST} (best) and {NEWEST} (newest), {megabytes}"
+    last = config.max_iters
+    when = f"every {interval} steps up to {last}" if interval < last else f"after step {last}"
+    log.info(f"writes   {files}, {when}, and {LOG}")
 
 
 def describe_inheritance(config: TrainConfig, checkpoint: dict[str, Any]) -> None:
-    """Log the settings from the checkpoint that are no defaults, and the given ones that differ from it."""
+    """Log the settings from the checkpoint that are not defaults, and the given ones that differ from it."""
     taken = [
         f"{name}={quote(getattr(config, name))}"
         for name in inherited_settings(config, checkpoint)
@@ -243,12 +246,12 @@ def describe_inheritance(config: TrainConfig, checkpoint: dict[str, Any]) -> Non
     kept = {*OF_THIS_CALL, *checkpoint["model_args"]} - {"block_size", "dropout"}  # a network keeps its shape
     before = {name: value for name, value in run_settings(checkpoint).items() if name in (config.given or ())}
     given = [
-        f"{name}={quote(getattr(config, name))}, not {quote(value)}"
+        f"{name}={quote(getattr(config, name))} (was {quote(value)})"
         for name, value in before.items()
         if name not in kept and getattr(config, name) != value
     ]
     lines = [f"from the checkpoint: {', '.join(taken)}"] if taken else []
-    lines += [f"as given: {'; '.join(given)}"] if given else []
+    lines += [f"changed: {', '.join(given)}"] if given else []
     if lines:
         log.info(f"settings {'; '.join(lines)}")
 
@@ -259,18 +262,18 @@ def describe_resumption(config: TrainConfig, model: GPT, checkpoint: dict[str, A
         state = TrainState(checkpoint)
         line = f"resumes  after step {state.step}"
         if state.finished(config) and not config.eval_only:
-            reason = state.early_stop_reason(config)
-            line += f": nothing left to do ({reason})" if reason else ": nothing left to do"
+            reason = state.early_stop_reason(config) or f"max_iters={config.max_iters} is reached"
+            line += f": nothing left to do ({reason})"
         log.info(line)
         describe_inheritance(config, checkpoint)
         if "optimizer" not in checkpoint:
-            log.info("note     without the optimizer's averages, which start from zero")
+            log.info("note     the optimizer state is not resumed; it starts from zero")
         if "data" in checkpoint and not same_data(checkpoint["data"], fingerprint(data)):
             if is_restart():
-                raise UserError("the data changed under the run; put back what it was, and resume")
-            log.info("note     the data changed since: the run continues, but not as it would have")
+                raise UserError("the data changed during the run; restore the old files, then resume")
+            log.info("note     the data has changed since the checkpoint; continuing with the new data")
     for name, value in asdict(model.config).items():
         wanted = getattr(config, name, value)
         chosen = bool(checkpoint) or wanted != getattr(TrainConfig, name, wanted)
         if wanted != value and chosen and name not in ("block_size", "dropout", "zero_init"):
-            log.info(f"note     the model's {name}={value} holds, not {wanted}")
+            log.info(f"note     {name}={wanted} has no effect: the loaded model has {name}={value}")

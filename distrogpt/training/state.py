@@ -1,4 +1,4 @@
-"""How far a run has come: what a checkpoint holds beside the weights and the optimizers."""
+"""The progress of a run: the entries of a checkpoint besides the weights and the optimizers."""
 
 import logging
 import math
@@ -22,7 +22,7 @@ class TrainState:
         """Resumes at a checkpoint's step; with None or {}, starts at step 0."""
         checkpoint = checkpoint or {}
         self.step = self.first_step = checkpoint.get("iter_num", 0)
-        self.lowest_loss = float(checkpoint.get("best_val_loss", math.inf))  # also if it could not be saved
+        self.lowest_loss = float(checkpoint.get("best_val_loss", math.inf))  # even if it could not be saved
         self.evals_since_best = checkpoint.get("no_lower", 0)
         self.skipped_steps = checkpoint.get("skipped", 0)  # loss or gradient was not finite
         self.consecutive_skips = 0
@@ -44,7 +44,7 @@ class TrainState:
             evaluations = "evaluation" if self.evals_since_best == 1 else "evaluations"
             return f"no lower {measured_splits(config)[-1]} loss in {self.evals_since_best} {evaluations}"
         if config.max_minutes is not None and self.seconds >= 60 * config.max_minutes:
-            return f"max_minutes={config.max_minutes:g} are over"
+            return f"max_minutes={config.max_minutes:g} is reached"
         return ""
 
     def finished(self, config: TrainConfig) -> bool:
@@ -90,7 +90,7 @@ class TrainState:
         elif scaler.get_scale() <= 1:  # above, fp16 still lowers its scale
             self.skipped_steps += 1
             self.consecutive_skips += 1
-            count = f"{self.skipped_steps} so far"
+            count = f"{self.skipped_steps} skipped so far"
             log.info(f"note     step {self.step} is skipped: loss or gradient is not finite ({count})")
 
     def sync(self, runtime: Runtime, stop_requested: bool) -> None:
@@ -100,7 +100,7 @@ class TrainState:
         self.stop_requested = requests > 0
 
     def to_checkpoint(self) -> dict[str, Any]:
-        """The entries of a checkpoint; older versions have written the same keys."""
+        """The entries of a checkpoint, by the keys that older versions use too."""
         entries = {
             "iter_num": self.step,
             "evaluated": self.evaluated,

@@ -282,10 +282,10 @@ def test_the_bar_is_for_long_recordings_on_a_terminal(monkeypatch, capsys):
 
 
 def test_mistakes_are_reported_before_any_transcription(whisper, book, prepare, model, tmp_path, monkeypatch):
-    assert_user_error(prepare(tmp_path / "none"), "none is not there", ".m4b")
-    assert_user_error(prepare(model), "has none of these files")
+    assert_user_error(prepare(tmp_path / "none"), "none does not exist", ".m4b")
+    assert_user_error(prepare(model), "has no supported files")
     assert_user_error(prepare(book, "--tokenizer=bpe"), "write bpe:4096")
-    assert_user_error(prepare(book, "--tokenizer=nosuch"), "no dataset nosuch")
+    assert_user_error(prepare(book, "--tokenizer=nosuch"), "unknown --tokenizer nosuch")
     assert_user_error(prepare(book, "--strip_lines=("), "regular expression")
     assert_user_error(prepare(book, "--language=english"), "give one of de, en")
     assert_user_error(prepare(book, "--model=huge"), "tiny, small")

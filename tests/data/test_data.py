@@ -110,7 +110,7 @@ def test_a_file_that_changes_is_reported_when_it_is_read(spoil, mapped, tmp_path
     }
     spoilers[spoil]()
     assert stream.windows(np.array([0, 40]), 20)[1, 0] == 0  # the other files are what they were
-    event = "was removed under the run" if spoil == "remove" else "changed under the run"
+    event = "was removed during the run" if spoil == "remove" else "changed during the run"
     with pytest.raises(UserError, match=f"train_000001.bin {event}"):
         stream.windows(np.array([15]), 9)
 
@@ -313,7 +313,7 @@ def test_an_unknown_character_is_named():
     "description", [{}, {"kind": "magic"}, {"kind": "char", "chars": "aa"}, {"kind": "char"}]
 )
 def test_an_unknown_tokenizer_is_refused(description):
-    with pytest.raises(UserError, match="is not known"):
+    with pytest.raises(UserError, match="is unknown or incomplete"):
         from_description(description)
 
 

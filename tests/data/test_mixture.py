@@ -141,7 +141,7 @@ def test_a_mixture_resumes_bit_for_bit_and_its_checkpoint_is_read(dataset, other
     contents = load_checkpoint(tmp_path / "whole" / "last.pt")
     assert set(contents["meta"]) == {"tokenizer", "vocab_size", "dtype"} and len(contents["data"]) == 4
     others = (f"--dataset={dataset}:0.6,{other}:0.4", f"--out_dir={tmp_path / 'parts'}", "--max_iters=21")
-    assert "the data changed since" in train_here(*TINY, *others, "--init_from=resume")
+    assert "the data has changed since" in train_here(*TINY, *others, "--init_from=resume")
     from distrogpt.loading import find_tokenizer
 
     del contents["meta"]  # as in nanoGPT's checkpoints
@@ -186,7 +186,7 @@ def test_parts_of_different_vocabularies_are_refused(dataset, copy):
     meta = json.loads((copy / "meta.json").read_text())
     meta["tokenizer"]["chars"] = meta["tokenizer"]["chars"][::-1]
     (copy / "meta.json").write_text(json.dumps(meta))
-    with pytest.raises(UserError, match="have not the same tokenizer"):
+    with pytest.raises(UserError, match="differ in tokenizer"):
         open_dataset(config_of(f"--dataset={dataset},{copy}"))
 
 

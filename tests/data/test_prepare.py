@@ -88,7 +88,7 @@ def test_tiny_shakespeare_in_gpt2_bpe(tiny_shakespeare, gpt2_bpe, tmp_path):
 def test_another_text_is_used_with_a_note(tmp_path):
     (tmp_path / "mine.txt").write_text("my own words, " * 10)
     done = run("data/shakespeare_char/prepare.py", "--input", tmp_path / "mine.txt", "--output", tmp_path)
-    assert done.returncode == 0 and "another text" in done.stdout
+    assert done.returncode == 0 and "is not the published tiny Shakespeare" in done.stdout
     assert decode(tmp_path, "train") + decode(tmp_path, "val") == "my own words, " * 10
 
 

@@ -357,7 +357,7 @@ def test_another_datasets_tokenizer(tmp_path):
     assert done.returncode == 0, done.stderr
     assert read_meta(tmp_path / "two")["tokenizer"] == read_meta(tmp_path / "one")["tokenizer"]
     done = prepare(tmp_path, "--input", tmp_path / "new.txt", "--tokenizer=nothing", name="three")
-    assert_user_error(done, "no dataset nothing")
+    assert_user_error(done, "unknown --tokenizer nothing")
 
 
 @pytest.mark.parametrize("script", [SCRIPT, "data/hub/prepare.py"])
@@ -367,7 +367,8 @@ def test_what_is_no_tokenizer(script, tmp_path):
     words = ("--input", tmp_path / "in", "--output", tmp_path / "out")
     for name in (*"audio text hub word GPT2".split(), tmp_path / "out", tmp_path / "in", REPO):
         done = prepare_here(script, *words, f"--tokenizer={name}")
-        assert_user_error(done, f"no dataset {name}", "byte", "gpt2, " if script == SCRIPT else "gpt2")
+        known = "gpt2, " if script == SCRIPT else "gpt2"
+        assert_user_error(done, f"unknown --tokenizer {name}", "byte", known)
         assert ("bpe:4096" in done.stderr) == (script == SCRIPT)
         assert ("did you mean gpt2?" in done.stderr) == (name == "GPT2")
         assert not (tmp_path / "out").exists()
@@ -381,7 +382,7 @@ def test_files_of_a_folder_that_are_left_out_are_counted(tmp_path):
     for name in ("a.docx", "b.pdf"):
         (tmp_path / "in" / name).write_bytes(b"PK")
     done = prepare(tmp_path, "--input", tmp_path / "in", "--tokenizer=byte")
-    assert done.returncode == 0 and "2 files of other kinds are left out (.docx, .pdf)" in done.stderr
+    assert done.returncode == 0 and "2 files of other types left out (.docx, .pdf)" in done.stderr
 
 
 def test_a_large_vocabulary_takes_uint32_and_says_so(tmp_path):
@@ -389,7 +390,7 @@ def test_a_large_vocabulary_takes_uint32_and_says_so(tmp_path):
         "".join(map(chr, range(0x10000, 0x10000 + 70_000))) * 2, encoding="utf-8"
     )
     done = prepare(tmp_path, "--input", tmp_path / "all.txt")
-    assert done.returncode == 0 and "70,000 ids are too many for 2 bytes" in done.stdout, done.stderr
+    assert done.returncode == 0 and "a vocabulary of 70,000 takes 4 bytes" in done.stdout, done.stderr
     meta = read_meta(tmp_path / "out")
     assert (meta["dtype"], meta["vocab_size"]) == ("uint32", 70_000)
     assert (tmp_path / "out" / "train.bin").stat().st_size == 4 * meta["tokens"]["train"]
@@ -405,18 +406,18 @@ MISTAKES = [
     (b"caf\xe9 au lait", [], ["--encoding=cp1252"]),
     ("cafe au lait".encode("utf-16-le"), [], ["--encoding=utf-16-le"]),
     ("café ".encode() * 50, ["--encoding=utf-16"], ["is not utf-16 text, but utf-8"]),
-    ("cafe ".encode("utf-16") * 50 + b"x", [], ["offset 600", "mend it"]),
+    ("cafe ".encode("utf-16") * 50 + b"x", [], ["offset 600", "repair it"]),
     (b"PK\3\4\0\xff\xfe\xfd" * 100, [], ["zip file, not text", "save its text"]),
     (b"%PDF-1.7\nabc" * 100, ["--encoding=cp1252"], ["a PDF, not text", "save its text"]),
     ("café au lait".encode("utf-16-be"), [], ["offset 7", "--encoding=utf-16-be"]),
-    (b'["a", "b"', ["--format=json"], ["ends within its array, in line 1", "cut off"]),
-    (b'["a",\n "b', ["--format=json"], ["line 2: Unterminated string"]),
-    (b'["a",\n\n5]', ["--format=json"], ["line 3 is no JSON object, but 5", "give texts"]),
-    (b'[{"text": "a"}, {"body": "b"}]', ["--format=json"], ["line 1 has no field 'text', but body"]),
-    (b'id\ttext\n1\t"Yes," she said\n', ["--format=tsv"], ["is no table", "double the quotes"]),
-    (b"id;body\n1;2\n", ["--format=csv"], ["no field 'text', but id, body"]),
-    (b"id;text\n1;2;3\n", ["--format=csv"], ["row 1 has other columns", "quote text that has ';'"]),
-    (b"id\ttext\n1\t2\t3\n", ["--format=tsv"], ["row 1 has other columns"]),
+    (b'["a", "b"', ["--format=json"], ["is cut off", "(line 1)"]),
+    (b'["a",\n "b', ["--format=json"], ["line 2 is not valid JSON (Unterminated string"]),
+    (b'["a",\n\n5]', ["--format=json"], ["line 3 is 5, not a string or an object", "give strings"]),
+    (b'[{"text": "a"}, {"body": "b"}]', ["--format=json"], ["line 1 has no field 'text' (fields: body)"]),
+    (b'id\ttext\n1\t"Yes," she said\n', ["--format=tsv"], ["is not a valid table", "write quotes"]),
+    (b"id;body\n1;2\n", ["--format=csv"], ["no field 'text' (fields: id, body)"]),
+    (b"id;text\n1;2;3\n", ["--format=csv"], ["row 1 has more or fewer", "text that contains ';'"]),
+    (b"id\ttext\n1\t2\t3\n", ["--format=tsv"], ["row 1 has more or fewer columns"]),
     (b"", [], ["no text", "book.txt"]),
     (b" \n\t\n", [], ["no text"]),
     (b"x", [], ["too short"]),
@@ -425,19 +426,19 @@ MISTAKES = [
     (b"text " * 100, ["--tokenizer=bpe"], ["bpe:4096"]),
     (b"text " * 100, ["--tokenizer=bpe:x"], ["bpe:4096"]),
     (b"text " * 100, ["--tokenizer=bpe:100"], ["from 258"]),
-    (b"text " * 100, ["--tokenizer=words"], ["no dataset words"]),
+    (b"text " * 100, ["--tokenizer=words"], ["unknown --tokenizer words"]),
     (b"text " * 100, ["--encoding=klingon"], ["--encoding klingon", "utf-8"]),
     (b"text " * 100, ["--strip_lines=("], ["--strip_lines", "regular expression"]),
     (b"text " * 100, ["--format=pdf"], ["--format"]),
     (b"{}\n", ["--format=jsonl"], ["line 1", "no field 'text'", "--field=NAME"]),
-    (b'{"text": "a"}\n{"body": "b"}\n', ["--format=jsonl"], ["line 2", "no field 'text', but body"]),
-    (b'{"text": 5}\n', ["--format=jsonl"], ["line 1", "is no text"]),
-    (b'{"text": "a"}\n{"te', ["--format=jsonl"], ["line 2 is no JSON"]),
-    (b"[1]\n", ["--format=jsonl"], ["line 1 is no JSON object"]),
-    (b"a,b\n1,2\n", ["--format=csv"], ["row 1", "no field 'text', but a, b"]),
-    (b"id,text\n1,Hello, world\n", ["--format=csv"], ["row 1 has other columns", "quote"]),
-    (b"id,text\n1\n", ["--format=csv"], ["row 1 has other columns"]),
-    (b"[" * 100_000, ["--format=jsonl"], ["line 1 is no JSON"]),
+    (b'{"text": "a"}\n{"body": "b"}\n', ["--format=jsonl"], ["line 2", "no field 'text' (fields: body)"]),
+    (b'{"text": 5}\n', ["--format=jsonl"], ["line 1: field 'text' is not text"]),
+    (b'{"text": "a"}\n{"te', ["--format=jsonl"], ["line 2 is not valid JSON"]),
+    (b"[1]\n", ["--format=jsonl"], ["line 1 is [1], not a string or an object"]),
+    (b"a,b\n1,2\n", ["--format=csv"], ["row 1", "no field 'text' (fields: a, b)"]),
+    (b"id,text\n1,Hello, world\n", ["--format=csv"], ["row 1 has more or fewer columns", "quote"]),
+    (b"id,text\n1\n", ["--format=csv"], ["row 1 has more or fewer columns"]),
+    (b"[" * 100_000, ["--format=jsonl"], ["line 1 is not valid JSON"]),
     (b"text " * 100, ["--tokenizer=bpe:\u00b2"], ["bpe:4096"]),
     (b"text " * 100, ["--tokenizer=bpe:2000000000"], ["bpe:4096"]),
     (b"text " * 100, ["--encoding=undefined"], ["--encoding undefined"]),
@@ -508,15 +509,15 @@ def test_files_that_are_not_what_their_names_say(tmp_path):
 
 def test_where_things_are_not_or_may_not_be(tmp_path):
     (tmp_path / "book.txt").write_text("some text " * 100)
-    assert_user_error(prepare(tmp_path, "--input", tmp_path / "none.txt"), "none.txt", "is not there")
-    assert_user_error(prepare(tmp_path, "--input", tmp_path / "*.docx"), "*.docx", "is not there")
+    assert_user_error(prepare(tmp_path, "--input", tmp_path / "none.txt"), "none.txt", "does not exist")
+    assert_user_error(prepare(tmp_path, "--input", tmp_path / "*.docx"), "*.docx", "does not exist")
     (tmp_path / "empty").mkdir()
-    assert_user_error(prepare(tmp_path, "--input", tmp_path / "empty"), "has none of these files", ".parquet")
+    assert_user_error(prepare(tmp_path, "--input", tmp_path / "empty"), "has no supported files", ".parquet")
     book = ("--input", tmp_path / "book.txt")
     assert_user_error(prepare_here(SCRIPT, *book), "--name is missing")
     assert_user_error(prepare_here(SCRIPT, *book, "--name", "../up"), "--name '../up'")
     assert_user_error(
-        prepare_here(SCRIPT, *book, "--name", "shakespeare"), "shakespeare is a dataset of its own"
+        prepare_here(SCRIPT, *book, "--name", "shakespeare"), "shakespeare is the folder of another dataset"
     )
     assert_user_error(prepare_here(SCRIPT, "--name=x"), "--input")
     assert_user_error(prepare(tmp_path, *book, name="book.txt"), "cannot be written")

@@ -155,7 +155,7 @@ def test_two_bytes_an_id_up_to_65536():
 
 @pytest.mark.parametrize("merges", ["a", "a b c", "a b\na b", "ab c", "a \u2028", "a b\n\n", " ", 5])
 def test_a_damaged_description_is_refused(merges):
-    with pytest.raises(UserError, match="not known, or not whole"):
+    with pytest.raises(UserError, match="is unknown or incomplete"):
         from_description({"kind": "bpe", "merges": merges})
 
 

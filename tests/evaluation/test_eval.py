@@ -317,7 +317,7 @@ def test_hellaswag_is_downloaded_once_and_checked(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "line 2: Expecting"),
+        ("{", r"line 2 is not valid JSON \(Expecting"),
         ("7", "line 2: it is not an object"),
         ('{"endings": ["a", "b"], "label": 0}', "line 2: ctx is not a text"),
         ('{"ctx": "a", "endings": ["b"], "label": 0}', "line 2: endings is not a list of two"),
@@ -326,7 +326,7 @@ def test_hellaswag_is_downloaded_once_and_checked(tmp_path):
         ('{"ctx": "a", "endings": ["b", "c"], "label": true}', "line 2: label is not the index"),
         ('{"ctx": "a", "endings": ["b", "c"]}', "line 2: label"),
         ('{"ctx": "a", "endings": ["b", "' + "c" * 40 + '"], "label": 0}', "line 2: an ending has 41 tokens"),
-        ("[" * 100_000, "line 2: maximum recursion"),
+        ("[" * 100_000, r"line 2 is not valid JSON \(maximum recursion"),
     ],
 )
 def test_invalid_questions(line, message, tmp_path):
@@ -393,7 +393,7 @@ def test_a_loss_needs_no_tokenizer(copy, tmp_path):
     assert 0 < measure(EvalConfig(**where))["loss"]["loss"] < 6
     for settings, words in (
         ({"tasks": "hellaswag"}, "reads token ids, not HellaSwag's English"),
-        ({"tasks": "accuracy"}, "names no characters"),
+        ({"tasks": "accuracy"}, "has no tokenizer"),
         ({"tasks": "next", "start": "the"}, "'the' is not a token id"),
     ):
         with pytest.raises(UserError, match=words):

@@ -456,7 +456,7 @@ BROKEN = {
     "another activation": (lambda f: change_settings(f, hidden_act="relu"), "hidden_act=relu"),
     "an unknown kind": (lambda f: change_settings(f, model_type="mamba"), "model_type=mamba"),
     "a weight too few": (lambda f: change_weights(f, **{NORM: None}), f"such as {NORM}"),
-    "a weight too many": (lambda f: change_weights(f, extra=torch.ones(2)), "extra has no place"),
+    "a weight too many": (lambda f: change_weights(f, extra=torch.ones(2)), "unexpected weight extra"),
     "another shape": (lambda f: change_weights(f, **{NORM: torch.ones(8)}), f"{NORM} is not a dense"),
     "whole numbers": (lambda f: change_weights(f, **{NORM: torch.ones(16).long()}), "not a floating-point"),
     "half a file": (lambda f: (f / "model.safetensors").write_bytes(b"\x10\0\0\0"), "cannot be loaded"),
@@ -465,7 +465,7 @@ BROKEN = {
     "no tokenizer": (lambda f: (f / "meta.json").write_text("{}"), "meta.json cannot be read"),
     "another's tokenizer": (
         lambda f: (f / "meta.json").write_text(json.dumps({"tokenizer": {"kind": "gpt2"}, "vocab_size": 50257,
-                                                           "dtype": "uint16"})), "its tokenizer 50257"),
+                                                           "dtype": "uint16"})), "tokenizer has 50,257"),
 }  # fmt: skip
 
 
@@ -523,7 +523,7 @@ def test_settings_of_another_network_are_refused(kind, settings, folders, tmp_pa
     change_settings(folder, **settings)
     wrong = sample_here(f"--init_from={folder}")
     name = "rope_type" if "rope_scaling" in settings else next(iter(settings))
-    assert_user_error(wrong, f"{name}=", "use another one, or update")
+    assert_user_error(wrong, f"{name}=", "use another model, or update")
 
 
 def test_settings_that_change_nothing_are_read(folders, tmp_path):
@@ -587,13 +587,13 @@ def test_mistakes(tmp_path):
     assert_user_error(run_here("export.py", f"--out_dir={out_dir}", f"--to={out_dir}"), "ckpt.pt")
     assert_user_error(run_here("export.py", f"--out_dir={out_dir}", f"--to={out_dir}/ckpt.pt"), "is a file")
     assert_user_error(
-        run_here("export.py", f"--out_dir={out_dir}", f"--to={out_dir}/ckpt.pt/x"), "cannot be made"
+        run_here("export.py", f"--out_dir={out_dir}", f"--to={out_dir}/ckpt.pt/x"), "cannot be created"
     )
     assert not to.exists()
     to.mkdir()  # an empty one may be there
     assert run_here("export.py", f"--out_dir={out_dir}", f"--to={to}").returncode == 0
     before = {path.name: path.read_bytes() for path in to.iterdir()}
-    assert_user_error(run_here("export.py", f"--out_dir={out_dir}", f"--to={to}"), "is there already")
+    assert_user_error(run_here("export.py", f"--out_dir={out_dir}", f"--to={to}"), "exists already")
     assert {path.name: path.read_bytes() for path in to.iterdir()} == before
     half = run_here("export.py", f"--out_dir={out_dir}", f"--to={to}", "--overwrite=True", "--dtype=float16")
     assert half.returncode == 0 and {path.name for path in to.iterdir()} == set(before)
@@ -660,7 +660,7 @@ def test_only_an_export_is_replaced(what, small, tmp_path):
         (to / "mine").mkdir()
     before = read_tree(tmp_path)
     wrong = export_run(small, "to", "--overwrite=True", cwd=tmp_path)
-    assert_user_error(wrong, "to has ", "which is of no export")
+    assert_user_error(wrong, "to has ", "which is not part of an export")
     assert str(tmp_path) not in wrong.stderr and read_tree(tmp_path) == before  # called as the user did
 
 
@@ -686,13 +686,13 @@ def test_a_file_added_to_the_old_export_while_writing_is_kept(small, tmp_path, m
     done = export_run(small, to, "--overwrite=True")
     assert done.returncode == 0 and "notes.txt" in done.stderr and len(done.stderr.splitlines()) == 1
     assert not (to / "notes.txt").exists() and (to / "model.safetensors").is_file()
-    old = Path(done.stderr.split("note: ")[1].split(" is what was")[0])
+    old = Path(done.stderr.split("note     ")[1].split(" has the old files of ")[0])
     assert (old / "notes.txt").read_text() == "mine" and (old / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("to", ["/", "two\nlines", "two\u2028lines", "bell\a"])
 def test_an_unprintable_name_is_refused(to, small, tmp_path):
-    assert_user_error(export_run(small, to, cwd=tmp_path), "no name of a folder")
+    assert_user_error(export_run(small, to, cwd=tmp_path), "is not a valid folder name")
     assert not list(tmp_path.iterdir())
 
 
@@ -737,7 +737,8 @@ def test_batches_are_padded_if_a_token_can_do_it(tmp_path):
 def test_a_model_of_characters_reports_its_limits_and_drops_none(small, tmp_path):
     done = export_run(small, tmp_path / "to")
     card = (tmp_path / "to" / "README.md").read_text()
-    for words in ("Characters outside of its 8 are an error.", "No token ends a text", "prefix_token_id=0",
+    for words in ("Its vocabulary is 8 characters; all others are an error.", "no end-of-text or padding",
+                  "prefix_token_id=0",
                   " --tasks choice --include_path distrogpt/huggingface "):  # fmt: skip
         assert words in done.stdout and words in card
     tokenizer = load_tokenizer(tmp_path / "to")
@@ -784,7 +785,7 @@ def test_the_model_card_reports_where_the_model_comes_from(tmp_path):
         "| optimizer | muon |", "| learning_rate | 0.001 |", "| logit\\_softcap | 15.0 |",
     ):  # fmt: skip
         assert row.replace("\\_", "_") in card.text.replace("\\_", "_"), row
-    assert "trust_remote_code=True" in card.text and "vLLM does not know this network" in card.text
+    assert "trust_remote_code=True" in card.text and "vLLM does not support this network" in card.text
     for path in folder.iterdir():
         assert str(tmp_path).encode() not in path.read_bytes(), path  # no path of this machine
     assert load_pretrained(str(folder))[1]["meta"]["vocab_size"] == 97  # those that it has tokens for
@@ -797,8 +798,8 @@ def test_the_model_card_reports_where_the_model_comes_from(tmp_path):
 def test_a_card_without_own_code_needs_no_trust(qwen):
     card = (qwen / "README.md").read_text()
     assert "trust_remote_code" not in card and "vllm serve exported" in card
-    assert "llama.cpp does not know this tokenizer" in card and "convert_hf" not in card
-    assert "outside of its 96" in card and "prefix_token_id" not in card and "No token ends" not in card
+    assert "llama.cpp does not support this tokenizer" in card and "convert_hf" not in card
+    assert "Its vocabulary is 96" in card and "prefix_token_id" not in card and "no end-of-text" not in card
 
 
 def test_lm_evaluation_harness_measures_the_same_accuracy(tmp_path, text, questions_file, monkeypatch):

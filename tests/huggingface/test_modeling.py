@@ -104,10 +104,10 @@ def test_arguments_that_contradict_each_other_are_refused(theirs):
     for wrong, words in (
         ({"input_ids": ids, "inputs_embeds": table(ids)}, "either input_ids or inputs_embeds"),
         ({}, "either input_ids or inputs_embeds"),
-        ({"input_ids": ids, "attention_mask": torch.ones(1, 3)}, "for 3 tokens; 0 are in the cache, 4 are"),
+        ({"input_ids": ids, "attention_mask": torch.ones(1, 3)}, "for 3 tokens, but 0 are in the"),
         ({"input_ids": ids, "attention_mask": torch.ones(1, 4), "past_key_values": past}, "4 are in the"),
-        ({"input_ids": ids, "attention_mask": torch.ones(1, 4, 4)}, "no tensor of 2 or 4 dimensions"),
-        ({"input_ids": ids, "attention_mask": {}}, "no tensor of 2 or 4 dimensions"),
+        ({"input_ids": ids, "attention_mask": torch.ones(1, 4, 4)}, "a tensor of 2 or 4 dimensions"),
+        ({"input_ids": ids, "attention_mask": {}}, "a tensor of 2 or 4 dimensions"),
         ({"input_ids": ids, "position_ids": torch.tensor([[0, 1, 0, 1]])}, "packed into one row"),
     ):
         with pytest.raises(ValueError, match=words):

@@ -135,7 +135,7 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
         {**make_state(), "meta": {"tokenizer": None, "vocab_size": "5", "dtype": "uint16"}},
     ):
         save_checkpoint(path, foreign)
-        with pytest.raises(UserError, match="no checkpoint of this project"):
+        with pytest.raises(UserError, match="is not a checkpoint of distroGPT"):
             load_checkpoint(path)
 
 

@@ -51,7 +51,7 @@ def test_a_resumed_run_needs_no_setting_and_ends_bit_for_bit_as_the_unbroken_one
     assert losses_of(tmp_path / "whole") == losses_of(out_dir)
     line = settings_line(printed)
     assert f"dataset={dataset}, " in line and "lr_schedule=wsd" in line and "seed=5" in line
-    assert line.endswith("; as given: max_iters=20, not 10") and "holds" not in printed
+    assert line.endswith("; changed: max_iters=20 (was 10)") and "has no effect" not in printed
     assert not any(f"{name}=" in line for name in OF_THIS_CALL)
     assert "nothing left to do" in train_here(*flags)
 
@@ -78,7 +78,7 @@ def test_what_a_config_file_says_wins_even_if_it_is_the_default(resumable, tmp_p
     (tmp_path / "c.py").write_text("dropout = 0.0\nlr_decay_iters = None\nloss_plot = False\n")
     line = settings_line(train_here(tmp_path / "c.py", *resumable[1], "--max_iters=12"))
     assert line.endswith(
-        "; as given: dropout=0.0, not 0.1; max_iters=12, not 10; lr_decay_iters=None, not 20"
+        "; changed: dropout=0.0 (was 0.1), max_iters=12 (was 10), lr_decay_iters=None (was 20)"
     )
     assert not re.search("from the checkpoint:[^;]*(dropout|lr_decay_iters)", line)
 
@@ -87,7 +87,7 @@ def test_steps_that_are_given_count_and_not_the_epochs_of_before(half, dataset, 
     flags = (f"--dataset={dataset}", f"--out_dir={tmp_path}", "--batch_size=128", "--max_epochs=0.01")
     train_here(*HALF, *flags)
     resumed = train_here("--init_from=resume", f"--out_dir={tmp_path}", "--max_iters=2")
-    assert "up to 2," in resumed and "epoch of" not in resumed
+    assert "after step 2, and log.csv" in resumed and "epoch of" not in resumed
 
 
 def test_auto_says_all_of_a_run_if_it_names_the_data(resumable, dataset):
@@ -95,17 +95,17 @@ def test_auto_says_all_of_a_run_if_it_names_the_data(resumable, dataset):
     assert "seed=5" in settings_line(train_here(*auto))
     same = [flag for flag in HALF if not flag.startswith("--seed")]
     printed = train_here(*same, *auto, f"--dataset={dataset}", "--max_iters=11")
-    assert "seed" not in settings_line(printed).split("as given")[0]
+    assert "seed" not in settings_line(printed).split("changed: ")[0]
 
 
 def test_a_checkpoint_of_nanogpt_has_its_settings_too(tmp_path):
     shutil.copy(NANOGPT / "ckpt_compiled.pt", tmp_path / "ckpt.pt")
     flags = ("--init_from=resume", f"--out_dir={tmp_path}", f"--dataset={NANOGPT}", "--device=cpu")
     printed = train_here(*flags, "--max_iters=42", "--log_interval=1", "--loss_plot=False")
-    assert "2 layers, 2 heads, 16 wide, block 32" in printed and "holds" not in printed
+    assert "2 layers, 2 heads, width 16, block size 32" in printed and "has no effect" not in printed
     line = settings_line(printed)
     assert "learning_rate=0.001" in line and "activation=gelu" in line and "dtype=" not in line
-    assert "dataset=" in line.split("as given: ")[1] and "log_interval=1, not 10" in line
+    assert "dataset=" in line.split("changed: ")[1] and "log_interval=1 (was 10)" in line
     with open(tmp_path / "log.csv") as file:
         assert {float(row["lr"]) for row in csv.DictReader(file) if row["lr"]} == {1e-4}  # its min_lr
 
@@ -115,7 +115,8 @@ def test_a_checkpoint_that_names_no_dataset_asks_for_it(resumable):
     contents = torch.load(out_dir / "last.pt", weights_only=True)
     del contents["config"]["dataset"]
     torch.save(contents, out_dir / "last.pt")
-    assert_user_error(run_here("train.py", *flags), "does not say on what it was trained", "--dataset=NAME")
+    done = run_here("train.py", *flags)
+    assert_user_error(done, "does not name the dataset that it was trained on", "--dataset=NAME")
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,8 @@ def test_without_matplotlib_a_run_says_so_and_trains(tmp_path, dataset, monkeypa
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     flags = [*TINY, f"--dataset={dataset}", f"--out_dir={tmp_path}", "--loss_plot=True", "--max_iters=2"]
     printed = train_here(*flags)
-    assert printed.count("loss.png: pip install matplotlib") == 1 and "step 2: train loss" in printed
+    assert printed.count("loss.png cannot be drawn without matplotlib; run: pip install matplotlib") == 1
+    assert "step 2: train loss" in printed
     assert not (tmp_path / "loss.png").exists()
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(UserError, match="pip install matplotlib"):
@@ -143,7 +144,7 @@ def test_tensorboard_and_the_log_have_each_step_once_after_a_resumption(tmp_path
 def test_without_tensorboard_it_is_told_before_anything_is_made(tmp_path, dataset, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     flags = [*TINY, f"--dataset={dataset}", f"--out_dir={tmp_path / 'out'}", "--tensorboard_log=True"]
-    with pytest.raises(UserError, match="pip install tensorboard, or --tensorboard_log=False"):
+    with pytest.raises(UserError, match="pip install tensorboard, or set --tensorboard_log=False"):
         train_here(*flags)
     assert not (tmp_path / "out").exists()
 

@@ -25,16 +25,16 @@ def found(dataset, *flags: str) -> list[str]:
     [
         (
             "--warmup_iters=20",
-            "warmup_iters=20 is as long as the run: .* end at 95% .*--warmup_iters=1",
+            "warmup_iters=20 does not end within the run of 20 .* has 95% of .*--warmup_iters=1",
         ),
-        ("--warmup_iters=2000", "end at 1% of learning_rate"),
-        ("--lr_decay_iters=400", "lr_decay_iters=400 is beyond the run: .* end at 100%"),
-        ("--lr_decay_iters=10 --warmup_iters=15", "lr_decay_iters=10 is within the warm-up of 15 steps"),
-        ("--lr_decay_iters=10 --min_lr=0", "from step 10 on"),
-        ("--lr_schedule=wsd --cooldown=1 --warmup_iters=10", "cooldown=1 begins within the warm-up of 10"),
+        ("--warmup_iters=2000", "has 1% of learning_rate"),
+        ("--lr_decay_iters=400", "lr_decay_iters=400 is beyond the run of 20 steps: .* has 100%"),
+        ("--lr_decay_iters=10 --warmup_iters=15", "lr_decay_iters=10 is within warmup_iters=15"),
+        ("--lr_decay_iters=10 --min_lr=0", "min_lr=0 from step 10 "),
+        ("--lr_schedule=wsd --cooldown=1 --warmup_iters=10", "cooldown=1 begins within warmup_iters=10"),
         ("--min_lr=0.1", "min_lr=0.1 is above learning_rate=0.01"),
-        ("--learning_rate=1e-9", "learning_rate=1e-09 changes next to nothing"),
-        ("--weight_decay=90", "weight_decay=90 takes away"),
+        ("--learning_rate=1e-9", "learning_rate=1e-09 hardly changes"),
+        ("--weight_decay=90", "weight_decay=90 removes"),
         ("--max_iters=0", "max_iters=0 trains nothing"),
         (
             "--eval_interval=21",
@@ -42,13 +42,13 @@ def found(dataset, *flags: str) -> list[str]:
         ),
         ("--save_interval=50", "save_interval=50 is longer"),
         ("--log_interval=50", "log_interval=50 is longer"),
-        ("--patience=2", "patience=2 evaluations cannot end it early: the run has 2"),
-        ("--eval_iters=1", "eval_iters=1 measures 64 tokens"),
+        ("--patience=2", "patience=2 evaluations cannot stop it early: the run has only 2"),
+        ("--eval_iters=1", "eval_iters=1: the loss of 64 tokens is noisy"),
         (
             "--batch_size=4000 --gradient_accumulation_steps=40",
-            "a step reads 2560000 tokens",
+            "a step reads 2,560,000 tokens",
         ),
-        ("--eval_only=True", "eval_only measures a new network, .*--init_from=resume"),
+        ("--eval_only=True", "eval_only evaluates a new, untrained model, .*--init_from=resume"),
     ],
 )
 def test_what_makes_a_run_useless_is_said(flags, says, dataset):
@@ -92,5 +92,5 @@ def test_a_val_split_of_a_few_tokens_is_noted_once_and_the_run_trains(copy, tmp_
     (copy / "meta.json").write_text(json.dumps({**meta, "tokens": {}}))
     flags = (f"--dataset={copy}", f"--out_dir={tmp_path / 'out'}", "--max_iters=4", "--eval_interval=2")
     printed = train_here(*GOOD, *flags)
-    assert printed.count(f"note     {copy} has 60 tokens of val: their loss says little") == 1
+    assert printed.count(f"note     {copy} has only 60 val tokens: their loss, ") == 1
     assert "step 4: train loss" in printed

@@ -135,7 +135,7 @@ def test_parts_in_bf16_have_weights_in_fp32(alone, tmp_path, dataset):
     assert theirs["best_val_loss"] == pytest.approx(ours["best_val_loss"], abs=5e-3)
     refused = train_on(2, f"--dataset={dataset}", f"--out_dir={tmp_path}", "--shard=True", "--dtype=float16",
                        "--gradient_accumulation_steps=2")  # fmt: skip
-    assert "error: shard=True has no scaling of fp16's loss; use" in refused.stderr
+    assert "error: shard=True does not support float16; use" in refused.stderr
 
 
 def test_a_run_goes_on_with_another_number_of_ranks_and_with_parts_or_without(alone, tmp_path, dataset):
@@ -176,7 +176,7 @@ def test_mistakes_are_told_once(dataset, tmp_path):
     done = start_torchrun(2, *flags, "--gradient_accumulation_steps=3")
     _, errors = done.communicate()
     told = [line for line in errors.splitlines() if line.startswith("error: ")]
-    wanted = "error: gradient_accumulation_steps=3 cannot be shared among 2 ranks; make it a multiple"
+    wanted = "error: gradient_accumulation_steps=3 is not divisible by the 2 ranks; set it to a multiple of 2"
     assert done.returncode != 0 and told == [wanted]
     assert list(tmp_path.iterdir()) == []
 
@@ -203,7 +203,7 @@ def test_two_nodes(alone, dataset, tmp_path):
 def test_ranks_with_other_settings_are_told(dataset, tmp_path):
     flags = ("train.py", *TINY, f"--dataset={dataset}", f"--out_dir={tmp_path}", *DROPOUT)
     done = ranks(flags, (*flags, "--learning_rate=1e-3"))
-    assert done.returncode and "error: the ranks have not all the same settings; " in done.stderr
+    assert done.returncode and "error: the ranks have different settings; " in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 
@@ -325,6 +325,6 @@ def test_a_command_for_one_process_is_rank_0s(script, flags, says, trained, tmp_
     both, alone = ranks(words, words), run_warm(*words)
     assert both.returncode == alone.returncode == 0 and says in alone.stdout, both.stderr + alone.stderr
     assert both.stdout == alone.stdout
-    assert both.stderr.count("works in one process, without torchrun; the other ranks end") == (
+    assert both.stderr.count("runs as a single process and needs no torchrun; the other ranks exit") == (
         script != "train.py"
     )

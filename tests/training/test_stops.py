@@ -145,7 +145,7 @@ def test_max_minutes_count_the_whole_run(dataset, tmp_path, clock, interrupt, ca
     assert [point["step"] for point in whole.losses] == [0, 10]
     out = capsys.readouterr().out
     assert "step 10: loss" in out  # told, as a last step is
-    assert "done: early stop after step 10: max_minutes=1 are over; best val loss" in out
+    assert "done: early stop after step 10: max_minutes=1 is reached; best val loss" in out
     assert load_checkpoint(tmp_path / "whole" / "last.pt")["iter_num"] == 10
     flags.append(f"--out_dir={tmp_path / 'parts'}")
     interrupt(4)
@@ -155,7 +155,7 @@ def test_max_minutes_count_the_whole_run(dataset, tmp_path, clock, interrupt, ca
     assert_same_weights(tmp_path / "whole" / "last.pt", tmp_path / "parts" / "last.pt")
     capsys.readouterr()
     assert train(config_of(*flags, "--max_minutes=1")).iter_num == 10
-    assert "after step 10: nothing left to do (max_minutes=1 are over)\n" in capsys.readouterr().out
+    assert "after step 10: nothing left to do (max_minutes=1 is reached)\n" in capsys.readouterr().out
     assert train(config_of(*flags, "--max_minutes=1.55")).iter_num == 16  # 93 seconds
     assert train(config_of(*flags)).iter_num == 40
 
@@ -174,7 +174,7 @@ def test_ranks_stop_after_the_same_step(dataset, tmp_path):
     done = ranks(*[("train.py", *TINY, *flags, *ends)] * 2)
     assert done.returncode == 0, done.stderr
     step = load_checkpoint(tmp_path / "last.pt")["iter_num"]
-    assert f"early stop after step {step}: max_minutes=0.02 are over" in done.stdout
+    assert f"early stop after step {step}: max_minutes=0.02 is reached" in done.stdout
 
 
 # epochs
@@ -222,7 +222,7 @@ def test_a_run_of_epochs_is_one_of_as_many_steps(dataset, tmp_path):
     steps, per_epoch = config["max_iters"], (len(np.fromfile(dataset / "train.bin", "<u2")) - 1) // 16 - 1
     assert steps == math.ceil(per_epoch / 400) and config["max_epochs"] == 0.25
     each = f"{per_epoch / 100:.1f}".removesuffix(".0")
-    assert f"length   0.25 epochs of {each} steps, {steps} in all\n" in told
+    assert f"length   0.25 epochs of {each} steps: {steps} steps in total\n" in told
     train_here(*flags, f"--out_dir={tmp_path / 'steps'}", f"--max_iters={steps}", "--log_interval=1")
     assert losses_of(tmp_path / "epochs") == losses_of(tmp_path / "steps")  # the learning rate, too
     resume = (*flags, f"--out_dir={tmp_path / 'epochs'}", "--init_from=auto")
@@ -281,7 +281,7 @@ def test_what_is_best_begins_anew_where_another_split_is_measured(dataset, tmp_p
     monkeypatch.setattr(Evaluator, "evaluate", lambda *_: {"train": 0.5, "val": 2.0})
     assert train(config_of(*flags, "--max_iters=30")).best_val_loss == 2.0
     out = capsys.readouterr().out
-    assert "resumes  after step 20\n" in out and "data changed" not in out
+    assert "resumes  after step 20\n" in out and "data has changed" not in out
     assert load_checkpoint(best_checkpoint(tmp_path))["best_val_loss"] == 2.0
 
 

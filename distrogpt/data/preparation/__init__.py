@@ -1,1 +1,1 @@
-"""What the prepare.py scripts of data/ share."""
+"""The code that the prepare.py scripts in data/ share."""

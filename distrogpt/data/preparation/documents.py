@@ -1,7 +1,7 @@
-"""Documents from files: text, JSON lines, JSON, tables, parquet; all but the last also as .gz, .zst.
+"""Documents from files: text, JSON lines, JSON, tables and parquet; all but the last also as .gz or .zst.
 
-A document comes in pieces of some ten thousand characters, so that no file is in memory as a whole. It is cut
-only before white space that follows something else, where no tokenizer joins the two sides.
+A document is read in pieces of some ten thousand characters, so that no file is in memory as a whole. It is
+cut only between white space and a visible character before it, which no tokenizer joins.
 """
 
 import codecs
@@ -27,7 +27,7 @@ from distrogpt.files import encoding_of, fault_of, likely_encoding
 
 BLOCK = 1 << 16  # bytes read at once, and characters of a piece: small, as one wide character widens them all
 FORMATS = {b"%PDF": "a PDF", b"PK\3\4": "a .docx, .epub or other zip file", b"\x7fELF": "a program"}
-ROWS = 64  # of a parquet file at once: they can be long
+ROWS = 64  # of a parquet file that are read at once: they can be long
 PACKED = (".gz", ".zst")
 BETWEEN = re.compile(r"[\s,]*")  # the values of a JSON array
 
@@ -46,10 +46,10 @@ class Corpus:
 
     files: list[Path]
     field: str = "text"  # of JSON lines, and the column of tables
-    encoding: str = "utf-8"  # unless a file begins with the mark of another
-    errors: str = "strict"  # replace: what is not in the encoding becomes U+FFFD
+    encoding: str = "utf-8"  # of files without a byte order mark
+    errors: str = "strict"  # replace: invalid bytes become U+FFFD
     strip: tuple[re.Pattern[str], ...] = ()  # lines that match one of them are left out
-    format: str | None = None  # of all files, such as jsonl; by default what their names say
+    format: str | None = None  # of all files, such as jsonl; by default by the suffixes of their names
 
     def __post_init__(self) -> None:
         self.bytes_read = 0
@@ -68,11 +68,12 @@ class Corpus:
                 for piece in skip_blank(READERS.get(kind, text_pieces)(path, self)):
                     yield piece._replace(file=number)
             except csv.Error as error:
-                advice = "double the quotes within quoted text, and close it"
-                raise UserError(f"{path} is no table ({error!r:.100}); {advice}") from None
+                advice = "write quotes within quoted text twice, and close each quoted text"
+                reason = str(error).replace("\t", r"\t")[:100]
+                raise UserError(f"{path} is not a valid table ({reason}); {advice}") from None
             except (OSError, EOFError, zlib.error) as error:
                 reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:120]
-                raise UserError(f"{path} cannot be read ({reason}); mend it or leave it out") from None
+                raise UserError(f"{path} cannot be read ({reason}); repair it or leave it out") from None
         self.bytes_read = sum(self.sizes[:end])
 
     def done(self) -> float:
@@ -110,7 +111,8 @@ def find_files(inputs: Iterable[str], kinds: Sequence[str] = (), order: Callable
             others = {path / name for name in names if (path / name).is_file()} - set(files)
             if files and others and not kinds:
                 suffixes = ", ".join(sorted({file.suffix or file.name for file in others})[:5])
-                warn(f"note     {path}: {len(others)} files of other kinds are left out ({suffixes})")
+                count = f"{len(others)} file{'s' if len(others) > 1 else ''} of other types"
+                warn(f"note     {path}: {count} left out ({suffixes})")
         elif os.path.exists(path):
             files = [path]
         else:
@@ -118,24 +120,24 @@ def find_files(inputs: Iterable[str], kinds: Sequence[str] = (), order: Callable
         files = [file for file in files if file == path or file.is_file()]
         if not files:
             these = ", ".join(kinds or (*READERS, f"also with {' or '.join(PACKED)}"))
-            raise UserError(f"--input {word[:200]} is not there or has none of these files; give {these}")
+            raise UserError(f"--input {word[:200]} does not exist or has no supported files; give {these}")
         for file in files:
             files_by_path.setdefault(os.path.realpath(file), file)
     return list(files_by_path.values())
 
 
 def kind_of(path: Path) -> str:
-    """The suffix that names the kind of a file, whether it is packed or not."""
+    """The suffix that names the type of a file, without .gz and .zst."""
     suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() not in PACKED]
     return suffixes[-1] if suffixes else ""
 
 
 def read_text(path: Path, corpus: Corpus, by_line: bool) -> Iterator[str]:
-    """The text of a file in blocks or lines, unpacked, with \\n for every end of line. Raises UserError."""
+    """The decompressed text of a file in blocks or lines, with \\n for each line end. Raises UserError."""
     suffix, before = path.suffix.lower(), corpus.bytes_read
     with open(path, "rb") as file:
         unpacked: Any = file
-        mark = "\ufeff"  # with which Windows begins a file
+        mark = "\ufeff"  # the byte order mark
         if suffix == ".gz":
             unpacked = gzip.GzipFile(fileobj=file)
         elif suffix == ".zst":
@@ -156,15 +158,15 @@ def read_text(path: Path, corpus: Corpus, by_line: bool) -> Iterator[str]:
                 mark = ""
                 yield from texts
         except UnicodeDecodeError as error:
-            # .zst does not tell its position
+            # the position in a .zst file is not known
             fault = fault_of(error, None if suffix == ".zst" else unpacked.tell() - len(error.object))
             advice = how_to_read(error.object, encoding, corpus)
             raise UserError(f"{path} is not {encoding} text: {fault}; {advice}") from None
 
 
 def unmarked_encoding(begin: bytes, path: Path, corpus: Corpus) -> str:
-    """The encoding of a file that begins so, without a mark. Raises UserError if the text would be another
-    one: any bytes are UTF-16."""
+    """The encoding of a file without a byte order mark, by its first bytes. Raises UserError if it should be
+    UTF-16 but is UTF-8, as any bytes can be read as UTF-16."""
     name, likely = codecs.lookup(corpus.encoding).name, likely_encoding(begin)
     if name[:6] in ("utf-16", "utf-32") and begin:
         if likely == "utf-8":
@@ -175,10 +177,10 @@ def unmarked_encoding(begin: bytes, path: Path, corpus: Corpus) -> str:
 
 
 def how_to_read(data: bytes, encoding: str, corpus: Corpus) -> str:
-    """What to do about bytes that are no text of an encoding."""
+    """The advice for bytes that are not text in an encoding."""
     likely = likely_encoding(data)
-    if encoding != corpus.encoding or likely == codecs.lookup(encoding).name:  # that of a mark, or the same
-        return "mend it, or give --errors=replace"
+    if encoding != corpus.encoding or likely == codecs.lookup(encoding).name:  # the mark's, or the same
+        return "repair it, or give --errors=replace"
     if likely is None:
         return "it may be binary: leave it out, or give --errors=replace"
     return f"give its encoding, perhaps --encoding={likely}, or --errors=replace if it is damaged"
@@ -197,8 +199,8 @@ def json_line_pieces(path: Path, corpus: Corpus) -> Iterator[Piece]:
         try:
             value = json.loads(line)
         except (ValueError, RecursionError) as error:
-            advice = "mend it, or give --format=json if values go over several lines"
-            raise UserError(f"{path}, line {number} is no JSON object ({error}); {advice}") from None
+            advice = "repair it, or give --format=json if values span several lines"
+            raise UserError(f"{path}, line {number} is not valid JSON ({error}); {advice}") from None
         yield from value_pieces(value, f"{path}, line {number}", corpus)
 
 
@@ -209,8 +211,8 @@ def json_pieces(path: Path, corpus: Corpus) -> Iterator[Piece]:
 
 
 def json_values(texts: Iterable[str], source: str) -> Iterator[tuple[int, Any]]:
-    """Each value of a JSON array, or of values that follow one another, and the line in which it begins; from
-    consecutive texts, of which no more is kept than a value needs. Raises UserError."""
+    """Each value of a JSON array, or of values that follow one another, and the line in which it begins. The
+    texts are consecutive; no more of them is kept than a value needs. Raises UserError."""
     decode, waiting, line, depth = json.JSONDecoder().raw_decode, [], 1, 0
     size, enough, first = 0, 1, True
     for text in chain(texts, [""]):
@@ -229,17 +231,18 @@ def json_values(texts: Iterable[str], source: str) -> Iterator[tuple[int, Any]]:
             except (ValueError, RecursionError) as error:
                 if text and is_cut_off(error, len(rest)):
                     break
-                raise UserError(f"{source}, line {line}: {getattr(error, 'msg', error)}; give JSON") from None
+                reason = getattr(error, "msg", error)
+                raise UserError(f"{source}, line {line} is not valid JSON ({reason}); repair it") from None
             yield line, value
             line, at, first = line + rest.count("\n", at, end), end, False
         waiting, size = [rest[at:]], len(rest) - at
         enough = 2 * size + 1
     if depth:
-        raise UserError(f"{source} ends within its array, in line {line}; it is cut off: fetch all of it")
+        raise UserError(f"{source} is cut off: its array does not end (line {line}); get the complete file")
 
 
 def is_cut_off(error: Exception, size: int) -> bool:
-    """Whether JSON of `size` characters may be no more than incomplete."""
+    """Whether JSON of `size` characters may only be incomplete."""
     position = getattr(error, "pos", 0)
     return position > size - 16 or getattr(error, "msg", "").startswith("Unterminated string")
 
@@ -257,8 +260,8 @@ def csv_pieces(path: Path, corpus: Corpus, separators: str = ",;\t|") -> Iterato
     rows = csv.DictReader(chain([head], lines), delimiter=separator, strict=True)
     for number, row in enumerate(rows, 1):
         if None in row or None in row.values():
-            advice = f"quote text that has {separator!r}"
-            raise UserError(f"{path}, row {number} has other columns than the first row; {advice}")
+            advice = f"quote text that contains {separator!r}"
+            raise UserError(f"{path}, row {number} has more or fewer columns than the header; {advice}")
         yield from row_pieces(row, f"{path}, row {number}", corpus)
 
 
@@ -277,7 +280,7 @@ def parquet_pieces(path: Path, corpus: Corpus) -> Iterator[Piece]:
                     yield from row_pieces(row, str(path), corpus)
                 corpus.bytes_read += size * len(batch) // file.metadata.num_rows
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise OSError(str(error)) from None  # the file is not what its name says
+        raise OSError(str(error)) from None  # the file is damaged or of another type
 
 
 READERS = {".txt": text_pieces, ".md": text_pieces, ".jsonl": json_line_pieces, ".json": json_pieces}
@@ -288,35 +291,35 @@ READERS |= {".csv": csv_pieces, ".tsv": partial(csv_pieces, separators="\t"), ".
 def value_pieces(value: Any, where: str, corpus: Corpus) -> Iterator[Piece]:
     """The document of a JSON value. Raises UserError."""
     if not isinstance(value, dict | str):
-        advice = "give texts, or objects with one"
-        raise UserError(f"{where} is no JSON object, but {json.dumps(value)[:40]}; {advice}")
+        advice = "give strings, or objects with a field of text"
+        raise UserError(f"{where} is {json.dumps(value)[:40]}, not a string or an object; {advice}")
     return row_pieces({corpus.field: value} if isinstance(value, str) else value, where, corpus)
 
 
 def row_pieces(row: dict[str, Any], where: str, corpus: Corpus) -> Iterator[Piece]:
     """The document in a field of a row. Raises UserError."""
     if corpus.field not in row:
-        names = ", ".join(map(str, row))[:200]
-        raise UserError(f"{where} has no field {corpus.field!r}, but {names or 'none'}; give --field=NAME")
+        names = ", ".join(map(str, row))[:200] or "none"
+        raise UserError(f"{where} has no field {corpus.field!r} (fields: {names}); give --field=NAME")
     text = row[corpus.field] or ""
     if not isinstance(text, str):
-        raise UserError(f"{where}: {corpus.field!r} is no text; give another --field, or convert it")
-    if not text.isascii():  # U+FFFD replaces halves of characters, which JSON can write and UTF-8 cannot
+        raise UserError(f"{where}: field {corpus.field!r} is not text; give another --field, or convert it")
+    if not text.isascii():  # U+FFFD replaces unpaired surrogates, which JSON can write and UTF-8 cannot
         text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
     return cut(strip_lines(io.StringIO(text), corpus.strip))
 
 
 def strip_lines(lines: Iterable[str], patterns: tuple[re.Pattern[str], ...]) -> Iterable[str]:
-    """The lines that match none of the patterns; of texts of any length, if there are none."""
+    """The lines that match none of the patterns; without patterns, `lines` can be texts of any length."""
     if not patterns:
         return lines
     return (line for line in lines if not any(one.search(line.removesuffix("\n")) for one in patterns))
 
 
 def cut(texts: Iterable[str], separator: str | None = None, block: int = BLOCK) -> Iterator[Piece]:
-    """Consecutive texts as documents, which the separator separates, in pieces of some `block` characters."""
+    """Consecutive texts as documents, split at the separator, in pieces of some `block` characters."""
     waiting: list[str] = []
-    searched = size = 0  # characters that wait: those that have no safe cut, and all of them
+    searched = size = 0  # waiting characters: those known to have no safe cut, and all of them
     enough = block
     for text in chain(texts, [""]):
         waiting.append(text)
@@ -328,7 +331,7 @@ def cut(texts: Iterable[str], separator: str | None = None, block: int = BLOCK) 
         position = len(rest)
         if text and (safe := SAFE_CUT.match(rest, max(0, len(rest) - size + searched - 1))):
             position = safe.end()
-        elif text:  # wait for white space, but not for ever; the last characters may be half a separator
+        elif text:  # wait for white space, but not forever; the end may be part of a separator
             position = max(0, len(rest) - len(END_OF_TEXT)) if len(rest) > 64 * block else 0
         yield Piece(rest[:position], not text)
         waiting, searched = [rest[position:]], len(rest) - position
@@ -337,7 +340,7 @@ def cut(texts: Iterable[str], separator: str | None = None, block: int = BLOCK) 
 
 
 def skip_blank(pieces: Iterable[Piece]) -> Iterator[Piece]:
-    """The pieces without empty ones and those of documents that have nothing but white space."""
+    """The pieces without empty ones, and without documents of only white space."""
     begun, waiting = False, ""
     for text, ends, _ in pieces:
         waiting += text

@@ -1,4 +1,4 @@
-"""Datasets of the Hugging Face hub, read as a stream, or local files of any size, as shards."""
+"""Datasets of the Hugging Face hub, streamed, or local files of any size, as shards."""
 
 import argparse
 import os
@@ -20,8 +20,8 @@ class HubText:
     """The documents in a column of a dataset of the hub, or of a folder of files that `datasets` reads."""
 
     def __init__(self, name: str, config: str | None, split: str, rows: Corpus) -> None:
-        """`rows` says how they are read. Raises UserError if there is no such dataset, or no way to it."""
-        with show_wait("loads datasets"):
+        """`rows` says how to read them. Raises UserError if there is no such dataset or no connection."""
+        with show_wait("loading the datasets package"):
             from datasets import load_dataset
 
         self.reading, field = rows, rows.field
@@ -29,19 +29,18 @@ class HubText:
         if rows.strip:
             self.settings["strip"] = [pattern.pattern for pattern in rows.strip]
         try:
-            with show_wait(f"looks for {name}"):
+            with show_wait(f"looking for {name}"):
                 self.rows = load_dataset(name, config, split=split, streaming=True)
         except Exception as error:  # the hub's client raises many kinds
             url, reason = f"https://huggingface.co/datasets/{name}", " ".join(str(error).split())[:200]
-            advice = (
-                f"check its name, --config and --split, or fetch the files of {url}, and give --input PATH"
-            )
-            raise UserError(f"no dataset {name} ({type(error).__name__}: {reason}); {advice}") from None
+            advice = f"check the name, --config and --split, or fetch {url} and give --input PATH"
+            reason = f"{type(error).__name__}: {reason}"
+            raise UserError(f"dataset {name} cannot be read ({reason}); {advice}") from None
         if self.rows.column_names and field in self.rows.column_names:
             self.rows = self.rows.select_columns([field])
         known = (self.rows.info.splits or {}).get(split)
         self.documents, self.documents_read = known.num_examples if known else 0, 0
-        self.size = known.num_bytes if known else None  # bytes of the text, or of its files
+        self.size = known.num_bytes if known else None  # bytes of the text or its files
         if os.path.isdir(name):
             self.size = sum(path.stat().st_size for path in Path(name).rglob("*"))
 
@@ -64,7 +63,7 @@ class HubText:
             yield from self.rows.shard(num_shards=len(self), index=number)
         except Exception as error:
             reason = f"{type(error).__name__}: {str(error)[:150]}"
-            raise MachineError(f"{where} is lost ({reason}); the same command resumes") from None
+            raise MachineError(f"{where} cannot be read ({reason}); the same command resumes") from None
 
     def done(self) -> float:
         """The fraction of the documents that has been read; 0 if their number is not known."""
@@ -76,7 +75,7 @@ class HubText:
 
 @cli_errors(CLOSE_OTHERS)
 def prepare_shards(about: str, dataset: str | None = None, config: str | None = None) -> None:
-    """The command of a prepare.py that writes shards; without `dataset`, its options name one."""
+    """The command of a prepare.py that writes shards; without `dataset`, its options name the dataset."""
     parser = text_parser(sys.argv[0], about, "local files, folders or globs, instead of the hub")
     add = parser.add_argument
     if dataset is None:
@@ -115,18 +114,18 @@ def prepare_shards(about: str, dataset: str | None = None, config: str | None = 
         name = re.sub(r"\W+", "_", "_".join(words)).strip("_").lower()
         folder = DATA / name
         if not name or (folder / "prepare.py").exists():
-            raise UserError("the input names no folder of its own; choose one by --output data/NAME")
+            raise UserError("no folder name can be made from the input; choose one with --output data/NAME")
     limits = (args.shard_tokens, args.max_tokens, args.val_tokens)
     settings = ShardSettings(*limits, max(1, args.workers), args.shard, args.overwrite, source)
     try:
         write_shards(folder, text, tokenizer, settings)
     except KeyboardInterrupt:
-        print(f"\nstopped; the same command resumes with {folder}", file=sys.stderr)
+        print(f"\nstopped; run the same command again to resume {folder}", file=sys.stderr)
         raise
 
 
 def refuse_unused(parser: argparse.ArgumentParser, args: argparse.Namespace, fixed: bool) -> None:
-    """Raises UserError for options of the hub beside --input, and for those of files without it."""
+    """Raises UserError for options of the hub with --input, and for options of files without it."""
     names = (
         ["config", "split", *([] if fixed else ["dataset"])]
         if args.input
@@ -134,8 +133,8 @@ def refuse_unused(parser: argparse.ArgumentParser, args: argparse.Namespace, fix
     )
     for name in names:
         if getattr(args, name) != parser.get_default(name):
-            why = "for the hub, not for --input" if args.input else "for files, which --input names"
-            raise UserError(f"--{name} has no effect: it is {why}; leave one of them out")
+            why = "with --input; leave one of them out" if args.input else "without --input; leave it out"
+            raise UserError(f"--{name} has no effect {why}")
 
 
 def whole_number(text: str) -> int:

@@ -24,18 +24,18 @@ from distrogpt.files import TEMPORARY, write_text
 from distrogpt.progress import show_wait
 
 BPE_SAMPLE = 50_000_000  # characters that train a tokenizer: its memory grows with the number of words
-KINDS = ("char", "byte", "gpt2", "bpe:4096")  # what --tokenizer can be besides a dataset
+KINDS = ("char", "byte", "gpt2", "bpe:4096")  # values of --tokenizer other than a dataset
 SIZE_FLAGS = ("n_layer", "n_head", "n_embd", "block_size", "batch_size", "gradient_accumulation_steps")
-SIZES = (  # bytes of train up to which these SIZE_FLAGS fit, and epochs
+SIZES = (  # bytes of train up to which these SIZE_FLAGS are good, and epochs
     (100_000, 2, 2, 64, 128, 4, 1, 8),
     (5_000_000, 4, 4, 128, 256, 4, 1, 4),
     (50_000_000, 6, 6, 384, 256, 16, 1, 3),
     (1_000_000_000, 8, 8, 512, 512, 16, 4, 2),
-)  # and more is for train_gpt2_modern
+)  # larger texts: train_gpt2_modern
 
 
 def scan(corpus: Corpus, enough: int, want_chars: bool) -> tuple[list[int], str]:
-    """Characters of each of the first `enough` documents, and if wanted all characters of the corpus, sorted;
+    """The lengths of the first `enough` documents, and if wanted all characters of the corpus, sorted. Raises
     UserError if there are none."""
     chars, sizes, size = set(), [], 0
     for piece in corpus.pieces():
@@ -48,7 +48,8 @@ def scan(corpus: Corpus, enough: int, want_chars: bool) -> tuple[list[int], str]
             if len(sizes) == enough and not want_chars:
                 break
     if not sizes:
-        raise UserError(f"there is no text in {corpus.files[0]} or later files; give --input with some")
+        others = f" and {len(corpus) - 1} other files" if len(corpus) > 1 else ""
+        raise UserError(f"there is no text in {corpus.files[0]}{others}; give another --input")
     return sizes[:enough], "".join(sorted(chars))
 
 
@@ -62,11 +63,12 @@ def hash_to_unit(number: int) -> float:
 
 
 def choose_validation(sizes: list[int], val_fraction: float, enough: int) -> tuple[Callable, int]:
-    """Whether a document is val, by its number; and the character at which the text is cut in two, or 0.
+    """Whether a document is val, as a function of its number; and the character at which the text is cut in
+    two, or 0.
 
-    Of many documents, each at random. Of fewer, some at random up to the wanted size, if they are not too
-    large; or else the one nearest to it. If that is under half of it, over four times as much, or over a
-    third of the text, such as a single document: the end of the text.
+    Many documents: each is val at random. Fewer: documents at random up to the wanted size, unless they are
+    too large; else the document nearest to that size. If that is under half of it, over four times as much,
+    or over a third of the text, such as a single document: the end of the text.
     """
     if len(sizes) == enough:
         return lambda number: hash_to_unit(number) < val_fraction, 0
@@ -103,7 +105,7 @@ def known_tokenizer(name: str) -> Tokenizer | None:
     """The tokenizer of that name; None for char and bpe:SIZE, which the text determines. Raises UserError."""
     kind, _, size = name.partition(":")
     if kind == "bpe" and (not re.fullmatch("[0-9]{3,7}", size) or int(size) < 258):
-        raise UserError(f"--tokenizer {name} has no size from 258 to 9999999; write bpe:4096")
+        raise UserError(f"--tokenizer {name} needs a size from 258 to 9999999; write bpe:4096")
     return None if kind == "bpe" or name == "char" else named_tokenizer(name, KINDS)
 
 
@@ -116,23 +118,24 @@ def make_tokenizer(name: str, chars: str, documents: int, train: Iterable[str]) 
         size = int(name.removeprefix("bpe:"))
         tokenizer = train_bpe(train, size)
         if tokenizer.vocab_size < size:
-            print(f"note: the text has no more than {tokenizer.vocab_size:,} tokens to join")
+            count = f"only {tokenizer.vocab_size:,} tokens, as the text is too short for {size:,}"
+            print(f"note: the tokenizer has {count}")
     if tokenizer.vocab_size > 1 << 16:
-        print(f"note: {tokenizer.vocab_size:,} ids are too many for 2 bytes; each takes 4 on disk (uint32)")
+        print(f"note: a vocabulary of {tokenizer.vocab_size:,} takes 4 bytes per token on disk (uint32)")
     if tokenizer.end_of_text is None and documents > 1:
-        print(f"note: {name} has no token that ends documents; they follow each other without one")
+        print(f"note: --tokenizer {name} has no end-of-text token; documents follow each other without one")
     return tokenizer
 
 
 def make_dataset(args: argparse.Namespace, corpus: Corpus) -> None:
     """Write the dataset of parse_options, and print the next commands. Raises UserError and MachineError."""
     enough = math.ceil(10 / args.val_fraction)
-    with show_wait("reads the text,", lambda: f"{corpus.done():.0%}"):
+    with show_wait("reading the text,", lambda: f"{corpus.done():.0%}"):
         sizes, chars = scan(corpus, enough, want_chars=args.tokenizer == "char")
     is_val, position = choose_validation(sizes, args.val_fraction, enough)
 
     def sample() -> Iterator[str]:
-        """Text of train, all or the first BPE_SAMPLE characters."""
+        """The text of train, up to BPE_SAMPLE characters."""
         document, left = 0, BPE_SAMPLE
         for piece in split_at(corpus.pieces(), position):
             if not is_val(document) and left > 0:
@@ -157,15 +160,15 @@ def make_dataset(args: argparse.Namespace, corpus: Corpus) -> None:
     fraction = text["val"] / max(1, sum(text.values()))
     if fraction > max(0.2, 1.5 * args.val_fraction):
         print(
-            f"note: val is {fraction:.0%} of the text, since documents are not divided; more or shorter "
-            f"documents leave more to learn from, or try --val_fraction={min(0.05, args.val_fraction / 2):g}"
+            f"note: val is {fraction:.0%} of the text, as documents are not split; for more to train on, "
+            f"give more or shorter documents, or try --val_fraction={min(0.05, args.val_fraction / 2):g}"
         )
     name = args.name if args.output == DATA / str(args.name) else os.path.relpath(args.output)
     print("next:", *next_commands(args.output, name, tokenizer), sep="\n  ")
 
 
 def next_commands(folder: Path, name: str, tokenizer: Tokenizer) -> tuple[str, str]:
-    """How to train on the dataset, with settings that fit its size, and to sample."""
+    """The commands to train on the dataset, with settings for its size, and to sample."""
     meta = read_meta(folder)
     tokens, text = meta["tokens"], meta["bytes"]["train"]
     longest = 1 << max(0, (min(tokens.values()) - 1).bit_length() - 1)  # a power of two, below both splits
@@ -214,25 +217,26 @@ def parse_options(parser: argparse.ArgumentParser) -> argparse.Namespace:
         if not args.name:
             parser.error("--name is missing")
         if not re.fullmatch(r"[\w.-]+", args.name) or args.name.startswith("."):
-            raise UserError(f"--name {args.name!r} is no name of a folder; use letters, digits, _ and -")
+            raise UserError(f"--name {args.name!r} is not a valid folder name; use letters, digits, _ and -")
         args.output = DATA / args.name
     elif args.name and args.output != DATA / args.name:
-        raise UserError(f"--name {args.name} has no effect beside --output {args.output}; give one of them")
+        raise UserError(f"--name {args.name} has no effect with --output {args.output}; give one of them")
     if (args.output / "prepare.py").exists():
-        raise UserError(f"{args.output} is a dataset of its own; choose another --name")
+        raise UserError(f"{args.output} is the folder of another dataset; choose another --name")
     if not 0 < args.val_fraction < 1:
-        raise UserError(f"--val_fraction {args.val_fraction} empties a split; give one above 0 and below 1")
+        advice = "give one above 0 and below 1"
+        raise UserError(f"--val_fraction {args.val_fraction} leaves a split empty; {advice}")
     return args
 
 
 @contextmanager
 def new_folder(args: argparse.Namespace) -> Iterator[None]:
-    """The folder of the new dataset, in the block. Raises UserError if it has one already."""
+    """Claim the folder of the new dataset during the block. Raises UserError if it already has one."""
     try:
         with writer.claim_folder(args.output, args.overwrite, "choose another --name or --output"):
             yield
     finally:
-        with suppress(OSError):  # an empty one is of no use
+        with suppress(OSError):  # removes an empty folder
             args.output.rmdir()
 
 
@@ -240,7 +244,7 @@ def new_folder(args: argparse.Namespace) -> Iterator[None]:
 def copy_pipes(inputs: list[str], folder: Path) -> Iterator[list[str]]:
     """The inputs, with files in place of stdin (-) and other pipes, which cannot be read twice."""
     if "-" in inputs and sys.stdin is None:
-        raise UserError("--input - reads standard input, which is closed; give it some text")
+        raise UserError("--input - reads standard input, which is closed; pipe text into it")
     pipes = [word for word in inputs if word == "-" or Path(word).is_fifo()]
     copies = {word: folder / f"{TEMPORARY}pipe{number}" for number, word in enumerate(pipes)}
     try:
@@ -249,7 +253,7 @@ def copy_pipes(inputs: list[str], folder: Path) -> Iterator[list[str]]:
                 with (
                     sys.stdin.buffer if word == "-" else open(word, "rb") as pipe,
                     open(path, "wb") as copy,
-                    show_wait(f"reads {word},", lambda copy=copy: f"{copy.tell() >> 20} MB"),
+                    show_wait(f"reading {word},", lambda copy=copy: f"{copy.tell() >> 20} MB"),
                 ):
                     shutil.copyfileobj(pipe, copy, 1 << 20)
         yield [str(copies.get(word, word)) for word in inputs]
@@ -260,8 +264,8 @@ def copy_pipes(inputs: list[str], folder: Path) -> Iterator[list[str]]:
 
 @cli_errors(CLOSE_OTHERS)
 def main(description: str) -> None:
-    """Any text as a dataset."""
+    """The command of data/text/prepare.py."""
     args = parse_options(text_parser(sys.argv[0], description, "files, folders or globs; - is stdin"))
-    known_tokenizer(args.tokenizer)  # which is checked before the text is read
+    known_tokenizer(args.tokenizer)  # a mistake in it is reported before the text is read
     with new_folder(args), copy_pipes(args.input, args.output) as inputs:
         make_dataset(args, open_corpus(args, inputs))

@@ -1,4 +1,4 @@
-"""Datasets of generated lines, a problem and its answer each."""
+"""Datasets of generated lines, each a problem and its answer."""
 
 import argparse
 import sys
@@ -14,7 +14,7 @@ from distrogpt.data.tokenizer import CharTokenizer
 from distrogpt.errors import UserError
 from distrogpt.progress import show_wait
 
-MAX_LINES = 100_000  # problems that are written by default
+MAX_LINES = 100_000  # problems, by default at most
 
 
 def line_parser(script: str, about: str) -> argparse.ArgumentParser:
@@ -38,15 +38,16 @@ def check_range(least: int, most: int, **options: int) -> None:
 
 def write_problems(args: argparse.Namespace, total: int, lines_of: Callable[[int], list[str]]) -> None:
     """Write train and val from problems 0..total-1, whose lines are `lines_of(number)`; a held-out one has
-    none in train. Lines are shuffled, so that a problem's are not neighbours. Raises UserError."""
+    no line in train. Lines are shuffled, also those of one problem. Raises UserError."""
     count = min(total, MAX_LINES) if args.lines is None else args.lines
     check_range(2, total, lines=count)
     check_range(0, 2**63 - 1, seed=args.seed)
     held_out = round(count * args.val_fraction) if 0 < args.val_fraction < 1 else 0
     if not 0 < held_out < count:
-        raise UserError(f"--val_fraction {args.val_fraction} of {count:,} leaves a split empty; give 0.1")
+        fault = f"--val_fraction {args.val_fraction} of {count:,} leaves a split empty"
+        raise UserError(f"{fault}; change it or --lines")
     keys = np.random.SeedSequence(args.seed).generate_state(18, np.uint64)
-    with show_wait("makes the lines"):
+    with show_wait("making the lines"):
         drawn = feistel_permutation(np.arange(count), total, keys[:6]).tolist()
         texts = {
             "train": shuffled_lines(drawn[held_out:], keys[6:12], lines_of),
@@ -57,12 +58,12 @@ def write_problems(args: argparse.Namespace, total: int, lines_of: Callable[[int
     command = " ".join([Path(sys.argv[0]).parent.name, *words])
     with write_dataset(args.output, tokenizer, args.overwrite, source=f"generated: {command}") as add:
         for split, text in texts.items():
-            with show_wait("writes the lines"):
+            with show_wait("writing the lines"):
                 add(split, tokenizer.encode(text), len(text))
 
 
 def shuffled_lines(numbers: list[int], keys: np.ndarray, lines_of: Callable[[int], list[str]]) -> str:
-    """The lines of the problems of these numbers, in an order that the keys make."""
+    """The lines of the problems with these numbers, shuffled by the keys."""
     lines = [line + "\n" for number in numbers for line in lines_of(number)]
     positions = feistel_permutation(np.arange(len(lines)), len(lines), keys)
     return "".join(lines[position] for position in positions.tolist())

@@ -1,8 +1,8 @@
 """A text of any size as shards of ids: val_000000.bin, then train_000001.bin, train_000002.bin, ...
 
-If interrupted, the same command resumes at the first missing shard and ends with the same bytes, since
-progress.json has the position in the text at which each shard begins. Two locks keep others out: prepare.lock
-of the folder while a part begins, and progress.lock, or that of the part, as long as its shards are written.
+If interrupted, the same command resumes at the first missing shard and writes the same bytes, since
+progress.json has the position in the text at which each shard begins. Two locks keep other processes out:
+prepare.lock of the folder while a part starts; progress.lock, or that of the part, while it writes shards.
 """
 
 import json
@@ -27,7 +27,7 @@ from distrogpt.progress import show_wait
 
 
 class Part(NamedTuple):
-    """What one of several machines writes: part `number` of `of`, counted from 1."""
+    """The part that one of several machines writes: `number` of `of`, counted from 1."""
 
     number: int = 1
     of: int = 1
@@ -61,12 +61,13 @@ class ShardSettings:
 
 
 def write_shards(folder: Path, source: Corpus, tokenizer: Tokenizer, settings: ShardSettings) -> None:
-    """Write the documents of a Corpus, or what has its methods, or one part of them; or resume that. Raises
-    UserError if the folder has another dataset, MachineError if the disk is full."""
+    """Write, or continue to write, the documents of a Corpus or a class with its methods, or a part of them.
+    Raises UserError if the folder has another dataset, MachineError if the disk is full."""
     part = settings.part
     if part.of > len(source):
-        raise UserError(f"the text has only {len(source)} files; give --shard i/n with n up to that")
-    with show_wait("looks at the files"):
+        count = f"the text has only {len(source)} files for {part.of} parts"
+        raise UserError(f"{count}; give --shard I/N with N up to {len(source)}")
+    with show_wait("looking at the files"):
         text = source.describe()
     identity = {
         "text": text,
@@ -77,17 +78,17 @@ def write_shards(folder: Path, source: Corpus, tokenizer: Tokenizer, settings: S
         "parts": part.of,
     }
     first, width = part.range_of(len(source))[0], writer.id_dtype(tokenizer).itemsize
-    kept = "its shards are kept: free some space, run the same command again"
+    kept = "finished shards are kept: free some space, then run the same command again"
     with ExitStack() as lock, writer.report_full_disk(folder, kept):
         with writer.lock_folder(folder, timeout=0.5 if part.of == 1 else 30):  # parts hold it for a moment
             lock.enter_context(locked(folder / part.progress_name(".lock"), writer.busy(folder)))
             progress = load_progress(folder, part, identity, settings.overwrite)
-            if not progress:  # then the shards to come are this text's
+            if not progress:  # all shards will be of this text
                 progress = {"settings": identity, "shards": [], "starts": [[first, 0, 0]]}
                 writer.write_json(folder / part.progress_name(), progress)
         drop_damaged_shards(folder, part, progress, width)
         if len(progress["starts"]) == len(progress["shards"]) and is_complete(folder, width):
-            print(f"{folder} is complete; --overwrite writes it again")
+            print(f"{folder} is already complete; give --overwrite to write it again")
             return
         (folder / "meta.json").unlink(missing_ok=True)  # a shard is missing
         shards = ShardWriter(folder, part, progress)
@@ -100,7 +101,7 @@ def write_shards(folder: Path, source: Corpus, tokenizer: Tokenizer, settings: S
 
 
 def default_val_tokens(source: Corpus, tokenizer: Tokenizer, settings: ShardSettings) -> int:
-    """A shard, or a tenth of a smaller text, whose tokens are guessed from its bytes."""
+    """One shard, or a tenth of a smaller text, whose number of tokens is estimated from its bytes."""
     bytes_per_token = 4 if isinstance(tokenizer, TiktokenTokenizer) else 1  # of English
     guesses = [count for count in (settings.max_tokens, (source.size or 0) // bytes_per_token) if count]
     return max(1, min([settings.shard_tokens, *(count // 10 for count in guesses)]))
@@ -110,7 +111,7 @@ def load_progress(folder: Path, part: Part, identity: dict[str, Any], overwrite:
     """The progress of a part, {} if it has none: `settings`; for each finished shard, in `shards`, its tokens
     and their bytes of text, and in `checksums` the crc32 of its file (older versions did not write it); and
     in `starts` file, document and token at which each of them and the next one begin. Raises UserError."""
-    files = writer.dataset_files(folder)  # first, as other machines may begin to write progress now
+    files = writer.dataset_files(folder)  # first, as other machines may be starting to write progress
     existing = {path.name: writer.read_json(path) for path in folder.glob("progress*.json")}
     same_dataset = {name for name, progress in existing.items() if progress.get("settings") == identity}
     busy = writer.busy_parts(folder) - {part.progress_name("")}
@@ -119,7 +120,7 @@ def load_progress(folder: Path, part: Part, identity: dict[str, Any], overwrite:
     if not overwrite:
         has_shards = any(path.suffix == ".bin" for path in files)
         if has_shards and (not existing or same_dataset != set(existing)):
-            options = "repeat its options, choose another --output, or give --overwrite"
+            options = "give the same options, choose another --output, or give --overwrite"
             raise UserError(f"{folder} has another dataset, or one made with other options; {options}")
         if part.progress_name() in same_dataset:
             return existing[part.progress_name()]
@@ -133,16 +134,16 @@ def load_progress(folder: Path, part: Part, identity: dict[str, Any], overwrite:
 
 
 def drop_damaged_shards(folder: Path, part: Part, progress: dict[str, Any], width: int) -> None:
-    """Forget the shards from the first one on that is not there as it was written, `width` bytes an id."""
+    """Remove from the progress all shards from the first missing or changed one; `width` bytes per id."""
     shards, checksums = progress["shards"], progress.setdefault("checksums", [])
     checksums[len(shards) :] = [None] * (len(shards) - len(checksums))
     paths, whole = [folder / part.shard_name(number) for number in range(len(shards))], 0
-    with show_wait("checks the shards,", lambda: f"{whole} of {len(shards)}"):
+    with show_wait("checking the shards,", lambda: f"{whole} of {len(shards)}"):
         while whole < len(shards) and is_whole(paths[whole], shards[whole][0] * width, checksums[whole]):
             whole += 1
     if whole < len(shards):
         if paths[whole].exists():
-            print(f"note: {paths[whole]} is not what was written there; it is written again")
+            print(f"note: {paths[whole]} was changed or damaged; it is written again")
         del shards[whole:], checksums[whole:], progress["starts"][whole + 1 :]
         writer.write_json(folder / part.progress_name(), progress)
 
@@ -159,7 +160,7 @@ def is_whole(path: Path, size: int, checksum: int | None) -> bool:
 
 
 def is_complete(folder: Path, width: int) -> bool:
-    """Whether the files of a folder, `width` bytes an id, have all tokens that its meta.json names."""
+    """Whether the files of a folder have all tokens that its meta.json counts; `width` bytes per id."""
     tokens = writer.read_json(folder / "meta.json").get("tokens", {})
     sizes = {split: sum(path.stat().st_size for path in folder.glob(f"{split}_*.bin")) for split in tokens}
     return bool(tokens) and all(sizes[split] == width * count for split, count in tokens.items())
@@ -182,12 +183,12 @@ class ShardWriter:
         self.file = open(self.temporary, "wb")
 
     def room(self) -> int:
-        """The number of ids that the shard still takes; 0 if the part has all of its tokens."""
+        """The number of ids that still fit into the shard; 0 if the part has all of its tokens."""
         name = "val_tokens" if self.part.number == 1 and not self.shards else "shard_tokens"
         return min(self.progress["settings"][name] - self.tokens, self.left)
 
     def finish_shard(self, *next_start: list[int]) -> None:
-        """Finish the shard, if it has any ids; `next_start` is where the next one begins, if any."""
+        """Finish the shard, if it has any ids; `next_start` is the position at which the next one begins."""
         writer.sync(self.file)
         if self.tokens:
             os.replace(self.temporary, self.folder / self.part.shard_name(len(self.shards)))
@@ -234,7 +235,7 @@ class ShardWriter:
 
 
 def skip_documents(pieces: Iterable[Piece], count: int, advance: Callable[[int], None]) -> Iterator[Piece]:
-    """The pieces without those of the first `count` documents, by which advance(0) shows the time."""
+    """The pieces after the first `count` documents; advance(0) updates the time left for each one skipped."""
     for piece in pieces:
         if count <= 0:
             yield piece
@@ -257,7 +258,7 @@ def finish_dataset(folder: Path, tokenizer: Tokenizer, part: Part, about: str) -
     progress = [writer.read_json(folder / each.progress_name()) for each in parts]
     left = sum(not each or len(each["starts"]) > len(each["shards"]) for each in progress)
     if left:
-        print(f"part {part.number} of {part.of} is done; {left} to go")
+        print(f"part {part.number} of {part.of} is done; {left} still to be written")
         return
     shards = [shard for each in progress for shard in each["shards"]]
     all_tokens, all_text = np.sum([[0, 0], *shards], axis=0).tolist()
@@ -266,9 +267,9 @@ def finish_dataset(folder: Path, tokenizer: Tokenizer, part: Part, about: str) -
     for split, count in tokens.items():
         if not count:
             advice = "give a smaller --val_tokens, or more text, with --overwrite"
-            raise UserError(f"nothing of {all_tokens:,} tokens is left for {split}; {advice}")
+            raise UserError(f"of {all_tokens:,} tokens, none is left for {split}; {advice}")
     text = {"train": all_text - val_text, "val": val_text}
     writer.write_meta(folder / "meta.json", tokenizer, tokens, text, source=about)
     for split, count in tokens.items():
         files = len(list(folder.glob(f"{split}_*.bin")))
-        print(f"{folder}: {count:,} tokens of {split} in {files} file{'s' if files > 1 else ''}")
+        print(f"{folder}: {count:,} {split} tokens in {files} file{'s' if files > 1 else ''}")

@@ -1,4 +1,4 @@
-"""Where the text of a dataset comes from: the options of prepare.py, files on disk, a verified download."""
+"""The source of a dataset's text: the options of prepare.py, files on disk, a verified download."""
 
 import argparse
 import hashlib
@@ -23,7 +23,7 @@ SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2d
 
 
 def argument_parser(script: str, about: str, input_help: str | None = None) -> argparse.ArgumentParser:
-    """The options of every prepare.py, with --input if it reads a file; mistakes end in one line."""
+    """The options of every prepare.py, with --input if it reads a file; a mistake ends with one line."""
     leave_to_rank_0(script)
     parser = argparse.ArgumentParser(prog=f"python {quote(script)}", description=about)
     add, folder = parser.add_argument, Path(script).resolve().parent
@@ -37,7 +37,7 @@ def argument_parser(script: str, about: str, input_help: str | None = None) -> a
 
 
 def home_path(text: str) -> Path:
-    """The path, with the home folder for ~, which shells leave as it is in --output=~/x."""
+    """The path with ~ expanded, which shells do not do in --output=~/x."""
     return Path(text).expanduser()
 
 
@@ -58,7 +58,7 @@ def text_parser(script: str, about: str, input_help: str) -> argparse.ArgumentPa
 
 
 def add_text_options(parser: argparse.ArgumentParser) -> None:
-    """The options of a prepare.py that reads text, or makes some."""
+    """The options of a prepare.py that reads or transcribes text."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     add = parser.add_argument
     strip_help = "remove lines that match this regular expression; can be repeated"
@@ -73,7 +73,7 @@ def open_corpus(args: argparse.Namespace, inputs: list[str]) -> Corpus:
     except (LookupError, UnicodeError):
         raise UserError(f"--encoding {args.encoding} is not known; try utf-8, latin-1 or utf-16") from None
     strip = strip_patterns(args)
-    with show_wait("looks for the files"):
+    with show_wait("looking for the files"):
         files = find_files(inputs)
         return Corpus(files, args.field, args.encoding, args.errors, strip, args.format)
 
@@ -83,17 +83,17 @@ def strip_patterns(args: argparse.Namespace) -> tuple[re.Pattern[str], ...]:
     try:
         return tuple(map(re.compile, args.strip_lines or ()))
     except re.error as error:
-        raise UserError(f"--strip_lines {args.strip_lines}: {error}; mend the regular expression") from None
+        raise UserError(f"--strip_lines {args.strip_lines}: {error}; fix the regular expression") from None
 
 
 def named_tokenizer(name: str, kinds: Sequence[str] = ("gpt2", "byte")) -> Tokenizer:
-    """gpt2, byte, or the tokenizer of a dataset, by its name or folder. `kinds` are what a command's
-    --tokenizer takes besides datasets. Raises UserError."""
+    """gpt2, byte, or the tokenizer of a dataset, by its name or folder. `kinds` are the values of a command's
+    --tokenizer that are not datasets. Raises UserError."""
     if name in ("gpt2", "byte"):
         return from_description({"kind": name})
     if not (folder := dataset_folder(name)):
-        hint = f"{did_you_mean(name, kinds)} --tokenizer is {', '.join(kinds)}, or a prepared dataset".strip()
-        raise UserError(f"no dataset {name[:200] or repr(name)} is prepared; {hint} ({prepared_names(name)})")
+        hint = f"{did_you_mean(name, kinds)} use {', '.join(kinds)}, or a prepared dataset".strip()
+        raise UserError(f"unknown --tokenizer {name[:200] or repr(name)}; {hint} ({prepared_names(name)})")
     meta = read_meta(folder)
     if not meta["tokenizer"]:
         raise UserError(f"the dataset {name} has no tokenizer in its meta.json; choose another --tokenizer")
@@ -107,14 +107,14 @@ def prepare_shakespeare(about: str, make_tokenizer: Callable[[str], Tokenizer]) 
         sys.argv[0], about, "local copy of the text, instead of downloading it"
     ).parse_args()
     path = args.input or download(SHAKESPEARE, SHAKESPEARE_SHA256, args.output / "input.txt")
-    with show_wait("reads the text"):
+    with show_wait("reading the text"):
         text, actual = read_text(path), hash_of(path)
     if actual != SHAKESPEARE_SHA256:
-        print(f"note: {path} is not tiny Shakespeare as published, but another text; it is used as it is")
+        print(f"note: {path} is not the published tiny Shakespeare; it is used as it is")
     tokenizer, split, source = make_tokenizer(text), int(len(text) * 0.9), str(args.input or SHAKESPEARE)
     with write_dataset(args.output, tokenizer, args.overwrite, source=source, sha256=actual) as add:
         for name, part in (("train", text[:split]), ("val", text[split:])):
-            with show_wait("tokenizes the text"):
+            with show_wait("tokenizing the text"):
                 add(name, tokenizer.encode(part), text_bytes(part))
 
 
@@ -124,7 +124,7 @@ def download(url: str, sha256: str, path: Path, flag: str = "--input PATH") -> P
     if not path.is_file():
         from torch.hub import download_url_to_file
 
-        print(f"downloads {url}")
+        print(f"downloading {url}")
         timeout = socket.getdefaulttimeout()
         try:
             socket.setdefaulttimeout(30)  # seconds without an answer; torch's downloader has none of its own
@@ -132,11 +132,12 @@ def download(url: str, sha256: str, path: Path, flag: str = "--input PATH") -> P
             download_url_to_file(url, str(path), hash_prefix=sha256, progress=sys.stderr.isatty())
         except (OSError, http.client.HTTPException, RuntimeError) as error:  # RuntimeError: another hash
             reason = getattr(error, "reason", error)
-            raise UserError(f"no download ({reason}); fetch {url} elsewhere and give {flag}") from None
+            raise UserError(f"download failed ({reason}); fetch {url} elsewhere and give {flag}") from None
         finally:
             socket.setdefaulttimeout(timeout)
     if hash_of(path) != sha256:
-        raise UserError(f"{path} is not as expected (sha256 {sha256}); fetch {url}, give {flag}")
+        advice = f"delete it to download it again, or give {flag}"
+        raise UserError(f"{path} is damaged or another file (its sha256 is not {sha256}); {advice}")
     return path
 
 

@@ -1,4 +1,4 @@
-"""Token ids to disk: documents are encoded on all cores, in order; train.bin, val.bin and meta.json.
+"""Token ids to disk: documents, encoded on all cores, in order, as train.bin, val.bin and meta.json.
 
 A .bin file is raw little-endian ids without header, uint16 unless meta.json says uint32.
 """
@@ -25,12 +25,12 @@ from distrogpt.progress import bar_size, show_wait
 
 Encoded = tuple[Piece, np.ndarray]
 BATCH = 16  # pieces that a thread encodes at once
-UNCHANGED = "nothing there was changed"
+UNCHANGED = "its files are unchanged: free some space, then try again"
 
 
 def encode_in_order(pieces: Iterable[Piece], tokenizer: Tokenizer, workers: int) -> Iterator[Encoded]:
-    """Each piece with its ids, (N,), a few megabytes at a time; documents end with end_of_text. Threads
-    suffice, since tiktoken and numpy release Python's lock."""
+    """Each piece with its ids, (N,), a few megabytes at a time; documents end with end_of_text. Threads are
+    enough, since tiktoken and numpy release Python's lock."""
     dtype, end, local = id_dtype(tokenizer), tokenizer.end_of_text, threading.local()
 
     def encode(batch: list[Piece]) -> list[Encoded]:
@@ -72,12 +72,12 @@ def dataset_files(folder: Path) -> list[Path]:
 
 @contextmanager
 def lock_folder(folder: Path, timeout: float = 0.5) -> Iterator[None]:
-    """Make the folder of a dataset, and keep others from writing there in the block. Raises UserError if
-    another prepare.py holds it for `timeout` seconds, or if it takes no files."""
+    """Create the folder of a dataset, and keep other processes from writing there during the block. Raises
+    UserError if another prepare.py still holds it after `timeout` seconds, or if it cannot be written."""
     with ExitStack() as stack:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with show_wait(f"waits for another prepare.py, which holds {folder}"):
+            with show_wait(f"waiting for another prepare.py, which is writing to {folder}"):
                 stack.enter_context(locked(folder / "prepare.lock", busy(folder), timeout))
         except OSError as error:
             advice = "choose another --output"
@@ -86,12 +86,12 @@ def lock_folder(folder: Path, timeout: float = 0.5) -> Iterator[None]:
 
 
 def busy(folder: Path) -> str:
-    """What is wrong if another process writes to the folder."""
-    return f"another prepare.py writes to {folder}; wait until it ends, or choose another --output"
+    """The message if another process is writing to the folder."""
+    return f"another prepare.py is writing to {folder}; wait until it ends, or choose another --output"
 
 
 def busy_parts(folder: Path) -> set[str]:
-    """Stems of the progress files of the parts that other processes write now, such as progress_00002."""
+    """Stems of the progress files of the parts that other processes are writing, such as progress_00002."""
     stems = set()
     for path in folder.glob("progress*.lock"):
         try:
@@ -106,14 +106,14 @@ def busy_parts(folder: Path) -> set[str]:
 def claim_folder(
     folder: Path, overwrite: bool, advice: str = "choose another --output", **about: Any
 ) -> Iterator[None]:
-    """The folder of a new dataset, in the block. Raises UserError if it has one already that is not `about`
-    the same, unless `overwrite`, or if another process writes one."""
+    """Claim the folder of a new dataset during the block. Raises UserError if it already has a dataset,
+    unless that is `about` the same or `overwrite` is set; or if another process is writing there."""
     with lock_folder(folder):
         same = bool(about) and about.items() <= read_json(folder / "meta.json").items()
         if not (overwrite or same) and any(
             path.suffix == ".bin" or path.stem == "meta" for path in dataset_files(folder)
         ):
-            raise UserError(f"{folder} has a dataset already; {advice}, or --overwrite")
+            raise UserError(f"{folder} has a dataset already; {advice}, or give --overwrite")
         if busy_parts(folder):
             raise UserError(busy(folder))
         for path in folder.glob(f"{TEMPORARY}*"):  # of a command that was killed
@@ -140,7 +140,7 @@ def write_json(path: Path, contents: Any) -> None:
 
 
 def sync(file: IO[Any]) -> None:
-    """Wait until what was written is on disk, and close the file."""
+    """Flush a file to disk and close it."""
     file.flush()
     os.fsync(file.fileno())
     file.close()
@@ -148,8 +148,8 @@ def sync(file: IO[Any]) -> None:
 
 @contextmanager
 def token_progress(done: Callable[[], float], delay: float = 0) -> Iterator[Callable[[int], None]]:
-    """Yields advance(tokens) of a progress bar, if the work takes `delay` seconds; it shows the time left by
-    `done`, the fraction that is done."""
+    """Yields advance(tokens) of a progress bar, which appears after `delay` seconds; it shows the time left,
+    by `done()`, the fraction that is done."""
     from tqdm import tqdm
 
     interval = 0.1 if sys.stderr.isatty() else 5
@@ -161,12 +161,12 @@ def token_progress(done: Callable[[], float], delay: float = 0) -> Iterator[Call
             bar.update(tokens)
 
         yield advance
-        bar.total = bar.n  # which the bar's end shows
+        bar.total = bar.n  # shown at the end of the bar
 
 
 @contextmanager
 def report_full_disk(folder: Path, kept: str) -> Iterator[None]:
-    """Raises MachineError for an OSError in the block; `kept` says what is still there."""
+    """Raises MachineError for an OSError in the block; `kept` says what is left, and what to do."""
     try:
         yield
     except OSError as error:
@@ -178,7 +178,7 @@ def report_full_disk(folder: Path, kept: str) -> Iterator[None]:
 def write_dataset(
     folder: Path, tokenizer: Tokenizer, overwrite: bool = False, **about: Any
 ) -> Iterator[Callable]:
-    """As write_splits, in a folder that it claims as claim_folder does."""
+    """write_splits in a folder that claim_folder claims."""
     with claim_folder(folder, overwrite, **about), write_splits(folder, tokenizer, **about) as add:
         yield add
 
@@ -186,7 +186,7 @@ def write_dataset(
 @contextmanager
 def write_splits(folder: Path, tokenizer: Tokenizer, **about: Any) -> Iterator[Callable]:
     """Yields add(split, ids, text_bytes), which appends to "train" or "val"; the files appear if the block
-    ends well. Raises UserError if a split is too short, MachineError if the disk is full."""
+    succeeds. Raises UserError if a split is too short, MachineError if the disk is full."""
     dtype, tokens, text = id_dtype(tokenizer), {"train": 0, "val": 0}, {"train": 0, "val": 0}
     names = ["train.bin", "val.bin", "meta.json"]
     with report_full_disk(folder, UNCHANGED):
@@ -203,7 +203,7 @@ def write_splits(folder: Path, tokenizer: Tokenizer, **about: Any) -> Iterator[C
         for split, count in tokens.items():
             if count < 2:
                 raise UserError(f"the text is too short: {split} has {count} tokens; give a longer one")
-        with report_full_disk(folder, UNCHANGED), show_wait("writes to the disk"):
+        with report_full_disk(folder, UNCHANGED), show_wait("writing to disk"):
             for file in files.values():
                 sync(file)
             write_meta(folder / "meta.json.tmp", tokenizer, tokens, text, **about)
@@ -214,7 +214,7 @@ def write_splits(folder: Path, tokenizer: Tokenizer, **about: Any) -> Iterator[C
             os.replace(folder / f"{name}.tmp", folder / name)
     finally:
         for file in files.values():
-            with suppress(OSError):  # what a full disk did not take, it does not take now
+            with suppress(OSError):  # a full disk fails again
                 file.close()
         for name in names:
             (folder / f"{name}.tmp").unlink(missing_ok=True)
