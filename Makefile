@@ -1,12 +1,12 @@
-# make demo: train a small model on this machine and read what it writes. make test: the whole suite.
+# make demo: train a small model on this machine and sample from it. make test: run the test suite.
 
 PYTHON ?= python3
 SCRIPTS := $(if $(filter Windows_NT,$(OS)),Scripts,bin)
 BIN := .venv/$(SCRIPTS)
 PIP := python -m pip install --quiet --disable-pip-version-check
-# in the environment, and not as -c, the lock holds for the tools that build a package too
+# set in the environment, not with -c, so that the lock also applies to build dependencies
 LOCKED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt $(BIN)/$(PIP)
-# uv is faster; torch comes by pip first, whose settings may name CPU builds. make UV= goes without
+# uv is faster. pip installs torch first, as pip's settings may select CPU builds. make UV= does not use uv
 UV := $(if $(shell command -v uv 2>/dev/null),uv)
 UV_INSTALL := uv pip install --quiet --compile-bytecode --python $(BIN)/python -c constraints.txt -b constraints.txt
 INSTALL := $(if $(UV),$(UV_INSTALL),$(LOCKED))
@@ -21,11 +21,11 @@ OUT := out-stdlib-char
 help: ## list the targets
 	@awk -F '## ' '/^[a-z-]+:.*## / {sub(/:.*/, "", $$1); printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-install: $(INSTALLED) ## create .venv with what training and sampling need
+install: $(INSTALLED) ## create .venv with the packages for training and sampling
 
 $(INSTALLED): requirements.txt constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
-		|| { echo "error: $(PYTHON) is older than 3.10; make PYTHON=python3.12 ..." >&2; exit 2; }
+		|| { echo "error: $(PYTHON) is older than 3.10; run: make PYTHON=python3.12 ..." >&2; exit 2; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null \
 		|| { echo "error: $(PYTHON) cannot make a .venv; on Debian and Ubuntu: apt install python3-venv" >&2; exit 2; }
 	$(PYTHON) -m venv .venv
@@ -40,46 +40,46 @@ $(TESTABLE): requirements-test.txt requirements-serve.txt constraints.txt | $(IN
 data/stdlib_char/meta.json: | $(INSTALLED)
 	$(BIN)/python data/stdlib_char/prepare.py
 
-demo: $(INSTALLED) data/stdlib_char/meta.json ## prepare, train for a minute or two, and sample: no network but the package registry
+demo: $(INSTALLED) data/stdlib_char/meta.json ## prepare data, train for a minute or two, and sample; needs no downloads but packages
 	$(BIN)/python train.py config/train_stdlib_char.py
 	$(BIN)/python sample.py --out_dir=$(OUT) --start="def " --num_samples=3 --max_new_tokens=400
-	@echo "These are samples of $(OUT)/ckpt.pt, which train.py trained on the source of Python's standard library"
-	@echo "(data/stdlib_char). More: $(BIN)/python sample.py --out_dir=$(OUT) --start='class ' --temperature=0.5"
+	@echo "These are samples of $(OUT)/ckpt.pt, trained on the source code of Python's standard library"
+	@echo "(data/stdlib_char). For more: $(BIN)/python sample.py --out_dir=$(OUT) --start='class ' --temperature=0.5"
 
-serve: $(INSTALLED) ## write with the demo's model on a page of your browser
+serve: $(INSTALLED) ## serve the demo's model as a web page and an API
 	$(INSTALL) -r requirements-serve.txt
 	$(BIN)/python serve.py --out_dir=$(OUT)
 
 test: $(TESTABLE) ## run all tests
 	$(BIN)/python -m pytest
 
-test-audio: $(TESTABLE) ## a voice speaks, its speech becomes a dataset and a model, the model speaks: a minute or two
+test-audio: $(TESTABLE) ## test speech: text to speech, transcription, training, sampling aloud; a minute or two
 	$(INSTALL) -r requirements-test-audio.txt
 	AUDIO=1 $(BIN)/python -m pytest -s -n 0 tests/audio
 
 test-latest: TORCH ?= torch
-test-latest: ## run all tests with the newest of everything, in .venv-latest; TORCH='torch==2.13.0' keeps to that one
+test-latest: ## run all tests with the newest packages, in .venv-latest; TORCH='torch==2.13.0' pins torch
 	$(PYTHON) -m venv .venv-latest
 	.venv-latest/$(SCRIPTS)/$(PIP) --upgrade --upgrade-strategy eager '$(TORCH)' -r requirements-test-audio.txt
 	.venv-latest/$(SCRIPTS)/python -m pytest
 
-test-oldest: ## run the tests that use transformers with 5.0, the oldest that is supported, in .venv-oldest
+test-oldest: ## run the tests of transformers with its oldest supported version, 5.0, in .venv-oldest
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/$(SCRIPTS)/$(PIP) -r requirements-test.txt transformers==5.0.0 $(shell grep '^torch==' constraints.txt)
 	.venv-oldest/$(SCRIPTS)/python -m pytest $$(grep -rl transformers tests --include='test_*.py')
 
-chaos: $(TESTABLE) ## kill a run 60 times at random, and read 4,000 damaged files: some minutes
+chaos: $(TESTABLE) ## kill a run 60 times at random, and read 4,000 damaged files; a few minutes
 	CHAOS_KILLS=60 FUZZ_INPUTS=4000 $(BIN)/python -m pytest -s -n 0 tests/training/test_chaos.py tests/test_fuzz.py tests/test_fuzz_checkpoint.py
 
-lint: $(TESTABLE) ## check style and format
+lint: $(TESTABLE) ## check code style and formatting
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 
-docs: ## write docs/settings.md, the reference of all settings, and draw the imports of docs/architecture.md
+docs: ## write docs/settings.md, the settings reference, and draw docs/architecture.md's diagram
 	$(PYTHON) docs/settings.py
 	$(PYTHON) docs/architecture.py
 
-notebook: $(TESTABLE) ## run docs/quickstart.ipynb and keep its outputs: some minutes
+notebook: $(TESTABLE) ## run docs/quickstart.ipynb and save its outputs; a few minutes
 	$(BIN)/python docs/notebook.py
 
 $(SITE): requirements-docs.txt constraints.txt
@@ -93,10 +93,10 @@ site: $(SITE) ## build the documentation as a site in site/; a broken link is an
 	.venv-docs/$(SCRIPTS)/python docs/build_site.py .site
 	.venv-docs/$(SCRIPTS)/zensical build --clean --strict
 
-# torch is raised here, by hand: it is a large download, and has to be tested on a GPU too. setuptools and wheel build
-# packages that come as source; pyobjc requires exact versions of pyobjc-*. Builds of other sources (+cpu) stay out
+# Raise torch here, by hand: it is a large download, and has to be tested on a GPU. setuptools and wheel build source
+# packages. pyobjc itself pins pyobjc-*. Other package indexes are ignored, as their builds have local versions (+cpu)
 lock: TORCH ?= torch==2.13.0
-lock: ## write constraints.txt: the newest versions that go together; then make test
+lock: ## write constraints.txt with the newest compatible versions; run make test afterwards
 	$(PYTHON) -m venv .venv-lock
 	.venv-lock/$(SCRIPTS)/$(PIP) --upgrade uv
 	printf '%s\n' '$(TORCH)' setuptools wheel | env -u UV_FIND_LINKS -u UV_INDEX -u UV_EXTRA_INDEX_URL \
@@ -108,6 +108,6 @@ lock: ## write constraints.txt: the newest versions that go together; then make 
 		> constraints.txt
 	sed '/^pyobjc-/d' .venv-lock/constraints.txt >> constraints.txt
 
-clean: ## remove .venv*, the site and caches; data and checkpoints stay
+clean: ## remove .venv*, the site and caches; keep data and checkpoints
 	rm -rf .venv .venv-* .site site .cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -1,7 +1,7 @@
-"""What each ingredient of a recipe gains: python ablate.py config/train_shakespeare_cpu_modern.py
+"""An ablation study of a recipe: python ablate.py config/train_shakespeare_cpu_modern.py
 
-Trains the recipe, the recipe without each ingredient, GPT-2, and GPT-2 with each ingredient. Everything else
-(steps, seeds, learning rates, weight decay, batch) is the recipe's. Prints a table and draws it.
+Trains the recipe, the recipe without each ingredient, GPT-2, and GPT-2 with each ingredient. All other
+settings (steps, seeds, learning rates, weight decay, batch) are the recipe's. Prints a table and plots it.
 """
 
 from configurator import configure
@@ -33,7 +33,7 @@ from train import train
 
 INGREDIENTS = """norm rotary qk_norm activation n_kv_head tied logit_softcap embedding_skip zero_init
     optimizer lr_schedule sampling dropout""".split()
-# the same in every study, whatever the recipe says
+# the same in every study, whatever the recipe sets
 FIXED = {
     "init_from": "scratch", "eval_iters": 0, "eval_splits": "val", "eval_only": False, "seed": 0,
     "out_dir": "-", "log_interval": 1000, "wandb_log": False, "wandb_project": "-", "wandb_run_name": "-",
@@ -48,15 +48,16 @@ def variants(config: AblateConfig) -> dict[str, dict[str, Any]]:
     gpt2 = {name: getattr(TrainConfig, name) for name in INGREDIENTS}  # a dataclass keeps its defaults there
     recipe = {name: getattr(config, name) for name in INGREDIENTS if getattr(config, name) != gpt2[name]}
     if not recipe:
-        raise UserError(f"this recipe is GPT-2's; set one of {', '.join(INGREDIENTS)}, or take config/modern")
+        advice = f"use config/train_shakespeare_cpu_modern.py, or set one of {', '.join(INGREDIENTS)}"
+        raise UserError(f"the recipe is GPT-2's, so there is nothing to ablate; {advice}")
     without = {f"recipe without {name}={recipe[name]}": {name: gpt2[name]} for name in recipe}
     added = {f"GPT-2 with {name}={value}": {**gpt2, name: value} for name, value in recipe.items()}
     return {"recipe": {}, **without, "GPT-2": gpt2, **added}
 
 
 def train_once(settings: dict[str, Any], seed: int) -> Run:
-    """Train in a temporary folder; the best loss over the whole val split, and the seconds of everything."""
-    torch.compiler.reset()  # it compiles only a few variants of a network, then runs the others uncompiled
+    """Train in a temporary folder; the best loss on the whole val split, and the seconds in total."""
+    torch.compiler.reset()  # or it would stop compiling after a few variants
     begin, val = time.perf_counter(), math.inf
     with tempfile.TemporaryDirectory() as folder:
         with redirect_stdout(None), suppress(Diverged):
@@ -68,7 +69,7 @@ def train_once(settings: dict[str, Any], seed: int) -> Run:
 
 
 def read_results(path: Path, settings: dict[str, Any]) -> dict[str, list[Run]]:
-    """The runs of an interrupted study, {} if none. Raises UserError if they are of another study."""
+    """The finished runs of an interrupted study, or {}. Raises UserError if the file is of another study."""
     if not path.stat().st_size:
         return {}
     try:
@@ -76,15 +77,15 @@ def read_results(path: Path, settings: dict[str, Any]) -> dict[str, list[Run]]:
         changed = [name for name, value in settings.items() if study["settings"].get(name) != value]
         runs = study["runs"]
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{path} is not a study; name another --json, or move it away") from None
+        raise UserError(f"{path} is not a study of ablate.py; choose another --json") from None
     if changed:
-        raise UserError(f"{path} has a study with another {', '.join(changed)}; name another --json")
+        raise UserError(f"{path} is of a study with different {', '.join(changed)}; choose another --json")
     return runs
 
 
 def table(runs: dict[str, list[Run]]) -> list[str]:
-    """A line for each variant: medians of loss and time, compared with the recipe's or GPT-2's."""
-    lines = [f"{'':44} {'val loss':>8} {'(lowest to highest)':>20} {'change':>8} {'seconds':>8} {'ratio':>6}"]
+    """A line per variant: its median loss and seconds, and how they differ from the recipe's or GPT-2's."""
+    lines = [f"{'':44} {'val loss':>8} {'(min to max)':>20} {'change':>8} {'seconds':>8} {'ratio':>6}"]
     for name, variant in runs.items():
         baseline = runs["recipe" if name.startswith("recipe") else "GPT-2"]
         vals = [run["val"] for run in variant]
@@ -99,7 +100,7 @@ def table(runs: dict[str, list[Run]]) -> list[str]:
 def plot(runs: dict[str, list[Run]], path: Path) -> None:
     """A row for each variant, with a dot for the loss of each run. Raises UserError."""
     if find_spec("matplotlib") is None:
-        print(f"note     no {path}: pip install matplotlib")
+        print(f"note     {path} is not drawn without matplotlib; run: pip install matplotlib")
         return
     figure = new_figure(9, 0.32 * len(runs) + 1.2)
     axes = figure.subplots()
@@ -119,23 +120,23 @@ def plot(runs: dict[str, list[Run]], path: Path) -> None:
 
 
 def ablate(config: AblateConfig) -> dict[str, list[Run]]:
-    """Train all variants with all seeds, print and return the results, which are kept in config.json. Raises
-    UserError if another study keeps its results there."""
-    todo, advice = variants(config), "wait until it ends, or name another --json"
+    """Train all variants with all seeds; print the results, save them in config.json, and return them. Raises
+    UserError if that file has another study."""
+    todo, advice = variants(config), "wait until it ends, or choose another --json"
     with writable(config.json):  # before hours of training
         pass
-    with locked(Path(f"{config.json}.lock"), f"another ablate.py writes to {config.json}; {advice}"):
+    with locked(Path(f"{config.json}.lock"), f"another ablate.py is writing to {config.json}; {advice}"):
         return run_study(config, todo)
 
 
 def run_study(config: AblateConfig, todo: dict[str, dict[str, Any]]) -> dict[str, list[Run]]:
-    """As ablate, which keeps others out."""
+    """Run the study, with its file locked by ablate."""
     path = Path(config.json)
     settings = {field.name: getattr(config, field.name) for field in fields(TrainConfig)} | FIXED
     runs = read_results(path, settings)
     seeds = range(config.seed, config.seed + config.seeds)
     length = f"{config.max_epochs:g} epochs" if config.max_epochs else f"{config.max_iters} steps"
-    print(f"study    {len(todo)} variants x {config.seeds} seeds of {length}, kept in {path}")
+    print(f"study    {len(todo)} variants x {config.seeds} seeds, {length} each; results in {path}")
     for seed in seeds:  # in turns, so that a busy hour slows all variants alike
         for name, changes in todo.items():
             if seed in [run["seed"] for run in runs.setdefault(name, [])]:

@@ -1,4 +1,4 @@
-"""Measure how fast training and sampling are here: python bench.py config/train_shakespeare_cpu.py"""
+"""Benchmark training and sampling on this machine: python bench.py config/train_shakespeare_cpu.py"""
 
 from configurator import configure
 from distrogpt.settings import BenchConfig
@@ -18,7 +18,7 @@ from distrogpt.files import write_text
 from distrogpt.runtime import enable_onednn_float32, start_runtime
 from train import training_step
 
-# by setting; those of the first table run train.py's training step
+# by setting; the functions of the first table run train.py's training step
 TRAINING = {"plan": plan.bench_plan, "find_batch": batch_size.bench_batch, "check": checks.bench_check}
 TRAINING |= {"ladder": studies.bench_ladder, "checkpoint": studies.bench_checkpoint}
 TRAINING |= {"logs": studies.bench_logs, "profile": training.bench_step}
@@ -27,7 +27,7 @@ OTHERS |= {"serve": serving.bench_serve, "report": report.bench_report}
 
 
 def bench(config: BenchConfig) -> dict[str, Any]:
-    """Measure what the settings ask for; print the results and return them, also written to config.json."""
+    """Run the benchmark of the settings; print its results, write them to config.json, and return them."""
     name = config.measurement
     if "init_from" not in config.unused():
         config = training.with_gpt2_shape(config)

@@ -19,8 +19,8 @@ from distrogpt.runtime import start_runtime, stop_runtime
 
 
 def measure(config: EvalConfig) -> dict[str, Result]:
-    """Do the tasks that the settings name and print their results as a table. Raises UserError, before
-    anything is computed."""
+    """Run the tasks of the settings and print their results as a table. Raises UserError before anything is
+    computed."""
     runtime = start_runtime(config.device, config.dtype)
     source, tasks = load_tasks(config, runtime)
     if runtime.is_main:

@@ -1,6 +1,6 @@
-"""Write a trained GPT in Hugging Face's format: python export.py --out_dir=out-stdlib-char --to=my-model
+"""Export a trained GPT to Hugging Face's format: python export.py --out_dir=out-stdlib-char --to=my-model
 
---init_from=my-model loads the folder again; distrogpt/huggingface/export.py has its files.
+Other commands load the folder with --init_from=my-model. distrogpt/huggingface/export.py lists its files.
 """
 
 from configurator import configure
@@ -25,7 +25,7 @@ from distrogpt.loading import find_tokenizer, load_trained
 
 def export(config: ExportConfig) -> Path:
     """Write the folder, and print how to load it. Raises UserError, or MachineError if the disk fails."""
-    to = Path(os.path.realpath(config.to))  # if it is a link, the folder that it leads to is replaced
+    to = Path(os.path.realpath(config.to))  # a link stays; the folder that it points to is replaced
     check_target(to, config.to, config.overwrite)
     for package in ("safetensors", "tokenizers"):
         if find_spec(package) is None:
@@ -44,7 +44,7 @@ def export(config: ExportConfig) -> Path:
 
 
 def convert(weights: Weights, dtype: str) -> Weights:
-    """The weights in another type. Raises UserError if they are not finite in it."""
+    """The weights in this dtype. Raises UserError if some are not finite in it."""
     converted = {name: w.to(getattr(torch, dtype)) for name, w in weights.items()}
     for name, w in converted.items():
         if not w.isfinite().all():

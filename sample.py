@@ -39,7 +39,8 @@ def read_prompts(config: SampleConfig) -> dict[str, str]:
 
 
 def main(config: SampleConfig) -> None:
-    """Print samples, and speak them with `speak`; or ask for prompts with `interactive`. Raises UserError."""
+    """Print samples, and speak them if `speak` is set; or read prompts from the keyboard with `interactive`.
+    Raises UserError."""
     prompts = read_prompts(config)
     if config.speak:  # mistakes are reported before the model is loaded
         check_wav(config.speak)
@@ -52,11 +53,12 @@ def main(config: SampleConfig) -> None:
         return
     texts = print_samples(sampler, prompts, config)
     if config.speak:
-        warn(f"{config.speak}: {speak(texts, voice, config.speak):.1f} seconds, spoken by {voice.name}")
+        warn(f"{config.speak}: {speak(texts, voice, config.speak):.1f} s of speech, spoken by {voice.name}")
 
 
 def print_samples(sampler: Sampler, prompts: dict[str, str], config: SampleConfig) -> list[str]:
-    """Print a single sample while it is generated, several when they are finished; returns their texts."""
+    """Print the samples and return their texts. A single sample is streamed; several are printed when each
+    is finished."""
     ids = sampler.prompt_ids(prompts)
     echoed = [prompt if config.echo else "" for prompt in prompts.values()]
     style, texts = output_style(config.show_probs), []

@@ -1,4 +1,4 @@
-"""A page to write with, and an API for OpenAI's clients: python serve.py --out_dir=out-shakespeare-char"""
+"""Serve a trained GPT as a web page and an OpenAI-compatible API: python serve.py --out_dir=out-addition"""
 
 from configurator import configure
 from distrogpt.settings import ServeConfig
@@ -42,12 +42,12 @@ def main(config: ServeConfig) -> None:
 
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, stop)
-        print(f"http://{f'[{host}]' if ':' in host else host}:{port}  (Ctrl-C ends)", flush=True)
-        # The engine runs in this thread: OpenMP has workers for each thread that computes, and beside those
-        # of the thread that loaded the model, decoding takes three times as long.
+        print(f"http://{f'[{host}]' if ':' in host else host}:{port}  (Ctrl-C stops the server)", flush=True)
+        # The engine runs in this thread, which loaded the model. OpenMP starts workers for each thread that
+        # computes; with those of a second thread, decoding takes three times as long.
         http = threading.Thread(target=server.run, args=([address],))
         http.start()
-        engine.run()  # which answers all clients before it ends
+        engine.run()  # until it is closed and all clients have a response
         server.should_exit = True
         http.join()
     if not signals:

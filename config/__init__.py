@@ -1,1 +1,1 @@
-"""Recipes for train.py. A config can begin with another one: from config.modern import *"""
+"""Config files for train.py. A config can start from another one: from config.modern import *"""

@@ -6,7 +6,7 @@ dataset = "shakespeare_char"
 eval_interval = 250  # often, as the model overfits within the run
 eval_iters = 200
 log_interval = 10
-always_save_checkpoint = False  # keep the best on val, not the last
+always_save_checkpoint = False  # keep the checkpoint with the lowest val loss
 wandb_project = "shakespeare-char"
 wandb_run_name = "mini-gpt"
 
@@ -16,12 +16,12 @@ block_size = 256
 n_layer = 6
 n_head = 6
 n_embd = 384  # 10.8 M parameters
-activation = "gelu"  # as nanoGPT trains; on CPUs several times as fast as GPT-2's tanh GELU
+activation = "gelu"  # as in nanoGPT; on CPUs several times as fast as GPT-2's tanh GELU
 dropout = 0.2  # ten times more parameters than characters
 
-learning_rate = 1e-3  # small models bear more than GPT-2's 6e-4
+learning_rate = 1e-3  # small models allow more than GPT-2's 6e-4
 max_iters = 5000
 lr_decay_iters = 5000
 min_lr = 1e-4
-beta2 = 0.99  # few tokens a step make noisy gradients; average over more of them
+beta2 = 0.99  # few tokens per step make noisy gradients, which need a longer average
 warmup_iters = 100

@@ -68,11 +68,10 @@ def main(site: Path) -> None:
     shutil.rmtree(site, ignore_errors=True)
     site.mkdir(parents=True)
     for page in [*sorted((REPO / "docs").glob("*.md")), *(REPO / name for name in ROOT_PAGES)]:
-        for target in filter(is_relative, links_of(page.read_text(encoding="utf-8"))):
-            if not target_of(
-                page, target
-            ).exists():  # the site's builder sees missing pages, but not pictures
-                sys.exit(f"error: {page.name} has a link to {target}, which does not exist; correct it")
+        targets = filter(is_relative, links_of(page.read_text(encoding="utf-8")))
+        missing = [target for target in targets if not target_of(page, target).exists()]
+        if missing:  # the site's builder sees missing pages, but not missing pictures
+            sys.exit(f"error: {page.name} has links to missing files: {', '.join(missing)}; correct them")
         copy_page(page, site)
 
 

@@ -61,7 +61,7 @@ def test_a_study_is_printed_drawn_kept_and_resumed(dataset, tmp_path):
 
     results = (tmp_path / "ablate.json").read_bytes()
     other = run_here(*flags, "--seeds=1", "--learning_rate=0.02", cwd=tmp_path)
-    assert_user_error(other, "another learning_rate", "--json")
+    assert_user_error(other, "different learning_rate", "--json")
     (tmp_path / "text.json").write_text("no study")
     assert_user_error(run_here(*flags, "--json=text.json", cwd=tmp_path), "is not a study")
     assert (tmp_path / "ablate.json").read_bytes() == results
@@ -85,7 +85,7 @@ def test_a_variant_that_diverges_is_reported_and_the_others_are_trained(dataset,
 
 
 def test_mistakes_of_a_study(dataset, tmp_path):
-    assert_user_error(run_here("ablate.py", *TINY, f"--dataset={dataset}"), "this recipe is GPT-2's")
+    assert_user_error(run_here("ablate.py", *TINY, f"--dataset={dataset}"), "the recipe is GPT-2's")
     assert_user_error(run_here("ablate.py", *STUDY, f"--json={tmp_path}/no/x.json"), "cannot be written")
     assert_user_error(
         run_here("ablate.py", *STUDY, "--dataset=nowhere", f"--json={tmp_path}/x.json"), "nowhere"

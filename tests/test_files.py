@@ -135,10 +135,10 @@ def test_a_second_study_or_report_in_the_same_files_is_refused(dataset, tmp_path
     """Each held by another process, for which this one stands."""
     study = [*TINY, *MODERN, f"--dataset={dataset}", f"--json={tmp_path / 'a.json'}"]
     with locked(tmp_path / "a.json.lock", ""):
-        assert_user_error(run_here("ablate.py", *study), "another ablate.py writes to", "another --json")
+        assert_user_error(run_here("ablate.py", *study), "another ablate.py is writing to", "another --json")
     with locked(tmp_path / "report.lock", ""):
         done = run_here("bench.py", "--report=True", "--device=cpu", cwd=tmp_path)
-        assert_user_error(done, "another bench.py writes to report", "in another folder")
+        assert_user_error(done, "another bench.py is writing to report", "in another folder")
     assert not (tmp_path / "report").exists()
 
 

@@ -32,7 +32,7 @@ def test_an_evaluation_shows_how_far_it_is_while_a_batch_takes_long(dataset):
 
     def look() -> bool:  # called before each of the two batches; the second takes as long as this
         if next(batches) == 1:
-            until(stderr, f"evaluates {dataset}/val:", "50%", "1/2 [")
+            until(stderr, f"evaluating {dataset}/val:", "50%", "1/2 [")
         return False
 
     with contextlib.redirect_stderr(Terminal()) as stderr:

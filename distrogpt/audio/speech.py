@@ -1,4 +1,4 @@
-"""Text to speech in wav files, by a Piper voice (piper-tts) or by the system's own (pyttsx3)."""
+"""Text to speech into WAV files, with a Piper voice (piper-tts) or the system's voice (pyttsx3)."""
 
 import io
 import os
@@ -18,11 +18,11 @@ from distrogpt.checkpoint import atomic_write
 from distrogpt.errors import UserError, first_line, is_out_of_memory, path_from_here
 from distrogpt.files import locked
 
-MAX_CHARS = 400  # that a voice gets at once: its memory grows with them
+MAX_CHARS = 400  # per call of a voice, whose memory grows with them
 SENTENCE_PAUSE, PARAGRAPH_PAUSE, TEXT_PAUSE = 0.3, 1.2, 2.0  # seconds of silence between them
-MAX_BYTES = (1 << 32) - 1024  # of sound, which the header of a wav file can count
+MAX_BYTES = (1 << 32) - 1024  # of audio: the header of a WAV file has 32 bits for it
 INSTALL = f"run: pip install -r {path_from_here('requirements-audio.txt')}"
-# In a process of its own: on some systems it needs the main thread, hangs, or takes the process with it.
+# Runs in a separate process: on some systems it needs the main thread, hangs, or crashes the process.
 SYSTEM_VOICE = """
 import sys, pyttsx3
 engine = pyttsx3.init()
@@ -32,7 +32,7 @@ engine.runAndWait()
 
 
 class Voice(NamedTuple):
-    """A loaded voice, for any thread."""
+    """A loaded voice, which any thread can use."""
 
     name: str
     sample_rate: int
@@ -40,11 +40,13 @@ class Voice(NamedTuple):
 
 
 def load_voice(path: str | None = None) -> Voice:
-    """The Piper voice of an .onnx file, or for None and `system` the system's voice. Raises UserError."""
+    """The Piper voice of an .onnx file; for None or `system`, the system's voice. Raises UserError."""
     if path not in (None, "system"):
         return piper_voice(path)
     if find_spec("pyttsx3") is None:
-        raise UserError(f"without --voice=NAME.onnx for piper-tts, speaking needs pyttsx3; {INSTALL}")
+        raise UserError(
+            f"the system's voice needs pyttsx3; {INSTALL}, or set --voice=NAME.onnx for piper-tts"
+        )
     sample_rate, _ = system_speech("a")
     return Voice("the system's voice", sample_rate, lambda text: [system_speech(text)[1]])
 
@@ -53,14 +55,16 @@ def piper_voice(path: str) -> Voice:
     """The voice of NAME.onnx and NAME.onnx.json. Raises UserError."""
     for file in (path, f"{path}.json"):
         if not os.path.isfile(file):
-            raise UserError(f"the voice {file} is not a file; give NAME.onnx, with NAME.onnx.json beside it")
+            raise UserError(
+                f"the voice {file} is not a file; give NAME.onnx, and put NAME.onnx.json beside it"
+            )
     try:
         from piper import AudioChunk, PiperVoice  # noqa: F401  before 1.3, there was no AudioChunk
     except ImportError as error:
         raise UserError(f"a Piper voice needs piper-tts 1.3 or newer ({error}); {INSTALL}") from None
     try:
         voice = PiperVoice.load(path)
-    except Exception as error:  # any file can be given, and fail in any way
+    except Exception as error:  # of any kind, as the file can be any
         raise UserError(f"{path} is not a Piper voice ({first_line(error)}); give its .onnx file") from None
 
     def synthesize(text: str) -> Iterator[bytes]:
@@ -88,36 +92,37 @@ def system_speech(text: str) -> tuple[int, bytes]:
                 return wav.getframerate(), wav.readframes(wav.getnframes())
         except (OSError, EOFError, wave.Error, subprocess.TimeoutExpired) as error:
             reason = stderr.decode(errors="replace").strip().split("\n")[-1] or first_line(error)
-            hint = "install one (Debian: apt install espeak-ng), or give --voice=NAME.onnx for piper-tts"
-            raise UserError(f"pyttsx3 finds no system voice for files ({reason[:160]}); {hint}") from None
+            hint = "install one (Debian: apt install espeak-ng), or set --voice=NAME.onnx for piper-tts"
+            raise UserError(f"pyttsx3 found no usable system voice ({reason[:160]}); {hint}") from None
 
 
 def check_wav(path: str) -> None:
-    """Raises UserError if no wav file can be written there."""
+    """Raises UserError unless a WAV file can be written there."""
     if not path.lower().endswith(".wav"):
         raise UserError(f"speak={path} does not end with .wav; write --speak=out.wav")
     if os.path.isdir(path) or not os.access(os.path.dirname(path) or ".", os.W_OK):
-        raise UserError(f"{path} cannot be written; name another, or go elsewhere")
+        raise UserError(f"{path} cannot be written; choose another path")
 
 
 def speak(texts: Iterable[str], voice: Voice, path: str) -> float:
-    """Write texts as speech into a wav file; its seconds. If it raises UserError or MachineError, the file is
-    as before."""
-    with locked(Path(f"{path}.lock"), f"another command writes {path}; wait until it ends, or name another"):
+    """Write texts as speech into a WAV file; returns its seconds. If it raises UserError or MachineError, an
+    existing file is unchanged."""
+    advice = "wait until it ends, or choose another path"
+    with locked(Path(f"{path}.lock"), f"another command is writing {path}; {advice}"):
         atomic_write(lambda file: write_wav(texts, voice, file), Path(path))
     with wave.open(path) as wav:
         return wav.getnframes() / wav.getframerate()
 
 
 def wav_bytes(text: str, voice: Voice) -> bytes:
-    """The bytes of a wav file, some 3 MB a minute. Raises UserError."""
+    """The bytes of a WAV file, about 3 MB per minute. Raises UserError."""
     file = io.BytesIO()
     write_wav([text], voice, file)
     return file.getvalue()
 
 
 def write_wav(texts: Iterable[str], voice: Voice, file: IO[bytes]) -> None:
-    """Write a wav file, a sentence at a time, with silence between them. Raises UserError."""
+    """Write a WAV file sentence by sentence, with silence between them. Raises UserError."""
     size, pause = 0, 0.0
     with wave.open(file, "wb") as wav:
         wav.setparams((1, 2, voice.sample_rate, 0, "NONE", ""))  # mono, 2 bytes a sample
@@ -127,18 +132,18 @@ def write_wav(texts: Iterable[str], voice: Voice, file: IO[bytes]) -> None:
                     sound = bytes(2 * int(pause * voice.sample_rate)) + sentence
                     size += len(sound)
                     if size > MAX_BYTES:
-                        raise UserError("the speech is longer than a wav file can be (4 GB); speak less")
+                        raise UserError("the speech does not fit into a WAV file (4 GB); use shorter text")
                     wav.writeframesraw(sound)
                     pause = SENTENCE_PAUSE
                 pause = PARAGRAPH_PAUSE if size else 0.0
             pause = TEXT_PAUSE if size else 0.0
         if not size:
-            raise UserError("there is nothing in the text that can be spoken; give one with words")
+            raise UserError("the text has nothing to speak; use text with words")
 
 
 def split_paragraphs(text: str) -> Iterator[str]:
-    """The paragraphs of a text, each in one line: an empty line, a heading, an item and a line that ends with
-    a sentence end them."""
+    """The paragraphs of a text, each as one line. A paragraph ends at an empty line, a heading, a list item,
+    or a line that ends with a sentence."""
     lines: list[str] = []  # with an empty one between paragraphs
     for line in text.splitlines():
         marker = re.match(r"\s*(#+|>|[-*+]) ", line)
@@ -150,7 +155,8 @@ def split_paragraphs(text: str) -> Iterator[str]:
 
 
 def split_chunks(paragraph: str) -> Iterator[str]:
-    """Chunks of at most MAX_CHARS, cut after sentences or words, that have a letter or digit."""
+    """Chunks of at most MAX_CHARS, cut after sentences or words. Chunks without a letter or digit are left
+    out."""
     while paragraph:
         end = len(paragraph)
         if end > MAX_CHARS:
@@ -163,7 +169,7 @@ def split_chunks(paragraph: str) -> Iterator[str]:
 
 
 def strip_markup(line: str) -> str:
-    """A line without Markdown, rows of signs, control characters and broken ones."""
+    """A line without Markdown, rows of punctuation, control characters and undecodable characters."""
     line = "".join(" " if unicodedata.category(char)[0] == "C" or char == "\ufffd" else char for char in line)
     line = re.sub(r"\]\([^()\s]*\)", "]", line)  # the address of a link
     line = re.sub(r"([^\w\s.!?'\"])\1+", " ", line)  # -----, **, ``, and [[, which Piper reads as its own

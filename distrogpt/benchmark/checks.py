@@ -1,7 +1,7 @@
-"""Checks of this machine for bench.py --report=True, each also by itself: python bench.py --check=network
+"""The checks of bench.py --report=True. To run one of them: python bench.py --check=network
 
 Every check compares with a reference: another device, another code path, an uninterrupted run. It returns
-rows; a row with a limit passes if its value is not above it.
+rows; a row with a limit passes if its value is at most the limit.
 """
 
 import copy
@@ -39,13 +39,13 @@ from model import GPT, GPTConfig
 
 SMALL = {"block_size": 256, "vocab_size": 1024, "n_layer": 4, "n_head": 4, "n_embd": 256}
 MODERN = {"norm": "rmsnorm", "rotary": True, "qk_norm": True, "activation": "relu2", "n_kv_head": 2}
-MODERN |= {"tied": False, "logit_softcap": 15.0, "embedding_skip": True}  # no zero_init: it hides gradients
+MODERN |= {"tied": False, "logit_softcap": 15.0, "embedding_skip": True}  # no zero_init: gradients would be 0
 NETWORKS = {"GPT-2": {}, "modern": MODERN}
 TRAIN = [sys.executable, str(timing.ROOT / "train.py")]
 
 
 class Row(NamedTuple):
-    """What was compared, the result, and the largest value that passes; None: for information."""
+    """What was compared, its value, and the largest value that passes; None: for information only."""
 
     what: str
     value: float | str
@@ -67,7 +67,7 @@ def bench_check(config: BenchConfig, runtime: Runtime, training_step: TrainingSt
 
 
 def distance(result: torch.Tensor, expected: torch.Tensor) -> float:
-    """The norm of the difference relative to the norm of what is expected."""
+    """The relative error: the norm of the difference, divided by the norm of `expected`."""
     result, expected = result.detach().cpu().float(), expected.detach().cpu().float()
     return float((result - expected).norm() / expected.norm().clamp(min=1e-12))
 
@@ -78,14 +78,14 @@ def not_finite(what: str, model: torch.nn.Module, runtime: Runtime) -> Row:
 
 
 def small_model(network: dict[str, Any], device: torch.device | None = None) -> GPT:
-    """On its device with its device's layers; None: as model.py has it."""
+    """A small model with the kernels of a device; for None, with the layers of model.py."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(**SMALL, **network))
     return model if device is None else to_device(model, device)
 
 
 def make_batch(seed: int, device: torch.device, length: int = SMALL["block_size"]) -> MicroBatch:
-    """8 sequences that count upwards, which a network learns in a few steps."""
+    """8 sequences of increasing ids, which a network learns in a few steps."""
     rng = np.random.default_rng(seed)
     tokens = rng.integers(0, 1024, (8, 1)) + np.arange(length + 1) * rng.integers(1, 4, (8, 1))
     tokens = torch.from_numpy(tokens % SMALL["vocab_size"]).to(device)  # (8, T + 1)
@@ -99,23 +99,24 @@ def losses_of(trainer: Trainer, length: int = SMALL["block_size"]) -> torch.Tens
 
 
 def check_machine(config: BenchConfig, runtime: Runtime, _: TrainingStep) -> list[Row]:
-    """The machine, and what it can do at most."""
+    """The machine: its name, versions, matmul speed and memory bandwidth."""
     system = f"{platform.system()} {platform.release()}, {os.cpu_count()} cores"
     versions = f"{platform.python_version()}, {torch.__version__}"
     rows = [Row("processor", processor_name()), Row("system", system), Row("Python, torch", versions)]
     for dtype in sorted({runtime.dtype, torch.float32}, key=str):
         product = measured_flops(runtime.device, dtype, seconds=1.0)
-        rows.append(Row(f"matrix product, {timing.dtype_name(dtype)}", f"{product / 1e12:,.2f} TFLOP/s"))
+        rows.append(Row(f"matmul, {timing.dtype_name(dtype)}", f"{product / 1e12:,.2f} TFLOP/s"))
     if runtime.device.type == "cuda":
         gpu = torch.cuda.get_device_properties(runtime.device)
         words = f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}"
         peak = f"{peak_flops(runtime.device, runtime.dtype) / 1e12:,.0f} TFLOP/s"
-        rows += [Row("GPU", words), Row("peak from which MFU is computed", peak)]
-    return [*rows, Row("memory, read", f"{measured_bandwidth(runtime.device) / 1e9:,.0f} GB/s")]
+        rows += [Row("GPU", words), Row("peak, the reference of MFU", peak)]
+    return [*rows, Row("memory bandwidth, reading", f"{measured_bandwidth(runtime.device) / 1e9:,.0f} GB/s")]
 
 
 def processor_name() -> str:
-    """Its name; on Linux with its family, as names of virtual machines do not say the generation."""
+    """The processor's name; on Linux also its family, as virtual machines may hide the generation in the
+    name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -126,7 +127,7 @@ def processor_name() -> str:
 
 
 def check_network(config: BenchConfig, runtime: Runtime, _: TrainingStep) -> list[Row]:
-    """Logits, loss and gradients against model.py's plain layers in fp32 on the CPU."""
+    """Compare logits, loss and gradients with model.py's plain layers in fp32 on the CPU."""
 
     def run(model: GPT, dtype: torch.dtype) -> tuple[torch.Tensor, float, torch.Tensor]:
         on = replace(runtime, device=next(model.parameters()).device, dtype=dtype)
@@ -151,9 +152,10 @@ def check_network(config: BenchConfig, runtime: Runtime, _: TrainingStep) -> lis
 
 @torch.no_grad()
 def check_greedy(config: BenchConfig, runtime: Runtime, _: TrainingStep) -> list[Row]:
-    """Greedy text, 64 tokens after 8 prompts: the KV cache against full forward passes, a batch against each
-    prompt alone, CUDA graphs against none. The value is the fraction of tokens that differ. In bf16, rounding
-    decides near ties: the cache is not compared, and batches have no limit on GPUs."""
+    """Greedy decoding, 64 tokens after each of 8 prompts. Compares the KV cache with full forward passes, a
+    batch with each prompt alone, and CUDA graphs with eager decoding. The value is the fraction of tokens
+    that differ. In bf16, rounding decides near ties: the cache is not compared, and on GPUs batches have no
+    limit."""
     rows, on_gpu = [], runtime.device.type == "cuda"
     for name, network in NETWORKS.items():
         model = small_model(network, runtime.device)
@@ -174,7 +176,7 @@ def check_greedy(config: BenchConfig, runtime: Runtime, _: TrainingStep) -> list
                 if on_gpu:
                     eager = greedy(ready, prompts, graph=False)
                     rows.append(Row(f"{kind}: CUDA graph", different(eager, together), 0.0))
-        rows.append(Row(f"{name}: different tokens in the text", f"{len(alone.unique())} of {alone.numel()}"))
+        rows.append(Row(f"{name}: distinct tokens in the text", f"{len(alone.unique())} of {alone.numel()}"))
     return rows
 
 
@@ -186,7 +188,7 @@ def greedy(model: GPT, prompts: list[torch.Tensor], graph: bool = True) -> torch
 
 
 def greedy_without_cache(model: GPT, ids: torch.Tensor) -> torch.Tensor:
-    """64 greedy ids after a prompt (T,), each from a forward pass over all before it: (64,)."""
+    """64 greedy ids after a prompt (T,), each from a full forward pass: (64,)."""
     for _ in range(64):
         logits, _ = model(ids[None])
         ids = torch.cat((ids, logits[0, -1:].argmax(dim=-1)))
@@ -198,7 +200,7 @@ def different(ids: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def check_compile(config: BenchConfig, runtime: Runtime, training_step: TrainingStep) -> list[Row]:
-    """20 compiled training steps against the same steps uncompiled."""
+    """Compare 20 compiled training steps with the same steps in eager mode."""
     if error := compile_error(runtime.device):
         return [Row("torch.compile", error)]
     rows = []
@@ -207,13 +209,13 @@ def check_compile(config: BenchConfig, runtime: Runtime, training_step: Training
         eager = losses_of(Trainer(training_step, config, None, runtime, copy.deepcopy(model)))
         model.compile()
         other = losses_of(Trainer(training_step, config, None, runtime, model))
-        rows.append(Row(f"{name}: largest difference of losses", float((eager - other).abs().max()), 0.05))
+        rows.append(Row(f"{name}: largest difference in loss", float((eager - other).abs().max()), 0.05))
         rows.append(Row(f"{name}: losses", f"{eager[0]:.4f} to {eager[-1]:.4f}, {other[-1]:.4f} compiled"))
     return rows
 
 
 def check_fp16(config: BenchConfig, runtime: Runtime, training_step: TrainingStep) -> list[Row]:
-    """What 20 steps learn in fp16 with its loss scaler, which first looks for its scale, against fp32."""
+    """Compare the decrease of the loss in 20 steps in fp16, with its loss scaler, with that in fp32."""
     learned, rows = [], []
     length = SMALL["block_size"] if runtime.device.type == "cuda" else 16  # CPUs are slow in fp16
     for dtype in (torch.float32, torch.float16):
@@ -221,12 +223,12 @@ def check_fp16(config: BenchConfig, runtime: Runtime, training_step: TrainingSte
         losses = losses_of(Trainer(training_step, config, None, replace(runtime, dtype=dtype), model), length)
         learned.append(float(losses[0] - losses[-1]))
         rows.append(Row(f"{timing.dtype_name(dtype)}: losses", f"{losses[0]:.4f} to {losses[-1]:.4f}"))
-    row = Row("fp16: share of what fp32 learns that is missing", 1 - learned[1] / learned[0], 0.25)
+    row = Row("fp16: fraction of fp32's loss decrease that is missing", 1 - learned[1] / learned[0], 0.25)
     return [row, not_finite("fp16", model, runtime), *rows]
 
 
 def check_resume(config: BenchConfig, runtime: Runtime, _: TrainingStep) -> list[Row]:
-    """train.py for 20 steps; and again with a SIGKILL after its checkpoint of step 10, then resumed."""
+    """Compare a run of 20 steps with one that is killed after its checkpoint of step 10 and then resumed."""
     with tempfile.TemporaryDirectory() as folder:
         flags = training_flags(Path(folder), runtime)
         uninterrupted = run_train(["--out_dir=whole", *flags], folder)
@@ -244,12 +246,12 @@ def check_resume(config: BenchConfig, runtime: Runtime, _: TrainingStep) -> list
         resumed = run_train(["--out_dir=broken", *flags, "--init_from=resume"], folder)
         files = [load_checkpoint(Path(folder) / name / NEWEST) for name in ("whole", "broken")]
     expected, weights = (torch.cat([w.flatten() for w in file["model"].values()]) for file in files)
-    limit = 0.0 if runtime.device.type == "cpu" else 1e-2  # the order of sums varies on GPUs
+    limit = 0.0 if runtime.device.type == "cpu" else 1e-2  # on GPUs, the order of sums varies
     failed = 0.0 if killed and step < 20 else 1.0
     return [
-        Row(f"killed while it trained, resumed at step {step}", failed, 0.0),
-        Row("weights against the unbroken run's", distance(weights, expected), limit),
-        Row("val loss", f"{uninterrupted} unbroken, {resumed} resumed"),
+        Row(f"killed during training, resumed at step {step}", failed, 0.0),
+        Row("weights, compared with the uninterrupted run", distance(weights, expected), limit),
+        Row("val loss", f"{uninterrupted} uninterrupted, {resumed} resumed"),
     ]
 
 
@@ -276,7 +278,7 @@ def run_train(flags: list[str], folder: str, command: list[str] = TRAIN) -> str:
 
 
 def check_ranks(config: BenchConfig, runtime: Runtime, training_step: TrainingStep) -> list[Row]:
-    """DDP and FSDP2 in a group of one rank (NCCL on a GPU, else gloo), and torchrun, against plain runs."""
+    """Compare DDP and FSDP2 with one rank (NCCL on a GPU, otherwise gloo), and torchrun, with plain runs."""
     backend = "nccl" if runtime.device.type == "cuda" else "gloo"
     if runtime.dtype == torch.float16:
         runtime = replace(runtime, dtype=torch.float32)  # FSDP2 has no loss scaling here
@@ -289,7 +291,7 @@ def check_ranks(config: BenchConfig, runtime: Runtime, training_step: TrainingSt
     for name, shard in (("DDP", False), ("FSDP2, --shard=True", True)):
         replica = wrap_distributed(copy.deepcopy(model), shard, runtime)
         difference = expected - losses_of(Trainer(training_step, config, None, runtime, replica))
-        what = f"{name}, {backend}: largest difference of losses"
+        what = f"{name}, {backend}: largest difference in loss"
         rows += [Row(what, float(difference.abs().max()), 0.01), not_finite(name, replica, runtime)]
         del replica
     dist.destroy_process_group()
@@ -298,11 +300,12 @@ def check_ranks(config: BenchConfig, runtime: Runtime, training_step: TrainingSt
         alone = run_train(["--out_dir=plain", *flags], folder)
         torchrun = [TRAIN[0], *"-m torch.distributed.run --standalone --nproc_per_node=1".split(), TRAIN[1]]
         loss = run_train(["--out_dir=ranks", *flags], folder, torchrun)
-    return [*rows, Row("torchrun: difference of val loss", abs(float(loss) - float(alone)), 0.02)]
+    return [*rows, Row("torchrun: difference in val loss", abs(float(loss) - float(alone)), 0.02)]
 
 
 def check_synchronize(config: BenchConfig, runtime: Runtime, training_step: TrainingStep) -> list[Row]:
-    """What a step pays for reading loss and gradient norm from the device before it updates weights."""
+    """The cost of the device synchronisation of a step, which reads loss and gradient norm before the
+    update."""
     config = replace(config, compile=config.compile is True)
     trainer = Trainer(training_step, config, timing.open_data(config), runtime)
     batches = trainer.batches.current[:1]
@@ -326,19 +329,19 @@ def check_synchronize(config: BenchConfig, runtime: Runtime, training_step: Trai
     times = timing.alternate(steps, 1, max(3, config.bench_steps // 5), runtime)
     slow, fast = (timing.spread(seconds)["median"] / 5 * 1000 for seconds in times.values())
     return [
-        Row("step, loss and norm read before the update", f"{slow:.2f} ms"),
-        Row("step that reads nothing", f"{fast:.2f} ms"),
+        Row("step that reads loss and gradient norm before the update", f"{slow:.2f} ms"),
+        Row("step without reading them", f"{fast:.2f} ms"),
         Row("cost of the synchronisation", f"{slow - fast:.2f} ms, {slow / fast - 1:.1%}"),
     ]
 
 
 def check_memory(config: BenchConfig, runtime: Runtime, training_step: TrainingStep) -> list[Row]:
-    """The peak memory of three training steps, next to the planner's figure."""
+    """The peak memory of three training steps, and the estimate of --plan."""
     config = replace(config, gradient_accumulation_steps=1, compile=False)
     trainer = Trainer(training_step, config, timing.open_data(config), runtime)
     for _ in range(3):
         trainer()
-    measured = timing.peak_memory(runtime)  # before the planner counts, which needs memory of its own
+    measured = timing.peak_memory(runtime)  # before the estimate, which needs memory too
     half, on_gpu = runtime.dtype != torch.float32, runtime.device.type != "cpu"
     counts = plan.count(trainer.model.config, config, half, on_gpu)
     split = plan.Split(1, config.batch_size, 1, recompute=config.activation_checkpointing)
@@ -347,7 +350,7 @@ def check_memory(config: BenchConfig, runtime: Runtime, training_step: TrainingS
     value = "not measured on this system"
     if measured:
         error = f"{planned / measured - 1:+.0%}"
-        value = f"{measured / 2**30:.2f} GiB; planner {planned / 2**30:.2f} GiB, {error}"
+        value = f"{measured / 2**30:.2f} GiB; estimated {planned / 2**30:.2f} GiB ({error})"
     how = "with" if config.activation_checkpointing else "without"
     what = f"{counts.parameters / 1e6:,.0f} M parameters, batch {config.batch_size}"
     return [Row(f"{what}, {how} activation checkpointing", value)]

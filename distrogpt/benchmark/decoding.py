@@ -1,4 +1,4 @@
-"""Time prefill and decoding: one sequence and several, in the compute dtype and with 8-bit weights."""
+"""Time prefill and decoding, of one sequence and of a batch, in the compute dtype and with 8-bit weights."""
 
 import copy
 import statistics
@@ -17,7 +17,13 @@ from distrogpt.benchmark.timing import (
     spread,
     synchronize,
 )
-from distrogpt.benchmark.training import baseline_generate, describe_network, new_weights, print_other_side
+from distrogpt.benchmark.training import (
+    baseline_generate,
+    baseline_name,
+    describe_network,
+    new_weights,
+    print_other_side,
+)
 from distrogpt.errors import UserError
 from distrogpt.hardware import measured_bandwidth
 from distrogpt.inference.decoder import optimize_for_inference, stream
@@ -31,7 +37,8 @@ PROMPT = 16  # tokens before the timed ones
 
 
 def time_stream(model: GPT, idx: torch.Tensor, n_tokens: int, B: int, runtime: Runtime) -> tuple[float, ...]:
-    """Seconds to the first token, from the second (where a GPU records its CUDA graph) on, and in total."""
+    """Seconds to the first token, of the tokens after the second (in which a GPU records its CUDA graph), and
+    in total."""
     synchronize(runtime)
     times = [time.perf_counter()]
     tokens = stream(model, idx, SamplingParams(0.8, 200), torch.rand(B, n_tokens))
@@ -43,7 +50,7 @@ def time_stream(model: GPT, idx: torch.Tensor, n_tokens: int, B: int, runtime: R
 
 
 def num_new_tokens(config: BenchConfig) -> int:
-    """Tokens of a sample. Raises UserError if block_size is too small for them."""
+    """The number of new tokens per sample. Raises UserError if block_size is too small for it."""
     room = config.block_size - PROMPT
     n = min(256, room) if config.max_new_tokens is None else config.max_new_tokens
     if not 3 <= n <= room:
@@ -56,7 +63,7 @@ def num_new_tokens(config: BenchConfig) -> int:
 
 @torch.no_grad()
 def bench_generate(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
-    """Tokens per second of prefill and decoding with random weights; and the baseline's if there is one."""
+    """Measure tokens per second of prefill and decoding with random weights, and of the baseline if given."""
     n_tokens = num_new_tokens(config)
     model = new_weights(config, open_data(config))
     compiled = config.compile is True
@@ -89,27 +96,28 @@ def bench_generate(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
         bandwidths.append(measured_bandwidth(runtime.device))
     bandwidth = statistics.median(bandwidths)
     what = f"{describe_network(config)}; {dtype_name(runtime.dtype)}{'; compiled' if compiled else ''}"
-    print(f"model    {model.get_num_params(False):,} parameters, random: {what}")
+    print(f"model    {model.get_num_params(False):,} parameters, random weights: {what}")
     if config.against:
         print_other_side(config, their_runtime, None)
-    print(f"text     prompt {PROMPT}, then {n_tokens} tokens")
-    print(f"memory   read at {bandwidth / 1e9:,.0f} GB/s")
+    print(f"text     a prompt of {PROMPT} tokens, then {n_tokens} new tokens")
+    print(f"memory   {bandwidth / 1e9:,.0f} GB/s read bandwidth, measured")
     n_weights = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, torch.nn.Linear))
     result: dict[str, Any] = {"bandwidth": bandwidth, "runs": []}
     for name, B in runs:  # [1:] below: the first round was a warm-up
         rate, prefill_rate = spread(decode[name, B][1:]), statistics.median(prefill[name, B][1:])
         itemsize = 1 if "int8" in name else runtime.dtype.itemsize
-        fraction = rate["median"] / B * n_weights * itemsize / bandwidth  # of reading weights once a token
+        fraction = rate["median"] / B * n_weights * itemsize / bandwidth  # if weights are read once per token
         run = {"name": name, "batch": B, "decode": rate, "share": fraction, "prefill": prefill_rate}
         result["runs"].append(run)
         print(
             f"{name + ',':11} batch {B:2}: decode {rate['median']:7.1f} tokens/s {quartiles(rate, 1)}, "
-            f"{fraction:.0%} of the bandwidth's limit; prefill {prefill_rate:,.0f} tokens/s"
+            f"{fraction:.0%} of the bandwidth limit; prefill {prefill_rate:,.0f} tokens/s"
         )
     if config.against:
         result["whole"] = {name: spread(rates[1:]) for name, rates in total.items()}
         result["ratio"] = gain = ratio(total["ours"][1:], total["other"][1:])  # of rates, not of seconds
         ours, other = (rates["median"] for rates in result["whole"].values())
-        print(f"whole    ours {ours:.1f} tokens/s, {config.against} {other:.1f}, prompt included")
-        print(f"ratio    {gain['median']:.1f} times theirs {quartiles(gain, 1)}")
+        name = baseline_name(config)
+        print(f"total    ours {ours:.1f} tokens/s, {name} {other:.1f} tokens/s, including the prompt")
+        print(f"ratio    {gain['median']:.1f} times {name}'s speed {quartiles(gain, 1)}")
     return result

@@ -1,11 +1,11 @@
-"""What a run would take, before it starts: python bench.py train_gpt2 --plan=True --gpu=h100
+"""Predict memory, time and communication of a run: python bench.py train_gpt2 --plan=True --gpu=h100
 
 Memory is counted on the model itself; times are computed from data sheets. Compute runs at a given, measured
-or assumed MFU, whatever the batch; recomputing activations adds a third. The optimizer moves 40 bytes per
-parameter (AdamW 28, clipping 12), and Muon multiplies. A ring's slowest link (NVLink, or all network cards of
-a node) reaches LINK_SHARE of its rate, and each message costs LATENCY per doubling of the ranks. DDP reduces
-fp32 gradients once per step, hidden behind the last backward pass except for the last bucket; FSDP2 gathers
-weights twice and scatters gradients in each micro-step, hidden behind all of it.
+or assumed MFU, whatever the batch size; recomputing activations adds a third. The optimizer moves 40 bytes
+per parameter (AdamW 28, clipping 12); Muon adds its matmuls. The slowest link of a ring (NVLink, or all
+network cards of a node) reaches LINK_SHARE of its bandwidth, and each message costs LATENCY per doubling of
+the ranks. DDP reduces fp32 gradients once per step, overlapped with the last backward pass except for the
+last bucket. FSDP2 gathers weights twice and scatters gradients in each micro-step, overlapped with all of it.
 
 MFUs of published runs: nanoGPT's 600,000 steps of 0.49 M tokens in 4 days on 8 A100 40GB, 0.29; llm.c's 10 B
 tokens in 45 minutes on 8 H100, 0.40, and in 90 minutes on 8 A100 80GB, 0.63.
@@ -36,20 +36,21 @@ from distrogpt.training.optim import num_submatrices
 from distrogpt.training.startup import new_model_config, resolve_max_iters, samples_per_step
 from model import GPT, Attention, GPTConfig
 
-MFU = 0.4  # if none is known: llm.c's on H100
+MFU = 0.4  # the default: llm.c's on H100
 LINK_SHARE, LATENCY = 0.8, 10e-6  # of the nominal bandwidth; seconds
 BUCKET = 25 * 2**20  # bytes of gradients that DDP sends at once
-USABLE = 0.9  # of a memory: the rest is CUDA's, NCCL's, the system's, and gaps between allocations
+USABLE = 0.9  # of the memory; the rest is for CUDA, NCCL, the system, and fragmentation
 LIBRARIES = 40e6  # bytes that the first step on a CPU loads; measured
 COMPILER = 80e6  # bytes of torch's compiler, which DDP, FSDP2 and activation_checkpointing load; measured
-DISK, PAGE = 1e9, 4096  # bytes/s of a node's SSD; bytes that a system reads at once
-# columns of the memory table, and their widths
-MEMORY_COLUMNS = {"weights": 7, "gradients": 9, "averages": 8, "activations": 11, "more": 5, "peak": 5}
-UNKNOWN = GPU("", 0, 0, None, 32, 12.5)  # PCIe, and eight that share 100 Gbit/s
+DISK, PAGE = 1e9, 4096  # bytes/s of a node's SSD; bytes of a memory page, which is read as a whole
+# columns of the memory table, and their headings
+MEMORY_COLUMNS = {"weights": "weights", "gradients": "gradients", "averages": "optimizer"}
+MEMORY_COLUMNS |= {"activations": "activations", "more": "gathered", "peak": " peak"}
+UNKNOWN = GPU("", 0, 0, None, 32, 12.5)  # PCIe, and 100 Gbit/s for eight GPUs
 
 
 class Hardware(NamedTuple):
-    """A GPU among others, or this machine. Bandwidths are bytes/s, in one direction."""
+    """A GPU of a cluster, or this machine. Bandwidths are bytes/s, in one direction."""
 
     name: str
     peak: float  # FLOP/s, dense, bf16
@@ -62,8 +63,8 @@ class Hardware(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """Parameters, and bytes saved for the backward pass by a block and by the rest of the model: `fixed` ones
-    (16-bit copies of weights), and for `each` sequence."""
+    """Numbers of parameters, and bytes that a block and the rest of the model (`head`) save for the backward
+    pass: `fixed` bytes (16-bit copies of weights), and bytes for `each` sequence."""
 
     shape: GPTConfig
     parameters: int
@@ -71,8 +72,8 @@ class Counts(NamedTuple):
     matrices: int  # parameters that Muon updates
     averages: int  # bytes of the optimizer's state
     flops_per_token: int
-    update_flops: float  # of Muon's products, which each rank computes for all matrices
-    item: int  # bytes of a block's weight in the compute dtype
+    update_flops: float  # of Muon's matmuls, which each rank computes for all matrices
+    item: int  # bytes per weight of a block in the compute dtype
     block_fixed: int
     block_each: int
     head_fixed: int
@@ -80,13 +81,13 @@ class Counts(NamedTuple):
 
 
 class Split(NamedTuple):
-    """How n ranks share a step: each makes micro_steps of B sequences."""
+    """How a step is distributed over n ranks: each runs micro_steps of B sequences."""
 
     n: int
     B: int
     micro_steps: int
     shard: bool = False
-    recompute: bool = False  # activations, in the backward pass
+    recompute: bool = False  # activation checkpointing
 
     @property
     def sequences(self) -> int:
@@ -94,14 +95,14 @@ class Split(NamedTuple):
 
 
 def total_memory() -> float:
-    """Bytes of this machine; inf if the system does not say, as Windows."""
+    """Bytes of this machine's memory; inf if the system does not report it, as on Windows."""
     if not hasattr(os, "sysconf"):
         return math.inf
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def find_hardware(config: BenchConfig, runtime: Runtime, peak: float | None = None) -> Hardware:
-    """The GPU of config.gpu, or this machine, whose `peak` may have been measured before."""
+    """The GPU of config.gpu, or this machine; `peak` is its FLOP/s, if measured before."""
     device, here = runtime.device, config.gpu == "here"
     if not here:
         gpu = GPUS[config.gpu]
@@ -122,9 +123,9 @@ def find_hardware(config: BenchConfig, runtime: Runtime, peak: float | None = No
 
 
 def planned_shape(config: BenchConfig) -> tuple[BenchConfig, GPTConfig, bool]:
-    """The settings, with GPT-2's shape if init_from names one; the network; whether the dataset is here.
+    """The settings, with GPT-2's shape if init_from names one; the network; whether the dataset was found.
     Without a dataset, the vocabulary is GPT-2's. Raises UserError if the shape is in a file, or if max_epochs
-    needs a dataset that is not here."""
+    needs a dataset that was not found."""
     config = with_gpt2_shape(config)
     meta, has_data = GPT2_META, False
     if config.real_data:
@@ -134,20 +135,21 @@ def planned_shape(config: BenchConfig) -> tuple[BenchConfig, GPTConfig, bool]:
             meta = parts[0][-1] if has_data else meta
     if config.max_epochs is not None:
         if not has_data:
-            raise UserError("max_epochs is counted on the dataset, which is not here; give --max_iters alone")
+            raise UserError("max_epochs needs the dataset, which was not found; set --max_iters instead")
         config = resolve_max_iters(config, open_dataset(config, ("train",)))
     return config, new_model_config(config, meta), has_data
 
 
 class MaskedDropout(nn.Dropout):
-    """Dropout as on GPUs: a byte is saved for each number."""
+    """Dropout as on GPUs: a mask of one byte per element is saved."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.native_dropout(x, self.p, True)[0] if self.training and self.p else x
 
 
 def as_trained(model: GPT, on_gpu: bool) -> GPT:
-    """The model with its device's layers. On GPUs, attention recomputes its dropout in the backward pass."""
+    """The model with the layers of its device. On GPUs, attention recomputes its dropout in the backward
+    pass."""
     if not on_gpu:
         return use_cpu_kernels(model)
     layers = {nn.Dropout: lambda layer: MaskedDropout(layer.p)}
@@ -155,10 +157,10 @@ def as_trained(model: GPT, on_gpu: bool) -> GPT:
 
 
 def saved_bytes(model: GPT, B: int, half: bool) -> int:
-    """Bytes that a training forward pass of B sequences saves for the backward pass, without the parameters.
-    Memory that several operations save counts once. `half`: with autocast to 16 bits."""
+    """Bytes that the forward pass of B sequences saves for the backward pass, without the parameters. Memory
+    that several operations save counts once. `half`: with autocast to 16 bits."""
     parameters = {p.untyped_storage()._cdata for p in model.parameters()}
-    saved: dict[int, torch.UntypedStorage] = {}  # held, so that no later storage gets the same address
+    saved: dict[int, torch.UntypedStorage] = {}  # kept, so that no later storage has the same address
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
@@ -174,11 +176,11 @@ def saved_bytes(model: GPT, B: int, half: bool) -> int:
 
 
 def count(shape: GPTConfig, config: BenchConfig, half: bool, on_gpu: bool) -> Counts:
-    """Count a model, on fake tensors: the same code runs, without memory and time. What one block and one
-    sequence add is the difference between one and two layers, two and three sequences (a single sequence is
-    not copied in some places)."""
+    """Count a model with fake tensors, which run the same code without memory and compute. The bytes of a
+    block are the difference between two layers and one, those of a sequence between three sequences and two
+    (with one, some copies are left out)."""
     saved = {}
-    causal_mask.cache_clear()  # true tensors and fake ones do not mix
+    causal_mask.cache_clear()  # real and fake tensors do not mix
     with FakeTensorMode():
         for layers in (1, 2):
             model = as_trained(GPT(replace(shape, n_layer=layers)).train(), on_gpu)
@@ -205,7 +207,7 @@ def count(shape: GPTConfig, config: BenchConfig, half: bool, on_gpu: bool) -> Co
 
 
 def muon_flops(model: GPT) -> float:
-    """FLOPs of an update by Muon: optim.py's orthogonalize, of all matrices of the blocks."""
+    """FLOPs of a Muon update: optim.py's orthogonalize, for all matrices of the blocks."""
     flops = 0.0
     for name, p in model.transformer.h.named_parameters():
         if p.dim() == 2:
@@ -216,31 +218,31 @@ def muon_flops(model: GPT) -> float:
 
 
 def memory(counts: Counts, hardware: Hardware, split: Split) -> dict[str, float]:
-    """Bytes of a rank, without torch.compile, which needs less for activations and loss. "more" is what
-    `shard` gathers from other ranks: two blocks in the compute dtype, tables in fp32. "peak" is below the sum
-    if not all of it is there at once."""
+    """Bytes per rank in eager mode; torch.compile needs less for activations and loss. "more" are the weights
+    that `shard` gathers from other ranks: two blocks in the compute dtype, tables in fp32. "peak" is smaller
+    than the sum if not all of it is allocated at the same time."""
     shape, N, B, shard = counts.shape, counts.parameters, split.B, split.shard and split.n > 1
     layers, fraction = shape.n_layer, 1 / split.n if shard else 1
     weights, gradients, averages = 4 * N * fraction, 4 * N * fraction, counts.averages * fraction
     more = 2 * counts.item * ((N - counts.tables) // layers) + 4 * counts.tables if shard else 0
-    fixed = 0 if shard else counts.block_fixed  # gathered weights are in 16 bits already
+    fixed = 0 if shard else counts.block_fixed  # gathered weights are already in 16 bits
     head = counts.head_fixed + B * counts.head_each
     logits = B * shape.block_size * shape.vocab_size
-    if split.recompute:  # a block's input is saved, and one block at a time is computed again
+    if split.recompute:  # only a block's input is saved, and one block at a time is recomputed
         saved = layers * 4 * B * shape.block_size * shape.n_embd
         block = fixed + B * counts.block_each
     else:
         saved, block = layers * B * counts.block_each, layers * fixed
-    # in a first micro-step gradients come as activations go, except for DDP, which keeps them in buckets
+    # in the first micro-step, gradients replace activations, except with DDP, which has buckets for them
     before = gradients if split.micro_steps > 1 or (split.n > 1 and not shard) else 0
-    # autocast keeps its copies of all weights to the end of the forward pass, which has the logits twice
+    # autocast keeps its copies of all weights until the forward pass ends; the loss needs the logits twice
     forward = before + layers * fixed + saved + head + 6 * logits
-    activations = saved + block + head + 8 * logits  # gradients of the logits and of their logarithms
+    activations = saved + block + head + 8 * logits  # gradients of the logits and of log_softmax
     # a tied table has two gradients and their sum before they are added to its own
     table, adds = 4 * shape.vocab_size * shape.n_embd, int(split.micro_steps > 1 or shard)
     tables = 2 + adds if shape.tied else adds * (2 if shard else 1)
     end = gradients + table * tables
-    update = gradients + 8 * counts.matrices * fraction  # Muon's products
+    update = gradients + 8 * counts.matrices * fraction  # Muon's matmuls
     peak = weights + averages + more + max(forward, before + activations, end, update)
     if hardware.is_cpu:  # its allocator keeps freed memory, fragmented by about the logits' size; measured
         peak += 8 * logits + LIBRARIES + (COMPILER if split.recompute or split.n > 1 else 0)
@@ -249,8 +251,8 @@ def memory(counts: Counts, hardware: Hardware, split: Split) -> dict[str, float]
 
 
 def exchange(counts: Counts, hardware: Hardware, n: int, shard: bool) -> tuple[float, float]:
-    """Seconds of an exchange among n ranks, and of its last message, which cannot overlap. The all-reduce of
-    fp32 gradients, once a step; with `shard` the gathers and the scatter of a micro-step."""
+    """Seconds of the communication among n ranks, and of its last message, which cannot overlap with compute:
+    the all-reduce of fp32 gradients of a step; with `shard`, the gathers and the scatter of a micro-step."""
     if n == 1:
         return 0.0, 0.0
     gradients = 4 * counts.parameters
@@ -258,7 +260,7 @@ def exchange(counts: Counts, hardware: Hardware, n: int, shard: bool) -> tuple[f
     sent = (n - 1) / n * (weights + gradients if shard else 2 * gradients)
     groups = 2 * counts.shape.n_layer + 1  # attention and MLP of each block, and the rest: distributed.py
     messages = 3 * groups if shard else math.ceil(gradients / BUCKET)
-    link = hardware.link  # of a ring through n GPUs, the slowest
+    link = hardware.link  # the slowest of a ring through n GPUs
     if n > hardware.per_node:
         link = min(link, hardware.per_node * hardware.network)
     seconds = sent / (LINK_SHARE * link) + messages * LATENCY * math.log2(n)
@@ -266,12 +268,12 @@ def exchange(counts: Counts, hardware: Hardware, n: int, shard: bool) -> tuple[f
 
 
 def step_time(counts: Counts, hardware: Hardware, split: Split, mfu: float) -> dict[str, float]:
-    """Seconds of a step and of its parts; "waits" is the part of "exchange" that does not overlap."""
+    """Seconds of a step and its parts; "waits" is the communication, "exchange", that does not overlap."""
     shard = split.shard and split.n > 1
     tokens = split.B * counts.shape.block_size
     micro_step = counts.flops_per_token * tokens / (hardware.peak * mfu) * (4 / 3 if split.recompute else 1)
     update = 40 * counts.parameters / (split.n if shard else 1) / (hardware.memory_bandwidth or math.inf)
-    if hardware.memory_bandwidth:  # of this CPU, an MFU that includes the update was measured
+    if hardware.memory_bandwidth:  # a CPU's MFU was measured including the update
         update += counts.update_flops / (hardware.peak * mfu)
     once, last = exchange(counts, hardware, split.n, shard)
     # it overlaps with a whole micro-step, or with the backward pass: 2/3 of it, 3/4 when recomputing
@@ -285,18 +287,19 @@ def step_time(counts: Counts, hardware: Hardware, split: Split, mfu: float) -> d
 
 
 def share_out(sequences: int, n: int, largest: int, smallest: int = 1) -> tuple[int, int]:
-    """B, between smallest and largest, and the micro-steps of each of n ranks, for a step of nearly
-    `sequences`; the larger B of two."""
+    """B, from smallest to largest, and the micro-steps of each of n ranks, for a step of as nearly
+    `sequences` as possible; the largest such B."""
     splits = [
         (B, micro_steps)
-        for B in range(largest, max(smallest, largest - 4095) - 1, -1)  # one of these comes near enough
+        for B in range(largest, max(smallest, largest - 4095) - 1, -1)  # one of these is near enough
         for micro_steps in (max(1, sequences // (n * B)), math.ceil(sequences / (n * B)))
     ]
     return min(splits, key=lambda split: abs(n * split[0] * split[1] - sequences))
 
 
 def settle(config: BenchConfig, counts: Counts, hardware: Hardware, split: Split) -> Split:
-    """`split`, with the batch and micro-steps nearest to the settings that fit; B is 1 if none do."""
+    """`split`, with the B and micro-steps nearest to the settings that fit into memory; B is 1 if none
+    fit."""
 
     def of_at_most(largest: int) -> Split:
         B, micro_steps = share_out(samples_per_step(config), split.n, largest)
@@ -312,16 +315,16 @@ def settle(config: BenchConfig, counts: Counts, hardware: Hardware, split: Split
 
 
 def data_rates(counts: Counts, tokens_per_second: float, nodes: int) -> dict[str, float]:
-    """Bytes/s of token ids: total, of a node, and of a node's disk, which reads windows in whole pages."""
+    """Bytes/s of token ids: in total, per node, and from a node's disk, which reads whole pages."""
     itemsize = 4 if counts.shape.vocab_size > 1 << 16 else 2
     window = (counts.shape.block_size + 1) * itemsize
-    pages = 1 + (window - itemsize) / PAGE  # mean over where a window begins
+    pages = 1 + (window - itemsize) / PAGE  # mean over the positions of windows
     total = tokens_per_second * itemsize
     return {"total": total, "node": total / nodes, "disk": total / nodes * pages * PAGE / window}
 
 
 def run_on(config: BenchConfig, counts: Counts, hardware: Hardware, split: Split, mfu: float) -> dict:
-    """The whole run, for the tokens that its settings ask for, split in this way."""
+    """The whole run with this split, for the number of tokens of its settings."""
     step = step_time(counts, hardware, split, mfu)
     sequences, rate = samples_per_step(config), step["tokens_per_second"]
     days = config.max_iters * sequences * config.block_size / rate / 86400
@@ -334,7 +337,7 @@ def run_on(config: BenchConfig, counts: Counts, hardware: Hardware, split: Split
 
 
 def flags_of(config: BenchConfig, split: Split) -> str:
-    """The flags that turn the settings into those of `split`, for the same number of tokens; "" for none."""
+    """The flags that change the settings to those of `split`, for the same number of tokens; "" if none."""
     longer = samples_per_step(config) / split.sequences
     wanted = {"batch_size": split.B, "gradient_accumulation_steps": split.n * split.micro_steps}
     for name in ("max_iters", "lr_decay_iters"):
@@ -346,22 +349,22 @@ def flags_of(config: BenchConfig, split: Split) -> str:
 
 
 def bench_plan(config: BenchConfig, runtime: Runtime, training_step: TrainingStep) -> dict[str, Any]:
-    """What the run would take: on this machine from a few steps measured now, else from data sheets alone."""
+    """Plan the run: for this machine from a few measured steps, otherwise from data sheets."""
     if config.gpu != "here" or config.mfu:
         return plan(config, runtime)
     shape, _, has_data = planned_shape(config)
     batch_size = shape.batch_size
-    if runtime.device.type != "cuda":  # a step of a thousand tokens is enough; a full one may take an hour
+    if runtime.device.type != "cuda":  # a thousand tokens are enough; a full step may take an hour
         batch_size = min(batch_size, max(1, 1024 // shape.block_size))
     few = {"bench_steps": min(5, shape.bench_steps), "warmup_steps": 1, "gradient_accumulation_steps": 1}
     few |= {"batch_size": batch_size, "real_data": has_data}
-    print("measure  a few steps here:")
+    print("measure  a few training steps on this machine:")
     step = bench_step(replace(shape, **few), runtime, training_step)
     return plan(config, runtime, step["steps"]["ours"]["mfu"], step["peak_flops"])
 
 
 def plan(config: BenchConfig, runtime: Runtime, mfu: float | None = None, peak: float | None = None) -> dict:
-    """Print what the run would take, and return it. `mfu` and `peak`: measured on this machine."""
+    """Print the plan of the run, and return it. `mfu` and `peak`: measured on this machine."""
     hardware = find_hardware(config, runtime, peak)
     config, shape, has_data = planned_shape(config)
     half = (runtime.dtype != torch.float32) if config.gpu == "here" else config.dtype != "float32"
@@ -370,9 +373,9 @@ def plan(config: BenchConfig, runtime: Runtime, mfu: float | None = None, peak: 
     if config.mfu:
         mfu, source = config.mfu, "given"
     elif not mfu:
-        mfu, source = MFU, "assumed; --mfu= gives it, --gpu=here measures"
+        mfu, source = MFU, "assumed; set --mfu, or measure it with --gpu=here"
     elif config.activation_checkpointing:
-        mfu *= 4 / 3  # of compute, a part of which was done twice
+        mfu *= 4 / 3  # the hardware's, as the forward pass is computed twice
     shard, recompute = config.shard, config.activation_checkpointing
     for how in ((shard, recompute), (True, recompute), (shard, True), (True, True)):  # cheapest first
         split = settle(config, counts, hardware, Split(config.n_gpus, 1, 1, *how))
@@ -389,50 +392,53 @@ def plan(config: BenchConfig, runtime: Runtime, mfu: float | None = None, peak: 
     result |= {"variants": variants, "checkpoint_bytes": 4 * counts.parameters + counts.averages}
     result["scaling"] = [run_on(config, counts, hardware, one, mfu) for one in splits]
     if config.real_data and not has_data:
-        print(f"data     no dataset {config.dataset} here: planned with GPT-2's vocabulary")
+        print(f"data     dataset {config.dataset} not found; GPT-2's vocabulary size is used")
     print_memory(config, hardware, counts, result)
     if result["run"]["memory"]["fits"]:
-        print(f"mfu      {mfu:.0%} of the peak, {source}")
+        print(f"mfu      {mfu:.0%} of the peak FLOP/s, {source}")
         print_run(config, result)
     print_scaling(config, result["scaling"])
     return result
 
 
 def print_memory(config: BenchConfig, hardware: Hardware, counts: Counts, result: dict[str, Any]) -> None:
-    """The hardware, the model, and which settings fit."""
+    """Print the hardware, the model, and which settings fit into memory."""
     run, n, shape, flags = result["run"], config.n_gpus, counts.shape, result["flags"]
     steps, usable = config.gradient_accumulation_steps, f"{USABLE * hardware.memory / 2**30:,.1f} GiB"
     print(
-        f"place    {n:,} x {hardware.name}, {hardware.per_node} a node: {hardware.memory / 2**30:,.0f} GiB, "
-        f"{hardware.peak / 1e12:,.3g} TFLOP/s, {hardware.link / 1e9:,.0f} GB/s in a node, "
-        f"{hardware.network * 8 / 1e9:,.4g} Gbit/s between\n"
+        f"hardware {n:,} x {hardware.name}, {hardware.per_node} per node: "
+        f"{hardware.memory / 2**30:,.0f} GiB, {hardware.peak / 1e12:,.3g} TFLOP/s, "
+        f"{hardware.link / 1e9:,.0f} GB/s within a node, "
+        f"{hardware.network * 8 / 1e9:,.4g} Gbit/s between nodes\n"
         f"model    {shape.n_layer}/{shape.n_head}/{shape.n_embd}, {counts.parameters:,} parameters, "
-        f"{counts.flops_per_token / 1e9:,.3g} GFLOP a token\n{recipe_line(config)}"
+        f"{counts.flops_per_token / 1e9:,.3g} GFLOP per token\n{recipe_line(config)}"
     )
     if (n * run["rounds"], run["B"]) != (steps, config.batch_size):
-        why = f"cannot be shared among {n:,}" if steps % n else "do not fit"
+        why = f"cannot be split among {n:,} GPUs" if steps % n else "do not fit"
+        wanted = steps * config.batch_size
+        instead = "" if run["sequences"] == wanted else f", not {wanted:,}"
         print(
             f"batch    {steps} micro-steps of {config.batch_size} {why}; nearest: {n * run['rounds']:,} of "
-            f"{run['B']}, {run['sequences']:,} sequences a step for {steps * config.batch_size:,}"
+            f"{run['B']} = {run['sequences']:,} sequences per step{instead}"
         )
-    heads = "  ".join(f"{key:>{width}}" for key, width in MEMORY_COLUMNS.items())
-    print(f"memory   GiB of a rank         {heads}  batch_size {run['B']}, eager")
+    heads = "  ".join(MEMORY_COLUMNS.values())
+    print(f"memory   GiB per rank, eager   {heads}  batch_size {run['B']}")
     for name, parts in result["variants"].items():
-        figures = "  ".join(f"{parts[key] / 2**30:{width}.2f}" for key, width in MEMORY_COLUMNS.items())
-        print(f"         {name:20}  {figures}  {'fits' if parts['fits'] else 'too much'}")
+        figures = "  ".join(f"{parts[key] / 2**30:{len(head)}.2f}" for key, head in MEMORY_COLUMNS.items())
+        print(f"         {name:20}  {figures}  {'fits' if parts['fits'] else 'does not fit'}")
     if run["memory"]["fits"]:
         how = f"fits     {'with these flags' if flags else 'yes'}"
-        print(f"{how}: {run['memory']['peak'] / 2**30:,.1f} of {usable}")
+        print(f"{how}: {run['memory']['peak'] / 2**30:,.1f} of {usable} usable")
         if flags:
             print(f"flags    {flags}")
     else:
         least = min(parts["peak"] for parts in result["variants"].values()) / 2**30
-        print(f"fits     no: {least:,.1f} GiB at least, of {usable}; take more GPUs, or larger ones")
-        print("         below, with shard and activation_checkpointing:")
+        print(f"fits     no: at least {least:,.1f} GiB needed, {usable} usable; use more or larger GPUs")
+        print("         the table below is with --shard=True --activation_checkpointing=True:")
 
 
 def duration(seconds: float) -> str:
-    """In a readable unit."""
+    """The seconds in a readable unit."""
     for name, unit in {"days": 86400, "hours": 3600, "minutes": 60}.items():
         if seconds >= 2 * unit:
             return f"{seconds / unit:,.1f} {name}"
@@ -440,34 +446,35 @@ def duration(seconds: float) -> str:
 
 
 def print_run(config: BenchConfig, result: dict[str, Any]) -> None:
-    """How long a step and the run take, and how much is read and written."""
+    """Print how long a step and the run take, and how much is read and written."""
     run, size = result["run"], result["checkpoint_bytes"]
     ms = {name: f"{run[name] * 1000:,.1f}" for name in ("seconds", "compute", "update", "exchange", "waits")}
     rates = {name: f"{rate / 1e6:,.1f}" for name, rate in run["data"].items()}
     tokens = run["sequences"] * config.block_size
     print(
-        f"step     {ms['seconds']} ms for {tokens:,} tokens: arithmetic {ms['compute']}, "
-        f"update {ms['update']}, exchange {ms['exchange']}, of which {ms['waits']} wait\n"
+        f"step     {ms['seconds']} ms for {tokens:,} tokens\n"
+        f"         compute {ms['compute']} ms, optimizer {ms['update']} ms, "
+        f"communication {ms['exchange']} ms ({ms['waits']} ms exposed)\n"
         f"speed    {run['tokens_per_second']:,.0f} tokens/s\n"
         f"run      {run['max_iters']:,} steps, {run['max_iters'] * tokens / 1e9:,.1f} billion tokens: "
-        f"{run['days']:,.2f} days ({duration(run['days'] * 86400)}), {run['gpu_hours']:,.1f} GPU-hours\n"
-        f"reads    {rates['total']} MB/s in all, {rates['node']} a node, {rates['disk']} from its disk "
-        f"in whole pages of {PAGE // 1024} KiB\n"
-        f"writes   {size / 1e9:,.2f} GB a checkpoint, {size / DISK:,.1f} s at {DISK / 1e9:.0f} GB/s"
+        f"{duration(run['days'] * 86400)}, {run['gpu_hours']:,.1f} GPU-hours\n"
+        f"reads    {rates['total']} MB/s of token ids in total, {rates['node']} MB/s per node, "
+        f"{rates['disk']} MB/s from its disk in {PAGE // 1024} KiB pages\n"
+        f"writes   {size / 1e9:,.2f} GB per checkpoint, {size / DISK:,.1f} s at {DISK / 1e9:.0f} GB/s"
     )
 
 
 def print_scaling(config: BenchConfig, rows: list[dict[str, Any]]) -> None:
-    """The run on more and more GPUs, and what limits it."""
-    heads = "sequences    GiB     ms/step   waits  efficiency          time"
-    print(f"scale      GPUs  batch_size x steps  {heads}")
+    """Print the run on increasing numbers of GPUs, and the limits of scaling."""
+    heads = "sequences    GiB     ms/step  exposed  efficiency          time"
+    print(f"scale      GPUs  batch_size x micro-steps  {heads}")
     for row in rows:
-        times = "too much"
+        times = "does not fit"
         if row["memory"]["fits"]:
-            times = f"{row['seconds'] * 1000:10,.1f}  {row['share']:6.1%}  {row['efficiency']:10.0%}  "
+            times = f"{row['seconds'] * 1000:10,.1f}  {row['share']:7.1%}  {row['efficiency']:10.0%}  "
             times += f"{duration(row['days'] * 86400):>12}"
         print(
-            f"         {row['n']:6,}  {row['B']:10} x {row['rounds']:5}  {row['sequences']:9,}  "
+            f"         {row['n']:6,}  {row['B']:10} x {row['rounds']:<11}  {row['sequences']:9,}  "
             f"{row['memory']['peak'] / 2**30:5.1f}  {times}"
         )
     fitting = [row for row in rows if row["memory"]["fits"]]
@@ -475,16 +482,18 @@ def print_scaling(config: BenchConfig, rows: list[dict[str, Any]]) -> None:
         return
     most, sequences = rows[-1]["n"], samples_per_step(config)
 
-    def since(limited: list[bool]) -> str:
-        numbers = [row["n"] for row, is_limited in zip(fitting, limited, strict=True) if is_limited]
-        return f"from {numbers[0]:,} GPUs on" if numbers else f"not up to {most:,} GPUs"
-
-    waiting = since([row["share"] >= 0.1 for row in fitting])
-    print(f"limits   exchange: {waiting}, a tenth of a step or more waits for it")
+    print("         exposed: part of a step that waits for communication; efficiency: part that computes")
+    words = f"less than 10% of a step is exposed up to {most:,} GPUs"
+    if slow := [row["n"] for row in fitting if row["share"] >= 0.1]:
+        words = f"10% of a step or more is exposed from {slow[0]:,} GPUs on"
+    print(f"limits   communication: {words}")
     if sequences < most:
         few = next(row["n"] for row in rows if row["n"] > sequences)
-        why = "a larger step learns less from a token"
+        why = "a larger batch learns less per token"
         print(f"         batch: {sequences:,} sequences are too few for {few:,} GPUs; {why}")
-    rates = [row["data"]["disk"] for row in fitting]
-    why = f"a node reads more than an SSD's {DISK / 1e6:,.0f} MB/s ({max(rates) / 1e6:,.1f} at most)"
-    print(f"         data: {since([rate >= DISK for rate in rates])}, {why}")
+    words = f"is enough up to {most:,} GPUs"
+    if slow := [row["n"] for row in fitting if row["data"]["disk"] >= DISK]:
+        words = f"is too slow from {slow[0]:,} GPUs on"
+    rate = max(row["data"]["disk"] for row in fitting) / 1e6
+    ssd = f"an SSD of {DISK / 1e6:,.0f} MB/s per node"
+    print(f"         data: {ssd} {words} ({rate:,.1f} MB/s at most)")

@@ -1,7 +1,8 @@
 """A report about a machine in one command: python bench.py --report=True --against=../nanoGPT
 
-Parts run one after another, most important first, each in its own processes with a time limit, so that a part
-that fails or hangs does not affect the others. report/report.md and report.json are rewritten after each.
+The parts run one after another, most important first. Each runs in its own processes with a time limit, so
+that a part that fails or hangs does not affect the others. report/report.md and report.json are rewritten
+after each.
 """
 
 import json
@@ -30,96 +31,96 @@ from distrogpt.settings import BenchConfig
 
 FOLDER = Path("report")
 SHAKESPEARE = ROOT / "data/shakespeare_char/train.bin"
-# val losses, by config: the report says when a run reaches them
-A100 = (1.4697, "nanoGPT's README: about 3 minutes of an A100")
-CPU = (1.8857, "nanoGPT's 2000 steps of this shape")
+# target val losses, by config, and their sources: the report says when a run reaches its target
+A100 = (1.4697, "nanoGPT's README: after about 3 minutes on an A100")
+CPU = (1.8857, "nanoGPT after 2000 steps with this shape")
 TARGETS = {"train_shakespeare_char": A100, "train_shakespeare_char_modern": A100}
 TARGETS |= {"train_shakespeare_cpu": CPU, "train_shakespeare_10s": CPU}
-# Parts: name, estimated seconds and title; below, the arguments of bench.py, a line per command, or else
-# --check=NAME. BATCH: sizes 32, 16 and 8, of which the first that fits counts. AGAINST: that flag, if given.
-# SHAKESPEARE: that dataset if it is prepared; all others read random ids.
+# Parts: name, estimated seconds and title. The lines below a part are the arguments of bench.py, one command
+# per line; the default is --check=NAME. BATCH: try the sizes 32, 16 and 8 until one fits. AGAINST: that flag,
+# if given. SHAKESPEARE: use that dataset if it is prepared; all other parts use random token ids.
 CHECKS = """
 machine 12 The machine
-network 12 Logits, loss and gradients against fp32 on the CPU
-greedy 15 Greedy text: KV cache, batches, CUDA graphs against plain forward passes"""
+network 12 Logits, loss and gradients compared with fp32 on the CPU
+greedy 15 Greedy decoding: KV cache, batches and CUDA graphs compared with plain forward passes"""
 MORE_CHECKS = """
-resume 25 20 steps, killed and resumed
-compile 45 Compiled against not
-fp16 15 fp16 and its loss scaler
+resume 25 Resuming a killed run
+compile 45 torch.compile compared with eager mode
+fp16 15 fp16 with loss scaling compared with fp32
 ranks 40 DDP, FSDP2 and torchrun on one rank"""
 CPU_PARTS = f"""{CHECKS}
-step 20 A training step: 4/4/128, 12 x 64
+step 20 Training step: 4 layers, 4 heads, width 128; 12 sequences of 64 tokens
   train_shakespeare_cpu --bench_steps=100 --compile=False SHAKESPEARE AGAINST
-decode 60 GPT-2 124M: sampling
+decode 60 Sampling: GPT-2 124M
   --generate=True --rounds=2 --num_samples=8 --max_new_tokens=32 AGAINST
   --generate=True --rounds=2 --num_samples=64 --max_new_tokens=16 {MORE_CHECKS}
-step-middle 30 A training step: 6/6/384, 16 x 256
+step-middle 30 Training step: 6 layers, 6 heads, width 384; 16 sequences of 256 tokens
   train_shakespeare_char --batch_size=16 --bench_steps=5 --warmup_steps=1 --compile=False SHAKESPEARE AGAINST
-step-large 45 A training step: GPT-2 124M, 1 x 1024
+step-large 45 Training step: GPT-2 124M; 1 sequence of 1024 tokens
   --batch_size=1 --bench_steps=3 --warmup_steps=1 --compile=False AGAINST
-step-modern 25 The modern network at 124M
+step-modern 25 Training step: the modern recipe in the size of GPT-2 124M
   train_gpt2_modern --gradient_accumulation_steps=1 --batch_size=1 --bench_steps=3 --warmup_steps=1
-train_shakespeare_10s 25 config/train_shakespeare_10s.py in full
-train_shakespeare_cpu 50 config/train_shakespeare_cpu.py in full
-checkpoint 35 A checkpoint of 124M
+train_shakespeare_10s 25 Full run: config/train_shakespeare_10s.py
+train_shakespeare_cpu 50 Full run: config/train_shakespeare_cpu.py
+checkpoint 35 The cost of a checkpoint: GPT-2 124M
   --checkpoint=True --rounds=1 --bench_steps=3 --warmup_steps=1 --compile=False --block_size=256
-memory 25 GPT-2 124M: memory without activation checkpointing
+memory 25 Memory without activation checkpointing: GPT-2 124M
   --check=memory --batch_size=2
-memory-checkpointing 25 GPT-2 124M: memory with activation checkpointing
+memory-checkpointing 25 Memory with activation checkpointing: GPT-2 124M
   --check=memory --batch_size=2 --activation_checkpointing=True
-ladder 45 The ladder: one improvement after another
+ladder 45 The ladder: the gain of each improvement
   train_shakespeare_cpu --ladder=True --bench_steps=30 --compile=False SHAKESPEARE"""
 GPU_PARTS = f"""{CHECKS}
-step 90 GPT-2 124M, block 1024, compiled: a training step
+step 90 Training step: GPT-2 124M, block_size 1024, compiled
   --compile=True --bench_steps=20 --warmup_steps=5 BATCH AGAINST
-decode 45 GPT-2 124M: sampling
+decode 45 Sampling: GPT-2 124M
   --generate=True --rounds=2 --num_samples=8 --max_new_tokens=256 AGAINST
   --generate=True --rounds=2 --num_samples=64 --max_new_tokens=256 {MORE_CHECKS}
-tests 30 Tests marked cuda
-step-modern 60 The modern network at that size
+tests 30 The tests marked cuda
+step-modern 60 Training step: the modern recipe in the size of GPT-2 124M, compiled
   train_gpt2_modern --gradient_accumulation_steps=1 --compile=True --bench_steps=20 --warmup_steps=5 BATCH
-synchronize 30 The one synchronisation of a step
+synchronize 30 The cost of the device synchronisation of a step
   --check=synchronize --batch_size=8 --compile=True --bench_steps=20 --warmup_steps=5
-train_shakespeare_char 100 config/train_shakespeare_char.py in full
-train_shakespeare_char_modern 100 config/train_shakespeare_char_modern.py in full
-checkpoint 35 A checkpoint of 124M
+train_shakespeare_char 100 Full run: config/train_shakespeare_char.py
+train_shakespeare_char_modern 100 Full run: config/train_shakespeare_char_modern.py
+checkpoint 35 The cost of a checkpoint: GPT-2 124M
   --checkpoint=True --rounds=1 --bench_steps=3 --warmup_steps=1 --compile=False --batch_size=8
-memory 25 GPT-2 xl: memory without activation checkpointing
+memory 25 Memory without activation checkpointing: GPT-2 xl
   --check=memory --n_layer=48 --n_head=25 --n_embd=1600 --batch_size=4
-memory-checkpointing 25 GPT-2 xl: memory with activation checkpointing
+memory-checkpointing 25 Memory with activation checkpointing: GPT-2 xl
   --check=memory --n_layer=48 --n_head=25 --n_embd=1600 --batch_size=4 --activation_checkpointing=True
-ladder 90 The ladder: one improvement after another
+ladder 90 The ladder: the gain of each improvement
   --ladder=True --batch_size=8 --bench_steps=10"""
 Result = dict[str, Any]
 
 
 @dataclass
 class Part:
-    """Commands, as arguments of python; RESULT in them is the path of the result. With until_it_fits, the
-    first command that does not run out of memory is the last."""
+    """Commands, as arguments of python, in which RESULT becomes the path of the result file. With
+    until_it_fits, the part ends with the first command that does not run out of memory."""
 
     name: str
     title: str
     commands: list[list[str]]
-    estimate: float  # seconds; its limit is twice that
+    estimate: float  # seconds; the time limit is twice this
     until_it_fits: bool = False
     results: list[Result] = field(default_factory=list)
-    status: str = "not run: no time was left"
+    status: str = "not run: no time left"
     seconds: float = 0.0
 
 
 def bench_report(config: BenchConfig, runtime: Runtime, parts: list[Part] | None = None) -> Result:
-    """Run the parts, by default those for this device, and write the report. The last report is renamed, the
-    one before it removed. Raises UserError if another process writes one here."""
-    advice = "wait until it ends, or start this one in another folder"
-    with locked(Path(f"{FOLDER}.lock"), f"another bench.py writes to {FOLDER}; {advice}"):
+    """Run the parts, by default those for this device, and write the report. The previous report is renamed,
+    and the one before it is deleted. Raises UserError if another process is writing a report here."""
+    advice = "wait until it ends, or run bench.py in another folder"
+    with locked(Path(f"{FOLDER}.lock"), f"another bench.py is writing to {FOLDER}/; {advice}"):
         return write_report(config, runtime, parts)
 
 
 def write_report(config: BenchConfig, runtime: Runtime, parts: list[Part] | None) -> Result:
-    """As bench_report, which keeps others out."""
+    """Write the report, with its folder locked by bench_report."""
     begin = time.monotonic()
-    with suppress(ValueError):  # SIGTERM ends the running part too, as Ctrl-C does; not in other threads
+    with suppress(ValueError):  # SIGTERM also ends the running part, as Ctrl-C does; main thread only
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     if FOLDER.exists():
         previous = Path(f"{FOLDER}.previous-1")
@@ -131,7 +132,7 @@ def write_report(config: BenchConfig, runtime: Runtime, parts: list[Part] | None
     for number, part in enumerate(parts, 1):
         left = 60 * config.report_minutes - (time.monotonic() - begin)
         if part.commands and left < part.estimate:
-            part.status = f"not run: {left:.0f} s were left of {config.report_minutes:g} minutes"
+            part.status = f"not run: {left:.0f} s left of {config.report_minutes:g} minutes"
         elif part.commands:
             print(f"part     {number:2}/{len(parts)} {part.title}", end="", flush=True)
             run_part(part, min(left, 2 * part.estimate))
@@ -168,10 +169,10 @@ def run_part(part: Part, limit: float) -> None:
             if part.until_it_fits:
                 break
         elif status is None:
-            part.status = f"stopped at its limit of {limit:.0f} s"
+            part.status = f"stopped at its time limit of {limit:.0f} s"
             break
         elif not (part.until_it_fits and "out of memory" in output):
-            lines = output.strip().splitlines() or ["it printed nothing"]
+            lines = output.strip().splitlines() or ["no output"]
             errors = [line for line in lines if "error" in line.lower()]
             part.status = f"failed: {(errors or lines)[-1][:300]}"
             break
@@ -181,7 +182,7 @@ def run_part(part: Part, limit: float) -> None:
 
 
 def run_command(words: list[str], result: Path, log: Path, limit: float) -> int | None:
-    """The exit status of a command; None if it was stopped at the limit, with all that it had started."""
+    """The exit status of a command; None if it and its child processes were killed at the time limit."""
     words = [word.replace("RESULT", str(result.resolve())) for word in words]
     with open(log, "w", encoding="utf-8") as file:
         streams = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": subprocess.STDOUT}
@@ -196,7 +197,7 @@ def run_command(words: list[str], result: Path, log: Path, limit: float) -> int 
 
 
 def kill_tree(process: subprocess.Popen) -> None:
-    """Kill a process and its descendants, also those in their own sessions, as torchrun's ranks are."""
+    """Kill a process and its descendants, including those in other sessions, such as torchrun's ranks."""
     if os.name == "nt":
         subprocess.run(["taskkill", "/T", "/F", "/PID", str(process.pid)], capture_output=True)
     else:
@@ -208,7 +209,7 @@ def kill_tree(process: subprocess.Popen) -> None:
         for pid in family:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-    with suppress(subprocess.TimeoutExpired):  # a process that hangs in a driver stays
+    with suppress(subprocess.TimeoutExpired):  # a process that hangs in a driver cannot be killed
         process.wait(10)
 
 
@@ -225,7 +226,7 @@ def all_parts(config: BenchConfig, runtime: Runtime) -> list[Part]:
             parts.append(Part(name, title, [], float(seconds)))
     for part in parts:
         if part.name in TARGETS and not SHAKESPEARE.is_file():
-            part.status = f"not run: first {command('data/shakespeare_char/prepare.py')}"
+            part.status = f"not run: no dataset; first run {command('data/shakespeare_char/prepare.py')}"
         elif part.name in TARGETS:
             words = [part.name, f"--out_dir={part.name}", "--loss_plot=False", device[0]]
             part.commands = [[str(ROOT / "train.py"), *words]]
@@ -238,12 +239,12 @@ def all_parts(config: BenchConfig, runtime: Runtime) -> list[Part]:
 
 
 def bench_commands(line: str, device: list[str], against: str | None) -> list[list[str]]:
-    """The commands of a line of the tables."""
+    """The commands of a line of CPU_PARTS or GPU_PARTS."""
     words = line.split()
     real_data = "SHAKESPEARE" in words and SHAKESPEARE.is_file()
     command = [str(ROOT / "bench.py"), *(word for word in words if not word.isupper()), *device]
     command += [f"--real_data={real_data}", "--json=RESULT"]
-    if against and "AGAINST" in words:  # the commands run in another folder
+    if against and "AGAINST" in words:  # an absolute path, as the commands run in another folder
         path = against if against == "transformers" else Path(against).resolve()
         command.append(f"--against={path}")
     sizes = (32, 16, 8) if "BATCH" in words else ()
@@ -251,14 +252,14 @@ def bench_commands(line: str, device: list[str], against: str | None) -> list[li
 
 
 def read_result(name: str, path: Path) -> Result:
-    """What the part of that name has written: pytest's results, a run's log, or a result of bench.py."""
+    """The result of a part: pytest's results, a run's log, or the JSON of bench.py."""
     if name == "tests":
         return read_tests(path)
     return read_curve(name) if name in TARGETS else json.loads(path.read_text(encoding="utf-8"))
 
 
 def read_tests(path: Path) -> Result:
-    """Rows of pytest's results: how many there were, and those that failed."""
+    """Rows of pytest's results: the number of tests by outcome, and a row per failed test."""
     names: dict[str, list[str]] = {"passed": [], "failed": [], "skipped": []}
     for case in ElementTree.parse(path).iter("testcase"):
         tags = {child.tag for child in case}
@@ -290,14 +291,14 @@ def headline(result: Result) -> str:
         ratios = [f", {result['ratio']['median']:.2f} times {name}'s speed" for name, _ in others]
         return f"{text}, MFU {ours['mfu']:.0%}{''.join(ratios)}"
     if "runs" in result:
-        rates = [f"{run['decode']['median']:,.0f} at {run['batch']}" for run in result["runs"]]
-        return f"tokens/s by sequences: {rates[0]}, {rates[1]}"  # the others have 8-bit weights
+        runs = result["runs"][:2]  # the others have 8-bit weights
+        return ", ".join(f"batch {run['batch']}: {run['decode']['median']:,.0f} tokens/s" for run in runs)
     if "curve" in result:
         step, seconds, best = min(result["curve"], key=lambda row: row[2])
         target, source = TARGETS[result["config"]]
-        times = [f"after {row[1]:.1f} s" for row in result["curve"] if row[2] <= target]
+        times = [f"reached after {row[1]:.1f} s" for row in result["curve"] if row[2] <= target]
         text = f"best val loss {best:.4f} at step {step:.0f}, after {seconds:.0f} s"
-        return f"{text}; {target} ({source}) {times[0] if times else 'not reached'}"
+        return f"{text}; target {target} ({source}) {times[0] if times else 'not reached'}"
     return ""
 
 
@@ -327,7 +328,7 @@ def as_markdown(parts: list[Part], runtime: Runtime, minutes: float) -> str:
 
 
 def commit() -> str:
-    """The repository's commit, and whether files differ from it."""
+    """The repository's commit, with -dirty if files differ from it."""
     with suppress(OSError):  # no git
         words = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
         return subprocess.run(words, capture_output=True, text=True).stdout.strip() or "unknown"

@@ -1,4 +1,4 @@
-"""The overhead of serve.py on a text, and its throughput for 32 clients at once: bench.py --serve=True"""
+"""Time serve.py beside sample.py, and its throughput with 32 concurrent clients: bench.py --serve=True"""
 
 import http.client
 import json
@@ -31,21 +31,21 @@ QUIET = ("--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-syn
 
 @contextmanager
 def running_server(config: BenchConfig) -> Iterator[tuple[int, int]]:
-    """serve.py in its own process, for the model of out_dir; yields its port and its process id."""
+    """Run serve.py with the model of out_dir in its own process; yields its port and process id."""
     flags = [f"--{name}={getattr(config, name)}" for name in ("out_dir", "device", "dtype")]
     command = [sys.executable, str(ROOT / "serve.py"), *flags, "--port=0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             words = process.stdout.readline().split()
             if not words:
-                raise UserError("serve.py did not start; its message above says why")
+                raise UserError("serve.py did not start; see its message above")
             yield int(words[0].rpartition(":")[2]), process.pid
         finally:
             process.terminate()
 
 
 def resident_memory(pid: int) -> float | None:
-    """MiB of a process; None if the system does not say (outside Linux)."""
+    """The resident memory of a process in MiB; None on other systems than Linux."""
     with suppress(OSError, KeyError):
         fields = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
         return int(fields["VmRSS"].split()[0]) / 1024
@@ -53,7 +53,7 @@ def resident_memory(pid: int) -> float | None:
 
 
 def time_items(items: Iterable[Any]) -> tuple[float, float]:
-    """Seconds to the first item and to the end."""
+    """Seconds to the first item and to the last."""
     begin, first = time.perf_counter(), 0.0
     for _ in items:
         first = first or time.perf_counter() - begin
@@ -61,7 +61,7 @@ def time_items(items: Iterable[Any]) -> tuple[float, float]:
 
 
 def completion_chunks(port: int, max_tokens: int, seed: int) -> Iterator[dict[str, Any]]:
-    """The chunks of a streamed completion. Raises OSError if it is lost."""
+    """The chunks of a streamed completion. Raises OSError if it fails or is incomplete."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
     body = json.dumps({**BODY, "max_tokens": max_tokens, "seed": seed})
     connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
@@ -72,14 +72,14 @@ def completion_chunks(port: int, max_tokens: int, seed: int) -> Iterator[dict[st
             finished = finished or chunk["choices"][0]["finish_reason"] == "length"
     connection.close()
     if response.status != 200 or not finished:
-        raise ConnectionError(f"status {response.status}, without an end")
+        raise ConnectionError(f"status {response.status}, incomplete response")
 
 
 @contextmanager
 def open_page(port: int) -> Iterator[Any]:
     """The page in a headless Chromium; None if that or playwright is missing."""
     if CHROMIUM is None or find_spec("playwright") is None:
-        print("the page is not timed: that needs playwright and Chromium")
+        print("note     the page is not timed; that needs Chromium and: pip install playwright")
         yield None
         return
     from playwright.sync_api import sync_playwright
@@ -107,7 +107,8 @@ def time_page(page: Any, max_tokens: int, seed: int) -> tuple[float, float]:
 
 
 def bench_serve(config: BenchConfig, runtime: Runtime, n_clients: int = 32, n_requests: int = 4) -> dict:
-    """A text by sample.py's way, by the API and on the page, in turns; then n_clients at once. UserError."""
+    """Time a text from the sampler, the API and the page, in turns; then n_clients at once. Raises
+    UserError."""
     sampler = Sampler(config.out_dir, device=config.device, dtype=config.dtype)
     tokens = config.max_new_tokens or 256
     result: dict[str, Any] = {}
@@ -127,15 +128,15 @@ def bench_serve(config: BenchConfig, runtime: Runtime, n_clients: int = 32, n_re
             factor = ratio(per_token[name], per_token["sample.py"])
             result[name] = {"first_ms": first_ms, "tokens_per_second": rate, "times_the_seconds": factor}
             print(
-                f"{name:10} first token after {first_ms:7.1f} ms, then {rate['median']:8.1f} tokens/s: "
-                f"in {factor['median']:.3f} times sample.py's seconds {quartiles(factor, 3)}"
+                f"{name:10} first token after {first_ms:7.1f} ms, then {rate['median']:8.1f} tokens/s, "
+                f"{factor['median']:.3f} times sample.py's time per token {quartiles(factor, 3)}"
             )
         result["clients"] = time_clients(port, pid, n_clients, n_requests)
     return result
 
 
 def request(port: int, seed: int) -> tuple[float, float] | str:
-    """The times of a client's request, or the error if it is lost."""
+    """The times of a client's request, or its error."""
     try:
         return time_items(completion_chunks(port, TOKENS, seed))
     except (OSError, ValueError) as error:
@@ -143,7 +144,8 @@ def request(port: int, seed: int) -> tuple[float, float] | str:
 
 
 def time_clients(port: int, pid: int, n_clients: int, n_requests: int) -> dict[str, Any]:
-    """All clients at once, three times, as memory may grow; the last one's times. Raises MachineError."""
+    """Run all clients at once, in three rounds, as memory may grow; the times of the last round. Raises
+    MachineError."""
     memory, seconds = [], 0.0
     for _ in range(3):
         begin = time.perf_counter()
@@ -154,16 +156,18 @@ def time_clients(port: int, pid: int, n_clients: int, n_requests: int) -> dict[s
     lost = [answer for answer in answers if isinstance(answer, str)]
     served = [answer for answer in answers if not isinstance(answer, str)]
     if len(served) < 2:
-        raise MachineError(f"none of {len(answers)} requests was served ({answers[0]})")
+        raise MachineError(
+            f"{len(lost)} of {len(answers)} requests failed ({lost[0]}); see serve.py's output"
+        )
     first, last = (quantiles(times, n=100, method="inclusive") for times in zip(*served, strict=True))
     rate = len(served) * TOKENS / seconds
     print(
         f"{n_clients} clients, {n_requests} requests each for {TOKENS} tokens: {len(served)} served, "
-        f"{len(lost)} lost; seconds p50 {last[49]:.2f}, p99 {last[98]:.2f}; to the first token "
-        f"p50 {first[49]:.2f}, p99 {first[98]:.2f}; {rate:,.0f} tokens/s in all"
+        f"{len(lost)} lost; latency p50 {last[49]:.2f} s, p99 {last[98]:.2f} s; time to first token "
+        f"p50 {first[49]:.2f} s, p99 {first[98]:.2f} s; {rate:,.0f} tokens/s in total"
     )
     if memory[0] is not None:
-        print("memory after each of three such rounds: " + ", ".join(f"{size:,.1f} MiB" for size in memory))
+        print("memory of serve.py after each round: " + ", ".join(f"{size:,.1f} MiB" for size in memory))
     return {
         "served": len(served), "lost": lost, "p50": last[49], "p99": last[98], "first_p50": first[49],
         "first_p99": first[98], "tokens_per_second": rate, "memory_mib": memory,

@@ -1,4 +1,5 @@
-"""Smaller studies: the ladder of improvements, what checkpoints and logs cost, batched multiple choice."""
+"""Smaller benchmarks: the ladder of improvements, the cost of checkpoints and logs, batched multiple
+choice."""
 
 import contextlib
 import importlib.util
@@ -44,20 +45,21 @@ from distrogpt.training.state import TrainState
 from model import GPT, Attention
 
 PLOT = "bench_ladder.png"
-COUNT = 48  # questions of a round
+COUNT = 48  # questions per round
 BATCHES = (1, 4, 16, COUNT)
 
 
 def ladder_rungs(config: BenchConfig, data: Dataset, runtime: Runtime) -> dict[str, dict[str, Any]]:
-    """What each rung adds to those below it: from GPT-2 with AdamW in plain fp32 to the settings."""
+    """The rungs, and what each adds to the previous ones: from GPT-2 with AdamW in plain fp32 to the
+    settings."""
     on_gpu = runtime.device.type == "cuda"
-    first = {"dropout": True} if on_gpu else {"padded": True}  # no rungs there
-    rungs = {"fp32, plain": first, "TF32" if on_gpu else "oneDNN products": {"products": True}}
+    first = {"dropout": True} if on_gpu else {"padded": True}  # not rungs on this device
+    rungs = {"fp32, plain": first, "TF32" if on_gpu else "oneDNN matmul": {"products": True}}
     if runtime.dtype != torch.float32:
         rungs[timing.dtype_name(runtime.dtype)] = {"dtype": runtime.dtype}
-    rungs["attention kernel"] = {"attention": True}
+    rungs["fused attention"] = {"attention": True}
     if config.dropout and not on_gpu:
-        rungs["dropout by bytes"] = {"dropout": True}
+        rungs["byte-mask dropout"] = {"dropout": True}
     if on_gpu and data.meta["vocab_size"] == 50257:
         rungs["padded vocabulary"] = {"padded": True}
     rungs["fused AdamW"] = {"fused": True}
@@ -68,7 +70,7 @@ def ladder_rungs(config: BenchConfig, data: Dataset, runtime: Runtime) -> dict[s
 
 
 class PlainAttention(Attention):
-    """Attention as in the formula: all scores, masked afterwards."""
+    """Attention by the formula: all scores are computed, then masked."""
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any = None) -> torch.Tensor:
         later = torch.ones(q.size(2), q.size(2), dtype=torch.bool, device=q.device).triu(1)
@@ -79,7 +81,7 @@ class PlainAttention(Attention):
 def rung_step(
     training_step: TrainingStep, config: BenchConfig, data: Dataset, runtime: Runtime, on: dict[str, Any]
 ) -> timing.Step:
-    """The training step of GPT-2 with AdamW, in the settings' size, with the improvements `on` alone."""
+    """The training step of GPT-2 with AdamW, in the settings' size, with only the improvements `on`."""
     recipe = {name: on.get(name, getattr(BenchConfig, name)) for name in RECIPE}
     config = replace(config, compile=on.get("compile", False), **recipe)
     runtime = replace(runtime, dtype=on.get("dtype", torch.float32))
@@ -98,14 +100,15 @@ def rung_step(
 
 
 def bench_ladder(config: BenchConfig, runtime: Runtime, training_step: TrainingStep) -> dict[str, Any]:
-    """Time each rung in turns with the one below it, and plot them. A rung's ms are the first one's divided
-    by all gains so far: measured later, on a busier machine, it would seem slower."""
+    """Time each rung in turns with the previous one, and plot them. The ms of a rung are those of the first
+    rung divided by all gains, so that the load of the machine, which varies, does not distort them."""
     data, on = timing.open_data(config), {}
     rungs, below, total = [], None, 1.0
     todo = ladder_rungs(config, data, runtime)
     size = f"{config.n_layer}/{config.n_head}/{config.n_embd}"
     print(f"ladder   from GPT-2 {size}; AdamW; plain float32")
     print(f"         to {describe(config, runtime, 'compile' in todo)}")
+    print(f"{'rung':22} {'ms/step':>10}      gain   total gain")
     for name, improvement in todo.items():
         on |= improvement
         step = rung_step(training_step, config, data, runtime, on)
@@ -115,22 +118,22 @@ def bench_ladder(config: BenchConfig, runtime: Runtime, training_step: TrainingS
         total *= gain
         ms = rungs[0]["ms"] / total if below else statistics.median(times[name]) * 1000
         rungs.append({"rung": name, "ms": ms, "gain": gain, "total": total})
-        print(f"{name:22} {ms:10.2f} ms   x {gain:.2f}   {total:6.2f} times the first", flush=True)
+        print(f"{name:22} {ms:10.2f}   x {gain:5.2f}      x {total:5.2f}", flush=True)
         below = step
     if runtime.device.type == "cuda":
         cpu = start_runtime("cpu")
         trainer = Trainer(training_step, replace(config, batch_size=1, compile=False), data, cpu)
         ms = statistics.median(timing.alternate({"": trainer}, 1, 2, cpu)[""]) * 1000 * config.batch_size
-        print(f"{'CPU, all but compile':22} {ms:10.2f} ms for as many sequences")
+        print(f"{'CPU, not compiled':22} {ms:10.2f}   for the same number of sequences")
         rungs.append({"rung": "CPU", "ms": ms, "gain": rungs[-1]["ms"] / ms, "total": rungs[0]["ms"] / ms})
     plot_ladder(rungs, f"{size}, {runtime.describe()}")
     return {"rungs": rungs}
 
 
 def plot_ladder(rungs: list[dict[str, Any]], title: str) -> None:
-    """Bars of ms per step, each with its gain over the one above it."""
+    """Plot the ms per step of each rung as a bar, with its gain over the previous one."""
     if importlib.util.find_spec("matplotlib") is None:
-        print(f"note     no {PLOT}: pip install matplotlib")
+        print(f"note     {PLOT} is not drawn without matplotlib; run: pip install matplotlib")
         return
     figure = new_figure(8, 0.45 * len(rungs) + 1.4)
     axes = figure.subplots()
@@ -145,7 +148,7 @@ def plot_ladder(rungs: list[dict[str, Any]], title: str) -> None:
 
 @contextlib.contextmanager
 def temporary_run(config: BenchConfig, runtime: Runtime) -> Iterator[RunDirectory]:
-    """A run in a folder of the working directory that is deleted afterwards; nothing is printed meanwhile."""
+    """A run in a temporary folder of the working directory. Its output is hidden."""
     with (
         contextlib.redirect_stdout(io.StringIO()),
         tempfile.TemporaryDirectory(dir=".", prefix="out-bench-") as out_dir,
@@ -155,7 +158,7 @@ def temporary_run(config: BenchConfig, runtime: Runtime) -> Iterator[RunDirector
 
 
 def bench_checkpoint(config: BenchConfig, runtime: Runtime, training_step: TrainingStep) -> dict[str, Any]:
-    """What a checkpoint costs: the step that waits for the copy, and slower steps while it is written."""
+    """The cost of a checkpoint: a step waits for the copy, and steps are slower while it is written."""
     trainer = Trainer(training_step, config, timing.open_data(config), runtime)
     times = timing.alternate({"ours": trainer}, config.warmup_steps, config.bench_steps, runtime)["ours"]
     step = statistics.median(times)
@@ -182,16 +185,16 @@ def bench_checkpoint(config: BenchConfig, runtime: Runtime, training_step: Train
         size = (out_dir / NEWEST).stat().st_size
     result: dict[str, Any] = {name: timing.spread(values) for name, values in costs.items()}
     wait, lost, write = (result[name]["median"] for name in costs)
-    print(f"writes   {size / 1e6:,.0f} MB; the step waits {wait:.2f} s for the copy")
+    print(f"writes   {size / 1e6:,.0f} MB; a step waits {wait:.2f} s for the copy")
     print(
-        f"lost     {lost:.2f} s a checkpoint, slower steps included: {lost / (250 * step):.2%} of 250 steps\n"
-        f"         {write:.2f} s, or {write / (250 * step):.2%}, if steps waited for the disk"
+        f"cost     {lost:.2f} s per checkpoint, with slower steps: {lost / (250 * step):.2%} of 250 steps\n"
+        f"         {write:.2f} s, or {write / (250 * step):.2%}, if training waited for the disk"
     )
     return {**result, "bytes": size, "step": step}
 
 
 def bench_logs(config: BenchConfig, runtime: Runtime, training_step: TrainingStep) -> dict[str, Any]:
-    """What all logs cost: a line at each step, and loss.png as often as it is redrawn."""
+    """The cost of all logs: a line per step, and loss.png at each evaluation."""
     trainer = Trainer(training_step, config, timing.open_data(config), runtime)
     config = replace(config, log_interval=1, tensorboard_log=True, loss_plot=True)
     state = TrainState()
@@ -211,23 +214,23 @@ def bench_logs(config: BenchConfig, runtime: Runtime, training_step: TrainingSte
         for _ in range(config.bench_steps):
             steps.append(timing.seconds_of(trainer, runtime=runtime))
             lines.append(timing.seconds_of(log, None, runtime=runtime))
-        begin = sum(os.times()[2:4])  # of processes that draw, by their own clock: steps vary by more
+        begin = sum(os.times()[2:4])  # CPU time of the plotting process; the steps' times vary by more
         log({"train": 3.0, "val": 3.0})
         if logger.plot:
             logger.plot.finish(60)
         picture = (sum(os.times()[2:4]) - begin) / (os.cpu_count() or 1)
     step, line = statistics.median(steps), statistics.mean(lines)
-    interval = config.eval_interval * step  # seconds between two pictures
+    interval = config.eval_interval * step  # seconds between two plots
     cost = line + picture / config.eval_interval
     print(f"step     {step * 1000:,.2f} ms median, {trainer.describe()}")
-    print(f"lines    {line * 1000:.3f} ms a step, {line / step:.2%}: screen, log.csv, TensorBoard")
-    print(f"picture  {picture * 1000:,.0f} ms of the whole machine, every {interval:,.0f} s")
-    print(f"cost     {cost * 1000:.3f} ms a step, {cost / step:.2%}")
+    print(f"lines    {line * 1000:.3f} ms per step, {line / step:.2%}: screen, log.csv, TensorBoard")
+    print(f"plot     {picture * 1000:,.0f} ms of all CPU cores, every {interval:,.0f} s")
+    print(f"cost     {cost * 1000:.3f} ms per step, {cost / step:.2%}")
     return {"step": step, "lines": line, "picture": picture, "cost": cost, "share": cost / step}
 
 
 def random_questions(count: int, block_size: int) -> list[Question]:
-    """Questions of random ids as long as HellaSwag's, or as fits; neighbours by length, as in batches."""
+    """Questions of random token ids, as long as HellaSwag's or as block_size allows, grouped by length."""
     rng = random.Random(0)
 
     def ids(low: int, high: int) -> list[int]:
@@ -241,7 +244,7 @@ def random_questions(count: int, block_size: int) -> list[Question]:
 
 @torch.no_grad()
 def one_by_one(model: GPT, questions: list[Question], runtime: Runtime) -> list[list[int]]:
-    """The choices in the plain way: a question's endings as four padded rows, with all logits."""
+    """The choices by the plain method: one question at a time, its four endings as padded rows."""
     chosen = []
     for context, endings, _ in questions:
         ids = [torch.tensor(context + ending) for ending in endings]
@@ -258,12 +261,12 @@ def one_by_one(model: GPT, questions: list[Question], runtime: Runtime) -> list[
 
 
 def bench_questions(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
-    """Multiple choice batched and one question at a time, in turns, with random weights."""
+    """Time multiple choice in batches and one question at a time, in turns, with random weights."""
     torch.manual_seed(config.seed)
-    shape = replace(new_model_config(config, GPT2_META), zero_init=False)  # all its endings would be equal
+    shape = replace(new_model_config(config, GPT2_META), zero_init=False)  # or all endings would be equal
     model = to_device(GPT(shape), runtime.device).eval()
     what = f"{describe_network(config)}; {timing.dtype_name(runtime.dtype)}"
-    print(f"model    {model.get_num_params(False):,} parameters, random: {what}")
+    print(f"model    {model.get_num_params(False):,} parameters, random weights: {what}")
     questions, chosen = random_questions(COUNT, config.block_size), {}
     ways = {"one by one": one_by_one}
     ways |= {f"batches of {size}": partial(answer_multiple_choice, batch_size=size) for size in BATCHES}
@@ -278,7 +281,7 @@ def bench_questions(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
         same = sum(list(a) == list(b) for a, b in zip(chosen[name], chosen["one by one"], strict=True))
         result[name] = {"questions_per_second": rate, "gain": gain, "same": same / COUNT}
         print(
-            f"{name:14} {rate['median']:8.2f} questions/s, {gain['median']:.2f} times "
-            f"{timing.quartiles(gain)}, the same choices in {same} of {COUNT}"
+            f"{name:14} {rate['median']:8.2f} questions/s, {gain['median']:.2f} times the speed "
+            f"{timing.quartiles(gain)}, same answers: {same} of {COUNT}"
         )
     return result

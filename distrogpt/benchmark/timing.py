@@ -1,4 +1,4 @@
-"""What all benchmarks share: data, timing in turns, medians, memory."""
+"""Shared by all benchmarks: data, timing in turns, medians, memory."""
 
 import math
 import sys
@@ -35,15 +35,16 @@ class RandomStream:
 
 
 def open_data(config: BenchConfig) -> Dataset:
-    """The train split; random ids if real_data=False, or if the default dataset is missing. UserError."""
+    """The train split; random token ids if real_data=False or the default dataset is missing. Raises
+    UserError."""
     if config.real_data:
         try:
             return open_dataset(config, ("train",))
         except UserError as error:
             if config.dataset != BenchConfig.dataset:
-                hint = "or --real_data=False, for random ids of GPT-2's vocabulary"
+                hint = "or use random token ids: --real_data=False"
                 raise UserError(f"{error}; {hint}") from None
-    print("data     random ids of GPT-2's vocabulary")
+    print("data     random token ids, with GPT-2's vocabulary size")
     stream = RandomStream(GPT2_META["vocab_size"], 1_000_000 + config.block_size)
     lines = {"train": np.arange(0, 1_000_000, config.block_size)}
     return Dataset([Part("random ids", 1.0, Path(), GPT2_META, {"train": stream}, lines)])
@@ -51,7 +52,7 @@ def open_data(config: BenchConfig) -> Dataset:
 
 @contextmanager
 def float32_precision(precision: str) -> Iterator[None]:
-    """torch.set_float32_matmul_precision for a while."""
+    """torch.set_float32_matmul_precision within a block."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     yield
@@ -69,7 +70,7 @@ def synchronize(runtime: Runtime) -> None:
 
 
 def seconds_of(function: Callable[..., Any], *args: Any, runtime: Runtime) -> float:
-    """Seconds of one call, including the device's work."""
+    """Seconds of one call, including asynchronous work on the device."""
     synchronize(runtime)
     begin = time.perf_counter()
     function(*args)
@@ -78,12 +79,13 @@ def seconds_of(function: Callable[..., Any], *args: Any, runtime: Runtime) -> fl
 
 
 def alternate(steps: dict[str, Step], warmup: int, count: int, runtime: Runtime) -> dict[str, list[float]]:
-    """Seconds of `count` steps of each, in turns of a tenth of them: a busy machine slows all alike."""
+    """Seconds of `count` steps of each, run in turns of a tenth of them, so that other load affects all
+    equally."""
     for step in steps.values():
         for _ in range(warmup):
             step()
     times: dict[str, list[float]] = {name: [] for name in steps}
-    turn = math.ceil(count / 10)  # several steps: the first one after another model finds cold caches
+    turn = math.ceil(count / 10)  # several steps, as the first one after another model finds cold caches
     for first in range(0, count, turn):
         for name, step in steps.items():
             for _ in range(first, min(first + turn, count)):
@@ -98,17 +100,17 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def ratio(baseline: list[float], ours: list[float]) -> dict[str, float]:
-    """How many times faster ours is: the spread of the ratios of neighbouring measurements."""
+    """How many times faster ours is: median and quartiles of the ratios of neighbouring measurements."""
     return spread([slow / fast for slow, fast in zip(baseline, ours, strict=True)])
 
 
 def quartiles(values: dict[str, float], digits: int = 2) -> str:
-    """The quartiles of a spread, in words."""
+    """The quartiles as text: (low to high)."""
     return f"({values['low']:.{digits}f} to {values['high']:.{digits}f})"
 
 
 def peak_memory(runtime: Runtime) -> int | None:
-    """Peak bytes so far: the GPU's allocations, or the resident set of this process."""
+    """Peak bytes so far: allocated on the GPU, otherwise the resident memory of this process."""
     if runtime.device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     try:

@@ -35,7 +35,7 @@ OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon", "sgd": "SGD"}
 # layers, heads, width (Radford et al., 2019)
 GPT2_SHAPES = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024)}
 GPT2_SHAPES |= {"gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600)}
-TrainingStep = Callable[..., Any]  # train.py's, which bench.py hands in: the package imports no command
+TrainingStep = Callable[..., Any]  # train.py's, passed by bench.py, as the package imports no command
 
 
 def with_gpt2_shape(config: BenchConfig) -> BenchConfig:
@@ -47,15 +47,13 @@ def with_gpt2_shape(config: BenchConfig) -> BenchConfig:
         gpt2 |= {"bias": True, "optimizer": config.optimizer}
         return replace(config, init_from="scratch", n_layer=layers, n_head=heads, n_embd=width, **gpt2)
     if source not in ("scratch", "resume", "auto"):
-        advice = "give its shape in the settings, and --init_from=scratch"
-        raise UserError(
-            f"{config.measurement} does not read the shape of init_from={config.init_from}; {advice}"
-        )
+        advice = "set --n_layer, --n_head, --n_embd and --init_from=scratch"
+        raise UserError(f"bench.py cannot read the shape of init_from={config.init_from}; {advice}")
     return config
 
 
 def recipe_of(config: BenchConfig) -> dict[str, Any]:
-    """The settings of network and optimizer that differ from those of GPT-2 with AdamW."""
+    """The settings of the network and the optimizer that differ from GPT-2 with AdamW."""
     values = {name: getattr(config, name) for name in RECIPE}
     return {name: value for name, value in values.items() if value != getattr(BenchConfig, name)}
 
@@ -66,13 +64,13 @@ def describe_network(config: BenchConfig) -> str:
 
 
 def recipe_line(config: BenchConfig) -> str:
-    """Network and optimizer, of a run that is not timed as a whole."""
+    """The line of network and optimizer."""
     line = f"recipe   {describe_network(config)}; {OPTIMIZERS[config.optimizer]}"
     return textwrap.fill(line, 110, subsequent_indent=9 * " ")
 
 
 def describe(config: BenchConfig, runtime: Runtime, compiled: bool) -> str:
-    """What is timed as a training step: network, optimizer, compute dtype, and whether it is compiled."""
+    """The timed training step: network, optimizer, compute dtype, and whether it is compiled."""
     how = "compiled" if compiled else "not compiled"
     words = (describe_network(config), OPTIMIZERS[config.optimizer], timing.dtype_name(runtime.dtype), how)
     return "; ".join(words)
@@ -86,7 +84,7 @@ class Trainer:
     config: BenchConfig
     data: Dataset | None
     runtime: Runtime
-    model: Module | None = None  # None: a new one as train.py makes it
+    model: Module | None = None  # None: a new one, as train.py makes it
     optimizers: list[torch.optim.Optimizer] | None = None  # None: those of train.py
 
     def __post_init__(self) -> None:
@@ -100,7 +98,7 @@ class Trainer:
             self.batches = BatchLoader(self.data, self.config, self.runtime, 0)
 
     def describe(self) -> str:
-        """The model's size, and what is timed."""
+        """The model's size, and the timed training step."""
         what = describe(self.config, self.runtime, self.model.is_compiled)
         return f"{self.model.get_num_params(False):,} parameters: {what}"
 
@@ -137,7 +135,7 @@ class HuggingFaceGPT2(Module):
         try:
             from transformers import GPT2Config, GPT2LMHeadModel
         except ImportError:
-            raise UserError("transformers is not installed; pip install transformers") from None
+            raise UserError("transformers is not installed; run: pip install transformers") from None
 
         shape = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd")}
         shape |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout)
@@ -169,12 +167,12 @@ def baseline_model(config: BenchConfig, vocab_size: int) -> Module:
             spec.loader.exec_module(module)
             shape = {name: getattr(config, name) for name in names}
             return module.GPT(module.GPTConfig(vocab_size=vocab_size, **shape))
-    except Exception as error:  # a file of any other project
-        raise UserError(f"{path} is not nanoGPT's ({error}); name a nanoGPT checkout") from None
+    except Exception as error:  # of any kind, as the file can be any
+        raise UserError(f"{path} is not nanoGPT's ({error}); give the folder of a nanoGPT checkout") from None
 
 
 def default_precision(runtime: Runtime) -> AbstractContextManager:
-    """torch's fp32 products on a CPU: a baseline does not get our enable_onednn_float32."""
+    """torch's default fp32 matmul on a CPU, as enable_onednn_float32 is part of our implementation."""
     on_cpu = runtime.device.type == "cpu"
     return timing.float32_precision("highest" if on_cpu else torch.get_float32_matmul_precision())
 
@@ -207,21 +205,21 @@ def baseline_trainer(config: BenchConfig, data: Dataset, vocab_size: int, runtim
 
 
 def gpt2_flops_per_token(shape: GPTConfig) -> int:
-    """Of a training step of GPT-2 in this size."""
+    """FLOPs per token of a training step of GPT-2 in this size."""
     gpt2 = {name: getattr(GPTConfig, name) for name in RECIPE if name != "optimizer"}
     with torch.device("meta"):
         return GPT(replace(shape, **gpt2)).flops_per_token()
 
 
 def baseline_name(config: BenchConfig) -> str:
-    """What the other side is called in tables."""
+    """The baseline's name in tables."""
     name = HF if config.against == HF else Path(config.against).resolve().name
     return "theirs" if name in ("", "ours") else name
 
 
 def print_other_side(config: BenchConfig, runtime: Runtime, compiled: bool | None) -> None:
-    """What config.against is, in this dtype, and what it lacks of the settings; `compiled` is None if it does
-    not train."""
+    """Print the baseline's network and dtype, and a note of settings that it does not support. `compiled` is
+    None if it does not train."""
     name, recipe = baseline_name(config), recipe_of(config)
     has = {"bias": True} if config.against == HF else {"bias": config.bias, "activation": "gelu"}
     gpt2 = replace(config, **{name: has.get(name, getattr(BenchConfig, name)) for name in RECIPE})
@@ -232,14 +230,15 @@ def print_other_side(config: BenchConfig, runtime: Runtime, compiled: bool | Non
         print(f"{name:8} {describe(gpt2, runtime, compiled)}")
     lacks = [f"{key}={value}" for key, value in recipe.items() if getattr(gpt2, key) != value]
     if lacks:
-        print(f"note     {name} has no {', '.join(lacks)}: it is timed as GPT-2 in the same size")
+        unsupported = ", ".join(lacks)
+        print(f"note     {name} does not support {unsupported}: timed as GPT-2 of the same size")
 
 
 def baseline_generate(
     config: BenchConfig, max_new_tokens: int, vocab_size: int, runtime: Runtime
 ) -> tuple[Callable[[torch.Tensor], None], Runtime]:
-    """Samples tokens after a prompt (1, T) as nanoGPT's sample.py does, and the dtype in which it computes:
-    ours with transformers, fp32 with nanoGPT on CPUs."""
+    """A function that samples tokens after a prompt (1, T) as nanoGPT's sample.py does, and the runtime with
+    its compute dtype: ours with transformers, fp32 with nanoGPT on CPUs."""
     model = baseline_model(config, vocab_size).to(runtime.device).eval()
     float32 = replace(runtime, dtype=torch.float32)  # without autocast
     theirs = runtime if config.against == HF or runtime.device.type != "cpu" else float32
@@ -257,7 +256,7 @@ def baseline_generate(
 
 
 def profile(step: timing.Step, runtime: Runtime) -> None:
-    """Print the most expensive operations of three steps, and write all of them as a trace for a browser."""
+    """Print the most expensive operations of three steps, and write a trace of all of them."""
     with torch.profiler.profile() as profiler:  # of the CPU, and of the GPU if there is one
         for _ in range(3):
             step()
@@ -272,7 +271,7 @@ def profile(step: timing.Step, runtime: Runtime) -> None:
 
 
 def bench_step(config: BenchConfig, runtime: Runtime, training_step: TrainingStep) -> dict[str, Any]:
-    """Time, speed, MFU and memory of the training step; in turns with the baseline's if there is one."""
+    """Measure time, speed, MFU and memory of the training step, in turns with the baseline's if given."""
     data = timing.open_data(config)
     trainer = Trainer(training_step, config, data, runtime)
     model, steps, memory = trainer.model, {"ours": trainer}, None
@@ -283,7 +282,7 @@ def bench_step(config: BenchConfig, runtime: Runtime, training_step: TrainingSte
         name = baseline_name(config)
         steps[name] = theirs = baseline_trainer(config, data, model.config.vocab_size, runtime)
     times = timing.alternate(steps, config.warmup_steps, config.bench_steps, runtime)
-    memory = memory or timing.peak_memory(runtime)  # before peak_flops, which takes memory of its own
+    memory = memory or timing.peak_memory(runtime)  # before peak_flops, which needs memory too
     peak, shape, sequences = peak_flops(runtime.device, runtime.dtype), model.config, samples_per_step(config)
     tokens, size = sequences * config.block_size, f"{shape.n_layer}/{shape.n_head}/{shape.n_embd}"
     print(f"model    {size}, {trainer.describe()}")
@@ -300,19 +299,19 @@ def bench_step(config: BenchConfig, runtime: Runtime, training_step: TrainingSte
         if len(times) > 1:
             print(f"{label}:")
         low, high = step["low"] * 1000, step["high"] * 1000
-        print(f"time     {step['median'] * 1000:.2f} ms median ({low:.2f} to {high:.2f} is the middle half)")
+        print(f"time     {step['median'] * 1000:.2f} ms median (quartiles {low:.2f} to {high:.2f})")
         print(f"speed    {step['tokens_per_second']:,.0f} tokens/s, {step['flops'] / 1e9:,.0f} GFLOP/s")
         print(f"mfu      {step['mfu']:.1%} of {peak / 1e9:,.0f} GFLOP/s")
     result = {"tokens": tokens, "memory_bytes": memory, "peak_flops": peak, "steps": results}
     if runtime.device.type == "cuda":
         result["measured_flops"] = product = measured_flops(runtime.device, runtime.dtype)
         mfu = results["ours"]["flops"] / product
-        print(f"         {mfu:.1%} of the {product / 1e9:,.0f} GFLOP/s that a matrix product reaches here")
+        print(f"         {mfu:.1%} of the {product / 1e9:,.0f} GFLOP/s of a matmul, measured")
     if config.against:
         result["ratio"] = gain = timing.ratio(times[name], times["ours"])
-        print(f"ratio    {gain['median']:.2f} times {name}'s {timing.quartiles(gain)}")
+        print(f"ratio    {gain['median']:.2f} times {name}'s speed {timing.quartiles(gain)}")
     if memory:
-        where = "on the GPU" if runtime.device.type == "cuda" else "resident"
+        where = "peak on the GPU" if runtime.device.type == "cuda" else "peak, resident"
         print(f"memory   {memory / 2**30:.2f} GiB {where}")
     if config.profile:
         profile(trainer, runtime)

@@ -1,1 +1,1 @@
-"""Losses, multiple choice, exact answers, and what a network does inside."""
+"""Losses, multiple choice, exact match, next-token probabilities and attention weights."""

@@ -1,4 +1,4 @@
-"""Questions in batches that the ranks share."""
+"""Run questions in batches, distributed over the ranks."""
 
 from collections.abc import Callable, Sequence
 
@@ -11,7 +11,7 @@ StopCheck = Callable[[], bool] | None  # None: never
 
 
 class EvaluationStopped(UserError):
-    """A rank requested a stop, or cannot read its data."""
+    """A rank requested a stop, or could not read its data."""
 
 
 def map_batches(
@@ -22,17 +22,17 @@ def map_batches(
     runtime: Runtime,
     stop_requested: StopCheck,
 ) -> np.ndarray:
-    """compute(indices), integers (B, width), in batches of samples of similar length: (N, width). All ranks
-    compute equally often: a batch too many is repeated and does not count. Raises EvaluationStopped if
-    stop_requested, which has to return the same on all ranks."""
+    """The results (N, width) of compute(indices), which returns integers (B, width), in batches of samples of
+    similar length. All ranks run equally many batches; a surplus one repeats another and is discarded. Raises
+    EvaluationStopped if stop_requested, which has to return the same on all ranks."""
     results = np.zeros((len(lengths), width), np.int64)
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])  # what takes most memory comes first
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])  # the largest first: memory fails early
     batches = [order[begin : begin + batch_size] for begin in range(0, len(order), batch_size)]
     numbers = range(runtime.rank, len(batches) + runtime.rank, runtime.world_size)
-    with progress_bar(0, len(numbers), runtime, " batches", "asks questions") as advance:
+    with progress_bar(0, len(numbers), runtime, " batches", "evaluating questions") as advance:
         for number in numbers:
             if stop_requested is not None and stop_requested():
-                raise EvaluationStopped("stopped by a signal; start it again")
+                raise EvaluationStopped("stopped by a signal; run the evaluation again")
             batch = batches[number % len(batches)]
             rows = compute(batch)
             if number < len(batches):

@@ -1,4 +1,4 @@
-"""What train.py measures at an evaluation: losses, and as configured HellaSwag, exact answers, samples."""
+"""The evaluations of train.py: losses and, if configured, HellaSwag, exact match and samples."""
 
 import logging
 from dataclasses import replace
@@ -25,19 +25,20 @@ log = logging.getLogger("distrogpt")
 
 
 class Evaluator:
-    """Measures a model during training. The loss of the split `monitor` chooses the best checkpoint;
-    `error` is set if this rank finds that its data changed under the run."""
+    """Evaluates a model during training. The best checkpoint has the lowest loss on the split `monitor`.
+    `error` is set if this rank's data files changed during the run."""
 
     def __init__(self, config: TrainConfig, data: Dataset, runtime: Runtime) -> None:
-        """Raises UserError if something that the settings ask for is missing."""
+        """Raises UserError if something that the settings need is missing."""
         self.config, self.data, self.runtime = config, data, runtime
         self.monitor = measured_splits(config)[-1]
         self.error: UserError | None = None
-        # ranks share questions and lines; but if they share the weights, each has to answer all of them
+        # ranks share the questions and lines; but if the weights are sharded, each rank has to answer all
         self.task_runtime = replace(runtime, rank=0, world_size=1) if config.shard else runtime
         if config.eval_hellaswag or config.eval_samples:
             if config.eval_hellaswag and not data.meta["tokenizer"]:
-                raise UserError("the dataset names no tokenizer, so nothing can be asked; prepare it here")
+                advice = "prepare it again with this repository, or leave out --eval_hellaswag"
+                raise UserError(f"the dataset has no tokenizer, which HellaSwag needs; {advice}")
             self.tokenizer = tokenizer_of(data.meta)
         if config.eval_hellaswag:
             file, sizes = config.hellaswag_input, (config.block_size, config.hellaswag_items)
@@ -45,24 +46,25 @@ class Evaluator:
             self.questions = load_questions(file, flag, self.tokenizer, *sizes, runtime)
         if config.eval_accuracy:
             if data.separator is None:
-                raise UserError("eval_accuracy asks val's lines up to loss_after; give --loss_after='=', say")
+                advice = "set it, for example --loss_after='='"
+                raise UserError(f"eval_accuracy needs loss_after, which ends the prompt of a line; {advice}")
             if "val" not in data.parts[0].streams:
-                raise UserError("eval_accuracy asks val's lines, eval_splits=train reads none; drop one")
+                raise UserError("eval_accuracy reads val, which eval_splits=train excludes; remove one")
             self.problems = load_problems(data, config.block_size)
         if config.eval_samples:
-            self.sample_start = read_prompt(config.sample_start, "the file of sample_start")
+            self.sample_start = read_prompt(config.sample_start, "the sample_start file")
             prompt = {"sample_start": encode_prompt(self.tokenizer, self.sample_start)}
             (self.prompt,) = keep_ends(prompt, config.block_size, log.info)
 
     def evaluate(self, model: GPT, stop_requested: StopCheck = lambda: False) -> Losses | None:
         """Losses and, if configured, hellaswag (acc_norm) and accuracy from 0 to 1; None on all ranks if one
-        requests a stop or finds that its data changed. Raises UserError if no target counts."""
+        requests a stop or finds that its data changed. Raises UserError if no token counts for the loss."""
         model.eval()
         try:
             splits = measured_splits(self.config)
             parts = {split: self.part_losses(model, split, stop_requested) for split in splits}
             results = mean_losses(self.data, {split: [loss for loss, _ in parts[split]] for split in splits})
-            if hasattr(model, "unshard"):  # tasks call its methods, not its forward alone
+            if hasattr(model, "unshard"):  # tasks call other methods than forward
                 model.unshard()
             results |= self.accuracies(model, lambda: self.runtime.all_reduce_sum(stop_requested())[0] > 0)
         except EvaluationStopped:
@@ -75,15 +77,16 @@ class Evaluator:
     def part_losses(
         self, model: GPT, split: str, stop_requested: StopCheck = lambda: False, stride: int | None = None
     ) -> list[tuple[float, int]]:
-        """Mean loss in nats of each part of a split, and the number of its targets. With a stride, windows
-        that many tokens apart cover the whole split. Raises EvaluationStopped and UserError."""
+        """The mean loss in nats of each part of a split, and its number of targets. With a stride,
+        overlapping windows that many tokens apart cover the whole split. Raises EvaluationStopped and
+        UserError."""
         results = []
         for number, part in enumerate(self.data.parts):
             windows = evaluation_windows(part, number, split, self.config, self.runtime.world_size, stride)
             loss_sum, count = self.summed_loss(model, part.streams[split], *windows, stop_requested)
             if not count:
-                after = f"the separator {self.config.loss_after!r}"
-                raise UserError(f"{part.name}: no target of {split} stands after {after}; choose another")
+                separator, advice = f"the separator {self.config.loss_after!r}", "choose another separator"
+                raise UserError(f"{part.name}: {split} has no tokens after {separator}; {advice}")
             results.append((loss_sum / count, int(count)))
         return results
 
@@ -91,12 +94,12 @@ class Evaluator:
     def summed_loss(
         self, model: GPT, tokens: TokenStream, starts: np.ndarray, skip: np.ndarray, stop_requested: StopCheck
     ) -> tuple[float, float]:
-        """The sum of the losses of windows that start at starts (N,), without the first skip (N,) targets of
-        each, and the number of targets; the ranks share the batches."""
+        """The sum of the losses over the windows that start at starts (N,), and the number of targets. The
+        first skip (N,) targets of each window do not count. The batches are distributed over the ranks."""
         B, T, runtime = self.config.batch_size, self.config.block_size, self.runtime
         firsts = range(runtime.rank * B, len(starts), runtime.world_size * B)
         sums = torch.zeros(len(firsts), 2, device=runtime.device)  # loss and number of targets of each batch
-        with progress_bar(0, len(firsts), runtime, " batches", f"evaluates {tokens.name}") as advance:
+        with progress_bar(0, len(firsts), runtime, " batches", f"evaluating {tokens.name}") as advance:
             for i, first in enumerate(firsts):
                 try:
                     windows = tokens.windows(starts[first : first + B], T + 1)  # (B, T + 1)
@@ -130,9 +133,10 @@ class Evaluator:
             self.log_samples(model)
         return results
 
-    @activity("samples")
+    @activity("sampling")
     def log_samples(self, model: GPT) -> None:
-        """Log eval_samples texts that begin with sample_start, drawn alike at each evaluation."""
+        """Log eval_samples texts that begin with sample_start, with the same random numbers at each
+        evaluation."""
         config, n = self.config, self.config.eval_samples
         uniforms = uniform_noise(config.seed, n, config.sample_tokens)
         prompts, vocab_size = [torch.tensor(self.prompt)], self.data.meta["vocab_size"]

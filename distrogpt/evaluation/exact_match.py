@@ -1,4 +1,4 @@
-"""Exact match: which held-out lines does the model complete without a mistake?"""
+"""Exact match: the fraction of held-out lines that the model completes without a mistake."""
 
 from typing import NamedTuple
 
@@ -24,8 +24,8 @@ class Problem(NamedTuple):
 def load_problems(
     data: Dataset, block_size: int, split: str = "val", limit: int | None = None
 ) -> list[Problem]:
-    """The first `limit` lines of a split that have the separator, or all. Raises UserError if there are none
-    or a prompt does not fit into block_size."""
+    """The first `limit` lines of a split that contain the separator, or all. Raises UserError if there are
+    none or a prompt does not fit into block_size."""
     problems: list[Problem] = []
     for part in data.parts:
         tokens = part.streams[split]
@@ -36,7 +36,7 @@ def load_problems(
             if len(ends) and len(problems) != limit:
                 problems.append(Problem(line[: ends[0]].tolist(), line[ends[0] : -1].tolist()))
     if not problems:
-        raise UserError(f"no line of {split} has the separator; choose another separator, or another dataset")
+        raise UserError(f"no line of {split} contains the separator; choose another separator or dataset")
     check_prompt_length(max((problem.prompt for problem in problems), key=len), block_size)
     return problems
 
@@ -45,7 +45,7 @@ def check_prompt_length(prompt: list[int], block_size: int) -> None:
     """Raises UserError if a prompt is longer than block_size."""
     if len(prompt) > block_size:
         hint = "shorten it, or train with a larger block_size"
-        raise UserError(f"a prompt has {len(prompt)} tokens, the model reads {block_size}; {hint}")
+        raise UserError(f"a prompt has {len(prompt)} tokens, but block_size is {block_size}; {hint}")
 
 
 @torch.no_grad()
@@ -57,7 +57,8 @@ def answer_problems(
     batch_size: int,
     stop_requested: StopCheck = None,
 ) -> list[list[int]]:
-    """The greedy continuation of each prompt up to a newline, as token ids. The ranks share the prompts."""
+    """The greedy continuation of each prompt up to a newline, as token ids. The prompts are distributed over
+    the ranks."""
     lengths = [len(problem.prompt) for problem in problems]
     longest = max(len(problem.answer) for problem in problems) + 1  # with the newline
 

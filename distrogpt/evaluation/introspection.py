@@ -1,4 +1,4 @@
-"""A look inside a model: which tokens it expects next, and what each position attends to."""
+"""Inspect a model: its next-token probabilities and attention weights."""
 
 import math
 from collections.abc import Sequence
@@ -13,7 +13,8 @@ from model import GPT, Attention
 def next_tokens(
     model: GPT, ids: Sequence[int], vocab_size: int, runtime: Runtime, count: int = 10
 ) -> list[tuple[int, float]]:
-    """The `count` most likely next ids and their probabilities; ids from vocab_size on are padding."""
+    """The `count` most likely next ids and their probabilities. Ids from vocab_size on are padding: left
+    out."""
     with runtime.autocast():
         logits, _ = model(torch.tensor([ids], device=runtime.device))  # (1, 1, V)
     probs, next_ids = logits[0, 0, :vocab_size].float().softmax(dim=-1).topk(min(count, vocab_size))

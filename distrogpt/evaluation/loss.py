@@ -1,4 +1,4 @@
-"""Losses of all splits and parts as one dictionary, and the line that reports it."""
+"""The losses of all splits and parts in one dictionary, and the log line that reports them."""
 
 import math
 
@@ -9,8 +9,8 @@ Losses = dict[str, float]
 
 
 def mean_losses(data: Dataset, losses: dict[str, list[float]], split: str = "val") -> Losses:
-    """The weighted mean over the parts of each split; and of one split, if they are known, bits_per_byte and,
-    for a mixture, SPLIT/NAME of each part."""
+    """The weighted mean over the parts of each split. For `split`, also bits_per_byte if the number of bytes
+    is known and, if the dataset is a mixture, SPLIT/NAME for each part."""
     means = {name: weighted_mean(data, values) for name, values in losses.items()}
     if split not in losses:
         return means
@@ -30,7 +30,7 @@ def weighted_mean(data: Dataset, values: list[float]) -> float:
 
 
 def evaluation_line(step: int, losses: Losses) -> str:
-    """An evaluation in words."""
+    """The log line of an evaluation."""
     line = [f"{split} loss {losses[split]:.4f}" for split in ("train", "val") if split in losses]
     if "bits_per_byte" in losses:
         line.append(f"{losses['bits_per_byte']:.4f} bits per byte")

@@ -1,4 +1,4 @@
-"""Multiple choice, such as HellaSwag, from JSON: which ending of a text is the most likely?"""
+"""Multiple choice, such as HellaSwag: which ending of a text is the most likely?"""
 
 import math
 from pathlib import Path
@@ -22,7 +22,7 @@ HELLASWAG = (  # arXiv 1905.07830
     "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl",
     "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588",
 )
-GPT2_HELLASWAG = {  # OpenAI's weights by this method, as published with build-nanogpt
+GPT2_HELLASWAG = {  # results of this method with OpenAI's weights, published with build-nanogpt
     "gpt2": {"acc": 0.2859, "acc_norm": 0.2955},
     "gpt2-xl": {"acc": 0.3842, "acc_norm": 0.4893},
 }
@@ -37,12 +37,12 @@ class Question(NamedTuple):
     label: int
 
 
-@activity("reads the questions")
+@activity("reading the questions")
 def load_questions(
     path: str | None, flag: str, tokenizer: Tokenizer, block_size: int, limit: int | None, runtime: Runtime
 ) -> list[Question]:
-    """The questions of a file; None is HellaSwag, downloaded by one rank if it is missing. Raises UserError,
-    with the flag that names a file."""
+    """The questions of a file. For None they are HellaSwag's, which one rank downloads if they are missing.
+    Raises UserError; `flag` is the command's flag for a file, for its message."""
     if path is None and runtime.is_main:
         hellaswag_file(flag=flag)
     runtime.barrier()  # the other ranks wait for the file
@@ -53,7 +53,7 @@ def load_questions(
 def hellaswag_file(
     folder: Path = DATA / "hellaswag", source: tuple[str, str] = HELLASWAG, flag: str = "--input=FILE"
 ) -> Path:
-    """HellaSwag's 10,042 questions for validation, downloaded once. Raises UserError."""
+    """HellaSwag's 10,042 validation questions, downloaded once. Raises UserError."""
     return download(*source, folder / "hellaswag_val.jsonl", flag)
 
 
@@ -68,32 +68,33 @@ def read_questions(
         try:
             questions.append(parse_question(entry, tokenizer, block_size))
         except (ValueError, UserError) as error:
-            reason = error if isinstance(error, UserError) else f"{str(error)[:100]}; give {EXAMPLE}"
+            reason = error if isinstance(error, UserError) else f"{str(error)[:100]}; write {EXAMPLE}"
             raise UserError(f"{path}, line {number}: {reason}") from None
     if not questions:
-        raise UserError(f"{path} has no question; name a file of JSON lines")
+        raise UserError(f"{path} has no questions; give a file with one JSON object per line")
     return questions
 
 
 def parse_question(entry: Any, tokenizer: Tokenizer, block_size: int) -> Question:
-    """The question of a JSON object, with the end of a context that does not fit together with each ending.
-    Raises ValueError if a field is missing or wrong, UserError if the text has no tokens or too many."""
+    """The question of a JSON object. A context that does not fit with the longest ending is cut at its
+    beginning. Raises ValueError if a field is missing or wrong, UserError if the text cannot be encoded or is
+    too long."""
     if not isinstance(entry, dict):
-        raise ValueError("it is not an object")
+        raise ValueError("it is not a JSON object")
     context, endings, label = (entry.get(name) for name in ("ctx", "endings", "label"))
     if isinstance(label, str) and label.isdecimal():  # as in some copies of HellaSwag
         label = int(label)
     if not isinstance(context, str):
-        raise ValueError("ctx is not a text")
+        raise ValueError("ctx is not a string")
     if not isinstance(endings, list) or len(endings) < 2 or not all(isinstance(one, str) for one in endings):
-        raise ValueError("endings is not a list of two texts or more")
+        raise ValueError("endings is not a list of two or more strings")
     if type(label) is not int or not 0 <= label < len(endings):
         raise ValueError("label is not the index of an ending")
     ids = [tokenizer.encode(f" {ending}").tolist() for ending in endings]
     longest = max(map(len, ids))
     if longest > block_size:
         hint = "leave the line out, or train with a larger block_size"
-        raise UserError(f"an ending has {longest} tokens, the model reads {block_size}; {hint}")
+        raise UserError(f"an ending has {longest} tokens, but block_size is {block_size}; {hint}")
     room = block_size + 1 - longest  # the last id of an ending is a target only
     return Question(encode_prompt(tokenizer, context)[-room:], ids, label)
 
@@ -101,7 +102,7 @@ def parse_question(entry: Any, tokenizer: Tokenizer, block_size: int) -> Questio
 def answer_multiple_choice(
     model: GPT, questions: list[Question], runtime: Runtime, batch_size: int, stop_requested: StopCheck = None
 ) -> np.ndarray:
-    """The most likely ending of each question, by the sum and the mean of its log-probabilities: (N, 2)."""
+    """The index of the most likely ending of each question, by the sum and the mean of log-probs: (N, 2)."""
     lengths = [len(context) + sum(map(len, endings)) for context, endings, _ in questions]
 
     def answer(batch: list[int]) -> np.ndarray:
@@ -115,8 +116,8 @@ def answer_multiple_choice(
 @torch.no_grad()
 def ending_log_probs(model: GPT, questions: list[Question], runtime: Runtime) -> list[list[list[float]]]:
     """The log-probability of each token of each ending of each question. A question is one row: the context,
-    then each ending without its last id. Their positions continue the context, and the mask hides the endings
-    from one another."""
+    then each ending without its last id. The positions of each ending follow the context, and the mask hides
+    the endings from one another."""
     T = max(len(context) + sum(len(ending) - 1 for ending in endings) for context, endings, _ in questions)
     T += -T % 16  # then a question gets the same numbers in any batch: kernels/cpu.py
     idx, positions, branch = (np.zeros((len(questions), T), np.int64) for _ in range(3))

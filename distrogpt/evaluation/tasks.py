@@ -1,4 +1,4 @@
-"""The tasks of eval.py: NAME_task checks what its task needs, and returns a function that computes it."""
+"""The tasks of eval.py. Each NAME_task checks its settings and data, and returns a function that runs it."""
 
 import math
 from collections.abc import Callable
@@ -26,7 +26,7 @@ Task = Callable[[], Result]
 
 
 class LoadedModel(NamedTuple):
-    """A trained model on its device, and what its checkpoint says."""
+    """A trained model on its device, and the settings and data description of its checkpoint."""
 
     model: GPT
     tokenizer: Tokenizer | None  # None if no task needs one
@@ -37,7 +37,7 @@ class LoadedModel(NamedTuple):
 
 
 def load_tasks(config: EvalConfig, runtime: Runtime) -> tuple[str, dict[str, Task]]:
-    """What the model is called, and the tasks that the settings name, checked. Raises UserError."""
+    """The model's source, for display, and the checked tasks of the settings. Raises UserError."""
     model, contents, source = load_trained(config.out_dir, config.init_from)
     check_range(model, runtime.dtype)
     settings, meta = contents.get("config", {}), contents.get("meta", {}) if contents else GPT2_META
@@ -46,10 +46,11 @@ def load_tasks(config: EvalConfig, runtime: Runtime) -> tuple[str, dict[str, Tas
         names = ["accuracy" if settings.get("loss_after") else "loss"]
         for name, reason in config.unused_by(names).items():
             if getattr(config, name) != getattr(EvalConfig, name):
-                raise UserError(f"{name} has no effect: {reason}; leave it out, or name the tasks")
+                raise UserError(f"{name} has no effect: {reason}; leave it out, or set --tasks")
     for name in names:
         if name not in EVAL_TASKS:
-            raise UserError(f"tasks={name[:40]} is not known; name some of {', '.join(EVAL_TASKS)}, by comma")
+            known = ", ".join(EVAL_TASKS)
+            raise UserError(f"tasks={name[:40]} is unknown; choose from {known}, separated by commas")
     tokenizer = None
     if set(names) != {"loss"}:  # the loss needs no tokenizer
         tokenizer = find_tokenizer(contents, model.config.vocab_size, source, config.dataset)
@@ -58,35 +59,35 @@ def load_tasks(config: EvalConfig, runtime: Runtime) -> tuple[str, dict[str, Tas
 
 
 def open_eval_data(config: EvalConfig, loaded: LoadedModel, **settings: Any) -> tuple[Dataset, TrainConfig]:
-    """The dataset that the settings name, or else the one of the training, and how it is read. UserError."""
+    """The dataset of the settings, by default the one of the training, and its settings. Raises UserError."""
     dataset, source = config.dataset or loaded.settings.get("dataset"), loaded.source
     if not dataset:
-        raise UserError(f"{source} names no dataset; give --dataset=NAME")
+        raise UserError(f"{source} does not name the dataset that it was trained on; give --dataset=NAME")
     if not config.dataset and not is_here(dataset):
         path = source.partition(", step ")[0]
         raise UserError(f"{path} was trained on {dataset[:200]}, which is not here; give --dataset=FOLDER")
     train_config = TrainConfig(dataset=dataset, eval_iters=0, eval_splits=config.split, **settings)
-    data = open_dataset(train_config, (config.split,))
+    data, advice = open_dataset(train_config, (config.split,)), "use a dataset with the model's tokenizer"
     if tokenizers_differ(loaded.meta.get("tokenizer"), data.meta["tokenizer"]):
-        raise UserError(f"{source} has another tokenizer than {dataset}; use a dataset of its own")
+        raise UserError(f"{dataset} has a different tokenizer than {source}; {advice}")
     if data.meta["vocab_size"] > loaded.model.config.vocab_size:
-        raise UserError(f"{dataset} has more tokens than {source} knows; use a dataset of its own")
+        raise UserError(f"{dataset} has a larger vocabulary than {source}; {advice}")
     return data, train_config
 
 
 def loss_task(config: EvalConfig, loaded: LoadedModel, name: str) -> Task:
-    """Loss, perplexity and bits per byte of a split, each token being a target once."""
+    """Loss, perplexity and bits per byte of a split; each token is predicted once."""
     longest, stride = loaded.model.config.block_size, config.stride
     T = config.block_size or longest
     settings: dict[str, Any] = {"block_size": T, "loss_after": loaded.settings.get("loss_after")}
     if T > longest:
-        raise UserError(f"block_size={T} is longer than the model reads; give {longest} or less")
+        raise UserError(f"block_size={T} is larger than that of {loaded.source}; set {longest} or less")
     if loaded.settings.get("sampling") == "lines":
         settings["sampling"] = "lines"
         if stride:
-            raise UserError("stride is for text; this run's windows begin with lines: leave it out")
+            raise UserError("stride has no meaning for a model trained with sampling=lines; leave it out")
     if stride and stride > T:
-        raise UserError(f"stride={stride} is longer than a window of {T} tokens; give {T} or less")
+        raise UserError(f"stride={stride} is larger than the window of {T} tokens; set {T} or less")
     data, train_config = open_eval_data(config, loaded, batch_size=config.batch_size or 16, **settings)
     evaluator = Evaluator(train_config, data, loaded.runtime)
 
@@ -100,11 +101,13 @@ def loss_task(config: EvalConfig, loaded: LoadedModel, name: str) -> Task:
 
 
 def multiple_choice_task(config: EvalConfig, loaded: LoadedModel, name: str) -> Task:
-    """How often the right ending is the most likely, by the sum (acc) and mean (acc_norm) of log-probs."""
+    """The accuracy of choosing the ending with the largest sum (acc) or mean (acc_norm) of log-probs."""
     if name == "choice" and not config.input:
-        raise UserError("choice reads a file; give --input=FILE, or --tasks=hellaswag")
+        raise UserError("the task choice needs a file of questions; set --input=FILE, or --tasks=hellaswag")
     if not config.input and isinstance(loaded.tokenizer, IdTokenizer):
-        raise UserError(f"{loaded.source} reads token ids, not HellaSwag's English; leave out that task")
+        raise UserError(
+            f"{loaded.source} has no tokenizer for HellaSwag's text; leave out the task hellaswag"
+        )
     model, runtime = loaded.model, loaded.runtime
     limits = (model.config.block_size, config.max_items)
     questions = load_questions(config.input, "--input=FILE", loaded.tokenizer, *limits, runtime)
@@ -121,7 +124,7 @@ def multiple_choice_task(config: EvalConfig, loaded: LoadedModel, name: str) -> 
 
 
 def exact_match_task(config: EvalConfig, loaded: LoadedModel, name: str) -> Task:
-    """How many held-out lines are answered exactly; a prompt ends with the separator, its answer follows."""
+    """Exact match on held-out lines: the prompt of a line ends with the separator, the rest is the answer."""
     model, runtime, decode = loaded.model, loaded.runtime, loaded.tokenizer.decode
     separator = config.separator or loaded.settings.get("loss_after") or "="
     data, _ = open_eval_data(config, loaded, block_size=1, loss_after=separator)
@@ -165,7 +168,7 @@ TASKS = {
 
 
 def result_table(results: dict[str, Result]) -> str:
-    """The results of all tasks, one value per line."""
+    """The results of all tasks as a table, one value per line."""
     rows = [(name, *row) for name, result in results.items() for row in result_rows(result)]
     width = max(len(what) for _, what, _ in rows)
     return "\n".join(f"{name:10} {what:{width}}  {value}" for name, what, value in rows)

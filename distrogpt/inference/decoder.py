@@ -1,4 +1,4 @@
-"""Batched decoding with a KV cache: sequences that are read and continued together.
+"""Batched decoding with a KV cache.
 
 Shapes: B sequences, T positions, V = vocab_size. `model` is a GPT.
 """
@@ -19,23 +19,24 @@ from model import GPT, KVCache
 
 
 def prefill(model: GPT, idx: torch.Tensor, last: torch.Tensor, cache: KVCache) -> torch.Tensor:
-    """Read prompts idx (N, T) from position 0 on into the cache; logits (N, V) of what follows each position
-    `last` (N,). Tokens behind it have no effect."""
+    """Fill the cache with prompts idx (N, T) from position 0 on; the logits (N, V) at the positions `last`
+    (N,). Later tokens have no effect."""
     x = model.hidden_states(idx, cache=cache)
     return model.logits(x[torch.arange(len(x), device=x.device), last])
 
 
 def decode(model: GPT, ids: torch.Tensor, positions: torch.Tensor, cache: KVCache) -> torch.Tensor:
-    """Read one more token of each sequence, ids (B, 1) at positions (1 or B, 1); the next logits (B, V)."""
+    """One decoding step: the next logits (B, V) after ids (B, 1) at positions (1 or B, 1)."""
     return model.logits(model.hidden_states(ids, positions, cache=cache)[:, -1])
 
 
 class DecodingBatch:
-    """Sequences that are continued together, one token at a time; they may join and leave between tokens.
+    """Sequences that are decoded together, one token at a time. Sequences can be added and removed between
+    tokens.
 
-    Each token is read once. When a sequence fills block_size, its last three quarters are read again as
-    positions from 0 on, which makes room for the next quarter. On a GPU, decoding runs as a CUDA graph unless
-    `graph` is False.
+    Each token is processed once. When a sequence fills block_size, its last three quarters are prefilled
+    again from position 0 on, which makes room for the next quarter. On a GPU, decoding runs as a CUDA graph
+    unless `graph` is False.
     """
 
     def __init__(
@@ -46,11 +47,11 @@ class DecodingBatch:
         graph: bool = True,
         record_graph: Callable[..., Callable[..., torch.Tensor]] | None = None,
     ) -> None:
-        """Room for `rows` sequences; `size` is the longest one's length, if that is below block_size.
+        """`rows` is the largest number of sequences, and `size` the largest length, by default block_size.
         `record_graph` replaces cuda_graph, on any device."""
         weight = model.transformer.wte.weight
         self.model, self.device, self.block_size = model, weight.device, model.config.block_size
-        self.decode = getattr(model, "decode", partial(decode, model))  # compiled, if that was asked for
+        self.decode = getattr(model, "decode", partial(decode, model))  # compiled if compile=True
         size = min(size or self.block_size, self.block_size)
         size += -size % 16  # attention sums of other lengths round differently
         self.cache_dtype = weight.dtype if weight.is_cuda else torch.float32  # attention is slow in bf16
@@ -68,7 +69,7 @@ class DecodingBatch:
         return KVCache(self.model.config, rows, size, self.device, self.cache_dtype)
 
     def add_sequences(self, prompts: Sequence[torch.Tensor], n: int = 1) -> None:
-        """Append n sequences for each of the prompts (T,), which have one id or more."""
+        """Append n sequences for each of the prompts (T,), which must not be empty."""
         begin = len(self.lengths)
         prompts = [prompt[-self.block_size :] for prompt in prompts]
         self.lengths = np.append(self.lengths, np.repeat([len(prompt) for prompt in prompts], n))
@@ -81,7 +82,8 @@ class DecodingBatch:
         self.positions = None
 
     def remove_sequence(self, row: int) -> None:
-        """Remove a sequence; the last one moves to its row. Call next_logits after add_sequences first."""
+        """Remove a sequence; the last sequence takes its row. Between add_sequences and this, call
+        next_logits."""
         last = len(self.lengths) - 1
         length = min(int(self.lengths[last]), self.block_size)
         if row < last:
@@ -91,7 +93,7 @@ class DecodingBatch:
         self.last_tokens, self.lengths, self.positions = self.last_tokens[:last], self.lengths[:last], None
 
     def next_logits(self) -> torch.Tensor:
-        """Read the new tokens; logits (B, V) of the next ones, which the next call overwrites."""
+        """Process the new tokens; the logits (B, V) of the next tokens, which the next call overwrites."""
         B, prompts = len(self.lengths), self.prompts
         full = np.flatnonzero(self.lengths > self.block_size)  # no position is left for the last token
         self.prompts = []
@@ -159,10 +161,10 @@ class DecodingBatch:
 
 
 class StreamedToken(NamedTuple):
-    """A token of each sequence, and the logits that it was sampled from."""
+    """A token of each sequence, and the logits from which it was sampled."""
 
     ids: torch.Tensor  # (B, 1)
-    logits: torch.Tensor  # (B, V), which the next token overwrites
+    logits: torch.Tensor  # (B, V), overwritten with the next token
 
 
 def stream(
@@ -175,8 +177,8 @@ def stream(
 ) -> Iterator[StreamedToken]:
     """Yield the next token of B sequences for each column of `uniforms` (B, max_new_tokens), in [0, 1).
 
-    Each of the prompts (T,) is continued by B / len(prompts) sequences in a row. Ids from `vocab_size` on, of
-    a padded vocabulary, are never sampled. Call eval() first.
+    Each of the prompts (T,) has B / len(prompts) sequences, which are adjacent. Ids from `vocab_size` on, the
+    padding of the vocabulary, are never sampled. Call eval() first.
     """
     B, max_new_tokens = uniforms.shape
     n = B // len(prompts)
@@ -201,10 +203,11 @@ def stream(
 def optimize_for_inference(
     model: nn.Module, dtype: torch.dtype, int8: bool = False, compile: bool = False
 ) -> nn.Module:
-    """The model for decoding only, changed in place: weights in `dtype`, or in 8 bits, and in a fast layout.
+    """Change the model in place for fast decoding: its weights are converted to `dtype`, or to 8 bits, and on
+    a CPU packed into a fast layout.
 
-    With `compile`, decoding one token is compiled, without the layout, which torch.compile does not know: on
-    CPUs that is faster with 8-bit weights or in fp32, slower in bf16.
+    With `compile`, the decoding step is compiled, without the layout, which torch.compile does not support.
+    On CPUs, compiling is faster with 8-bit weights or in fp32, and slower in bf16.
     """
     device = model.transformer.wte.weight.device
     to_device(model.eval().to(dtype), device)

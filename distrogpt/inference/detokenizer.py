@@ -1,4 +1,4 @@
-"""From token ids to text, token by token: whole characters, up to a stop string."""
+"""Incremental detokenization: from token ids to whole characters, up to a stop string."""
 
 import codecs
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from distrogpt.data.tokenizer import Tokenizer
 
 
 class Token(NamedTuple):
-    """What a token added to the text; a character of several tokens is the text of the last one."""
+    """A token and the text that it added. A character of several tokens counts as text of the last one."""
 
     text: str
     id: int
@@ -18,19 +18,19 @@ class Token(NamedTuple):
 class Detokenizer:
     """The text of one sample, up to the token `end_token` or the first of the `stop` strings.
 
-    The text ends before the stop string that is complete first, however it is cut into tokens. Text that may
-    be the beginning of a stop string is pending.
+    The text ends before the stop string that is complete first, whatever its tokens are. Text that may be the
+    beginning of a stop string is held back in `pending`.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), end_token: int | None = None) -> None:
         self.tokenizer, self.stop, self.end_token = tokenizer, stop, end_token
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self.tokens: list[Token] = []
-        self.logprobs: list[float] = []  # with that of end_token
+        self.logprobs: list[float] = []  # including that of end_token
         self.text = ""  # without the pending text
         self.pending = ""
         self.finished = False
-        self.n_text = self.n_tokens = self.n_token_chars = 0  # that pop_text and pop_tokens have returned
+        self.n_text = self.n_tokens = self.n_token_chars = 0  # returned by pop_text and pop_tokens so far
 
     def add(self, id: int, logprob: float = 0.0) -> None:
         """Add the next token. Tokens after the end have no effect."""
@@ -45,7 +45,7 @@ class Detokenizer:
             self.push(text)
 
     def finish(self) -> None:
-        """No more tokens follow: pending text is part of the text."""
+        """Call after the last token: pending text becomes part of the text."""
         if self.finished:
             return
         text = self.decoder.decode(b"", final=True)
@@ -54,7 +54,7 @@ class Detokenizer:
         self.push(text, last=True)
 
     def push(self, text: str, last: bool = False) -> None:
-        """Add text, and move what is certain of the pending text to self.text."""
+        """Add text, and move pending text that cannot be part of a stop string to self.text."""
         self.pending += text
         n_stable, self.finished = len(self.pending), last
         if self.stop:
@@ -68,7 +68,7 @@ class Detokenizer:
 
     @property
     def score(self) -> float:
-        """Mean log-likelihood of the tokens, with those that ended the text."""
+        """Mean log-likelihood of the tokens, including those of the stop string or end token."""
         return sum(self.logprobs) / len(self.logprobs)
 
     def pop_text(self) -> str:
@@ -77,7 +77,7 @@ class Detokenizer:
         return text
 
     def pop_tokens(self) -> list[Token]:
-        """The tokens of the text since the last call. One in which a stop string begins is cut short."""
+        """The tokens of the text since the last call. A token in which a stop string begins is cut there."""
         popped, waiting = [], []
         tokens = self.tokens[self.n_tokens :]
         if self.decoder.getstate()[0] and not self.finished:
@@ -99,5 +99,5 @@ class Detokenizer:
 
 
 def overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` with which `stop` begins, if that is shorter than `stop`."""
+    """Length of the longest proper prefix of `stop` with which `text` ends."""
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)

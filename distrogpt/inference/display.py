@@ -12,14 +12,14 @@ RED_TO_GREEN = (196, 202, 208, 214, 220, 226, 190, 154, 118, 82, 46)  # of a ter
 
 
 def output_style(show_probs: bool) -> str:
-    """How stdout shows samples: "text", or with probabilities "colours" on a terminal and else "lines"."""
+    """How samples are printed: "text"; with probabilities, "colours" on a terminal, otherwise "lines"."""
     if not show_probs:
         return "text"
     return "colours" if sys.stdout.isatty() and not os.environ.get("NO_COLOR") else "lines"
 
 
 def format_new(sample: Detokenizer, style: str) -> str:
-    """What was added to the sample since the last call."""
+    """The text or tokens added to the sample since the last call, as printed."""
     if style == "text":
         return sample.pop_text()
     tokens = sample.pop_tokens()

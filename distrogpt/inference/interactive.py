@@ -4,6 +4,7 @@ import atexit
 import os
 import signal
 import sys
+import textwrap
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -16,23 +17,22 @@ from distrogpt.inference.sampler import Sampler
 from distrogpt.settings import SAMPLING_FIELDS, SampleConfig
 
 QUOTES = '"""'
+NAMES = textwrap.fill(", ".join(SAMPLING_FIELDS), 78).replace("\n", f"\n{32 * ' '}")
 HELP = f"""\
-Each line is a prompt. A line that ends with \\ continues in the next one; a line of {QUOTES} begins a prompt
-of several lines, up to the next {QUOTES}. An empty line continues the text so far. Ctrl-C stops the text,
-Ctrl-D quits.
+Type a prompt and press Enter. An empty line continues the last text. Ctrl-C stops generating, Ctrl-D quits.
+For a prompt of several lines, end each line but the last with \\, or put the prompt between two lines of
+{QUOTES}. Put a prompt that begins with / between two such lines, too.
 
-/NAME VALUE   sets {", ".join(SAMPLING_FIELDS[:-1])}
-              or {SAMPLING_FIELDS[-1]}, which grows by 1 with each text
-/stop TEXT    a text ends before TEXT, in which \\n is a newline; /stop alone: no stop string
-/settings     shows the settings
-/help         shows this help
-/quit         quits
-
-Put a prompt that begins with / between two lines of {QUOTES}."""
+/NAME VALUE   change a setting: {NAMES}
+              (seed increases by 1 after each text)
+/stop TEXT    stop before TEXT (\\n is a newline); /stop without TEXT removes the stop string
+/settings     show the settings
+/help         show this help
+/quit         quit"""
 
 
 def prompt_loop(sampler: Sampler, config: SampleConfig) -> None:
-    """Continue each prompt that is read, until the input ends. stdout has the texts alone."""
+    """Read prompts and continue them until the input ends. Only the texts go to stdout."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a command's Ctrl-C would end the process
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="replace")
@@ -40,7 +40,7 @@ def prompt_loop(sampler: Sampler, config: SampleConfig) -> None:
             encoding = encoding_of(sys.stdin.buffer.peek(4), sys.stdin.encoding)
             sys.stdin.reconfigure(encoding=encoding, newline=None)
     if sys.stdin.isatty():
-        warn("a line is a prompt; /help shows more")
+        warn("type a prompt and press Enter; /help lists the commands")
     if output_style(config.show_probs) == "colours":
         warn(colour_legend())
     load_history()
@@ -54,7 +54,7 @@ def prompt_loop(sampler: Sampler, config: SampleConfig) -> None:
                 config = run_command(line[1:], config)
                 continue
             prompt = read_prompt_lines(line) if line else text
-            # of the text so far, the decoder reads the end, without a note each time
+            # without the note about a long prompt each time that the text so far is continued
             (ids,) = sampler.prompt_ids({"the prompt": prompt}) if line else [sampler.ids_of(prompt)]
             on_screen = sys.stdin.isatty()  # as typed, or as printed before
             echoed = prompt if config.echo and not on_screen else ""
@@ -64,7 +64,7 @@ def prompt_loop(sampler: Sampler, config: SampleConfig) -> None:
         except UserError as error:
             warn(f"error: {' '.join(str(error).split())}")
         except KeyboardInterrupt:
-            warn("\nCtrl-D or /quit quits")
+            warn("\npress Ctrl-D or type /quit to quit")
         except EOFError:
             if sys.stdin.isatty():
                 warn("")
@@ -72,7 +72,7 @@ def prompt_loop(sampler: Sampler, config: SampleConfig) -> None:
 
 
 def run_command(command: str, config: SampleConfig) -> SampleConfig:
-    """The settings after a command such as "temperature 0.9". Raises UserError."""
+    """Run a command such as "temperature 0.9"; the new settings. Raises UserError."""
     name, _, value = command.partition(" ")
     if name == "help":
         warn(HELP)
@@ -84,13 +84,13 @@ def run_command(command: str, config: SampleConfig) -> SampleConfig:
             warn(colour_legend())
     else:
         near = near_name(name, ("help", "settings", "quit", *SAMPLING_FIELDS))
-        hint = f"did you mean /{near}?" if near else "/help lists all"
+        hint = f"did you mean /{near}?" if near else "/help lists the commands"
         raise UserError(f"unknown command /{shorten(name)}; {hint}")
     return config
 
 
 def read_prompt_lines(line: str) -> str:
-    """The prompt whose first line was read. At the end of the input, an unfinished prompt is complete."""
+    """The prompt that begins with this line. The end of the input also ends a prompt."""
     lines = []
     with suppress(EOFError):
         if line.strip() == QUOTES:
@@ -105,7 +105,8 @@ def read_prompt_lines(line: str) -> str:
 
 
 def read_line(prompt: str) -> str:
-    """A line of stdin. `prompt` is shown on a terminal only, and never in a file that stdout goes to."""
+    """A line of stdin. `prompt` is shown only if stdin is a terminal, and never written into a redirected
+    stdout."""
     if sys.stdin.isatty() and not sys.stdout.isatty():
         print(prompt, end="", file=sys.stderr, flush=True)
         prompt = ""
@@ -113,7 +114,7 @@ def read_line(prompt: str) -> str:
 
 
 def load_history() -> None:
-    """Enable arrow keys and the lines of earlier sessions, on a terminal whose Python has readline."""
+    """Enable arrow keys and the history of earlier sessions, on a terminal if Python has readline."""
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         return
     try:

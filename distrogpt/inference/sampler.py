@@ -34,10 +34,11 @@ class Sampler:
         int8: bool = False,
         **settings: str | None,
     ) -> None:
-        """`settings` is `dataset` alone, and all are those of SampleConfig; TypeError for others."""
+        """The arguments are settings of SampleConfig, and `settings` takes one more: `dataset`. Raises
+        TypeError for others."""
         dataset = settings.pop("dataset", None)
         if settings:
-            raise TypeError(f"{min(settings)} is not a setting of a Sampler")
+            raise TypeError(f"Sampler() has no argument {min(settings)}")
         self.runtime = start_runtime(device, dtype)
         out_dir, init_from = os.path.expanduser(out_dir), os.path.expanduser(init_from)
         model, contents, self.source = load_trained(out_dir, init_from)
@@ -51,7 +52,7 @@ class Sampler:
         self.model = optimize_for_inference(model.to(self.runtime.device), self.runtime.dtype, int8, compile)
 
     def ids_of(self, prompt: str, name: str = "the prompt") -> list[int]:
-        """The prompt's ids, one or more. Raises UserError."""
+        """The token ids of a prompt, at least one. Raises UserError."""
         check_value(SampleConfig, "start", prompt)
         try:
             return encode_prompt(self.tokenizer, prompt)
@@ -59,15 +60,16 @@ class Sampler:
             raise UserError(f"{name}: {error}") from None
 
     def prompt_ids(self, prompts: Mapping[str, str]) -> list[list[int]]:
-        """What the model reads of prompts, by their names: of each its last block_size ids. UserError."""
+        """The last block_size token ids of each prompt, which are what the model reads; prompts are given by
+        name. Raises UserError."""
         ids = {name: self.ids_of(prompt, name) for name, prompt in prompts.items()}
         return keep_ends(ids, self.model.config.block_size)
 
     def sample_batch(
         self, prompts: Sequence[list[int]], uniforms: torch.Tensor, config: SampleConfig, interval: int = 1
     ) -> Iterator[list[Detokenizer]]:
-        """Yield the samples of one batch every `interval` tokens, and when all are finished: the same objects
-        each time. Each prompt has one sample for each row of `uniforms`."""
+        """Generate a batch, one sample of each prompt for each row of `uniforms`. Yields the samples, the
+        same objects each time, every `interval` tokens and when all are finished."""
         n, with_logprobs = len(prompts) * len(uniforms), config.best_of > 1 or config.show_probs
         end_token = self.tokenizer.end_of_text if config.stop_at_end else None
         samples = [Detokenizer(self.tokenizer, config.stop, end_token) for _ in range(n)]
@@ -101,8 +103,8 @@ class Sampler:
         config: SampleConfig,
         advance: Callable[[int], object] = lambda tokens: None,
     ) -> Iterator[Detokenizer]:
-        """Yield num_samples of each prompt, prompt by prompt: each is the most likely of best_of candidates.
-        `advance` is called with the number of new tokens."""
+        """Yield num_samples samples of each prompt, prompt by prompt. Each is the most likely of best_of
+        candidates. `advance` is called with the number of new tokens."""
         n, candidates = config.num_samples * config.best_of, []
         uniforms = uniform_noise(config.seed, n, config.max_new_tokens)
         prompts_per_batch = max(1, config.batch_size // n)
@@ -121,7 +123,8 @@ class Sampler:
                         candidates = []
 
     def stream_sample(self, prompt: list[int], config: SampleConfig) -> Iterator[Detokenizer]:
-        """Yield one sample after each of its tokens, the same object each time; the best of several once."""
+        """Yield one sample after each of its tokens, the same object each time; with best_of, once at the
+        end."""
         if config.best_of > 1:
             yield from self.samples([prompt], replace(config, num_samples=1))
         else:
@@ -139,9 +142,9 @@ class Sampler:
         seed: int = 1337,
         **settings: Any,
     ) -> list[str]:
-        """num_samples texts of each prompt, prompt by prompt, which begin with it unless echo=False.
+        """num_samples texts of each prompt, prompt by prompt. They begin with the prompt unless echo=False.
 
-        `settings` are other fields of SampleConfig that change a sample (top_p, stop, ...). Raises UserError.
+        `settings` are other sampling settings of SampleConfig (top_p, stop, ...). Raises UserError.
         """
         several = isinstance(prompt, (list, tuple))
         prompts = prompt if several else [prompt]
@@ -162,7 +165,7 @@ class Sampler:
         seed: int = 1337,
         **settings: Any,
     ) -> Iterator[str]:
-        """The continuation of the prompt in one sample, piece by piece. Settings as in `generate`."""
+        """Stream one sample: the continuation of the prompt, piece by piece. Settings as in `generate`."""
         config = sample_config(max_new_tokens, temperature, top_k, seed, **settings)
         (ids,) = self.prompt_ids({"the prompt": prompt})
         samples = self.stream_sample(ids, config)
@@ -187,10 +190,11 @@ class Sampler:
 def sample_config(
     max_new_tokens: int, temperature: float, top_k: int | None, seed: int, **settings: Any
 ) -> SampleConfig:
-    """The settings of a call from Python. Raises UserError; TypeError for settings that change no sample."""
+    """The settings of a call from Python. Raises UserError, and TypeError for other than sampling
+    settings."""
     unknown = set(settings) - {*SAMPLING_FIELDS, "num_samples", "echo", "batch_size"}
     if unknown:
-        raise TypeError(f"{min(unknown)} is not a setting of a sample")
+        raise TypeError(f"{min(unknown)} is not a sampling setting")
     settings |= {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "seed": seed}
     try:
         return SampleConfig(**settings)

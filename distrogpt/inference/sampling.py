@@ -12,17 +12,17 @@ import torch
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How a token is sampled, by default from the model's distribution. The limits apply in this order."""
+    """How a token is sampled; by default from the model's distribution. The filters apply in this order."""
 
     temperature: float = 1.0  # 0 takes the most likely token
     top_k: int | None = None  # only the k most likely tokens
-    top_p: float = 1.0  # only the most likely tokens with this total probability (arXiv 1904.09751)
-    min_p: float = 0.0  # only tokens at least this fraction as likely as the first (arXiv 2407.01082)
+    top_p: float = 1.0  # nucleus: the smallest set with this total probability (arXiv 1904.09751)
+    min_p: float = 0.0  # only tokens with this fraction of the largest probability (arXiv 2407.01082)
     repetition_penalty: float = 1.0  # lowers the logits of tokens that occurred (arXiv 1909.05858)
 
     @classmethod
     def from_settings(cls, settings: Any) -> "SamplingParams":
-        """Those of a SampleConfig."""
+        """The sampling parameters of a SampleConfig."""
         return cls(**{field.name: getattr(settings, field.name) for field in fields(cls)})
 
 
@@ -31,8 +31,8 @@ def sample_token(
 ) -> torch.Tensor:
     """Sample one id for each row of logits (B, V): (B, 1).
 
-    `uniforms` (B, 1), in [0, 1), decide, so that a row depends on its own number alone. `seen` (B, V) marks
-    the tokens that the repetition penalty lowers.
+    `uniforms` (B, 1), in [0, 1), are the random numbers: a row does not depend on the others. `seen` (B, V)
+    marks the tokens to which the repetition penalty applies.
     """
     if seen is not None:
         penalty = params.repetition_penalty
@@ -47,7 +47,7 @@ def sample_token(
     if params.top_p < 1:
         if not has_top_k:
             probs, ids = top_p_candidates(probs, params.top_p)
-        top_p = max(params.top_p, 1e-30)  # as 0 in fp32 leaves none
+        top_p = max(params.top_p, 1e-30)  # smaller values are 0 in fp32 and would leave no token
         probs = probs.masked_fill(probs.cumsum(dim=-1) - probs >= top_p, 0.0)
     if params.min_p:
         probs = probs.masked_fill(probs < params.min_p * probs.amax(dim=-1, keepdim=True), 0.0)
@@ -59,7 +59,7 @@ def sample_token(
 def top_p_candidates(probs: torch.Tensor, top_p: float) -> tuple[torch.Tensor, torch.Tensor]:
     """The largest of probs (B, V) in descending order, and their ids: at least those that top_p keeps.
 
-    These are most often among the first 1,024, which topk finds in a tenth of the time that sorting takes.
+    Most often 1,024 are enough, which topk finds in a tenth of the time that sorting takes.
     """
     n = min(1024, probs.size(-1))
     top, top_ids = probs.topk(n)
@@ -73,7 +73,7 @@ def top_p_candidates(probs: torch.Tensor, top_p: float) -> tuple[torch.Tensor, t
 
 
 def uniform_noise(seed: int, n: int, count: int) -> torch.Tensor:
-    """Numbers in [0, 1) for `count` tokens of each of n samples: (n, count). Those of a sample are a function
-    of the seed and its number alone."""
+    """Random numbers in [0, 1) for `count` tokens of each of n samples: (n, count). A sample's numbers depend
+    on the seed and its index alone."""
     rows = [np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, i])) for i in range(n)]
     return torch.from_numpy(np.stack([row.random(count, np.float32) for row in rows]))

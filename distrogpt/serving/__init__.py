@@ -1,1 +1,1 @@
-"""The HTTP server behind serve.py."""
+"""The HTTP server of serve.py."""

@@ -1,4 +1,4 @@
-"""The web application: a page to write with, OpenAI's /v1/completions and /v1/audio/speech."""
+"""The web application: the page, and OpenAI's /v1/completions and /v1/audio/speech."""
 
 import asyncio
 import hmac
@@ -30,16 +30,16 @@ from distrogpt.serving.completions import (
     completion_json,
     parse_completion,
 )
-from distrogpt.serving.engine import Engine, EngineRequest, RequestOutput
+from distrogpt.serving.engine import INTERNAL_ERROR, Engine, EngineRequest, RequestOutput
 from distrogpt.settings import ServeConfig
 
 PAGE = Path(__file__).with_name("page.html")
 MAX_BODY_BYTES, MAX_BODY_SECONDS = 1 << 20, 30
-SPEECH_FIELDS = ("input", "response_format", "speed")  # that are read
-MAX_SPEECH_CHARS, MAX_SPEECH_QUEUE = 10_000, 4  # some ten minutes of speech; texts that wait
-MAX_UNREAD = 2_000  # outputs that wait for a client: some ten seconds of four samples
+SPEECH_FIELDS = ("input", "response_format", "speed")  # others are ignored
+MAX_SPEECH_CHARS, MAX_SPEECH_QUEUE = 10_000, 4  # about ten minutes of speech; waiting texts
+MAX_UNREAD = 2_000  # outputs that a client has not read: about ten seconds of four samples
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
-PAGE_HEADERS = {  # the page loads nothing from elsewhere, and no other page may frame it
+PAGE_HEADERS = {  # the page loads nothing from other servers, and no other page may embed it
     "Content-Security-Policy": "default-src 'none'; connect-src 'self'; media-src blob:; img-src data:; "
     "style-src 'unsafe-inline'; script-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; "
     "frame-ancestors 'none'",
@@ -50,7 +50,7 @@ Outputs = AsyncIterator[RequestOutput]
 
 
 class App(Starlette):
-    """The routes, which one engine and, if there is one, one voice serve."""
+    """The routes of a server with one engine and at most one voice."""
 
     def __init__(
         self, config: ServeConfig, sampler: Sampler, engine: Engine, key: str | None, voice: Voice | None
@@ -72,12 +72,12 @@ class App(Starlette):
         self.router.redirect_slashes = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve a request; without a key, only by a local name: other websites could point a name of theirs
-        at this address."""
-        host = Request(scope).headers.get("host")  # browsers send it always, HTTP/1.0 need not
+        """Serve a request. Without an API key, the Host header must be a local name, so that other websites
+        cannot send requests by pointing their own domain at this address (DNS rebinding)."""
+        host = Request(scope).headers.get("host")  # browsers always send it; in HTTP/1.0 it is optional
         if self.key is None and host and host_name(host) not in LOCAL_HOSTS:
-            names = f"this server answers to {', '.join(LOCAL_HOSTS)}, not to {host[:100]}"
-            message = f"{names}; use one of these, or start it with --api_key=SECRET"
+            advice = "use localhost, or start serve.py with --api_key=SECRET"
+            message = f"the host {host[:100]} is not allowed without an API key; {advice}"
             await JSONResponse(error_json(400, message), 400)(scope, receive, send)
         else:
             await super().__call__(scope, receive, send)
@@ -85,13 +85,13 @@ class App(Starlette):
     async def page(self, request: Request) -> Response:
         about = {
             "model": self.name,
-            "source": self.name if self.key else self.sampler.source,  # paths are for those with a key
+            "source": self.name if self.key else self.sampler.source,  # with a key, paths are hidden
             "max_tokens": self.config.max_new_tokens,
             "max_samples": min(8, self.config.batch_size),
             "needs_key": self.key is not None,
             "speaks": self.voice is not None,
         }
-        text = json.dumps(about).replace("<", "\\u003c")  # a name must not end the script around it
+        text = json.dumps(about).replace("<", "\\u003c")  # a name must not close the script element
         return HTMLResponse(self.html.replace("{{about}}", text), headers=PAGE_HEADERS)
 
     async def health(self, request: Request) -> Response:
@@ -104,7 +104,7 @@ class App(Starlette):
         if not request.path_params:
             return JSONResponse({"object": "list", "data": [model]})
         if (name := request.path_params["name"]) != self.name:
-            message = f"the model {name[:100]} is not served; ask for {self.name}"
+            message = f"the model {name[:100]} does not exist on this server; use {self.name}"
             return JSONResponse(error_json(404, message, "model", "model_not_found"), 404)
         return JSONResponse(model)
 
@@ -117,11 +117,11 @@ class App(Starlette):
         return await self.answer(completion, outputs)
 
     def submit(self, request: Request, completion: Completion) -> Outputs:
-        """Submit the prompts to the engine, and return their outputs. Raises HTTPException."""
+        """Submit the prompts to the engine; returns their outputs. Raises HTTPException."""
         loop, queue, config = asyncio.get_running_loop(), asyncio.Queue(), completion.config
 
         def emit(output: RequestOutput) -> None:
-            with suppress(RuntimeError):  # the loop has ended, and all connections with it
+            with suppress(RuntimeError):  # the event loop and all connections are closed
                 if queue.qsize() > self.max_unread:  # the client does not read
                     cancel(requests)
                     loop.call_soon_threadsafe(queue.put_nowait, None)
@@ -132,13 +132,13 @@ class App(Starlette):
         requests = [EngineRequest(ids, settings, *options, i * n) for i, (_, ids, settings) in prompts]
         if not self.engine.submit(requests):
             if self.engine.closed:
-                raise HTTPException(503, "the server ends, or is out of memory; start it again")
-            message = f"the queue is full ({self.engine.queue} requests wait); try again later"
+                raise HTTPException(503, "the server is shutting down or out of memory; restart it")
+            message = f"the queue is full ({self.engine.queue} waiting requests); try again later"
             raise HTTPException(429, message, {"Retry-After": "1"})
         return read_outputs(request, requests, queue)
 
     async def answer(self, completion: Completion, outputs: Outputs) -> Response:
-        """One answer when all samples have finished."""
+        """One response when all samples have finished."""
         samples: dict[int, RequestOutput] = {}
         async for output in outputs:
             if output.finish_reason == "error":
@@ -157,7 +157,7 @@ class App(Starlette):
         return JSONResponse(completion_json(completion, self.name, choices, num_tokens))
 
     async def events(self, completion: Completion, outputs: Outputs) -> AsyncIterator[str]:
-        """A server-sent event for each output."""
+        """One server-sent event for each output."""
         num_tokens = {}  # of each choice
         async for output in outputs:
             if output.finish_reason == "error":
@@ -171,19 +171,22 @@ class App(Starlette):
         yield "data: [DONE]\n\n"
 
     async def speech(self, request: Request) -> Response:
-        """OpenAI's /v1/audio/speech for wav files, one text at a time."""
+        """OpenAI's /v1/audio/speech for WAV files, one text at a time."""
         self.check_key(request)
         if self.voice is None:
-            raise HTTPException(404, "this server has no voice; start it with --voice=NAME.onnx or system")
+            message = "speech is not enabled on this server; start serve.py with --voice=NAME.onnx or system"
+            raise HTTPException(404, message)
         body = await read_json(request)
         text = body.get("input")
         if not isinstance(text, str) or len(text) > MAX_SPEECH_CHARS:
-            raise UserError(f"the input is no text of up to {MAX_SPEECH_CHARS} characters; send one")
+            raise UserError(f"input is not a string of at most {MAX_SPEECH_CHARS} characters; send one")
         for name, only in {"response_format": "wav", "speed": 1}.items():
             if body.get(name, only) != only:
-                raise UserError(f"{name}={body[name]!r:.40} is not supported; send {only}")
+                raise UserError(f"{name}={body[name]!r:.40} is not supported; use {only!r}")
         if self.speech_queue > MAX_SPEECH_QUEUE:
-            raise HTTPException(429, f"{self.speech_queue} texts are to be spoken already; try again")
+            raise HTTPException(
+                429, f"the queue is full ({self.speech_queue} waiting texts); try again later"
+            )
         self.speech_queue += 1
         try:
             async with self.speech_lock:
@@ -195,31 +198,32 @@ class App(Starlette):
         return Response(wav, media_type="audio/wav")
 
     def check_key(self, request: Request) -> None:
-        """Raises HTTPException if the client did not send the API key."""
+        """Raises HTTPException unless the client sent the API key."""
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
         if self.key is not None and not hmac.compare_digest(given.encode(), self.key.encode()):
-            message = "the API key is missing or wrong; send Authorization: Bearer KEY"
+            message = "the API key is missing or incorrect; send the header Authorization: Bearer KEY"
             raise HTTPException(401, message, {"WWW-Authenticate": "Bearer"})
 
 
 def find_key(config: ServeConfig) -> str | None:
-    """The API key. Raises UserError if other machines could connect without one."""
-    key = None if config.api_key is None else read_prompt(config.api_key, "api_key: the file").strip()
+    """The API key, or None. Raises UserError if there is none and other machines could connect."""
+    key = None if config.api_key is None else read_prompt(config.api_key, "the api_key file").strip()
     if key is not None and not re.fullmatch("[!-~]+", key):
-        raise UserError("api_key is not one word of ASCII characters; choose a long one")
+        raise UserError("api_key must be one word of printable ASCII characters; choose another")
     if key is None and config.host not in LOCAL_HOSTS:
         raise UserError(f"host={config.host} lets other machines connect; set --api_key=SECRET or FILE:path")
     return key
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens at this address. Raises UserError."""
+    """A socket that listens on this address. Raises UserError."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=512)
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"host={host} with port={port} cannot be used ({reason}); choose another") from None
+        message = f"cannot listen on host={host} with port={port} ({reason}); choose another host or port"
+        raise UserError(message) from None
 
 
 def event(data: dict[str, Any]) -> str:
@@ -229,14 +233,14 @@ def event(data: dict[str, Any]) -> str:
 def error_json(
     status: int, message: str, param: str | None = None, code: str | None = None
 ) -> dict[str, Any]:
-    """The body of an answer that is an error; `param` is the field of the request that is wrong."""
+    """The body of an error response, as OpenAI's; `param` is the wrong field of the request."""
     kind = "server_error" if status >= 500 else "requests" if status == 429 else "invalid_request_error"
     code = code or ERROR_CODES.get(status)
     return {"error": {"message": " ".join(message.split()), "type": kind, "param": param, "code": code}}
 
 
 async def handle_error(request: Request, error: Exception) -> Response:
-    status, message, headers, param = 500, "internal error", None, None
+    status, message, headers, param = 500, INTERNAL_ERROR, None, None
     if isinstance(error, UserError):
         status, message = 400, str(error)
         word = re.match(r"(?:the )?(\w*)", message)[1]
@@ -245,12 +249,12 @@ async def handle_error(request: Request, error: Exception) -> Response:
         status, message, headers = error.status_code, error.detail, error.headers
     if message in ("Not Found", "Method Not Allowed"):
         route = f"{request.method} {request.url.path[:100]}"
-        message = f"{route} is not served; POST /v1/completions is, with a prompt"
+        message = f"{route} is not supported; use POST /v1/completions with a prompt"
     return JSONResponse(error_json(status, message, param), status, headers)
 
 
 def host_name(host: str) -> str:
-    """The name in a Host header, without its port."""
+    """The host name in a Host header, without the port."""
     try:
         return urlsplit(f"//{host}").hostname or ""
     except ValueError:
@@ -258,21 +262,21 @@ def host_name(host: str) -> str:
 
 
 async def read_json(request: Request) -> dict[str, Any]:
-    """The fields of a body's JSON object that are not null. Raises HTTPException and UserError."""
+    """The fields of the JSON body, without those that are null. Raises HTTPException and UserError."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":  # other websites can have browsers send other types without asking
-        raise HTTPException(415, "the body is not declared as JSON; send Content-Type: application/json")
+    if kind != "application/json":  # browsers send other types for any website, without a CORS preflight
+        raise HTTPException(415, "the content type is not JSON; send Content-Type: application/json")
     try:
         body = json.loads(await asyncio.wait_for(read_body(request), MAX_BODY_SECONDS))
         json.dumps(body, ensure_ascii=False).encode()
     except ClientDisconnect:
         raise HTTPException(499, "the client has disconnected") from None
     except asyncio.TimeoutError:
-        raise HTTPException(408, f"the body took over {MAX_BODY_SECONDS} s; send it faster") from None
+        raise HTTPException(408, f"the body took longer than {MAX_BODY_SECONDS} s; send it faster") from None
     except UnicodeEncodeError:
-        raise UserError("the body has half of a surrogate pair; send whole characters") from None
+        raise UserError("the body has an unpaired surrogate such as \\ud800; send valid Unicode") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"the body is not JSON ({error}); send an object") from None
+        raise UserError(f"the body is not valid JSON ({error}); send a JSON object") from None
     if not isinstance(body, dict):
         raise UserError('the body is not a JSON object; send {"prompt": "..."}')
     return {name: value for name, value in body.items() if value is not None}
@@ -283,12 +287,14 @@ async def read_body(request: Request) -> bytes:
     async for part in request.stream():
         data += part
         if len(data) > MAX_BODY_BYTES:
-            raise HTTPException(413, f"the body has over {MAX_BODY_BYTES} bytes; send fewer")
+            raise HTTPException(
+                413, f"the body is larger than {MAX_BODY_BYTES >> 20} MiB; send a smaller one"
+            )
     return data
 
 
 async def read_outputs(request: Request, requests: list[EngineRequest], queue: asyncio.Queue) -> Outputs:
-    """The outputs of requests until their samples have finished. A client that disconnects cancels them."""
+    """The outputs of the requests until all samples have finished. A client that disconnects cancels them."""
 
     async def watch_connection() -> None:
         while (await request.receive())["type"] != "http.disconnect":

@@ -1,4 +1,4 @@
-"""Continuous batching: one thread decodes a batch that requests of other threads join and leave."""
+"""Continuous batching: one thread decodes a running batch; requests of other threads join and leave it."""
 
 import threading
 import time
@@ -17,34 +17,35 @@ from distrogpt.inference.detokenizer import Detokenizer, Token
 from distrogpt.inference.sampling import SamplingParams, sample_token, uniform_noise
 from distrogpt.settings import SampleConfig
 
-EMIT_INTERVAL = 0.05  # seconds: readers hardly want more, and each output wakes a thread on the same cores
+EMIT_INTERVAL = 0.05  # seconds; faster updates are hard to see, and each output costs CPU time
+INTERNAL_ERROR = "internal error; see the traceback in the output of serve.py"
 TopLogprobs = list[tuple[int, float]]  # the most likely ids of a position, and their log-probabilities
 
 
 class RequestOutput(NamedTuple):
-    """What a sample gained since its last output."""
+    """The new text and tokens of a sample since its last output."""
 
-    index: int  # of the sample among those of its completion
+    index: int  # of the sample within its completion
     text: str = ""
     tokens: list[Token] = []
     top_logprobs: list[TopLogprobs] = []  # of the positions of these tokens
-    text_offset: int = 0  # characters of all tokens before these
-    num_tokens: int = 0  # so far, with the one that ended the sample
-    finish_reason: str | None = None  # stop, length, or error with its message in `text`
+    text_offset: int = 0  # characters before these tokens
+    num_tokens: int = 0  # so far, including the end token
+    finish_reason: str | None = None  # stop, length, or error (then `text` is its message)
     score: float = 0.0  # mean log-likelihood of its tokens so far
-    first: bool = False  # nothing of the sample was emitted before
+    first: bool = False  # whether it is the first output of the sample
 
 
 @dataclass(eq=False)
 class EngineRequest:
-    """A prompt to be continued in settings.num_samples samples."""
+    """A prompt, of which settings.num_samples samples are generated."""
 
     prompt: list[int]
-    settings: SampleConfig  # outputs have log-probabilities if show_probs is set
+    settings: SampleConfig  # outputs have log-probabilities if show_probs
     emit: Callable[[RequestOutput], None]  # called in the engine's thread
-    stream: bool = False  # emit text while it is written
-    top_logprobs: int = 0  # N: also those of the N likeliest tokens, and of the sample's own
-    first_index: int = 0  # of its samples among those of its completion
+    stream: bool = False  # emit text while it is generated
+    top_logprobs: int = 0  # N: of the N most likely tokens and the sampled one
+    first_index: int = 0  # of its first sample within the completion
     cancelled: bool = False
 
     def __post_init__(self) -> None:
@@ -54,7 +55,7 @@ class EngineRequest:
 
 
 class Sample:
-    """A row of the batch: the text that its request has got so far."""
+    """A row of the batch: one sample of a request, and its text so far."""
 
     def __init__(self, request: EngineRequest, number: int, tokenizer: Any) -> None:
         settings = request.settings
@@ -63,13 +64,13 @@ class Sample:
         self.uniforms = request.uniforms[number]  # (max_new_tokens,)
         self.detokenizer = Detokenizer(tokenizer, settings.stop, end)
         self.seen = set(request.prompt)  # ids that a repetition penalty applies to
-        self.top_logprobs: list[TopLogprobs] = []  # of the tokens that were not emitted yet
+        self.top_logprobs: list[TopLogprobs] = []  # of tokens that are not emitted yet
         self.text_offset, self.emitted_at = 0, 0.0
         self.finish_reason: str | None = None
 
     @property
     def num_tokens(self) -> int:
-        """Tokens so far, with the one that ended the sample."""
+        """Tokens so far, including the end token."""
         return len(self.detokenizer.logprobs)
 
     def append(self, id: int, logprob: float, top_logprobs: TopLogprobs) -> None:
@@ -85,7 +86,7 @@ class Sample:
             self.finish_reason = "length"
 
     def emit(self) -> None:
-        """Emit what became certain since the last call."""
+        """Emit the text and tokens that became final since the last call."""
         tokens, text = self.detokenizer.pop_tokens(), self.detokenizer.pop_text()
         top, self.top_logprobs = self.top_logprobs[: len(tokens)], self.top_logprobs[len(tokens) :]
         progress = (self.text_offset, self.num_tokens, self.finish_reason, self.detokenizer.score)
@@ -101,11 +102,11 @@ class Sample:
 
 
 class Engine:
-    """A queue of requests, first come, first served, and a batch of at most `rows` samples, whose texts are
+    """A first-come, first-served queue of requests, and a batch of at most `rows` samples. The texts equal
     those of sample.py with the same settings."""
 
     def __init__(self, sampler: Any, rows: int, queue: int, make_batch: Callable = DecodingBatch) -> None:
-        """`sampler` is a Sampler; at most `queue` requests wait."""
+        """`sampler` is a Sampler; `queue` is the largest number of waiting requests."""
         self.model, self.tokenizer, self.rows, self.queue = sampler.model, sampler.tokenizer, rows, queue
         self.make_batch, self.emit_interval = make_batch, EMIT_INTERVAL
         self.waiting: deque[EngineRequest] = deque()
@@ -114,7 +115,8 @@ class Engine:
         self.changed, self.closed = threading.Condition(), False
 
     def submit(self, requests: list[EngineRequest]) -> bool:
-        """Queue all requests, each of which has to fit the batch; or none if closed or too many wait."""
+        """Queue all requests, each of at most `rows` samples; or none if closed or if the queue is full.
+        Returns whether they were queued."""
         with self.changed:
             self.waiting = deque(request for request in self.waiting if not request.cancelled)
             free = self.rows - len(self.samples)
@@ -127,16 +129,16 @@ class Engine:
             return accepted
 
     def close(self) -> None:
-        """Let `run` end; a signal handler may call this, too."""
+        """Make `run` return. Signal handlers may call this."""
         with self.changed:
             self.closed = True
             self.changed.notify()
 
     def run(self) -> None:
-        """Decode until the engine is closed; then fail all unfinished requests."""
+        """Decode until the engine is closed; then report an error to all unfinished requests."""
         while not self.closed:
             with self.changed:
-                # with a timeout, as Windows lets no Ctrl-C through otherwise
+                # with a timeout, as Windows otherwise does not deliver Ctrl-C
                 self.changed.wait_for(lambda: self.samples or self.waiting or self.closed, timeout=1)
             message = None
             try:
@@ -145,19 +147,19 @@ class Engine:
                     self.admit()
                     if self.samples:
                         self.step()
-            except Exception as error:  # clients must learn of it, and others can still be served
+            except Exception as error:  # is reported to clients; later requests are served
                 message = error_message(error)
-            if message:  # outside of the except block, which refers to the old batch
+            if message:  # outside of the except block, which keeps the old batch alive
                 self.fail_all(message)
                 self.samples, self.batch = [], None
                 try:
                     self.batch = self.make_batch(self.model, self.rows)
-                except Exception as error:  # without memory for a new batch, the server ends
+                except Exception as error:  # without memory for a new batch, the server stops
                     error_message(error)
                     self.close()
         for request in self.waiting:
             self.start(request)
-        self.fail_all("the server ends")
+        self.fail_all("the server is shutting down; try again later")
 
     def start(self, request: EngineRequest) -> None:
         self.samples += [Sample(request, number, self.tokenizer) for number in range(request.n)]
@@ -175,7 +177,7 @@ class Engine:
                 self.samples.pop()
 
     def admit(self) -> None:
-        """Start the requests that are next, as far as there is room."""
+        """Start the next requests, as long as they fit into the batch."""
         admitted: list[EngineRequest] = []
         with self.changed:
             self.waiting = deque(request for request in self.waiting if not request.cancelled)
@@ -190,7 +192,7 @@ class Engine:
             self.batch.add_sequences([torch.tensor(request.prompt) for request in requests], n)
 
     def step(self) -> None:
-        """Decode a token of each of B samples, and emit what is due."""
+        """Decode one token of each of B samples, and emit outputs that are due."""
         logits = self.batch.next_logits()[:, : self.tokenizer.vocab_size]  # (B, V)
         ids = self.sample_tokens(logits)  # (B, 1)
         self.batch.append(ids)
@@ -205,7 +207,7 @@ class Engine:
                 sample.fail(error_message(error))
 
     def sample_tokens(self, logits: torch.Tensor) -> torch.Tensor:
-        """Choose the next ids (B, 1), of each sample by its own settings."""
+        """Sample the next ids (B, 1), each with the settings of its request."""
         groups: dict[SamplingParams, list[int]] = defaultdict(list)
         for row, sample in enumerate(self.samples):
             groups[sample.request.params].append(row)
@@ -213,19 +215,19 @@ class Engine:
         uniforms = uniforms.to(logits.device)
         ids = torch.empty(uniforms.shape, dtype=torch.long, device=logits.device)  # (B, 1)
         for params, rows in groups.items():
-            seen = None  # which ids the samples have already: (rows, V)
+            seen = None  # marks the ids that the samples contain: (rows, V)
             if params.repetition_penalty != 1:
                 seen = torch.zeros(len(rows), logits.size(1), dtype=torch.bool)
                 for mask, row in zip(seen, rows, strict=True):
                     mask[list(self.samples[row].seen)] = True
                 seen = seen.to(logits.device)
-            if len(groups) == 1:  # spares the copies
+            if len(groups) == 1:  # without copying
                 return sample_token(logits, params, uniforms, seen)
             ids[rows] = sample_token(logits[rows], params, uniforms[rows], seen)
         return ids
 
     def logprobs(self, logits: torch.Tensor, ids: torch.Tensor) -> tuple[list[float], list[TopLogprobs]]:
-        """The log-probability of each sample's id; and those of the most likely ids, as requested."""
+        """The log-probability of each sample's id, and the most likely ids with theirs, as requested."""
         requests = [sample.request for sample in self.samples]
         if not any(request.settings.show_probs for request in requests):
             return [0.0] * len(ids), [[] for _ in ids]
@@ -235,15 +237,15 @@ class Engine:
         pairs = [list(zip(*row, strict=True)) for row in zip(indices.tolist(), values.tolist(), strict=True)]
         top = [row[: request.top_logprobs] for row, request in zip(pairs, requests, strict=True)]
         own = logprobs.gather(1, ids)[:, 0].tolist()
-        for likeliest, id, logprob in zip(top, ids[:, 0].tolist(), own, strict=True):
-            if id not in dict(likeliest):
-                likeliest.append((id, logprob))
+        for most_likely, id, logprob in zip(top, ids[:, 0].tolist(), own, strict=True):
+            if id not in dict(most_likely):
+                most_likely.append((id, logprob))
         return own, top
 
 
 def error_message(error: Exception) -> str:
-    """The message that clients get; the trace of a bug goes to stderr."""
+    """The message for clients. The traceback of a bug goes to stderr."""
     if is_out_of_memory(error):
-        return "out of memory; ask for fewer samples at once"
+        return "out of memory; request fewer samples at once"
     traceback.print_exception(error)
-    return "internal error"
+    return INTERNAL_ERROR

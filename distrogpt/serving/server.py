@@ -1,4 +1,4 @@
-"""The HTTP server: uvicorn, in which clients that send or read too slowly keep no others out."""
+"""The HTTP server: uvicorn, with time limits so that slow clients cannot block others."""
 
 import asyncio
 import errno
@@ -18,17 +18,17 @@ from distrogpt.serving.app import MAX_BODY_SECONDS, App, error_json
 
 UVICORN = {"ws": "none", "lifespan": "off", "timeout_graceful_shutdown": 1, "log_level": "error"}
 UVICORN |= {"access_log": False, "server_header": False, "loop": "asyncio"}
-BACKLOG, ACCEPTED_AT_ONCE = 512, 16  # new connections: that the system keeps, that a step of the loop accepts
-MAX_IDLE, MIN_IDLE = 1000, 16  # connections beside those of requests that are served or wait
-FREE_FILES = 96  # for new connections in the few steps until others are closed, and for all else
-# seconds in which a client has to send a request's headers and its body, and to read what is ready for it
+BACKLOG, ACCEPTED_AT_ONCE = 512, 16  # new connections: queued by the system, accepted per loop step
+MAX_IDLE, MIN_IDLE = 1000, 16  # connections beyond those of running and waiting requests
+FREE_FILES = 96  # reserved for new connections until others are closed, and for other files
+# seconds that a client has to send the headers and body of a request, and to read a response
 SECONDS = {"headers": 10, "body": MAX_BODY_SECONDS + 10, "reading": 60}
 TABLE_FULL = (errno.EMFILE, errno.ENFILE)
 
 
 class Connection(H11Protocol):
-    """A connection that waits for its client for a limited time. If there are too many, the oldest of those
-    that wait is closed, or the new one if there is none."""
+    """A connection that waits for its client for a limited time. If there are too many connections, the
+    oldest waiting one is closed or, if none is waiting, the new one."""
 
     def __init__(self, *args: Any, max_connections: int, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -60,7 +60,7 @@ class Connection(H11Protocol):
 
     def handle_events(self) -> None:
         super().handle_events()
-        if self.cycle and self.conn.trailing_data[0]:  # further requests, without waiting for an answer
+        if self.cycle and self.conn.trailing_data[0]:  # pipelined requests, which are not supported
             self.cycle.keep_alive = False
         self.update_timer()
 
@@ -79,7 +79,7 @@ class Connection(H11Protocol):
         self.update_timer()
 
     def send_400_response(self, message: str) -> None:
-        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):  # no answer has begun
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):  # no response has begun
             message = "the request is not HTTP/1.1, or its headers are too long; send POST /v1/completions"
             body = json.dumps(error_json(400, message)).encode()
             head = "HTTP/1.1 400 Bad Request\r\nContent-Type: application/json\r\nConnection: close\r\n"
@@ -88,14 +88,14 @@ class Connection(H11Protocol):
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server for this application."""
+    """uvicorn's server for an App."""
 
     def __init__(self, app: App) -> None:
         engine, possible = app.engine, max(32, max_files() - FREE_FILES)
         if engine.rows + engine.queue > possible - MIN_IDLE:
             engine.queue = max(0, possible - MIN_IDLE - engine.rows)
-            limit = "as few files may be open; raise the limit: ulimit -n 4096"
-            warn(f"note     only {engine.queue} requests may wait, {limit}")
+            limit = "the limit of open files is low; raise it: ulimit -n 4096"
+            warn(f"note     only {engine.queue} requests may wait, as {limit}")
         most = min(possible, engine.rows + engine.queue + MAX_IDLE)
         protocol = partial(Connection, max_connections=most)
         super().__init__(uvicorn.Config(app, http=protocol, backlog=ACCEPTED_AT_ONCE, **UVICORN))
@@ -109,23 +109,24 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket] | None = None) -> None:
         for connection in self.server_state.connections:
-            if connection.waits_for:  # there is no use in waiting for these
+            if connection.waits_for:  # their clients may never answer
                 connection.transport.abort()
         await super().shutdown(sockets)
 
     def handle_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        """One line for a full table of files, where asyncio prints a hundred traces a second."""
+        """Print one line if too many files are open, for which asyncio prints a hundred tracebacks per
+        second."""
         if getattr(context.get("exception"), "errno", None) not in TABLE_FULL:
             loop.default_exception_handler(context)
             return
         close_oldest(self.server_state.connections)
         if not self.has_warned:
-            warn("note     too many files are open for more connections; raise the limit: ulimit -n 4096")
+            warn("note     too many open files: connections are closed; raise the limit: ulimit -n 4096")
         self.has_warned = True
 
 
 def close_oldest(connections: Iterable[Connection]) -> bool:
-    """Close the oldest of the connections that wait for their client, if there is one."""
+    """Close the oldest connection that waits for its client. Returns whether there was one."""
     waiting = [one for one in connections if one.waits_for and not one.transport.is_closing()]
     if waiting:
         min(waiting, key=lambda one: one.made_at).transport.abort()
@@ -133,7 +134,7 @@ def close_oldest(connections: Iterable[Connection]) -> bool:
 
 
 def max_files() -> float:
-    """How many files and connections this process may have open."""
+    """The limit of open files and connections of this process."""
     try:
         import resource
     except ImportError:  # on Windows

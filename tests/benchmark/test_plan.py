@@ -75,16 +75,16 @@ def test_the_example_runs_and_its_proposal_can_be_run(tmp_path, capsys):
     tokens = config.max_iters * config.gradient_accumulation_steps * config.batch_size
     assert tokens == pytest.approx(600_000 * 480, rel=1e-5) and config.lr_decay_iters == config.max_iters
     for line in (
-        r"^batch +40 micro-steps of 12 cannot be shared among 64; nearest: 64 of 8, 512 sequences",
+        r"^batch +40 micro-steps of 12 cannot be split among 64 GPUs; nearest: 64 of 8 = 512 sequences",
         r"^         shard, checkpointing( +\d+\.\d\d){6}  fits$",
-        r"^fits +with these flags: \d+\.\d of 71.1 GiB$",
-        r"^mfu +40% of the peak, assumed",
+        r"^fits +with these flags: \d+\.\d of 71.1 GiB usable$",
+        r"^mfu +40% of the peak FLOP/s, assumed",
         r"^step +[\d.]+ ms for 524,288 tokens",
-        r"^run +562,500 steps, 294.9 billion tokens: [\d.]+ days \(.*\), [\d.,]+ GPU-hours$",
-        r"^writes +1.49 GB a checkpoint",
-        r"^limits +exchange: from \d+ GPUs on, a tenth",
+        r"^run +562,500 steps, 294.9 billion tokens: [\d.]+ hours, [\d.,]+ GPU-hours$",
+        r"^writes +1.49 GB per checkpoint",
+        r"^limits +communication: 10% of a step or more is exposed from \d+ GPUs on$",
         r"^         batch: 480 sequences are too few for 512 GPUs",
-        r"^         data: not up to 4,096 GPUs",
+        r"^         data: an SSD of 1,000 MB/s per node is enough up to 4,096 GPUs \(",
     ):
         assert re.search(line, printed, re.M), (line, printed)
     assert [row["n"] for row in result["scaling"]] == [2**i for i in range(13)]
@@ -277,7 +277,7 @@ def test_the_batch_shrinks_until_it_fits_and_then_other_ways_are_taken(capsys):
     printed, result = planned(capsys, *xl, "--gpu=a10", "--n_gpus=2")
     assert result["run"]["shard"] and "--shard=True" in result["flags"]
     printed, result = planned(capsys, *xl, "--gpu=t4", "--n_gpus=1")
-    assert re.search(r"^fits +no: [\d.]+ GiB at least", printed, re.M)
+    assert re.search(r"^fits +no: at least [\d.]+ GiB needed, [\d.]+ GiB usable; use more", printed, re.M)
 
 
 def test_it_plans_for_this_machine_from_a_step_made_here(dataset, tmp_path):

@@ -49,10 +49,10 @@ def test_a_part_that_fails_or_hangs_leaves_the_others_alone(tmp_path, monkeypatc
     ]
     result = bench_report(read_settings(BenchConfig, ["--report_minutes=2"]), CPU, parts)
     status = {each["name"]: each["status"] for each in result["parts"]}
-    assert status["hangs"] == "stopped at its limit of 8 s"
+    assert status["hangs"] == "stopped at its time limit of 8 s"
     assert status["fails"] == "failed: error: no such thing; do this"
     assert status["fits"] == status["good"] == "ok"
-    assert re.match(r"not run: \d+ s were left of 2 minutes", status["late"])
+    assert re.match(r"not run: \d+ s left of 2 minutes", status["late"])
     assert [len(each["results"]) for each in result["parts"]] == [0, 0, 1, 1, 0]
     assert json.loads((tmp_path / "report" / "report.json").read_text()) == result
     text = (tmp_path / "report" / "report.md").read_text()
@@ -102,7 +102,7 @@ def test_without_time_nothing_runs_and_the_report_says_so(tmp_path):
     done = run_here("bench.py", "--report=True", "--report_minutes=0.01", "--device=cpu", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     text = (tmp_path / "report" / "report.md").read_text()
-    assert re.search(r"The machine: not run: \d s were left of 0.01 minutes", text)
+    assert re.search(r"The machine: not run: \d s left of 0.01 minutes", text)
 
 
 def test_a_check_by_itself(tmp_path):
@@ -154,5 +154,5 @@ def test_results_that_other_commands_write(tmp_path, monkeypatch):
     result = read_curve("train_shakespeare_char")
     assert result["curve"] == [[0, 0.0, 4.5], [20, 3.0, 1.4], [30, 4.0, 1.3]]
     line = headline(result)
-    assert line.startswith("best val loss 1.3000 at step 30, after 4 s; 1.4697 (")
-    assert line.endswith("after 3.0 s")
+    assert line.startswith("best val loss 1.3000 at step 30, after 4 s; target 1.4697 (")
+    assert line.endswith("reached after 3.0 s")

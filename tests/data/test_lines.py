@@ -261,7 +261,7 @@ def test_eval_counts_what_a_plain_loop_counts(lines, tmp_path, capsys):
         ({"separator": "+="}, "is 2"),
         ({"separator": "z"}, "'z' at position 0"),
         ({"dataset": "none"}, "no dataset none"),
-        ({"tasks": "loss", "stride": 4}, "stride is for text"),
+        ({"tasks": "loss", "stride": 4}, "stride has no meaning"),
     ):
         with pytest.raises(UserError, match=re.escape(says)):
             measure(EvalConfig(**where, **more))
@@ -269,9 +269,9 @@ def test_eval_counts_what_a_plain_loop_counts(lines, tmp_path, capsys):
     with write_dataset(tmp_path / "long", tokenizer) as add:
         add("train", tokenizer.encode("1=1\n" * 9), 36)
         add("val", tokenizer.encode("1" * 16 + "=1\n"), 19)
-    with pytest.raises(UserError, match="a prompt has 17 tokens, the model reads 16"):
+    with pytest.raises(UserError, match="a prompt has 17 tokens, but block_size is 16"):
         measure(EvalConfig(**where, dataset=str(tmp_path / "long")))
-    with pytest.raises(UserError, match="no line of val has the separator"):
+    with pytest.raises(UserError, match="no line of val contains the separator"):
         measure(EvalConfig(**where, dataset=str(tmp_path / "long"), separator="+"))
     with pytest.raises(UserError, match="is the newline"):
         measure(EvalConfig(**where, separator="\n"))

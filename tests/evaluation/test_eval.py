@@ -318,9 +318,9 @@ def test_hellaswag_is_downloaded_once_and_checked(tmp_path):
     ("line", "message"),
     [
         ("{", r"line 2 is not valid JSON \(Expecting"),
-        ("7", "line 2: it is not an object"),
-        ('{"endings": ["a", "b"], "label": 0}', "line 2: ctx is not a text"),
-        ('{"ctx": "a", "endings": ["b"], "label": 0}', "line 2: endings is not a list of two"),
+        ("7", "line 2: it is not a JSON object"),
+        ('{"endings": ["a", "b"], "label": 0}', "line 2: ctx is not a string"),
+        ('{"ctx": "a", "endings": ["b"], "label": 0}', "line 2: endings is not a list of two or more"),
         ('{"ctx": "a", "endings": ["b", 3], "label": 0}', "line 2: endings is not a list"),
         ('{"ctx": "a", "endings": ["b", "c"], "label": 2}', "line 2: label is not the index"),
         ('{"ctx": "a", "endings": ["b", "c"], "label": true}', "line 2: label is not the index"),
@@ -342,13 +342,13 @@ def test_user_errors(learner, dataset, tmp_path):
     (tmp_path / "é.jsonl").write_text('{"ctx": "é", "endings": ["b", "c"], "label": 0}\n', encoding="utf-8")
     (tmp_path / "none.jsonl").write_text("\n")
     for settings, message in (
-        ({"tasks": "los"}, "tasks=los is not known"),
-        ({"tasks": "choice"}, "give --input=FILE"),
+        ({"tasks": "los"}, "tasks=los is unknown"),
+        ({"tasks": "choice"}, "set --input=FILE"),
         ({"tasks": "hellaswag", "input": str(tmp_path / "no.jsonl")}, "cannot be read"),
         ({"tasks": "hellaswag", "input": str(tmp_path / "é.jsonl")}, "line 1: character 'é'"),
-        ({"tasks": "hellaswag", "input": str(tmp_path / "none.jsonl")}, "has no question"),
-        ({"stride": 25}, "stride=25 is longer"),
-        ({"block_size": 25}, "block_size=25 is longer"),
+        ({"tasks": "hellaswag", "input": str(tmp_path / "none.jsonl")}, "has no questions"),
+        ({"stride": 25}, "stride=25 is larger"),
+        ({"block_size": 25}, "block_size=25 is larger"),
         ({"tasks": "accuracy", "separator": "=="}, "is 2"),
         ({"init_from": "gpt3"}, "init_from=gpt3"),
     ):
@@ -357,7 +357,7 @@ def test_user_errors(learner, dataset, tmp_path):
     flags = [*TINY, f"--dataset={dataset}", f"--out_dir={tmp_path / 'out'}"]
     for settings, message in (
         (["--eval_accuracy=True"], "loss_after"),
-        (["--eval_accuracy=True", "--loss_after==", "--eval_splits=train"], "eval_splits=train reads none"),
+        (["--eval_accuracy=True", "--loss_after==", "--eval_splits=train"], "eval_splits=train excludes"),
         (["--eval_samples=1", "--sample_start=é"], "'é' at position 0"),
         (["--eval_hellaswag=True", f"--hellaswag_input={tmp_path / 'no.jsonl'}"], "cannot be read"),
     ):
@@ -392,7 +392,7 @@ def test_a_loss_needs_no_tokenizer(copy, tmp_path):
     where = {"out_dir": str(tmp_path / "out"), "device": "cpu"}
     assert 0 < measure(EvalConfig(**where))["loss"]["loss"] < 6
     for settings, words in (
-        ({"tasks": "hellaswag"}, "reads token ids, not HellaSwag's English"),
+        ({"tasks": "hellaswag"}, "has no tokenizer for HellaSwag's text"),
         ({"tasks": "accuracy"}, "has no tokenizer"),
         ({"tasks": "next", "start": "the"}, "'the' is not a token id"),
     ):
@@ -428,7 +428,7 @@ def test_a_checkpoint_without_a_dataset(tmp_path):
         meta={"tokenizer": {"kind": "byte"}, "vocab_size": 257, "dtype": "uint16"},
     )
     torch.save(state, tmp_path / "ckpt.pt")
-    with pytest.raises(UserError, match="names no dataset"):
+    with pytest.raises(UserError, match="does not name the dataset"):
         measure(EvalConfig(out_dir=str(tmp_path), device="cpu"))
 
 

@@ -83,7 +83,7 @@ def test_commands(trained):
 def test_mistakes_are_reported_and_the_loop_continues(trained):
     mistakes = {
         "/temprature 3": "unknown command /temprature; did you mean /temperature?",
-        "/xyzzy": "unknown command /xyzzy; /help lists all",
+        "/xyzzy": "unknown command /xyzzy; /help lists the commands",
         "/device cuda": "unknown command /device",
         "/temperature warm": "temperature='warm' is not valid; give a number",
         "/temperature": "is not valid",
@@ -139,7 +139,7 @@ class Keyboard:
 def test_on_a_terminal(trained, tmp_path):
     flags = (f"--out_dir={trained}", "--device=cpu", "--interactive=True", "--max_new_tokens=12", "--seed=3")
     keyboard = Keyboard(*flags, XDG_CACHE_HOME=str(tmp_path), NO_COLOR="")
-    keyboard.wait_for("a line is a prompt.*> ")
+    keyboard.wait_for("type a prompt.*> ")
     keyboard.press("def \n")
     expected = sample_prompt(trained, "def ", 3)
     shown = keyboard.wait_for(f"{re.escape(expected[4:])}> ")
@@ -154,7 +154,7 @@ def test_on_a_terminal(trained, tmp_path):
     keyboard.press("half")
     keyboard.wait_for("half")
     keyboard.press("\x03", retry_after=1)  # readline ignores it while it draws a key
-    keyboard.wait_for("Ctrl-D or /quit quits\n> ")
+    keyboard.wait_for("press Ctrl-D or type /quit to quit\n> ")
 
     keyboard.press("/max_new_tokens 12\n")
     keyboard.wait_for("\n> ")

@@ -351,6 +351,6 @@ def test_mistakes(trained, tmp_path, chars):
         chars.generate(["a", "é"])
     with pytest.raises(UserError, match="start=5 is not valid"):
         chars.generate(["a", 5])
-    with pytest.raises(TypeError, match="device is not a setting of a sample"):
+    with pytest.raises(TypeError, match="device is not a sampling setting"):
         chars.generate("a", device="cuda")
     assert chars.generate([]) == []

@@ -191,7 +191,7 @@ def test_openais_client(server):
         client.completions.create(**params | {"max_tokens": 10**6})
     assert (error.value.param, error.value.type) == ("max_tokens", "invalid_request_error")
     assert client.models.retrieve(name).id == name and client.models.list().data[0].created > 1.7e9
-    with pytest.raises(openai.NotFoundError, match=f"; ask for {name}") as error:
+    with pytest.raises(openai.NotFoundError, match=f"; use {name}") as error:
         client.models.retrieve("gpt-4")
     assert (error.value.param, error.value.code) == ("model", "model_not_found")
 
@@ -332,27 +332,27 @@ def test_a_character_that_is_never_complete(scripted_events):
 @pytest.mark.parametrize(
     "body, words",
     [
-        ("{", "not JSON"),
-        ("[" * 100_000, "not JSON"),
-        ("\xff", "not JSON"),
+        ("{", "not valid JSON"),
+        ("[" * 100_000, "not valid JSON"),
+        ("\xff", "not valid JSON"),
         ("[]", "not a JSON object"),
-        (r'{"prompt": "a", "\ud800": 1}', "half of a surrogate pair"),
-        (r'{"prompt": "\ud800", "echo": true}', "half of a surrogate pair"),
-        (r'{"prompt": "a", "stop": ["\udc00"]}', "half of a surrogate pair"),
-        (r'{"prompt": ["a", "\ud83d"]}', "half of a surrogate pair"),
-        (r'{"prompt": "a", "user": {"\ud800": []}}', "half of a surrogate pair"),
+        (r'{"prompt": "a", "\ud800": 1}', "unpaired surrogate"),
+        (r'{"prompt": "\ud800", "echo": true}', "unpaired surrogate"),
+        (r'{"prompt": "a", "stop": ["\udc00"]}', "unpaired surrogate"),
+        (r'{"prompt": ["a", "\ud83d"]}', "unpaired surrogate"),
+        (r'{"prompt": "a", "user": {"\ud800": []}}', "unpaired surrogate"),
         ('{"prompt": "a", "temperature": NaN}', "a finite number"),
-        ({"prompt": 5}, "neither text nor"),
+        ({"prompt": 5}, "neither a string nor"),
         ({"prompt": []}, "0 prompts"),
         ({"prompt": ["a"] * 100}, "100 prompts"),
         ({"prompt": [0, 10**6]}, "ids from 0 to"),
         ({"prompt": [[-1]]}, "ids from 0 to"),
-        ({"prompt": [[0], True]}, "neither text nor"),
+        ({"prompt": [[0], True]}, "neither a string nor"),
         ({"prompt": "\N{SNOWMAN}"}, "not in the vocabulary"),
-        ({"prompt": "a" * 17}, "17 tokens, the model reads 16"),
-        ({"prompt": "a", "max_tokens": 4097}, "4096 or fewer"),
+        ({"prompt": "a" * 17}, "17 tokens, the context length is 16"),
+        ({"prompt": "a", "max_tokens": 4097}, "at most 4096"),
         ({"prompt": "a", "max_tokens": 0}, "at least 1"),
-        ({"prompt": "a", "n": 17}, "16 or fewer"),
+        ({"prompt": "a", "n": 17}, "n=17 is above the server's limit; send at most 16"),
         ({"prompt": "a", "n": True}, "whole number"),
         ({"prompt": "a", "best_of": 2, "n": 3}, "best_of"),
         ({"prompt": "a", "best_of": 2, "stream": True}, "best_of"),
@@ -362,7 +362,7 @@ def test_a_character_that_is_never_complete(scripted_events):
         ({"prompt": "a", "seed": 10**5000}, "seed"),
         ({"prompt": "a", "stop": [""]}, "stop"),
         ({"prompt": "a", "stop": {"a": 1}}, "stop"),
-        ({"prompt": "a", "stop": ["a"] * 17}, "over 16"),
+        ({"prompt": "a", "stop": ["a"] * 17}, "16 strings"),
         ({"prompt": "a", "logprobs": 21}, "at most 20"),
         ({"prompt": "a", "stream": "yes"}, "True or False"),
         ({"prompt": "a", "stream_options": 3}, "stream_options"),
@@ -612,7 +612,7 @@ def test_without_memory_for_a_new_batch_the_server_closes(trained):
         assert server.request("POST", "/v1/completions", {"prompt": "a"})[0] in (500, 503)
         assert server.request("POST", "/v1/completions", {"prompt": "a"})[0] in (500, 503)
         status, _, text = server.request("POST", "/v1/completions", {"prompt": "a"})
-        assert status == 503 and "start it again" in text
+        assert status == 503 and "restart it" in text
     assert released[1:] == [True]
 
 
@@ -660,9 +660,9 @@ def test_as_a_command_until_a_signal(trained, number, status):
     answer = connections[1].getresponse()
     assert answer.readline().startswith(b"data: {")
     process.send_signal(number)
-    assert b"the server ends" in answer.read()
+    assert b"the server is shutting down" in answer.read()
     answer = connections[2].getresponse()
-    assert answer.status == 503 and b"the server ends" in answer.read()
+    assert answer.status == 503 and b"the server is shutting down" in answer.read()
     _, err = process.communicate(timeout=20)
     assert process.returncode == status and len(err.splitlines()) <= 2 and "ckpt.pt, step 20" in err
     if taken:

@@ -235,7 +235,7 @@ def test_a_plan_counts_epochs_on_the_dataset(dataset):
     flags = [*TINY, "--plan=True", "--max_epochs=3"]
     config, _, _ = planned_shape(read_settings(BenchConfig, [*flags, f"--dataset={dataset}"]))
     assert config.max_iters == steps_of(f"--dataset={dataset}", "--max_epochs=3")[0].max_iters
-    with pytest.raises(UserError, match="max_epochs is counted on the dataset, which is not here; "):
+    with pytest.raises(UserError, match="max_epochs needs the dataset, which was not found; "):
         planned_shape(read_settings(BenchConfig, [*flags, "--dataset=none"]))
 
 
