@@ -84,7 +84,7 @@ notebook: $(TESTABLE) ## run docs/quickstart.ipynb and save its outputs; a few m
 
 $(SITE): requirements-docs.txt constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
-		|| { echo "error: the site needs Python 3.11 or newer; make PYTHON=python3.12 site" >&2; exit 2; }
+		|| { echo "error: the site needs Python 3.11 or newer; run: make PYTHON=python3.12 site" >&2; exit 2; }
 	$(PYTHON) -m venv .venv-docs
 	PIP_CONSTRAINT=constraints.txt .venv-docs/$(SCRIPTS)/$(PIP) -r requirements-docs.txt
 	@touch $@
