@@ -15,7 +15,7 @@ TESTABLE := .venv/requirements-test.installed
 SITE := .venv-docs/requirements.installed
 OUT := out-stdlib-char
 
-.PHONY: help install demo serve test test-audio test-latest test-oldest chaos lint docs notebook site lock clean
+.PHONY: help install demo serve pictures test test-audio test-latest test-oldest chaos lint docs notebook site lock clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -49,6 +49,9 @@ demo: $(INSTALLED) data/stdlib_char/meta.json ## prepare data, train for a minut
 serve: $(INSTALLED) ## serve the demo's model as a web page and an API
 	$(INSTALL) -r requirements-serve.txt
 	$(BIN)/python serve.py --out_dir=$(OUT)
+
+pictures: $(TESTABLE) data/stdlib_char/meta.json ## make the pictures of the docs: two minutes
+	$(BIN)/python docs/pictures.py
 
 test: $(TESTABLE) ## run all tests
 	$(BIN)/python -m pytest

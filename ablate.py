@@ -27,7 +27,7 @@ import torch
 from distrogpt.checkpoint import atomic_write
 from distrogpt.errors import Diverged, UserError, cli_errors, writable
 from distrogpt.files import locked
-from distrogpt.plotting import new_figure, write_figure
+from distrogpt.plotting import COLORS, new_figure, style_axes, write_figure
 from distrogpt.settings import TrainConfig
 from train import train
 
@@ -102,19 +102,20 @@ def plot(runs: dict[str, list[Run]], path: Path) -> None:
     if find_spec("matplotlib") is None:
         print(f"note     {path} is not drawn without matplotlib; run: pip install matplotlib")
         return
-    figure = new_figure(9, 0.32 * len(runs) + 1.2)
+    figure = new_figure(9, 0.32 * len(runs) + 1.6, "What each ingredient of the recipe gains")
     axes = figure.subplots()
     for row, (name, variant) in enumerate(runs.items()):
-        color = "#4477aa" if name.startswith("recipe") else "#cc6677"
+        color, marker = (COLORS[0], "o") if name.startswith("recipe") else (COLORS[1], "s")
         vals = [run["val"] for run in variant if math.isfinite(run["val"])]
-        axes.plot(vals, [row] * len(vals), "o", color=color, alpha=0.7)
+        axes.plot(vals, [row] * len(vals), marker, color=color, alpha=0.7)
         if vals:
             axes.plot(statistics.median(vals), row, "|", color=color, markersize=16)
         if vals and name in ("recipe", "GPT-2"):
             axes.axvline(statistics.median(vals), color=color, linewidth=0.6)
     axes.set_yticks(range(len(runs)), list(runs))
     axes.invert_yaxis()
-    axes.set(xlabel="best loss over the whole val split; a dot for each seed, a bar at the median")
+    subtitle = "a marker for each seed, a bar at the median; lower is better"
+    style_axes(axes, "best val loss (nats per token)", subtitle=subtitle, grid="x")
     write_figure(figure, path, dpi=150)
     print(f"plot     {path.resolve()}")
 

@@ -424,13 +424,17 @@ class AblateConfig(TrainConfig):
 
 @dataclass
 class PlotConfig(Settings):
-    """Draw the losses of runs beside each other, from their log.csv.
+    """Draw the losses of one or more runs from their log.csv.
 
-    usage: python plot.py OUT_DIR [OUT_DIR ...] [--setting=value ...]
+    usage: python plot.py RUN [RUN ...] [--setting=value ...]
+           python plot.py out-a out-b --by=tokens
+           python plot.py small=out-a large=logs/b.csv --by=seconds
+
+    RUN is an out_dir or a .csv file, or NAME= and one of these: NAME is its label in the picture.
     """
 
     by: str = setting("steps", "x axis", choices=("steps", "tokens", "seconds"))
-    output: str = setting("compare.png", "file of the picture: .png, .svg, .pdf", path=True)
+    output: str = setting("compare.png", "file to write: .png, .svg or .pdf", path=True)
     baseline_loss: float | None = BASELINE_LOSS
     baseline_hellaswag: float | None = BASELINE_HELLASWAG
 

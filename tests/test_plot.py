@@ -2,6 +2,7 @@
 
 import sys
 import types
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -36,7 +37,12 @@ def write_run(folder, rate: float = 1.0, steps: int = 100) -> None:
 
 
 def curves(axes) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    return {line.get_label(): line.get_data() for line in axes.get_lines()}
+    """Lines by the first line of their label."""
+    return {line.get_label().partition("\n")[0]: line.get_data() for line in axes.get_lines()}
+
+
+def labels(axes) -> list[str]:
+    return [text.get_text() for text in axes.texts]
 
 
 def test_a_log_is_read_whatever_is_wrong_with_its_lines(tmp_path):
@@ -58,7 +64,7 @@ def test_a_long_log_is_read_and_thinned(tmp_path):
     log = read_log(tmp_path / "log.csv")
     figure = draw({"run": log})
     assert len(log["step"]) == 600_001 and log["step"][-1] == 600_000
-    steps, losses = curves(figure.axes[0])["step"]
+    steps, losses = curves(figure.axes[0])["mean of 40001"]
     assert len(steps) <= MAX_POINTS + 1 and steps[-1] == 600_000 and (losses == 3.25).all()
 
 
@@ -75,8 +81,10 @@ def test_runs_are_compared_by_steps_tokens_or_seconds(by, between, tmp_path):
     np.testing.assert_allclose(lines["b"][0], x / 2 if by == "seconds" else x)
     colors = {line.get_color() for line in figure.axes[0].get_lines()}
     assert len(colors) == 3  # two runs, and the published level
-    assert [text.get_text().strip() for text in figure.axes[0].texts] == ["published 3.12"]
-    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["a", "b"]
+    best = {"b\nbest val 2.1100", "a\nbest val 2.1198"}
+    assert set(labels(figure.axes[0])) == {"published 3.12", *best}  # each at the end of its line
+    steps, ends = zip(*(text.xy for text in figure.axes[0].texts), strict=True)
+    assert steps[-1] == 1 and len(set(ends)) == 3
 
 
 def test_scores_have_panels_if_a_run_has_them(tmp_path):
@@ -85,7 +93,7 @@ def test_scores_have_panels_if_a_run_has_them(tmp_path):
     logs = {name: read_log(tmp_path / name / "log.csv") for name in "ab"}
     figure = draw(logs, baseline_hellaswag=0.2955)
     _, scores = figure.axes
-    assert scores.get_ylabel().startswith("HellaSwag") and "published 0.2955" in scores.texts[0].get_text()
+    assert scores.get_ylabel().startswith("HellaSwag") and "published 0.2955" in labels(scores)
     np.testing.assert_array_equal(curves(scores)["b"], [[0, 9], [0.25, 0.3]])
     write_log(tmp_path / "b", [{"step": 5, "loss": 3, "accuracy": 0.5}])
     figure = draw({"b": read_log(tmp_path / "b" / "log.csv")})
@@ -95,9 +103,9 @@ def test_scores_have_panels_if_a_run_has_them(tmp_path):
 def test_smoothing_keeps_the_ends_and_the_mean():
     values = np.random.default_rng(0).normal(size=1000).cumsum()
     smooth = smoothed(values)
-    assert smooth[0] == values[0] and smooth[-1] == pytest.approx(values[-1])
-    assert smooth[500] == pytest.approx(values[495:506].mean())
-    np.testing.assert_allclose(smoothed(values[:50]), values[:50])
+    assert smooth[0] == values[0] and smooth[-1] == pytest.approx(values[-34:].mean())
+    assert smooth[500] == pytest.approx(values[500 - 33 : 500 + 34].mean())
+    np.testing.assert_allclose(smoothed(values[:29]), values[:29])
 
 
 def test_the_first_steps_of_a_long_run_do_not_flatten_the_rest(tmp_path):
@@ -105,6 +113,81 @@ def test_the_first_steps_of_a_long_run_do_not_flatten_the_rest(tmp_path):
     write_log(tmp_path, [{"step": step, "loss": 10 if step < 10 else 3 + 1 / step} for step in steps])
     low, high = draw({"a": read_log(tmp_path / "log.csv")}, baseline_loss=3.12).axes[0].get_ylim()
     assert 2.9 < low < 3 and 3.12 < high < 3.2
+
+
+def test_a_run_that_diverges_is_seen_to_diverge(tmp_path):
+    losses = [4.0 - step / 500 for step in range(960)] + [float(9 + step) for step in range(40)]
+    rows = [{"step": step, "loss": loss} for step, loss in enumerate(losses, 1)]
+    rows[-1]["val_loss"] = 60
+    write_log(tmp_path, rows)
+    low, high = draw({"a": read_log(tmp_path / "log.csv")}).axes[0].get_ylim()
+    assert low < 2.1 and high > 60
+
+
+def test_the_val_loss_of_step_0_does_not_flatten_a_short_run(tmp_path):
+    write_log(
+        tmp_path, [{"step": step, "val_loss": 9 if not step else 3 - step / 100} for step in (0, 10, 20)]
+    )
+    low, high = draw({"a": read_log(tmp_path / "log.csv")}).axes[0].get_ylim()
+    assert 2.75 < low < 2.8 and 2.9 < high < 2.95
+    write_log(tmp_path, [{"step": 0, "val_loss": 9}])
+    low, high = draw({"a": read_log(tmp_path / "log.csv")}).axes[0].get_ylim()
+    assert low < 9 < high
+
+
+def test_the_picture_of_one_run_marks_the_best_and_shows_the_learning_rate(tmp_path):
+    vals = {0: 4.0, 10: 3.0, 20: 2.5, 30: 2.75}
+    rows = [
+        {"step": step, "lr": step / 1000, "train_loss": val - 1, "val_loss": val}
+        for step, val in vals.items()
+    ]
+    write_log(
+        tmp_path, [row | {"tokens": 64_000 * row["step"], "seconds": 100 * row["step"]} for row in rows]
+    )
+    figure = draw({"a": read_log(tmp_path / "log.csv")}, "seconds")
+    losses, rates = figure.axes
+    (best,) = [text for text in losses.texts if "best" in text.get_text()]
+    assert best.get_text() == "best val loss 2.5000\nat step 20" and best.xy == pytest.approx((100 / 3, 2.5))
+    lines = {line.get_label(): line for line in losses.get_lines()}
+    assert lines["val"].get_zorder() >= lines["train"].get_zorder()
+    assert losses.get_lines().index(lines["val"]) > losses.get_lines().index(lines["train"])  # above it
+    assert {"train", "val"} <= set(labels(losses)) and figure.get_suptitle() == "a"
+    assert losses.get_title(loc="left") == "30 steps, 1,920,000 tokens, 50 minutes"
+    assert rates.get_xlabel() == "minutes" and rates.get_ylabel() == "learning\nrate"
+    np.testing.assert_allclose(rates.get_lines()[0].get_ydata(), [0, 0.01, 0.02, 0.03])
+
+
+def test_a_run_may_have_any_name_and_lack_columns(tmp_path):
+    (tmp_path / "log.csv").write_text("step,loss,accuracy\n1,3.5,0.25\n2,3.25,0.5\n")
+    log = read_log(tmp_path / "log.csv")
+    for logs in ({"a $ b $x": log}, {"": log, "_": log, "$\\frac$": log}):
+        for by in ("steps", "tokens", "seconds"):
+            draw(logs, by).savefig(tmp_path / "x.png")
+
+
+def test_labels_do_not_overlap(tmp_path):
+    for number, name in enumerate("abcdef"):
+        write_log(
+            tmp_path / name, [{"step": step, "val_loss": 3 - step / 10 + number / 1e4} for step in (0, 5, 10)]
+        )
+    axes = draw({name: read_log(tmp_path / name / "log.csv") for name in "abcdef"}).axes[0]
+    axes.figure.draw_without_rendering()
+    boxes = sorted((text.get_window_extent() for text in axes.texts), key=lambda box: box.y0)
+    assert len(boxes) == 6
+    assert all(lower.y1 <= upper.y0 + 1 for lower, upper in pairwise(boxes))
+
+
+def test_runs_are_named_by_folder_file_or_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b=c"):
+        write_run(tmp_path / name)
+    (tmp_path / "a" / "log.csv").rename(tmp_path / "old.csv")
+    write_run(tmp_path / "a")
+    plot.plot(["a", "a/log.csv", "old.csv", "b=c", "large=old.csv", "small=b=c"], PlotConfig())
+    names = [line.split()[1] for line in capsys.readouterr().out.splitlines()[:-1]]
+    assert names == ["a:", "old:", "b=c:", "large:", "small:"]
+    with pytest.raises(UserError, match=r"two runs are named old; write NAME=old\.csv"):
+        plot.plot(["old=a", "old.csv"], PlotConfig())
 
 
 def test_the_command_draws_and_prints_the_best(tmp_path):
@@ -127,6 +210,8 @@ def test_the_command_draws_and_prints_the_best(tmp_path):
         (["fresh"], "no line with a loss yet"),
         (["good", "--output=none/x.png"], "cannot be written"),
         (["good", "--output=x.docx"], "is not the name of a picture"),
+        (["none.csv"], "none.csv cannot be read"),
+        (["x=none/log.csv"], "there is no such folder"),
     ],
 )
 def test_mistakes_of_the_command(words, message, tmp_path, monkeypatch):

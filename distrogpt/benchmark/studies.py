@@ -35,7 +35,7 @@ from distrogpt.data.meta import GPT2_META
 from distrogpt.evaluation.multiple_choice import Question, answer_multiple_choice
 from distrogpt.kernels import replace_layers
 from distrogpt.kernels.cpu import CPUAttention, CPUDropout, to_device
-from distrogpt.plotting import new_figure, write_figure
+from distrogpt.plotting import COLORS, INK, new_figure, style_axes, write_figure
 from distrogpt.runtime import Runtime, start_runtime
 from distrogpt.settings import RECIPE, BenchConfig
 from distrogpt.training.logger import TrainLogger
@@ -57,7 +57,7 @@ def ladder_rungs(config: BenchConfig, data: Dataset, runtime: Runtime) -> dict[s
     rungs = {"fp32, plain": first, "TF32" if on_gpu else "oneDNN matmul": {"products": True}}
     if runtime.dtype != torch.float32:
         rungs[timing.dtype_name(runtime.dtype)] = {"dtype": runtime.dtype}
-    rungs["fused attention"] = {"attention": True}
+    rungs["faster attention"] = {"attention": True}
     if config.dropout and not on_gpu:
         rungs["byte-mask dropout"] = {"dropout": True}
     if on_gpu and data.meta["vocab_size"] == 50257:
@@ -126,24 +126,35 @@ def bench_ladder(config: BenchConfig, runtime: Runtime, training_step: TrainingS
         ms = statistics.median(timing.alternate({"": trainer}, 1, 2, cpu)[""]) * 1000 * config.batch_size
         print(f"{'CPU, not compiled':22} {ms:10.2f}   for the same number of sequences")
         rungs.append({"rung": "CPU", "ms": ms, "gain": rungs[-1]["ms"] / ms, "total": rungs[0]["ms"] / ms})
-    plot_ladder(rungs, f"{size}, {runtime.describe()}")
+    plot_ladder(rungs, f"GPT-2 {size}, {runtime.describe()}")
     return {"rungs": rungs}
 
 
 def plot_ladder(rungs: list[dict[str, Any]], title: str) -> None:
-    """Plot the ms per step of each rung as a bar, with its gain over the previous one."""
+    """Write the picture of a ladder into the current folder."""
     if importlib.util.find_spec("matplotlib") is None:
         print(f"note     {PLOT} is not drawn without matplotlib; run: pip install matplotlib")
         return
-    figure = new_figure(8, 0.45 * len(rungs) + 1.4)
-    axes = figure.subplots()
-    bars = axes.barh([rung["rung"] for rung in rungs], [rung["ms"] for rung in rungs], color="#4477aa")
-    axes.bar_label(bars, [f"{rung['ms']:.1f} ms (x {rung['gain']:.2f})" for rung in rungs], padding=4)
-    axes.invert_yaxis()
-    axes.margins(x=0.32)
-    axes.set(xlabel="ms per training step; in brackets the gain over the rung above", title=title)
-    write_figure(figure, Path(PLOT), dpi=150)
+    write_figure(draw_ladder(rungs, title), Path(PLOT), dpi=150)
     print(f"plot     {Path(PLOT).resolve()}")
+
+
+def draw_ladder(rungs: list[dict[str, Any]], subtitle: str) -> Any:
+    """A figure with bars of ms per step, each with its gain over the one above it."""
+    figure = new_figure(8, 0.45 * len(rungs) + 1.6, "What each improvement gains")
+    axes = figure.subplots()
+    labels = [f"{rung['ms']:.1f} ms  (\u00d7 {rung['gain']:.2f})" for rung in rungs]
+    bars = axes.barh([rung["rung"] for rung in rungs], [rung["ms"] for rung in rungs], color=COLORS[0])
+    axes.bar_label(bars, labels, padding=5, color=INK)
+    axes.invert_yaxis()
+    axes.margins(x=0.2)
+    style_axes(
+        axes,
+        "milliseconds per training step (\u00d7: speedup over the bar above)",
+        subtitle=subtitle,
+        grid="x",
+    )
+    return figure
 
 
 @contextlib.contextmanager
