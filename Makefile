@@ -12,9 +12,10 @@ UV_INSTALL := uv pip install --quiet --compile-bytecode --python $(BIN)/python -
 INSTALL := $(if $(UV),$(UV_INSTALL),$(LOCKED))
 INSTALLED := .venv/requirements.installed
 TESTABLE := .venv/requirements-test.installed
+SITE := .venv-docs/requirements.installed
 OUT := out-stdlib-char
 
-.PHONY: help install demo serve pictures test test-audio test-latest test-oldest chaos lint docs notebook lock clean
+.PHONY: help install demo serve pictures test test-audio test-latest test-oldest chaos lint docs notebook site lock clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -84,6 +85,17 @@ docs: ## write docs/settings.md, the settings reference, and draw docs/architect
 notebook: $(TESTABLE) ## run docs/quickstart.ipynb and save its outputs; a few minutes
 	$(BIN)/python docs/notebook.py
 
+$(SITE): requirements-docs.txt constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "error: the site needs Python 3.11 or newer; run: make PYTHON=python3.12 site" >&2; exit 2; }
+	$(PYTHON) -m venv .venv-docs
+	PIP_CONSTRAINT=constraints.txt .venv-docs/$(SCRIPTS)/$(PIP) -r requirements-docs.txt
+	@touch $@
+
+site: $(SITE) ## build the documentation as a site in site/; a broken link is an error
+	.venv-docs/$(SCRIPTS)/python docs/build_site.py .site
+	.venv-docs/$(SCRIPTS)/zensical build --clean --strict
+
 # Raise torch here, by hand: it is a large download, and has to be tested on a GPU. setuptools and wheel build source
 # packages. pyobjc itself pins pyobjc-*. Other package indexes are ignored, as their builds have local versions (+cpu)
 lock: TORCH ?= torch==2.13.0
@@ -92,12 +104,13 @@ lock: ## write constraints.txt with the newest compatible versions; run make tes
 	.venv-lock/$(SCRIPTS)/$(PIP) --upgrade uv
 	printf '%s\n' '$(TORCH)' setuptools wheel | env -u UV_FIND_LINKS -u UV_INDEX -u UV_EXTRA_INDEX_URL \
 		.venv-lock/$(SCRIPTS)/uv pip compile --quiet --upgrade --universal --python-version 3.10 \
-		--no-header --no-annotate --output-file .venv-lock/constraints.txt - requirements-test-audio.txt
+		--no-header --no-annotate --output-file .venv-lock/constraints.txt - \
+		requirements-test-audio.txt requirements-docs.txt
 	@printf '# %s\n' 'The versions that make, the Dockerfile and pip install -c constraints.txt install, for all of' \
 		'requirements*.txt on Python 3.10 to 3.13, Linux, macOS and Windows. Made by make lock: do not edit.' \
 		> constraints.txt
 	sed '/^pyobjc-/d' .venv-lock/constraints.txt >> constraints.txt
 
-clean: ## remove .venv* and caches; keep data and checkpoints
-	rm -rf .venv .venv-* .pytest_cache .ruff_cache .hypothesis
+clean: ## remove .venv*, the site and caches; keep data and checkpoints
+	rm -rf .venv .venv-* .site site .cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +

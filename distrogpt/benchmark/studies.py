@@ -57,7 +57,7 @@ def ladder_rungs(config: BenchConfig, data: Dataset, runtime: Runtime) -> dict[s
     rungs = {"fp32, plain": first, "TF32" if on_gpu else "oneDNN matmul": {"products": True}}
     if runtime.dtype != torch.float32:
         rungs[timing.dtype_name(runtime.dtype)] = {"dtype": runtime.dtype}
-    rungs["fused attention"] = {"attention": True}
+    rungs["faster attention"] = {"attention": True}
     if config.dropout and not on_gpu:
         rungs["byte-mask dropout"] = {"dropout": True}
     if on_gpu and data.meta["vocab_size"] == 50257:
@@ -131,7 +131,7 @@ def bench_ladder(config: BenchConfig, runtime: Runtime, training_step: TrainingS
 
 
 def plot_ladder(rungs: list[dict[str, Any]], title: str) -> None:
-    """Write the picture of a ladder."""
+    """Write the picture of a ladder into the current folder."""
     if importlib.util.find_spec("matplotlib") is None:
         print(f"note     {PLOT} is not drawn without matplotlib; run: pip install matplotlib")
         return
