@@ -148,12 +148,8 @@ def draw_ladder(rungs: list[dict[str, Any]], subtitle: str) -> Any:
     axes.bar_label(bars, labels, padding=5, color=INK)
     axes.invert_yaxis()
     axes.margins(x=0.2)
-    style_axes(
-        axes,
-        "milliseconds per training step (\u00d7: speedup over the bar above)",
-        subtitle=subtitle,
-        grid="x",
-    )
+    xlabel = "milliseconds per training step (\u00d7: speedup over the bar above)"
+    style_axes(axes, xlabel, subtitle=subtitle, grid="x")
     return figure
 
 
