@@ -167,6 +167,8 @@ def find_config(name: str, settings: Container[str] = ()) -> Path:
         run = f"for a run, give --out_dir={quote(shorten(name))}"
         hint = run if "out_dir" in settings else "give a config file"
         raise UserError(f"{shorten(name)} is a folder, not a config file; {hint}")
+    if name.partition("=")[0] in settings:
+        raise UserError(f"{shorten(name)} is not a config file; for the setting, write --{shorten(name)}")
     known = sorted(path.stem for path in (REPO / "config").glob("[!_]*.py"))
     stem = Path(name).stem
     near = stem if stem in known else near_name(stem, known)
@@ -362,11 +364,11 @@ def find_settings(
     def plain(text: str) -> str:  # max_iters, --max-iters and "max iters" are the same
         return re.sub(r"[\W_]+", " ", f" {text.casefold()} ")
 
-    words, found = [plain(word).rstrip() for word in search.split()], {}
+    words, found = [word for part in search.split() if (word := plain(part).rstrip())], {}
     for heading, fields in groups.items():
         texts = [plain(f"{heading} {describe_setting(cls, field)}") for field in fields]
         matching = [f for f, text in zip(fields, texts, strict=True) if all(word in text for word in words)]
-        if matching:
+        if words and matching:
             found[heading] = matching
     if not found:
         names = [field.name for fields in groups.values() for field in fields]

@@ -165,6 +165,27 @@ def test_a_run_may_have_any_name_and_lack_columns(tmp_path):
             draw(logs, by).savefig(tmp_path / "x.png")
 
 
+def test_names_and_numbers_have_room(tmp_path):
+    columns = ("val_loss", "hellaswag", "accuracy")
+    write_log(tmp_path, [{"step": step} | dict.fromkeys(columns, 0.3) for step in range(0, 2001, 100)])
+    figure = draw({f"{'long/' * 20}{name}": read_log(tmp_path / "log.csv") for name in "ab"})
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        boxes = [label.get_window_extent() for label in axes.get_xticklabels()]
+        assert len(boxes) > 2 and all(left.x1 + 3 < right.x0 for left, right in pairwise(boxes))
+        assert all(text.get_window_extent().width < axes.bbox.width for text in axes.texts)
+        assert any("long/a" in label for label in labels(axes))
+
+
+def test_the_first_evaluation_is_one_tick(tmp_path):
+    write_log(tmp_path, [{"step": 0, "val_loss": 4}])
+    axis = draw({"a": read_log(tmp_path / "log.csv")}).axes[0].xaxis
+    axis.figure.draw_without_rendering()
+    low, high = axis.get_view_interval()
+    shown = [t for x, t in zip(axis.get_ticklocs(), axis.get_ticklabels(), strict=True) if low <= x <= high]
+    assert [label.get_text() for label in shown] == ["0"]
+
+
 def test_labels_do_not_overlap(tmp_path):
     for number, name in enumerate("abcdef"):
         write_log(
@@ -212,11 +233,15 @@ def test_the_command_draws_and_prints_the_best(tmp_path):
         (["good", "--output=x.docx"], "is not the name of a picture"),
         (["none.csv"], "none.csv cannot be read"),
         (["x=none/log.csv"], "there is no such folder"),
+        (["stepless"], "no line with a loss yet"),
+        (["old", "--by=tokens"], "old/log.csv has no tokens"),
     ],
 )
 def test_mistakes_of_the_command(words, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name, text in (("empty", None), ("other", "a,b\n1,2\n"), ("fresh", f"{HEADER}\n")):
+    texts = {"empty": None, "other": "a,b\n1,2\n", "fresh": f"{HEADER}\n"}
+    texts |= {"stepless": "step,loss\n,3\n", "old": "step,loss\n1,3\n"}
+    for name, text in texts.items():
         (tmp_path / name).mkdir()
         if text:
             (tmp_path / name / "log.csv").write_text(text)

@@ -89,7 +89,7 @@ def parse_mixture(text: str) -> list[tuple[str, float]]:
     if not given:
         return [(name, 1 / len(names)) for name in names]
     if len(given) < len(weights) or not all(0 < weight < math.inf for weight in given):
-        raise UserError(f"dataset={text[:200]}: not all weights are positive; write NAME:0.9,OTHER:0.1")
+        raise UserError(f"dataset={text[:200]}: each name needs a positive weight; write NAME:0.9,OTHER:0.1")
     return [(name, weight / sum(given)) for name, weight in zip(names, given, strict=True)]
 
 
