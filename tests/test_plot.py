@@ -166,13 +166,16 @@ def test_a_run_may_have_any_name_and_lack_columns(tmp_path):
 
 
 def test_names_and_numbers_have_room(tmp_path):
-    columns = ("val_loss", "hellaswag", "accuracy")
-    write_log(tmp_path, [{"step": step} | dict.fromkeys(columns, 0.3) for step in range(0, 2001, 100)])
-    figure = draw({f"{'long/' * 20}{name}": read_log(tmp_path / "log.csv") for name in "ab"})
+    columns = ("loss", "val_loss", "hellaswag", "accuracy", "lr")
+    write_log(tmp_path, [{"step": step} | dict.fromkeys(columns, 0.3) for step in range(0, 20_001, 1000)])
+    log = read_log(tmp_path / "log.csv")
+    alone = draw({"a": log}, baseline_hellaswag=0.2955)
+    alone.draw_without_rendering()
+    boxes = [label.get_window_extent() for label in alone.axes[1].get_xticklabels()]
+    assert len(boxes) > 2 and all(left.x1 + 10 < right.x0 for left, right in pairwise(boxes))
+    figure = draw({f"{'long/' * 20}{name}": log for name in "ab"})
     figure.draw_without_rendering()
     for axes in figure.axes:
-        boxes = [label.get_window_extent() for label in axes.get_xticklabels()]
-        assert len(boxes) > 2 and all(left.x1 + 3 < right.x0 for left, right in pairwise(boxes))
         assert all(text.get_window_extent().width < axes.bbox.width for text in axes.texts)
         assert any("long/a" in label for label in labels(axes))
 
