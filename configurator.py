@@ -316,8 +316,8 @@ def settings_by_heading(cls: type[Settings]) -> dict[str, list[dataclasses.Field
 def help_text(cls: type[Settings], search: str = "") -> str:
     """The dataclass's docstring, the settings that are most used, then all by heading; or only those with the
     words of `search` in name, heading or explanation. Raises UserError if there are none."""
-    groups = settings_by_heading(cls)
-    if search.strip():
+    groups, search = settings_by_heading(cls), search.strip()
+    if search:
         groups, parts = find_settings(cls, groups, search), []
     else:
         by_name = {field.name: field for fields in groups.values() for field in fields}
@@ -326,7 +326,7 @@ def help_text(cls: type[Settings], search: str = "") -> str:
         parts = [inspect.getdoc(cls) or ""]
     for heading, fields in groups.items():
         parts.append("\n".join([heading, *(describe_setting(cls, field) for field in fields)]))
-    if not search.strip():
+    if not search:
         parts.append("--help=WORD lists the settings with WORD in their name, heading or explanation.")
     return "\n\n".join(parts)
 
@@ -372,7 +372,7 @@ def find_settings(
             found[heading] = matching
     if not found:
         names = [field.name for fields in groups.values() for field in fields]
-        near = near_name(search.strip().lstrip("-"), [*names, *groups])
+        near = near_name(search.lstrip("-"), [*names, *groups])
         hint = f"did you mean --help={near}?" if near else "try another word, or --help for all settings"
         raise UserError(f"no setting of this command has {quote(shorten(search))} in its text; {hint}")
     return found

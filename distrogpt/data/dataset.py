@@ -126,9 +126,9 @@ def open_dataset(config: TrainConfig, splits: tuple[str, ...] | None = None) -> 
     if config.sampling == "lines" or config.loss_after is not None:
         newline = single_token_id("\n", parts[0].meta, "the newline")
     if config.loss_after is not None:
-        separator = single_token_id(config.loss_after, parts[0].meta, f"loss_after={config.loss_after!r}")
+        separator = single_token_id(config.loss_after, parts[0].meta, f"the separator {config.loss_after!r}")
         if separator == newline:
-            raise UserError("loss_after is the newline, which ends a line; choose a token within lines")
+            raise UserError("the separator is the newline, which ends a line; choose a token within lines")
     if config.sampling == "lines":
         for part in parts:
             for split, stream in part.streams.items():
