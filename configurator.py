@@ -173,7 +173,7 @@ def find_config(name: str, settings: Container[str] = ()) -> Path:
     stem = Path(name).stem
     near = stem if stem in known else near_name(stem, known)
     hint = f"did you mean config/{near}.py?" if near else f"config/ has {', '.join(known)}"
-    raise UserError(f"no config file {shorten(name)}; {hint} (settings are written --key=value)")
+    raise UserError(f"no config file {quote(shorten(name))}; {hint} (settings are written --key=value)")
 
 
 def run_config_file(path: Path, values: dict[str, Any]) -> dict[str, Any]:
@@ -203,7 +203,7 @@ def check_value(cls: type, key: str, value: Any, source: str = "", *, is_text: b
         near = near_name(shorten(key), [name for name in fields if name not in cls.never_used()])
         own = " (a name of your own begins with _)" if source else ""
         hint = f"did you mean {near}?" if near else f"--help lists all{own}"
-        raise UserError(f"{source}unknown setting {shorten(key)}; {hint}")
+        raise UserError(f"{source}unknown setting {quote(shorten(key))}; {hint}")
     expected = setting_types(cls)[key]
     try:
         value = parse_text(value, expected) if is_text else convert(value, expected)

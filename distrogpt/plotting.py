@@ -18,7 +18,7 @@ MAX_POINTS = 2000  # of a line: more than a picture has columns
 # One style for all pictures: opaque and light, so that they are readable on a dark page too. Okabe and Ito's
 # colours, which colour-blind people can tell apart, and a marker for each.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#777777")
-MARKERS = "osD^vP*X"
+MARKERS, LINE_STYLES = "osD^vP*X", ("-", "--", ":")
 INK, GREY, GRID = "#1f2328", "#656d76", "#e3e6ea"
 RING = {"fillstyle": "none", "markersize": 11, "zorder": 4}
 SCORES = {"hellaswag": "HellaSwag (accuracy)", "accuracy": "accuracy"}  # columns, and labels of their axes
@@ -129,17 +129,31 @@ def style_axes(axes: Any, xlabel: str = "", ylabel: str = "", subtitle: str = ""
     axes.set_axisbelow(True)
 
 
-def add_line(axes: Any, x: np.ndarray, y: np.ndarray, number: int, label: str, linestyle: str = "-") -> None:
+def add_line(axes: Any, x: np.ndarray, y: np.ndarray, number: int, label: str, linestyle: str = "") -> None:
     """A line with the colour and, unless it has many points, the marker of this number."""
+    linestyle = linestyle or LINE_STYLES[number // len(COLORS) % len(LINE_STYLES)]
     style = {"color": COLORS[number % len(COLORS)], "linestyle": linestyle, "linewidth": 1.8, "label": label}
     marker = MARKERS[number % len(MARKERS)] if len(x) <= 50 else ""
     axes.plot(x, y, marker=marker, markersize=4.5, zorder=3, **style)
 
 
 def label_ends(axes: Any) -> None:
-    """Write the label of each line beside its end, or higher if it would overlap another; after set_ylim."""
+    """Write the label of each line beside its end, or higher if it would overlap another; many labels into a
+    legend. Call it after set_ylim."""
     (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
-    lines = [line for line in axes.get_lines() if line.get_label()[:1] != "_" and len(line.get_xdata())]
+    lines = [line for line in axes.get_lines() if line.get_label()[:6] != "_child" and len(line.get_xdata())]
+    if len(lines) > len(COLORS):
+        texts = [line.get_label().replace("\n", ", ") for line in lines]
+        place = {
+            "loc": "upper left",
+            "bbox_to_anchor": (1, 1),
+            "frameon": False,
+            "fontsize": 8,
+            "handlelength": 4,
+        }
+        for text in axes.legend(lines, texts, **place).get_texts():
+            text.set_parse_math(False)
+        return
     labels: list[tuple[float, float]] = []  # x, and the upper edge
     for line in sorted(lines, key=lambda line: line.get_ydata()[-1]):
         x, y = line.get_xydata()[-1]

@@ -162,6 +162,7 @@ def test_text_becomes_the_annotated_type(flag, name, value):
         ("--eval_only", "--eval_only=True"),
         ("config/nothing.py", "no config file config/nothing.py"),
         ("n_layer=3", "for the setting, write --n_layer=3"),
+        ("--", "unknown setting ''; --help lists all"),
         ("config/train_gtp2.py", "did you mean config/train_gpt2.py?"),
     ],
 )

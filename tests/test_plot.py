@@ -180,6 +180,20 @@ def test_names_and_numbers_have_room(tmp_path):
         assert any("long/a" in label for label in labels(axes))
 
 
+def test_many_runs_have_a_legend_and_differ(tmp_path):
+    write_log(tmp_path, [{"step": step, "val_loss": 3 - step / 10} for step in (0, 5, 10)])
+    axes = draw({f"_{number} $": read_log(tmp_path / "log.csv") for number in range(20)}).axes[0]
+    axes.figure.draw_without_rendering()
+    texts = axes.get_legend().get_texts()
+    assert [text.get_text() for text in texts] == [f"_{number} $, best val 2.0000" for number in range(20)]
+    edges = [(box.x1, box.y0) for box in (text.get_window_extent() for text in texts)]
+    assert max(edges)[0] <= axes.figure.bbox.x1 and min(y for _, y in edges) > 0
+    named = [
+        line for line in axes.get_lines() if line.get_label().startswith("_") and "best" in line.get_label()
+    ]
+    assert len({(line.get_color(), line.get_linestyle()) for line in named}) == 20
+
+
 def test_the_first_evaluation_is_one_tick(tmp_path):
     write_log(tmp_path, [{"step": 0, "val_loss": 4}])
     axis = draw({"a": read_log(tmp_path / "log.csv")}).axes[0].xaxis
