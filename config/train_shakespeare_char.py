@@ -15,7 +15,7 @@ batch_size = 64
 block_size = 256
 n_layer = 6
 n_head = 6
-n_embd = 384  # 10.8 M parameters
+n_embd = 384  # 10.7 M parameters
 activation = "gelu"  # as in nanoGPT; on CPUs several times as fast as GPT-2's tanh GELU
 dropout = 0.2  # ten times more parameters than characters
 
