@@ -118,7 +118,9 @@ class TrainConfig(Settings):
         choices=("adamw", "muon", "sgd"),
         heading="optimizer",
     )
-    learning_rate: float = setting(6e-4, "peak learning rate (lr); with optimizer=muon, of AdamW only", above=0)
+    learning_rate: float = setting(
+        6e-4, "peak learning rate (lr); with optimizer=muon, of AdamW only", above=0
+    )
     muon_lr: float = setting(0.02, "muon: peak learning rate of the blocks' matrices", above=0)
     embedding_lr: float | None = setting(
         None, "peak learning rate of the embeddings; None: learning_rate", above=0
