@@ -226,8 +226,13 @@ def shorten_count(count: float) -> str:
 def extent(log: Log) -> str:
     """How long a run is so far: its steps, tokens and time."""
     logs, unit = in_time_units({"": log})
-    parts = {"steps": log["step"], "tokens": points(log, "tokens")[1], unit: points(logs[""], "seconds")[1]}
-    return ", ".join(f"{values[-1]:,.0f} {name}" for name, values in parts.items() if len(values))
+    parts = {
+        "steps": points(log, "step")[1],
+        "tokens": points(log, "tokens")[1],
+        unit: points(logs[""], "seconds")[1],
+    }
+    ends = {name: round(values[-1]) for name, values in parts.items() if len(values)}
+    return ", ".join(f"{end:,} {name[:-1] if end == 1 else name}" for name, end in ends.items())
 
 
 def draw_run(axes: Any, log: Log, by: str) -> None:

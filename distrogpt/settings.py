@@ -320,7 +320,7 @@ class BenchConfig(TrainConfig):
 
     bench_steps: int = setting(20, "steps to time", min=1, heading="training step")
     warmup_steps: int = setting(3, "untimed steps before them, which include compiling", min=0)
-    real_data: bool = setting(True, "read the dataset; False: random ids of GPT-2's vocabulary")
+    real_data: bool = setting(True, "read the dataset; False: random token ids, with GPT-2's vocabulary size")
 
     max_new_tokens: int | None = setting(
         None,
