@@ -93,7 +93,7 @@ $(SITE): requirements-docs.txt constraints.txt
 	@touch $@
 
 site: $(SITE) ## build the documentation as a site in site/; a broken link is an error
-	.venv-docs/$(SCRIPTS)/python docs/build_site.py .site
+	.venv-docs/$(SCRIPTS)/python docs/build_site.py
 	.venv-docs/$(SCRIPTS)/zensical build --clean --strict
 
 # Raise torch here, by hand: it is a large download, and has to be tested on a GPU. setuptools and wheel build source

@@ -167,11 +167,13 @@ def find_config(name: str, settings: Container[str] = ()) -> Path:
         run = f"for a run, give --out_dir={quote(shorten(name))}"
         hint = run if "out_dir" in settings else "give a config file"
         raise UserError(f"{shorten(name)} is a folder, not a config file; {hint}")
+    if name.partition("=")[0] in settings:
+        raise UserError(f"{shorten(name)} is not a config file; for the setting, write --{shorten(name)}")
     known = sorted(path.stem for path in (REPO / "config").glob("[!_]*.py"))
     stem = Path(name).stem
     near = stem if stem in known else near_name(stem, known)
     hint = f"did you mean config/{near}.py?" if near else f"config/ has {', '.join(known)}"
-    raise UserError(f"no config file {shorten(name)}; {hint} (settings are written --key=value)")
+    raise UserError(f"no config file {quote(shorten(name))}; {hint} (settings are written --key=value)")
 
 
 def run_config_file(path: Path, values: dict[str, Any]) -> dict[str, Any]:
@@ -201,7 +203,7 @@ def check_value(cls: type, key: str, value: Any, source: str = "", *, is_text: b
         near = near_name(shorten(key), [name for name in fields if name not in cls.never_used()])
         own = " (a name of your own begins with _)" if source else ""
         hint = f"did you mean {near}?" if near else f"--help lists all{own}"
-        raise UserError(f"{source}unknown setting {shorten(key)}; {hint}")
+        raise UserError(f"{source}unknown setting {quote(shorten(key))}; {hint}")
     expected = setting_types(cls)[key]
     try:
         value = parse_text(value, expected) if is_text else convert(value, expected)
@@ -314,8 +316,8 @@ def settings_by_heading(cls: type[Settings]) -> dict[str, list[dataclasses.Field
 def help_text(cls: type[Settings], search: str = "") -> str:
     """The dataclass's docstring, the settings that are most used, then all by heading; or only those with the
     words of `search` in name, heading or explanation. Raises UserError if there are none."""
-    groups = settings_by_heading(cls)
-    if search.strip():
+    groups, search = settings_by_heading(cls), search.strip()
+    if search:
         groups, parts = find_settings(cls, groups, search), []
     else:
         by_name = {field.name: field for fields in groups.values() for field in fields}
@@ -324,7 +326,7 @@ def help_text(cls: type[Settings], search: str = "") -> str:
         parts = [inspect.getdoc(cls) or ""]
     for heading, fields in groups.items():
         parts.append("\n".join([heading, *(describe_setting(cls, field) for field in fields)]))
-    if not search.strip():
+    if not search:
         parts.append("--help=WORD lists the settings with WORD in their name, heading or explanation.")
     return "\n\n".join(parts)
 
@@ -362,15 +364,15 @@ def find_settings(
     def plain(text: str) -> str:  # max_iters, --max-iters and "max iters" are the same
         return re.sub(r"[\W_]+", " ", f" {text.casefold()} ")
 
-    words, found = [plain(word).rstrip() for word in search.split()], {}
+    words, found = [word for part in search.split() if (word := plain(part).rstrip())], {}
     for heading, fields in groups.items():
         texts = [plain(f"{heading} {describe_setting(cls, field)}") for field in fields]
         matching = [f for f, text in zip(fields, texts, strict=True) if all(word in text for word in words)]
-        if matching:
+        if words and matching:
             found[heading] = matching
     if not found:
         names = [field.name for fields in groups.values() for field in fields]
-        near = near_name(search.strip().lstrip("-"), [*names, *groups])
+        near = near_name(search.lstrip("-"), [*names, *groups])
         hint = f"did you mean --help={near}?" if near else "try another word, or --help for all settings"
         raise UserError(f"no setting of this command has {quote(shorten(search))} in its text; {hint}")
     return found

@@ -44,6 +44,9 @@ def plot(runs: list[str], config: PlotConfig) -> None:
         if paths.setdefault(name, path) != path:
             raise UserError(f"two runs are named {name}; write NAME={path} with another name")
     logs = {name: read_log(path) for name, path in paths.items()}
+    for name, log in logs.items():
+        if config.by != "steps" and not len(points(log, config.by)[0]):
+            raise UserError(f"{paths[name]} has no {config.by}; leave out --by, or that run")
     write_figure(draw(logs, config.by, config.baseline_loss, config.baseline_hellaswag), Path(config.output))
     for name, log in logs.items():
         steps, losses = points(log, "val_loss")

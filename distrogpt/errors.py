@@ -116,8 +116,10 @@ def writable(path: str) -> Iterator[str]:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, cut to 100 characters; its type if the message is empty."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:100]
+    """The first line of an error's message, cut to 100 characters; its type if the message is empty. That of
+    a KeyError is only the key."""
+    text = repr(error) if isinstance(error, KeyError) else str(error)
+    return next(iter(text.strip().splitlines()), type(error).__name__)[:100]
 
 
 def why_not_written(error: BaseException, path: str | Path, needed: int = 0) -> str:

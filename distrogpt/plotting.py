@@ -2,6 +2,7 @@
 
 import io
 import os
+import warnings
 from array import array
 from collections.abc import Iterable
 from contextlib import suppress
@@ -17,7 +18,7 @@ MAX_POINTS = 2000  # of a line: more than a picture has columns
 # One style for all pictures: opaque and light, so that they are readable on a dark page too. Okabe and Ito's
 # colours, which colour-blind people can tell apart, and a marker for each.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#777777")
-MARKERS = "osD^vP*X"
+MARKERS, LINE_STYLES = "osD^vP*X", ("-", "--", ":")
 INK, GREY, GRID = "#1f2328", "#656d76", "#e3e6ea"
 RING = {"fillstyle": "none", "markersize": 11, "zorder": 4}
 SCORES = {"hellaswag": "HellaSwag (accuracy)", "accuracy": "accuracy"}  # columns, and labels of their axes
@@ -30,7 +31,7 @@ DISPLAYED: dict[str, tuple[Any, Any]] = {}  # by out_dir: the number of a notebo
 def read_log(path: Path) -> Log:
     """The columns of a log.csv; incomplete lines are left out. Raises UserError if it has no loss."""
     try:
-        header, *lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] or [""]
+        header, *lines = path.read_text(encoding="utf-8-sig", errors="replace").split("\n")[:-1] or [""]
     except OSError as error:
         reason = error.strerror if path.parent.is_dir() else "there is no such folder"
         raise UserError(f"{path} cannot be read ({reason}); name the out_dir of a run") from None
@@ -44,8 +45,7 @@ def read_log(path: Path) -> Log:
             if len(numbers) == len(names):
                 values.extend(numbers)
     log = dict(zip(names, np.array(values).reshape(-1, len(names)).T, strict=True))
-    losses = [log[name] for name in ("loss", "train_loss", "val_loss") if name in log]
-    if not any(np.isfinite(column).any() for column in losses):
+    if not any(len(points(log, name)[0]) for name in ("loss", "train_loss", "val_loss")):
         raise UserError(f"{path} has no line with a loss yet; wait for the first evaluation")
     return log
 
@@ -92,6 +92,11 @@ def thinned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return x[::-every][::-1], y[::-every][::-1]
 
 
+def shorten_name(name: str, length: int) -> str:
+    """The end of a long name, as paths differ there."""
+    return name if len(name) <= length else f"...{name[3 - length :]}"
+
+
 def new_figure(width: float, height: float, title: str = "") -> Any:
     """An empty matplotlib figure of `width` x `height` inches. Raises UserError if matplotlib is missing."""
     try:
@@ -100,8 +105,15 @@ def new_figure(width: float, height: float, title: str = "") -> Any:
         raise UserError("a picture needs matplotlib; pip install matplotlib") from None
     figure = Figure(figsize=(width, height), layout="constrained", facecolor="white", dpi=110)
     if title:
-        title = title if len(title) <= 70 else f"...{title[-67:]}"
-        figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold", color=INK, parse_math=False)
+        figure.suptitle(
+            shorten_name(title, 70),
+            x=0.01,
+            ha="left",
+            fontsize=13,
+            fontweight="bold",
+            color=INK,
+            parse_math=False,
+        )
     return figure
 
 
@@ -117,17 +129,31 @@ def style_axes(axes: Any, xlabel: str = "", ylabel: str = "", subtitle: str = ""
     axes.set_axisbelow(True)
 
 
-def add_line(axes: Any, x: np.ndarray, y: np.ndarray, number: int, label: str, linestyle: str = "-") -> None:
+def add_line(axes: Any, x: np.ndarray, y: np.ndarray, number: int, label: str, linestyle: str = "") -> None:
     """A line with the colour and, unless it has many points, the marker of this number."""
+    linestyle = linestyle or LINE_STYLES[number // len(COLORS) % len(LINE_STYLES)]
     style = {"color": COLORS[number % len(COLORS)], "linestyle": linestyle, "linewidth": 1.8, "label": label}
     marker = MARKERS[number % len(MARKERS)] if len(x) <= 50 else ""
     axes.plot(x, y, marker=marker, markersize=4.5, zorder=3, **style)
 
 
 def label_ends(axes: Any) -> None:
-    """Write the label of each line beside its end, or higher if it would overlap another; after set_ylim."""
+    """Write the label of each line beside its end, or higher if it would overlap another; many labels into a
+    legend. Call it after set_ylim."""
     (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
-    lines = [line for line in axes.get_lines() if line.get_label()[:1] != "_" and len(line.get_xdata())]
+    lines = [line for line in axes.get_lines() if line.get_label()[:6] != "_child" and len(line.get_xdata())]
+    if len(lines) > len(COLORS):
+        texts = [line.get_label().replace("\n", ", ") for line in lines]
+        place = {
+            "loc": "upper left",
+            "bbox_to_anchor": (1, 1),
+            "frameon": False,
+            "fontsize": 8,
+            "handlelength": 4,
+        }
+        for text in axes.legend(lines, texts, **place).get_texts():
+            text.set_parse_math(False)
+        return
     labels: list[tuple[float, float]] = []  # x, and the upper edge
     for line in sorted(lines, key=lambda line: line.get_ydata()[-1]):
         x, y = line.get_xydata()[-1]
@@ -178,13 +204,15 @@ def draw(
         style_axes(panels[name], unit, SCORES[name])
         for number, (run, log) in enumerate(logs.items()):
             x, values = points(log, name, by)
-            add_line(panels[name], x, values, number, f"{values[-1]:.3g}" if alone else run)
+            label = f"{values[-1]:.3g}" if alone else shorten_name(run, 30)
+            add_line(panels[name], x, values, number, label)
         label_ends(panels[name])
     if by != "seconds":
         from matplotlib.ticker import MaxNLocator
 
         axis = loss.xaxis  # of all panels
-        axis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 2.5, 5, 10], integer=True))
+        count = 6 if scores else "auto"  # "auto" is too many for the numbers of narrow panels
+        axis.set_major_locator(MaxNLocator(count, steps=[1, 2, 2.5, 5, 10], integer=True, min_n_ticks=1))
         axis.set_major_formatter(lambda x, _: shorten_count(x) if by == "tokens" else f"{x:,.0f}")
     return figure
 
@@ -198,8 +226,13 @@ def shorten_count(count: float) -> str:
 def extent(log: Log) -> str:
     """How long a run is so far: its steps, tokens and time."""
     logs, unit = in_time_units({"": log})
-    parts = {"steps": log["step"], "tokens": points(log, "tokens")[1], unit: points(logs[""], "seconds")[1]}
-    return ", ".join(f"{values[-1]:,.0f} {name}" for name, values in parts.items() if len(values))
+    parts = {
+        "steps": points(log, "step")[1],
+        "tokens": points(log, "tokens")[1],
+        unit: points(logs[""], "seconds")[1],
+    }
+    ends = {name: round(values[-1]) for name, values in parts.items() if len(values)}
+    return ", ".join(f"{end:,} {name[:-1] if end == 1 else name}" for name, end in ends.items())
 
 
 def draw_run(axes: Any, log: Log, by: str) -> None:
@@ -208,7 +241,8 @@ def draw_run(axes: Any, log: Log, by: str) -> None:
     n = window(len(x))
     axes.plot(*thinned(x, losses), color=GREY, linewidth=0.5, alpha=0.3)
     label = f"mean of {n}\nlogged steps" if n > 1 else "logged steps"
-    axes.plot(*thinned(x, smoothed(losses)), color=GREY, linewidth=1, label=label)
+    marker = "." if n == len(x) else ""  # a single point has no line
+    axes.plot(*thinned(x, smoothed(losses)), marker=marker, color=GREY, linewidth=1, label=label)
     add_line(axes, *points(log, "train_loss", by), 1, "train", "--")
     steps, (x, losses) = points(log, "val_loss")[0], points(log, "val_loss", by)
     add_line(axes, x, losses, 0, "val")  # above train
@@ -232,7 +266,7 @@ def draw_runs(axes: Any, logs: dict[str, Log], by: str) -> None:
         curves = {"val": points(log, "val_loss", by), "train": points(log, "train_loss", by), "step": mean}
         kind, (x, losses) = next((kind, curve) for kind, curve in curves.items() if len(curve[0]))
         best, color = losses.argmin(), COLORS[number % len(COLORS)]
-        add_line(axes, x, losses, number, f"{run}\nbest {kind} {losses[best]:.4f}")
+        add_line(axes, x, losses, number, f"{shorten_name(run, 30)}\nbest {kind} {losses[best]:.4f}")
         axes.plot(x[best], losses[best], "o", color=color, **RING)
 
 
@@ -263,7 +297,9 @@ def write_figure(figure: Any, path: Path, dpi: int = 110) -> None:
         raise UserError(f"{path} is not the name of a picture; end it in .png, .svg or .pdf")
     temporary = temporary_name(path, os.getpid())
     try:
-        figure.savefig(temporary, format=suffix, dpi=dpi)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of characters that the font lacks, one by one
+            figure.savefig(temporary, format=suffix, dpi=dpi)
         os.replace(temporary, path)
     except OSError as error:
         with suppress(OSError):

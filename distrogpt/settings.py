@@ -118,7 +118,9 @@ class TrainConfig(Settings):
         choices=("adamw", "muon", "sgd"),
         heading="optimizer",
     )
-    learning_rate: float = setting(6e-4, "peak learning rate (lr); with optimizer=muon, of AdamW only", above=0)
+    learning_rate: float = setting(
+        6e-4, "peak learning rate (lr); with optimizer=muon, of AdamW only", above=0
+    )
     muon_lr: float = setting(0.02, "muon: peak learning rate of the blocks' matrices", above=0)
     embedding_lr: float | None = setting(
         None, "peak learning rate of the embeddings; None: learning_rate", above=0
@@ -318,7 +320,7 @@ class BenchConfig(TrainConfig):
 
     bench_steps: int = setting(20, "steps to time", min=1, heading="training step")
     warmup_steps: int = setting(3, "untimed steps before them, which include compiling", min=0)
-    real_data: bool = setting(True, "read the dataset; False: random ids of GPT-2's vocabulary")
+    real_data: bool = setting(True, "read the dataset; False: random token ids, with GPT-2's vocabulary size")
 
     max_new_tokens: int | None = setting(
         None,

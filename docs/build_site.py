@@ -1,4 +1,4 @@
-"""Copy the pages of the site into the folder that the first argument names; `make site` builds it from there.
+"""Copy the pages of the site into the folder .site; `make site` builds it from there.
 
 Links in docs/ are those of the repository, such as ../BENCHMARKS.md and ../config/modern.py, and work on a
 forge. The site has the pages of docs/ and of the root in one folder. Other files of the repository to which a
@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[1]
+SITE = REPO / ".site"
 ROOT_PAGES = ("README.md", "BENCHMARKS.md", "CHANGELOG.md", "CONTRIBUTING.md")
 KEPT = (".png", ".svg", ".ipynb")
 RENAMED = {"README.md": "readme.md"}  # as README.md would be the front page, which is docs/index.md
@@ -64,7 +65,8 @@ def copy_page(page: Path, site: Path) -> None:
     (site / name_in_site(page)).write_text("".join(parts), encoding="utf-8")
 
 
-def main(site: Path) -> None:
+def main(site: Path = SITE) -> None:
+    """Replace a folder by the site's pages and the files to which they have links."""
     shutil.rmtree(site, ignore_errors=True)
     site.mkdir(parents=True)
     for page in [*sorted((REPO / "docs").glob("*.md")), *(REPO / name for name in ROOT_PAGES)]:
@@ -76,4 +78,4 @@ def main(site: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main()  # without an argument, as it deletes the folder

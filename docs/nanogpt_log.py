@@ -6,6 +6,7 @@ Seconds are counted from the last line that nanoGPT prints before its training l
 docs/data/README.md.
 """
 
+import argparse
 import csv
 import re
 import sys
@@ -17,7 +18,11 @@ STEP = re.compile(r"iter (\d+): loss ([\d.]+)")
 
 
 def main() -> None:
-    tokens_per_step = int(sys.argv[1])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("tokens_per_step", type=int)
+    tokens_per_step = parser.parse_args().tokens_per_step
     rows = csv.writer(sys.stdout, lineterminator="\n")
     rows.writerow(["step", "tokens", "seconds", "loss", "train_loss", "val_loss"])
     start = time.perf_counter()

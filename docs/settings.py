@@ -31,8 +31,8 @@ override config files. `python train.py --help` prints the settings of a command
 `python train.py --help=WORD` searches them.
 
 Write `True`, `False` and `None` as in Python, and numbers as `300`, `0.1` or `6e-4`. `~` in a path is your
-home folder. An unknown flag is an error, and so is one that the command never uses; a flag that only the other
-settings make useless gets a note.
+home folder. An unknown flag is an error, and so is one that the command never uses; a flag that only the
+other settings make useless gets a note.
 
 `make docs` makes this page from the code; do not edit it.
 """

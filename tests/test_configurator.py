@@ -161,6 +161,8 @@ def test_text_becomes_the_annotated_type(flag, name, value):
         ("--compile=perhaps", "one of auto, True, False"),
         ("--eval_only", "--eval_only=True"),
         ("config/nothing.py", "no config file config/nothing.py"),
+        ("n_layer=3", "for the setting, write --n_layer=3"),
+        ("--", "unknown setting ''; --help lists all"),
         ("config/train_gtp2.py", "did you mean config/train_gpt2.py?"),
     ],
 )
@@ -450,6 +452,7 @@ def test_help_finds_a_group_by_its_heading():
     [
         (TrainConfig, "lerning_rate", "did you mean --help=learning_rate?"),
         (TrainConfig, "optimiser", "did you mean --help=optimizer?"),
+        (TrainConfig, "?", "no setting of this command has '?'"),  # not all of them
         (TrainConfig, "zebra crossing", "no setting of this command has 'zebra crossing'"),
         (AblateConfig, "wandb", "or --help for all settings"),  # which has no effect there
     ],

@@ -10,7 +10,7 @@ import torch
 from conftest import TINY, assert_user_error, run_here
 
 from distrogpt.data.meta import find_dataset
-from distrogpt.errors import UserError
+from distrogpt.errors import UserError, first_line
 from distrogpt.hardware import find_device
 
 
@@ -100,6 +100,7 @@ def test_hostile_pickles_run_nothing(copy, dataset, tmp_path):
     ):
         assert_user_error(done, "ckpt.pt is damaged or not a checkpoint")
     assert not trap.exists()
+    assert first_line(KeyError(101)) == "KeyError(101)"  # torch's, for other files
 
 
 def test_resuming_what_cannot_be_resumed(dataset, trained, tmp_path):

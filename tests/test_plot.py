@@ -165,6 +165,44 @@ def test_a_run_may_have_any_name_and_lack_columns(tmp_path):
             draw(logs, by).savefig(tmp_path / "x.png")
 
 
+def test_names_and_numbers_have_room(tmp_path):
+    columns = ("loss", "val_loss", "hellaswag", "accuracy", "lr")
+    write_log(tmp_path, [{"step": step} | dict.fromkeys(columns, 0.3) for step in range(0, 20_001, 1000)])
+    log = read_log(tmp_path / "log.csv")
+    alone = draw({"a": log}, baseline_hellaswag=0.2955)
+    alone.draw_without_rendering()
+    boxes = [label.get_window_extent() for label in alone.axes[1].get_xticklabels()]
+    assert len(boxes) > 2 and all(left.x1 + 10 < right.x0 for left, right in pairwise(boxes))
+    figure = draw({f"{'long/' * 20}{name}": log for name in "ab"})
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        assert all(text.get_window_extent().width < axes.bbox.width for text in axes.texts)
+        assert any("long/a" in label for label in labels(axes))
+
+
+def test_many_runs_have_a_legend_and_differ(tmp_path):
+    write_log(tmp_path, [{"step": step, "val_loss": 3 - step / 10} for step in (0, 5, 10)])
+    axes = draw({f"_{number} $": read_log(tmp_path / "log.csv") for number in range(20)}).axes[0]
+    axes.figure.draw_without_rendering()
+    texts = axes.get_legend().get_texts()
+    assert [text.get_text() for text in texts] == [f"_{number} $, best val 2.0000" for number in range(20)]
+    edges = [(box.x1, box.y0) for box in (text.get_window_extent() for text in texts)]
+    assert max(edges)[0] <= axes.figure.bbox.x1 and min(y for _, y in edges) > 0
+    named = [
+        line for line in axes.get_lines() if line.get_label().startswith("_") and "best" in line.get_label()
+    ]
+    assert len({(line.get_color(), line.get_linestyle()) for line in named}) == 20
+
+
+def test_the_first_evaluation_is_one_tick(tmp_path):
+    write_log(tmp_path, [{"step": 0, "val_loss": 4}])
+    axis = draw({"a": read_log(tmp_path / "log.csv")}).axes[0].xaxis
+    axis.figure.draw_without_rendering()
+    low, high = axis.get_view_interval()
+    shown = [t for x, t in zip(axis.get_ticklocs(), axis.get_ticklabels(), strict=True) if low <= x <= high]
+    assert [label.get_text() for label in shown] == ["0"]
+
+
 def test_labels_do_not_overlap(tmp_path):
     for number, name in enumerate("abcdef"):
         write_log(
@@ -212,11 +250,15 @@ def test_the_command_draws_and_prints_the_best(tmp_path):
         (["good", "--output=x.docx"], "is not the name of a picture"),
         (["none.csv"], "none.csv cannot be read"),
         (["x=none/log.csv"], "there is no such folder"),
+        (["stepless"], "no line with a loss yet"),
+        (["old", "--by=tokens"], "old/log.csv has no tokens"),
     ],
 )
 def test_mistakes_of_the_command(words, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name, text in (("empty", None), ("other", "a,b\n1,2\n"), ("fresh", f"{HEADER}\n")):
+    texts = {"empty": None, "other": "a,b\n1,2\n", "fresh": f"{HEADER}\n"}
+    texts |= {"stepless": "step,loss\n,3\n", "old": "step,loss\n1,3\n"}
+    for name, text in texts.items():
         (tmp_path / name).mkdir()
         if text:
             (tmp_path / name / "log.csv").write_text(text)

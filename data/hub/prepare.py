@@ -1,4 +1,4 @@
-"""Any text dataset of the Hugging Face hub: --dataset=Salesforce/wikitext --config=wikitext-103-raw-v1
+"""Any text dataset of the Hugging Face hub (--dataset=Salesforce/wikitext --config=wikitext-103-raw-v1).
 
 It is written to data/salesforce_wikitext_wikitext_103_raw_v1 (or --output) in shards, as by data/fineweb_edu:
 streamed, and tokenized on all cores. The first shard, or the first tenth of a small text, is val. If

@@ -29,7 +29,7 @@ def roman(number: int) -> str:
 def main() -> None:
     parser = line_parser(sys.argv[0], __doc__.splitlines()[0])
     ways = ("to_roman", "from_roman", "both")
-    about = "to_roman: 1987=MCMLXXXVII; from_roman: MCMLXXXVII=1987 (default: to_roman)"
+    about = "to_roman: 1987=MCMLXXXVII; from_roman: MCMLXXXVII=1987; both: two lines (default: to_roman)"
     parser.add_argument("--direction", choices=ways, default=ways[0], help=about)
     args = parser.parse_args()
 

@@ -44,7 +44,9 @@ def main() -> None:
     with show_wait("reading the files"):
         texts = source_files(folder)
     if len(texts) < 10:
-        raise UserError(f"{folder} has only {len(texts)} ASCII .py files; give another --input FOLDER")
+        raise UserError(
+            f"{folder} has {len(texts)} ASCII .py files, fewer than 10; give another --input FOLDER"
+        )
     tokenizer, source = CharTokenizer(CHARS), f"{folder}, Python {sys.version.split()[0]}"
     with write_dataset(args.output, tokenizer, args.overwrite, source=source) as add:
         for number, text in enumerate(texts):

@@ -89,7 +89,7 @@ def parse_mixture(text: str) -> list[tuple[str, float]]:
     if not given:
         return [(name, 1 / len(names)) for name in names]
     if len(given) < len(weights) or not all(0 < weight < math.inf for weight in given):
-        raise UserError(f"dataset={text[:200]}: not all weights are positive; write NAME:0.9,OTHER:0.1")
+        raise UserError(f"dataset={text[:200]}: each name needs a positive weight; write NAME:0.9,OTHER:0.1")
     return [(name, weight / sum(given)) for name, weight in zip(names, given, strict=True)]
 
 
@@ -126,9 +126,9 @@ def open_dataset(config: TrainConfig, splits: tuple[str, ...] | None = None) -> 
     if config.sampling == "lines" or config.loss_after is not None:
         newline = single_token_id("\n", parts[0].meta, "the newline")
     if config.loss_after is not None:
-        separator = single_token_id(config.loss_after, parts[0].meta, f"loss_after={config.loss_after!r}")
+        separator = single_token_id(config.loss_after, parts[0].meta, f"the separator {config.loss_after!r}")
         if separator == newline:
-            raise UserError("loss_after is the newline, which ends a line; choose a token within lines")
+            raise UserError("the separator is the newline, which ends a line; choose a token within lines")
     if config.sampling == "lines":
         for part in parts:
             for split, stream in part.streams.items():

@@ -32,7 +32,7 @@ class LoadedModel(NamedTuple):
     tokenizer: Tokenizer | None  # None if no task needs one
     settings: dict[str, Any]  # of its training, {} if they are unknown
     meta: dict[str, Any]  # of its dataset
-    source: str
+    source: str  # its path or name
     runtime: Runtime
 
 
@@ -54,7 +54,8 @@ def load_tasks(config: EvalConfig, runtime: Runtime) -> tuple[str, dict[str, Tas
     tokenizer = None
     if set(names) != {"loss"}:  # the loss needs no tokenizer
         tokenizer = find_tokenizer(contents, model.config.vocab_size, source, config.dataset)
-    loaded = LoadedModel(to_device(model, runtime.device).eval(), tokenizer, settings, meta, source, runtime)
+    path, model = source.partition(", step ")[0], to_device(model, runtime.device).eval()
+    loaded = LoadedModel(model, tokenizer, settings, meta, path, runtime)
     return source, {name: TASKS[name](config, loaded, name) for name in names}
 
 
@@ -64,8 +65,7 @@ def open_eval_data(config: EvalConfig, loaded: LoadedModel, **settings: Any) -> 
     if not dataset:
         raise UserError(f"{source} does not name the dataset that it was trained on; give --dataset=NAME")
     if not config.dataset and not is_here(dataset):
-        path = source.partition(", step ")[0]
-        raise UserError(f"{path} was trained on {dataset[:200]}, which is not here; give --dataset=FOLDER")
+        raise UserError(f"{source} was trained on {dataset[:200]}, which is not here; give --dataset=FOLDER")
     train_config = TrainConfig(dataset=dataset, eval_iters=0, eval_splits=config.split, **settings)
     data, advice = open_dataset(train_config, (config.split,)), "use a dataset with the model's tokenizer"
     if tokenizers_differ(loaded.meta.get("tokenizer"), data.meta["tokenizer"]):

@@ -146,8 +146,10 @@ def whole_number(text: str) -> int:
 
 
 def part(text: str) -> Part:
-    """I/N. Raises ValueError."""
+    """I/N. Raises ArgumentTypeError."""
+    if not re.fullmatch("[0-9]{1,5}/[1-9][0-9]{0,4}", text):
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a part; write I/N, such as 3/16")
     number, of = map(int, text.split("/"))
-    if not 1 <= number <= of < 10**5:
-        raise ValueError(text)
+    if not 1 <= number <= of:
+        raise argparse.ArgumentTypeError(f"{text!r} is out of range; give 1/{of} to {of}/{of}")
     return Part(number, of)

@@ -83,7 +83,7 @@ def strip_patterns(args: argparse.Namespace) -> tuple[re.Pattern[str], ...]:
     try:
         return tuple(map(re.compile, args.strip_lines or ()))
     except re.error as error:
-        raise UserError(f"--strip_lines {args.strip_lines}: {error}; fix the regular expression") from None
+        raise UserError(f"--strip_lines {error.pattern!r}: {error}; fix the regular expression") from None
 
 
 def named_tokenizer(name: str, kinds: Sequence[str] = ("gpt2", "byte")) -> Tokenizer:
