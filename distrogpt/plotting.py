@@ -192,7 +192,10 @@ def draw(
             panels[name].axhline(
                 value, color=INK, linestyle="--", linewidth=0.9, label=f"published {value:g}"
             )
-    draw_run(loss, logs[run], by) if alone else draw_runs(loss, logs, by)
+    if alone:
+        draw_run(loss, logs[run], by)
+    else:
+        draw_runs(loss, logs, by)
     loss.set_ylim(loss_range(logs.values(), by, baseline_loss))
     label_ends(loss)
     if len(rows) == 2:

@@ -203,7 +203,9 @@ class TrainConfig(Settings):
     wandb_project: str = setting("owt", "wandb: name of the project")
     wandb_run_name: str = setting("gpt2", "wandb: name of the run")
     tensorboard_log: bool = setting(False, "log to TensorBoard too, in out_dir/tensorboard")
-    loss_plot: bool = setting(True, "redraw out_dir/loss.png after each evaluation")
+    loss_plot: bool = setting(
+        True, "draw out_dir/loss.png after evaluations, at most once a minute, and at the end"
+    )
     baseline_train_loss: float | None = setting(None, "a published train loss, shown for comparison", above=0)
     baseline_loss: float | None = BASELINE_LOSS
     baseline_hellaswag: float | None = BASELINE_HELLASWAG

@@ -38,7 +38,7 @@ from distrogpt.kernels.cpu import CPUAttention, CPUDropout, to_device
 from distrogpt.plotting import COLORS, INK, new_figure, style_axes, write_figure
 from distrogpt.runtime import Runtime, start_runtime
 from distrogpt.settings import RECIPE, BenchConfig
-from distrogpt.training.logger import TrainLogger
+from distrogpt.training.logger import DRAWING_INTERVAL, TrainLogger
 from distrogpt.training.run_directory import RunDirectory
 from distrogpt.training.startup import new_model_config
 from distrogpt.training.state import TrainState
@@ -201,7 +201,7 @@ def bench_checkpoint(config: BenchConfig, runtime: Runtime, training_step: Train
 
 
 def bench_logs(config: BenchConfig, runtime: Runtime, training_step: TrainingStep) -> dict[str, Any]:
-    """The cost of all logs: a line per step, and loss.png at each evaluation."""
+    """The cost of all logs: a line per step, and loss.png after evaluations."""
     trainer = Trainer(training_step, config, timing.open_data(config), runtime)
     config = replace(config, log_interval=1, tensorboard_log=True, loss_plot=True)
     state = TrainState()
@@ -227,8 +227,8 @@ def bench_logs(config: BenchConfig, runtime: Runtime, training_step: TrainingSte
             logger.plot.finish(60)
         picture = (sum(os.times()[2:4]) - begin) / (os.cpu_count() or 1)
     step, line = statistics.median(steps), statistics.mean(lines)
-    interval = config.eval_interval * step  # seconds between two plots
-    cost = line + picture / config.eval_interval
+    interval = max(config.eval_interval * step, DRAWING_INTERVAL)  # seconds between two plots
+    cost = line + picture * step / interval
     print(f"step     {step * 1000:,.2f} ms median, {trainer.describe()}")
     print(f"lines    {line * 1000:.3f} ms per step, {line / step:.2%}: screen, log.csv, TensorBoard")
     print(f"plot     {picture * 1000:,.0f} ms of all CPU cores, every {interval:,.0f} s")

@@ -28,6 +28,8 @@ from model import GPT
 
 log = logging.getLogger("distrogpt")
 
+DRAWING_INTERVAL = 60.0  # seconds; a drawing delays training on two cores by about one
+
 COLUMN_OF = {"train": "train_loss", "val": "val_loss", "bits_per_byte": "val_bits_per_byte"}  # of log.csv
 SCALAR_OF = {name: f"val/{name}" for name in ("bits_per_byte", "hellaswag", "accuracy")}  # others: NAME/loss
 
@@ -206,22 +208,28 @@ class TensorBoard:
 
 
 class LossPlot:
-    """out_dir/loss.png, drawn by plot.py in a process of low priority. If that fails, the run continues."""
+    """out_dir/loss.png, drawn by plot.py in a process of low priority: at most once in `interval` seconds, and
+    at the end. If that fails, the run continues."""
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, interval: float = DRAWING_INTERVAL) -> None:
         plot = Path(__file__).resolve().parents[2] / "plot.py"
         self.picture = Path(config.out_dir) / PICTURE
         self.command = [sys.executable, str(plot), config.out_dir, f"--output={self.picture}"]
         for name in ("baseline_loss", "baseline_hellaswag"):
             self.command.append(f"--{name}={getattr(config, name)}")
         self.process: subprocess.Popen | None = None
+        self.interval, self.started = interval, time.perf_counter()
         self.outdated = False
 
     def redraw(self) -> None:
-        """Draw the log as it is now, unless an earlier drawing is still under way."""
-        self.outdated = self.process is not None and self.process.poll() is None
-        if self.outdated:
-            return
+        """Draw the log as it is now, unless the last drawing is recent or still under way."""
+        is_drawing = self.process is not None and self.process.poll() is None
+        self.outdated = is_drawing or time.perf_counter() - self.started < self.interval
+        if not self.outdated:
+            self.start()
+
+    def start(self) -> None:
+        self.started = time.perf_counter()
         options: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         options["env"] = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         if os.name == "nt":
@@ -238,8 +246,9 @@ class LossPlot:
         with suppress(subprocess.TimeoutExpired):
             if self.process:
                 self.process.wait(seconds)
-            if self.process and self.outdated:
-                self.redraw()
+            if self.outdated:
+                self.start()
+            if self.process:
                 self.process.wait(seconds)
 
     def abandon(self) -> None:

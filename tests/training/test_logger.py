@@ -45,7 +45,7 @@ def write_log(folder, steps: int) -> None:
 
 
 def test_the_last_evaluation_is_drawn_even_if_the_one_before_is_still_being_drawn(tmp_path):
-    plot = LossPlot(TrainConfig(out_dir=str(tmp_path)))
+    plot = LossPlot(TrainConfig(out_dir=str(tmp_path)), interval=0)
     write_log(tmp_path, steps=50)
     plot.redraw()
     plot.finish(60)
@@ -58,8 +58,18 @@ def test_the_last_evaluation_is_drawn_even_if_the_one_before_is_still_being_draw
     assert plot.process.poll() is not None and (tmp_path / "loss.png").read_bytes() != before
 
 
-def test_a_drawing_that_fails_stops_nothing(tmp_path):
+def test_evaluations_in_quick_succession_are_drawn_once_at_the_end(tmp_path):
     plot = LossPlot(TrainConfig(out_dir=str(tmp_path)))
+    for steps in (50, 100):
+        write_log(tmp_path, steps)
+        plot.redraw()
+    assert plot.process is None  # a drawing takes cores from training
+    plot.finish(60)
+    assert (tmp_path / "loss.png").read_bytes().startswith(PNG)
+
+
+def test_a_drawing_that_fails_stops_nothing(tmp_path):
+    plot = LossPlot(TrainConfig(out_dir=str(tmp_path)), interval=0)
     for _ in range(2):  # there is no log
         plot.redraw()
         plot.process.kill()
@@ -72,7 +82,7 @@ def test_a_drawing_that_fails_stops_nothing(tmp_path):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs nice values")
 def test_drawing_has_a_low_priority_and_gets_no_ctrl_c(tmp_path):
-    plot = LossPlot(TrainConfig(out_dir=str(tmp_path)))
+    plot = LossPlot(TrainConfig(out_dir=str(tmp_path)), interval=0)
     plot.command = [sys.executable, "-c", "import time; time.sleep(60)"]
     plot.redraw()
     try:
