@@ -72,23 +72,31 @@ STYLE = """
 """
 
 
-def module_files() -> dict[str, Path]:
-    """The modules of the root and of distrogpt/ by their full names."""
-    paths = sorted([*REPO.glob("*.py"), *(REPO / "distrogpt").rglob("*.py")])
-    names = [".".join(path.relative_to(REPO).with_suffix("").parts) for path in paths]
-    return {name.removesuffix(".__init__"): path for name, path in zip(names, paths, strict=True)}
+def module_name(path: Path) -> str:
+    """distrogpt/kernels/cpu.py is distrogpt.kernels.cpu, distrogpt/kernels/__init__.py distrogpt.kernels."""
+    return ".".join(path.relative_to(REPO).with_suffix("").parts).removesuffix(".__init__")
 
 
-def imports_of(path: Path, modules: dict[str, Path]) -> set[str]:
-    """The modules of the repository that a file imports, at its top or inside functions."""
-    found = set()
+# the modules of the root and of distrogpt/ by their full names
+MODULES = {
+    module_name(path): path for path in sorted([*REPO.glob("*.py"), *(REPO / "distrogpt").rglob("*.py")])
+}
+
+
+def imports_of(path: Path) -> set[str]:
+    """The full names of the modules that a file imports, at its top or inside functions."""
+    package = module_name(path) if path.name == "__init__.py" else module_name(path).rpartition(".")[0]
+    names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            submodules = {f"{node.module}.{alias.name}" for alias in node.names}
-            found |= submodules & set(modules) or {node.module}
-    return found & set(modules)
+            parents = package.split(".")[: len(package.split(".")) + 1 - node.level] if node.level else []
+            base = ".".join([*parents, *filter(None, [node.module])])
+            for alias in node.names:  # `from package import module` imports that module
+                full = f"{base}.{alias.name}"
+                names.add(full if full in MODULES else base)
+    return names
 
 
 def box_of(module: str) -> str:
@@ -101,9 +109,9 @@ def box_of(module: str) -> str:
 
 def read_imports() -> dict[str, set[str]]:
     """The boxes that each box imports. Raises ValueError if PLACES has a box without code."""
-    modules, imports = module_files(), {}
-    for module, path in modules.items():
-        boxes = {box_of(name) for name in imports_of(path, modules)}
+    imports: dict[str, set[str]] = {}
+    for module, path in MODULES.items():
+        boxes = {box_of(name) for name in imports_of(path) & set(MODULES)}
         imports.setdefault(box_of(module), set()).update(boxes - {box_of(module), BASE})
     if missing := set(PLACES) - set(imports):
         raise ValueError(f"{missing}: there is no such file or folder; change PLACES")
@@ -179,7 +187,7 @@ def box_svg(name: str, files_of_base: list[str]) -> str:
 
 def draw() -> str:
     arrows, up = arrows_to_draw(read_imports())
-    base = [module.rpartition(".")[2] for module in module_files() if box_of(module) == BASE]
+    base = [module.rpartition(".")[2] for module in MODULES if box_of(module) == BASE]
     base.remove("distrogpt")
     size = f'width="{WIDTH}" height="{HEIGHT}"'
     caption = "An arrow points to what is imported; arrows that a chain of others implies are left out."

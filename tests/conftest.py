@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import importlib.util
 import io
 import itertools
 import json
@@ -13,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -21,10 +23,15 @@ import torch.distributed as dist
 from warm import POSSIBLE, Started
 
 from configurator import read_settings
+from distrogpt import settings
 
 REPO = Path(__file__).resolve().parents[1]
 NANOGPT = Path(__file__).parent / "fixtures" / "nanogpt"  # written by nanoGPT itself: see its README
 SHARED = REPO.parent / "shared" / "data"
+# the commands with the classes of their settings, and the scripts of data/
+COMMANDS = {f"{name.removesuffix('Config').lower()}.py": cls for name, cls in vars(settings).items()
+            if name.endswith("Config")}  # fmt: skip
+PREPARE = sorted(path.relative_to(REPO).as_posix() for path in (REPO / "data").glob("*/prepare.py"))
 TINY = (
     "--device=cpu --dtype=float32 --compile=False --n_layer=1 --n_head=2 --n_embd=16 --block_size=16 "
     "--batch_size=4 "
@@ -42,6 +49,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's client is imported
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny models gain nothing from more, and suffer on a busy machine
 torch.set_num_threads(1)
 ENVIRONMENT = dict(os.environ)
+
+
+def load_docs_script(name: str) -> ModuleType:
+    """A script of docs/ as a module."""
+    spec = importlib.util.spec_from_file_location(f"docs_{name}", REPO / "docs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def run(*words: object, cwd: Path = REPO, env: dict[str, str] | None = None, **more):

@@ -11,15 +11,12 @@ import subprocess
 from collections.abc import Iterator
 
 import pytest
-from conftest import REPO, TINY, assert_user_error, prepare_here, run_here, train_here
+from conftest import COMMANDS, PREPARE, REPO, TINY, assert_user_error, prepare_here, run_here, train_here
 
 from configurator import configure, help_text
 from distrogpt import settings
 from distrogpt.errors import command, quote
 
-COMMANDS = {f"{name.removesuffix('Config').lower()}.py": cls for name, cls in vars(settings).items()
-            if name.endswith("Config")}  # fmt: skip
-PREPARE = sorted(path.relative_to(REPO).as_posix() for path in (REPO / "data").glob("*/prepare.py"))
 FILES = [*REPO.glob("*.py"), *(REPO / "distrogpt").rglob("*.py"), *(REPO / "data").glob("*/prepare.py")]
 PROGRAMS = r"(data/\w+/prepare\.py|\w+\.py|lm_eval|vllm|torchrun|pip|ct2-transformers-converter)\b"
 NOT_SAID = {  # why a command that lacks a setting does not say it; or it is no message

@@ -6,10 +6,9 @@ import sys
 from dataclasses import dataclass, replace
 
 import pytest
-from conftest import REPO, assert_user_error, run, run_here
+from conftest import COMMANDS, REPO, assert_user_error, run, run_here
 
 from configurator import Settings, configure, help_text, read_settings, setting
-from distrogpt import settings
 from distrogpt.errors import UserError
 from distrogpt.settings import (
     AblateConfig,
@@ -21,8 +20,6 @@ from distrogpt.settings import (
     ServeConfig,
     TrainConfig,
 )
-
-COMMANDS = [cls for name, cls in vars(settings).items() if name.endswith("Config")]
 
 
 def settings_of(*argv: str) -> TrainConfig:
@@ -393,7 +390,7 @@ def names_by_heading(text: str) -> dict[str, list[str]]:
     return {part.partition("\n")[0]: re.findall(r"^  --(\w+)=", part, re.M) for part in parts}
 
 
-@pytest.mark.parametrize("cls", COMMANDS)
+@pytest.mark.parametrize("cls", COMMANDS.values())
 def test_help_has_each_setting_once_under_a_heading_after_the_most_used(cls):
     text = help_text(cls)
     groups = names_by_heading(text)

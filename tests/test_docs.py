@@ -2,7 +2,6 @@
 
 import argparse
 import ast
-import importlib.util
 import re
 import runpy
 import shlex
@@ -14,22 +13,15 @@ from itertools import groupby
 from pathlib import Path
 
 import pytest
-from conftest import REPO
+from conftest import COMMANDS, PREPARE, REPO, load_docs_script
 
 from configurator import find_config, read_settings, refuse_unused
-from distrogpt import settings
 from distrogpt.errors import UserError
 
-SPEC = importlib.util.spec_from_file_location("build_site", REPO / "docs" / "build_site.py")
-build_site = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(build_site)
-
+build_site = load_docs_script("build_site")
 DOCS = sorted((REPO / "docs").glob("*.md"))
 PAGES = [*(REPO / name for name in build_site.ROOT_PAGES), *DOCS]
-CONFIGS = {f"{name.removesuffix('Config').lower()}.py": cls for name, cls in vars(settings).items()
-           if name.endswith("Config")}  # fmt: skip
-SCRIPT = re.compile(r"(?:.*/)?(data/\w+/prepare\.py|(?:" + "|".join(CONFIGS).replace(".", r"\.") + r"))")
-PREPARE = [path.relative_to(REPO).as_posix() for path in sorted((REPO / "data").glob("*/prepare.py"))]
+SCRIPT = re.compile(r"(?:.*/)?(data/\w+/prepare\.py|(?:" + "|".join(COMMANDS).replace(".", r"\.") + r"))")
 NOT_SHELL = ("python", "json", "html", "yaml", "toml", "csv")  # languages of blocks without commands
 OTHER_PROGRAMS = """--help --max-restarts --shutdown-timeout --master_addr --master_port --node_rank --nnodes
     --nproc_per_node --standalone --rdzv_backend --rdzv_id --rdzv_endpoint --array --wrap --shm-size --gpus
@@ -170,7 +162,7 @@ def fault_of(script: str, arguments: list[str], in_block: bool) -> str | None:
     arguments = [re.sub(r"\$\w+", "1", word) for word in arguments if word != "..."]
     if not in_block:  # where out-X, --seed=S and --seed alone stand for others
         arguments = [word for word in arguments if not PLACEHOLDER.fullmatch(word.partition("=")[2] or word)]
-        if script in CONFIGS:
+        if script in COMMANDS:
             arguments = [word for word in arguments if "=" in word or not word.startswith("-")]
     if not arguments or any(word.partition("=")[0] == "--help" for word in arguments):
         return None
@@ -185,7 +177,7 @@ def fault_of_settings(script: str, arguments: list[str]) -> str | None:
     if script == "plot.py":  # its other words are folders
         arguments = [word for word in arguments if word.startswith("-")]
     try:
-        config = read_settings(CONFIGS[script], arguments)
+        config = read_settings(COMMANDS[script], arguments)
         refuse_unused(config, arguments)
     except UserError as error:
         return f"{script} {shlex.join(arguments)}: {error}"
@@ -241,7 +233,7 @@ def test_commands_have_settings_that_exist(page, capsys):
 @cache
 def all_flags() -> set[str]:
     """The flags of all commands, of each prepare.py, and of programs that pages mention."""
-    names = {f"--{name}" for cls in CONFIGS.values() for name in cls.__dataclass_fields__}
+    names = {f"--{name}" for cls in COMMANDS.values() for name in cls.__dataclass_fields__}
     helps = [parser_of(script, None).format_help() for script in PREPARE]
     options = {word for text in helps for word in re.findall(r"--\w+", text)}
     return names | options | set(OTHER_PROGRAMS)

@@ -1,30 +1,21 @@
 """docs/settings.md is what docs/settings.py makes of the settings."""
 
-import importlib.util
 import re
 
-import pytest
-from conftest import REPO
+from conftest import COMMANDS, load_docs_script
 
 from configurator import settings_by_heading
-from distrogpt import settings
+
+script = load_docs_script("settings")
 
 
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("docs_settings", REPO / "docs" / "settings.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_page_is_up_to_date(script):
+def test_the_page_is_up_to_date():
     assert script.PAGE.read_text(encoding="utf-8") == script.settings_page(), "run make docs"
 
 
-def test_the_page_has_every_setting_of_every_command_once(script):
+def test_the_page_has_every_setting_of_every_command_once():
     page = script.settings_page()
-    assert set(script.COMMANDS.values()) == {c for n, c in vars(settings).items() if n.endswith("Config")}
+    assert script.COMMANDS == COMMANDS
     sections = dict(part.split("\n", 1) for part in page.split("\n## ")[1:])
     for command, cls in script.COMMANDS.items():
         names = {field.name for group in settings_by_heading(cls).values() for field in group}
@@ -35,7 +26,7 @@ def test_the_page_has_every_setting_of_every_command_once(script):
         assert not shared or command in ("bench.py", "ablate.py")
 
 
-def test_its_tables_and_links_are_whole(script):
+def test_its_tables_and_links_are_whole():
     page = script.settings_page()
     rows = [line for line in page.splitlines() if line.startswith("|")]
     assert rows and {row.count("|") for row in rows} == {5} and {row.count("`") % 2 for row in rows} == {0}

@@ -4,13 +4,12 @@ Imports inside functions count as well: they are read from the source, nothing i
 """
 
 import ast
-import runpy
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import REPO
+from conftest import REPO, load_docs_script
 
 COMMANDS = {"train", "sample", "eval", "serve", "export", "bench", "plot", "ablate"}
 ROOT_FILES = sorted(REPO.glob("*.py"))
@@ -31,28 +30,8 @@ FUNCTIONS = {  # "path: function": reason
 }
 
 
-def module_name(path: Path) -> str:
-    """distrogpt/kernels/cpu.py is distrogpt.kernels.cpu, distrogpt/kernels/__init__.py distrogpt.kernels."""
-    return ".".join(path.relative_to(REPO).with_suffix("").parts).removesuffix(".__init__")
-
-
-MODULES = {module_name(path): path for path in (*ROOT_FILES, *PACKAGE_FILES)}
-
-
-def imports_of(path: Path) -> set[str]:
-    """The full names of the modules that a file imports, at its top or inside functions."""
-    package = module_name(path) if path.name == "__init__.py" else module_name(path).rpartition(".")[0]
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            parents = package.split(".")[: len(package.split(".")) + 1 - node.level] if node.level else []
-            base = ".".join([*parents, *filter(None, [node.module])])
-            for alias in node.names:  # `from package import module` imports that module
-                full = f"{base}.{alias.name}"
-                names.add(full if full in MODULES else base)
-    return names
+architecture = load_docs_script("architecture")  # which draws what is tested here
+MODULES, module_name, imports_of = architecture.MODULES, architecture.module_name, architecture.imports_of
 
 
 def third_party(names: set[str]) -> set[str]:
@@ -137,9 +116,7 @@ def test_the_architecture_page_names_files_and_folders_that_exist():
 
 
 def test_the_drawing_shows_the_imports_of_today():
-    drawn = runpy.run_path(str(REPO / "docs" / "architecture.py"))["draw"]()
-    picture = REPO / "docs" / "pictures" / "architecture.svg"
-    assert drawn == picture.read_text(encoding="utf-8"), "run make docs"
+    assert architecture.draw() == architecture.PICTURE.read_text(encoding="utf-8"), "run make docs"
 
 
 @pytest.mark.parametrize("path", (*ROOT_FILES, *PACKAGE_FILES), ids=lambda path: str(path.relative_to(REPO)))

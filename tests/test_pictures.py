@@ -1,28 +1,18 @@
 """The pictures of the docs: they are all there, small, and drawn again from their data."""
 
-import importlib.util
 import io
 import json
 import sys
 
 import pytest
-from conftest import REPO
+from conftest import load_docs_script
 from PIL import Image
 
 from distrogpt.benchmark import serving
 from distrogpt.errors import UserError
 from distrogpt.plotting import read_log
 
-
-def load(name: str):
-    """A script of docs/ as a module."""
-    spec = importlib.util.spec_from_file_location(name, REPO / "docs" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-pictures, nanogpt_log = load("pictures"), load("nanogpt_log")
+pictures, nanogpt_log = load_docs_script("pictures"), load_docs_script("nanogpt_log")
 NAMES = [*pictures.FROM_DATA, *pictures.FROM_RUN]
 
 
