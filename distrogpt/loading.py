@@ -114,7 +114,8 @@ def find_meta(
     if dataset:
         *_, meta = find_parts(dataset)[0]
         if own and tokenizers_differ(own["tokenizer"], meta["tokenizer"]):
-            raise UserError(f"{source} has another tokenizer than {dataset}; give its own dataset")
+            advice = "use a dataset with the model's tokenizer"
+            raise UserError(f"{dataset} has a different tokenizer than {source}; {advice}")
         return own if own and own["tokenizer"] else meta
     if own:
         return own

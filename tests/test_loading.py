@@ -185,7 +185,7 @@ def test_a_checkpoint_that_names_no_dataset(config, nanogpt):
 
 def test_a_dataset_with_another_tokenizer_is_refused(out_dir, nanogpt, dataset):
     wrong = sample_here(f"--out_dir={out_dir}", f"--dataset={NANOGPT}")
-    assert_user_error(wrong, f"{out_dir}/ckpt.pt has another tokenizer than {NANOGPT}")
+    assert_user_error(wrong, f"{NANOGPT} has a different tokenizer than {out_dir}/ckpt.pt")
     wrong = sample_here(f"--out_dir={nanogpt}", f"--dataset={dataset}")
     assert_user_error(wrong, "its tokenizer", "--dataset=FOLDER")
 
