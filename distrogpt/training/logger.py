@@ -208,8 +208,8 @@ class TensorBoard:
 
 
 class LossPlot:
-    """out_dir/loss.png, drawn by plot.py in a process of low priority: after an evaluation if `interval` seconds
-    have passed since the last drawing, and at the end. If that fails, the run continues."""
+    """out_dir/loss.png, drawn by plot.py in a process of low priority: after an evaluation if `interval`
+    seconds have passed since the last drawing, and at the end. If that fails, the run continues."""
 
     def __init__(self, config: TrainConfig, interval: float = DRAWING_INTERVAL) -> None:
         plot = Path(__file__).resolve().parents[2] / "plot.py"
