@@ -139,7 +139,9 @@ def start_runtime(device: str = "auto", dtype: str = "auto", backend: str = "aut
         if torch_device.type == "cuda":
             backends = f"cpu:gloo,cuda:{'nccl' if backend == 'auto' else backend}"
         dist.init_process_group(backends, store=store, rank=rank, world_size=world_size)
-    return Runtime(torch_device, find_dtype(dtype, torch_device), rank, world_size)
+    runtime = Runtime(torch_device, find_dtype(dtype, torch_device), rank, world_size)
+    runtime.barrier()  # if a rank ended now by a mistake, others that still connect would report it as lost
+    return runtime
 
 
 def stop_runtime() -> None:
