@@ -3,6 +3,10 @@
 One process trains on one device. Under torchrun, one process per GPU trains the same model.
 """
 
+import time
+
+STARTED = time.perf_counter()  # max_minutes include loading torch
+
 from configurator import configure
 from distrogpt.settings import TrainConfig
 
@@ -26,8 +30,9 @@ from distrogpt.training import startup
 from distrogpt.training.batches import BatchLoader, MicroBatch
 from distrogpt.training.distributed import distribute
 from distrogpt.training.logger import TrainLogger
-from distrogpt.training.optim import clip_gradients, make_optimizers, restore_training, set_learning_rates
+from distrogpt.training.optim import clip_gradients, make_optimizers, restore_training
 from distrogpt.training.run_directory import RunDirectory
+from distrogpt.training.schedule import Schedule
 from distrogpt.training.state import TrainState
 from model import GPT
 
@@ -81,11 +86,15 @@ def training_step(
     return Step(mean_loss, grad_norm.item(), applied)
 
 
-def train(config: TrainConfig, on_evaluation: Callable | None = None) -> TrainResult:
+def train(
+    config: TrainConfig, on_evaluation: Callable | None = None, started: float | None = None
+) -> TrainResult:
     """Train as the settings say; returns the model and its losses. Raises UserError and MachineError.
 
     `on_evaluation` is called on rank 0 after each evaluation, with the losses of all evaluations so far.
+    `started` is the time.perf_counter() from which the run's seconds count; None: now.
     """
+    started = time.perf_counter() if started is None else started
     config = startup.inherit_settings(config)
     runtime = start_runtime(config.device, config.dtype, config.backend)
     startup.check_ranks(config, runtime)
@@ -96,7 +105,7 @@ def train(config: TrainConfig, on_evaluation: Callable | None = None) -> TrainRe
         model, checkpoint = startup.initial_model(config, data.meta, run.restarted_id)
         check_range(model, runtime.dtype)
         startup.describe_run(config, runtime, data, model)
-        state = TrainState(checkpoint)
+        state = TrainState(checkpoint, started)
         run.resume(checkpoint, config=asdict(config), meta=data.meta, data=startup.fingerprint(data))
         replica = distribute(model, config, runtime)
         optimizers, scaler = make_optimizers(model, config, runtime), runtime.grad_scaler()
@@ -104,6 +113,7 @@ def train(config: TrainConfig, on_evaluation: Callable | None = None) -> TrainRe
         startup.describe_resumption(config, model, checkpoint, data)
         del checkpoint  # frees the copy on the CPU
         batches = BatchLoader(data, config, runtime, state.step)
+        schedule = Schedule(config, state, run, runtime)
         logger = TrainLogger(run, state, model, on_evaluation)
         with logger, collect_signals(run.abandon_save, enabled=not config.eval_only) as signals:
             while True:
@@ -123,12 +133,13 @@ def train(config: TrainConfig, on_evaluation: Callable | None = None) -> TrainRe
                     break
 
                 # one optimizer step
-                lr = set_learning_rates(optimizers, state.step, config)
+                lr = schedule.start_step(optimizers)
                 step = training_step(replica, optimizers, scaler, batches, config.grad_clip, runtime)
                 state.record_step(step.applied, scaler)
                 if state.diverged(config):
                     raise run.diverged_error(state.step)
                 state.sync(runtime, stop_requested=bool(signals) or batches.error is not None)
+                schedule.end_step()
                 logger.log_step(step.loss, step.grad_norm, lr, step.applied)
                 run.report_save()
             run.finish()  # while signals are still collected: none may interrupt the last save
@@ -143,5 +154,5 @@ def train(config: TrainConfig, on_evaluation: Callable | None = None) -> TrainRe
 
 if __name__ == "__main__":
     with cli_errors():
-        result = train(CONFIG)
+        result = train(CONFIG, started=STARTED)
         exit_process(128 + result.stopped_by if result.stopped_by else 0)

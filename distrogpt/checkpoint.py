@@ -116,6 +116,12 @@ def is_scaler_state(value: Any) -> bool:
     return numbers_fit and set(value) == set(torch.amp.GradScaler("cpu").state_dict())
 
 
+def is_fits(value: Any) -> bool:
+    """Steps, progress and total steps of each fit."""
+    types_fit = all([type(n) for n in fit] == [int, float, int] for fit in value)
+    return types_fit and all(0 <= fit[0] <= fit[2] and 0 <= fit[1] <= 1 for fit in value)
+
+
 def is_dense(value: Any) -> bool:
     """A floating-point tensor on the CPU, each of its elements in memory."""
     if not torch.is_tensor(value) or value.layout != torch.strided or value.device.type != "cpu":
@@ -136,6 +142,7 @@ SCHEMA: dict[str, tuple[Any, Callable[[Any], bool]]] = {
     "evaluated": (True, lambda value: type(value) is bool),  # False: stopped before this step's evaluation
     "run_id": ("0", lambda value: isinstance(value, str) and value.isalnum()),
     "seconds": (0.0, lambda value: type(value) is float and math.isfinite(value)),
+    "fits": ([], is_fits),  # of the schedule to the time that is left, with max_minutes
     "skipped": (0, lambda value: type(value) is int),  # steps
     "no_lower": (0, lambda value: type(value) is int),  # evaluations since the best one
     "data": ({}, lambda value: all(type(n) is int for n in chain(*value.values()))),  # fingerprints by split

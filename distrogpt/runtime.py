@@ -212,17 +212,20 @@ def collect_signals(abandon: Callable[[], None], enabled: bool = True) -> Iterat
 def progress_bar(
     first: int, last: int, runtime: Runtime, unit: str = "step", what: str = ""
 ) -> Iterator[Callable]:
-    """Yields advance(units=1, loss=None): on a terminal, it moves tqdm's bar with the loss and the time left.
-    In a file, on other ranks and without tqdm, there is no bar. Log lines are printed above it. The bar of a
-    part of the work, named by `what`, appears after a second and is removed at the end."""
+    """Yields advance(units=1, loss=None, total=None): on a terminal, it moves tqdm's bar, with the loss and
+    the time left; `total` is a new `last`. In a file, on other ranks and without tqdm, there is no bar. Log
+    lines are printed above it. The bar of a part of the work, named by `what`, appears after a second and is
+    removed at the end."""
     options: dict[str, Any] = {"total": last, "initial": first, "unit": unit}
     if what:
         options |= {"desc": what, "delay": 1, "leave": False, "smoothing": 0}
     with terminal_bar(runtime.is_main and first < last, **options) as bar:
 
-        def advance(units: int = 1, loss: float | None = None) -> None:
+        def advance(units: int = 1, loss: float | None = None, total: int | None = None) -> None:
             if bar is not None and loss is not None:
                 bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)  # shown at the bar's next update
+            if bar is not None and total is not None:
+                bar.total = total
             if bar is not None:
                 bar.update(units)
 

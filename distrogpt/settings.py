@@ -137,7 +137,10 @@ class TrainConfig(Settings):
     max_iters: int = setting(600_000, "total training steps", min=0, heading="schedule")
     max_epochs: float | None = setting(None, "passes over the training data, instead of max_iters", above=0)
     max_minutes: float | None = setting(
-        None, "stop after N minutes in total, resumptions included; the schedule ignores it", above=0
+        None,
+        "end after N minutes in total, start, evaluations and resumptions included, or after max_iters; the "
+        "schedule of the learning rate is fitted to that time",
+        above=0,
     )
     patience: int | None = setting(
         None, "early stopping: stop after N evaluations in a row without a lower val loss", min=1

@@ -17,6 +17,8 @@ from distrogpt.settings import TrainConfig
 
 log = logging.getLogger("distrogpt")
 
+STEPS_PER_MINUTE = 300  # a guess, before the first step, of whether compiling pays in a run of some minutes
+
 
 @activity("preparing the model")
 def distribute(model: torch.nn.Module, config: TrainConfig, runtime: Runtime) -> torch.nn.Module:
@@ -24,6 +26,8 @@ def distribute(model: torch.nn.Module, config: TrainConfig, runtime: Runtime) ->
     enable_onednn_float32(runtime)
     model.activation_checkpointing = config.activation_checkpointing
     steps = 1 if config.eval_only else config.max_iters  # of the whole run: resumed, it computes as before
+    if config.max_minutes is not None:
+        steps = min(steps, round(config.max_minutes * STEPS_PER_MINUTE))
     sharded = config.shard and runtime.world_size > 1
     if not sharded:
         to_device(model, runtime.device)

@@ -95,7 +95,7 @@ class TrainLogger:
         step = self.state.step
         if applied:
             self.spike_detector.update(step, loss)
-        self.advance(loss=loss)
+        self.advance(loss=loss, total=self.state.fits[-1].total_steps if self.state.fits else None)
         if step % self.config.log_interval and not self.state.finished(self.config):
             return
         seconds = (time.perf_counter() - self.clock) / (step - self.clock_step)
@@ -133,6 +133,11 @@ class TrainLogger:
                 self.on_evaluation(self.history)
             self.reset_clock()
 
+    def seconds_to_draw(self) -> float:
+        """How long to wait for the last drawing of loss.png; with max_minutes, it may end after the run."""
+        limit = self.config.max_minutes
+        return 5.0 if limit is None else max(0.0, min(5.0, 1.02 * 60 * limit - self.state.elapsed()))
+
     def log_result(self) -> None:
         """Log how the run ended."""
         config, state = self.config, self.state
@@ -150,7 +155,7 @@ class TrainLogger:
         if self.tensorboard:
             self.tensorboard.close()
         if self.plot:
-            self.plot.finish() if kind is None else self.plot.abandon()
+            self.plot.finish(self.seconds_to_draw()) if kind is None else self.plot.abandon()
         if self.wandb and kind is None:
             self.wandb.finish()
 
@@ -241,7 +246,7 @@ class LossPlot:
                 os.setpriority(os.PRIO_PROCESS, self.process.pid, 19)
 
     @activity("drawing loss.png")
-    def finish(self, seconds: float = 5.0) -> None:
+    def finish(self, seconds: float) -> None:
         """Wait for the drawing of the whole log, `seconds` for each process."""
         with suppress(subprocess.TimeoutExpired):
             if self.process:

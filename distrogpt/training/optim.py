@@ -1,4 +1,4 @@
-"""Optimizers: AdamW, Muon or SGD; the learning rate over the steps of a run; gradient clipping."""
+"""Optimizers: AdamW, Muon or SGD; gradient clipping."""
 
 import math
 from collections.abc import Callable
@@ -20,34 +20,6 @@ from model import GPT, GPTConfig
 # 1 (by its largest error) on the image of [0.01, 1] under those before: Polar Express (arXiv 2505.16932).
 # Steeper ones are not stable in bf16.
 POLYNOMIALS = ((8.0937, -23.6209, 17.4463), (3.6376, -2.7228, 0.5367), (2.6626, -1.9782, 0.4527))
-
-
-def get_lr(step: int, config: TrainConfig) -> float:
-    """Learning rate of a step: linear warm-up over warmup_iters, then lr_schedule's decay to min_lr: half a
-    cosine, or for 'wsd' (arXiv 2405.18392) a line in the last `cooldown` of the steps, constant before."""
-    peak = config.learning_rate
-    if not config.decay_lr:
-        return peak
-    min_lr = peak / 10 if config.min_lr is None else config.min_lr
-    decay_iters = config.max_iters if config.lr_decay_iters is None else config.lr_decay_iters
-    if step < config.warmup_iters:
-        return peak * (step + 1) / (config.warmup_iters + 1)
-    if step >= decay_iters:
-        return min_lr
-    if config.lr_schedule == "cosine":
-        progress = (step - config.warmup_iters) / (decay_iters - config.warmup_iters)
-        return min_lr + (peak - min_lr) * (1 + math.cos(math.pi * progress)) / 2
-    remaining = (decay_iters - step) / (config.cooldown * decay_iters)  # of the cooldown; above 1 before it
-    return min_lr + (peak - min_lr) * min(1.0, remaining)
-
-
-def set_learning_rates(optimizers: list[Optimizer], step: int, config: TrainConfig) -> float:
-    """Scale each group's own peak as the schedule does; returns the learning rate of the step."""
-    lr = get_lr(step, config)
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = lr / config.learning_rate * group["initial_lr"]
-    return lr
 
 
 @torch.no_grad()

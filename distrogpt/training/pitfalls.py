@@ -2,7 +2,7 @@
 
 from distrogpt.data.dataset import Dataset
 from distrogpt.settings import TrainConfig
-from distrogpt.training.optim import get_lr
+from distrogpt.training.schedule import get_lr
 
 FEW_TARGETS = 1000  # the mean loss of fewer is off by several hundredths, by chance
 
@@ -30,7 +30,7 @@ def of_the_schedule(config: TrainConfig) -> list[str]:
         found.append(
             f"weight_decay={config.weight_decay:g} removes more than half of each weight per step; lower it"
         )
-    if not config.decay_lr:
+    if not config.decay_lr or config.max_minutes is not None:  # the schedule is fitted to the time
         return found
     end = steps if config.lr_decay_iters is None else config.lr_decay_iters
     min_lr = peak / 10 if config.min_lr is None else config.min_lr

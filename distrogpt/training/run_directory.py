@@ -5,6 +5,7 @@ last.pt              the newest one, from which training resumes
 step-00002000.pt     with keep_checkpoints, the newest of some steps
 log.csv              a row for each step that is logged or evaluated
 loss.png             the plot of log.csv
+schedule.csv         with max_minutes, how the schedule was fitted to the time that was left
 tensorboard          a folder with the same values, with tensorboard_log
 run.lock             locked as long as a process writes here
 run.owner            that process, and the run that has written here
@@ -42,13 +43,13 @@ from distrogpt.plotting import LOG, PICTURE
 from distrogpt.runtime import Runtime, activity
 from distrogpt.settings import TrainConfig
 from distrogpt.training.distributed import weights_are_finite
-from distrogpt.training.state import TrainState
+from distrogpt.training.state import Fit, TrainState
 from model import GPT
 
 log = logging.getLogger("distrogpt")
 
-TENSORBOARD, LOCK, OWNER = "tensorboard", "run.lock", "run.owner"
-FILES = (BEST, NEWEST, LOG, TENSORBOARD, PICTURE, HISTORY)  # of a run
+TENSORBOARD, LOCK, OWNER, SCHEDULE = "tensorboard", "run.lock", "run.owner", "schedule.csv"
+FILES = (BEST, NEWEST, LOG, SCHEDULE, TENSORBOARD, PICTURE, HISTORY)  # of a run
 COLUMNS = (
     "step", "tokens", "seconds", "loss", "lr", "grad_norm", "tokens_per_second", "train_loss", "val_loss",
     "val_bits_per_byte", "hellaswag", "accuracy",
@@ -69,6 +70,7 @@ class RunDirectory:
         self.owned = False  # whether the files here are this run's
         self.best_val_loss = math.inf  # that of ckpt.pt
         self.rows: list[dict[str, str]] = []  # of log.csv, up to the step at which the run resumes
+        self.later_fits: list[Fit] = []  # of schedule.csv, after that step
         self.log_failed = False
         self.save_thread: threading.Thread | None = None
         self.save_error: MachineError | None = None  # of the newest save
@@ -134,11 +136,15 @@ class RunDirectory:
         self.run_id = checkpoint.get("run_id") or self.restarted_id or secrets.token_hex(4)
         self.best_val_loss = float(checkpoint.get("best_val_loss", math.inf))
         self.header = header | {"run_id": self.run_id}
+        if "fits" in checkpoint:  # before rank 0 adds others
+            self.later_fits = [fit for fit in self.read_fits() if fit.step > step]
+        self.runtime.barrier()
         if self.writes and (checkpoint or self.restarted_id):
             self.take_ownership()
             repeated = [path for path in self.find([HISTORY]) if int(path.stem[5:]) > step]
             self.move_aside(repeated, self.find([previous_name(HISTORY)]))
             self.cut_log(step)
+            self.rewrite_fits([*(Fit(*fit) for fit in checkpoint.get("fits", ())), *self.later_fits])
 
     def cut_log(self, step: int) -> None:
         """Remove the rows after `step`, as these steps are repeated."""
@@ -156,6 +162,31 @@ class RunDirectory:
     def rewrite_log(self) -> None:
         text = HEADER + "".join(map(csv_line, self.rows))
         atomic_write(lambda file: file.write(text.encode()), self.path / LOG)
+
+    def read_fits(self) -> list[Fit]:
+        """The fits of schedule.csv, without a line that was cut off."""
+        path = self.path / SCHEDULE
+        lines = path.read_text(encoding="utf-8").split("\n")[1:-1] if path.is_file() else []
+        with suppress(ValueError):
+            rows = [line.split(",") for line in lines]
+            return [Fit(int(step), float(progress), int(total_steps)) for step, progress, total_steps in rows]
+        return []
+
+    def rewrite_fits(self, fits: list[Fit]) -> None:
+        if fits or (self.path / SCHEDULE).exists():
+            text = ",".join(Fit._fields) + "\n" + "".join(map(fit_line, fits))
+            atomic_write(lambda file: file.write(text.encode()), self.path / SCHEDULE)
+
+    def record_fit(self, fit: Fit) -> None:
+        """Add a line to schedule.csv. A full disk is reported for log.csv."""
+        if not self.writes:
+            return
+        self.claim()
+        with (
+            suppress(OSError),
+            open(self.path / SCHEDULE, "a", encoding="utf-8") as file,
+        ):  # log.csv reports it
+            file.write(fit_line(fit) if file.tell() else ",".join(Fit._fields) + "\n" + fit_line(fit))
 
     def take_ownership(self) -> None:
         self.owned = True
@@ -349,3 +380,7 @@ def job_name() -> str:
     """torchrun's id of the ranks that it starts and restarts, or its process if that is "none"."""
     name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
     return f"none-{os.getppid()}" if name == "none" else name
+
+
+def fit_line(fit: Fit) -> str:
+    return f"{fit.step},{fit.progress!r},{fit.total_steps}\n"  # repr: exact

@@ -174,7 +174,8 @@ def initial_model(config: TrainConfig, meta: dict, restarted_id: str | None = No
 
 
 def check_resumable(config: TrainConfig, checkpoint: dict[str, Any]) -> None:
-    """Raises UserError if it was trained with another optimizer. Drops its best loss if of another split."""
+    """Raises UserError if it was trained with another optimizer. Drops its best loss if of another split, and
+    the fits of its schedule if they are to another time."""
     optimizer = checkpoint.get("config", {}).get("optimizer", "adamw")
     if optimizer != config.optimizer and not config.eval_only:
         advice = f"resume with that, or start a new run from it: --init_from={quote(config.out_dir)}"
@@ -182,6 +183,8 @@ def check_resumable(config: TrainConfig, checkpoint: dict[str, Any]) -> None:
     eval_splits = checkpoint.get("config", {}).get("eval_splits", "both")
     if (eval_splits == "train") != (config.eval_splits == "train"):
         checkpoint |= {"best_val_loss": math.inf, "no_lower": 0}  # cannot be compared
+    if checkpoint.get("config", {}).get("max_minutes") != config.max_minutes:
+        checkpoint.pop("fits", None)
 
 
 def fingerprint(data: Dataset) -> dict[str, list[int]]:
@@ -233,6 +236,9 @@ def describe_run(config: TrainConfig, runtime: Runtime, data: Dataset, model: GP
     files = f"{config.out_dir}/{BEST} (best) and {NEWEST} (newest), {megabytes}"
     last = config.max_iters
     when = f"every {interval} steps up to {last}" if interval < last else f"after step {last}"
+    if config.max_minutes is not None:
+        log.info(f"length   {config.max_minutes:g} minutes: the schedule is fitted to this machine's speed")
+        when = f"every {interval} steps and at the end"
     log.info(f"writes   {files}, {when}, and {LOG}")
 
 

@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -15,11 +15,25 @@ from distrogpt.settings import TrainConfig
 log = logging.getLogger("distrogpt")
 
 
+class Fit(NamedTuple):
+    """How a schedule that is limited by time continues from a step on: see schedule.py."""
+
+    step: int
+    progress: float  # the share of the schedule that is over at this step
+    total_steps: int  # the step at which all of it will be
+
+    def progress_at(self, step: int) -> float:
+        if step >= self.total_steps:
+            return 1.0
+        return self.progress + (1 - self.progress) * (step - self.step) / (self.total_steps - self.step)
+
+
 class TrainState:
     """The progress of a run, the same on all ranks except for `elapsed()`."""
 
-    def __init__(self, checkpoint: dict[str, Any] | None = None) -> None:
-        """Resumes at a checkpoint's step; with None or {}, starts at step 0."""
+    def __init__(self, checkpoint: dict[str, Any] | None = None, started: float | None = None) -> None:
+        """Resumes at a checkpoint's step; with None or {}, starts at step 0. `started` is the time at which
+        this process began, by time.perf_counter(); None: now."""
         checkpoint = checkpoint or {}
         self.step = self.first_step = checkpoint.get("iter_num", 0)
         self.lowest_loss = float(checkpoint.get("best_val_loss", math.inf))  # even if it could not be saved
@@ -27,7 +41,8 @@ class TrainState:
         self.skipped_steps = checkpoint.get("skipped", 0)  # loss or gradient was not finite
         self.consecutive_skips = 0
         self.seconds = checkpoint.get("seconds", 0.0)  # by rank 0's clock, when the last step ended
-        self.start_time = time.perf_counter() - self.seconds
+        self.start_time = (time.perf_counter() if started is None else started) - self.seconds
+        self.fits = [Fit(*fit) for fit in checkpoint.get("fits", ())]  # with max_minutes
         self.evaluated = bool(checkpoint) and checkpoint.get("evaluated", True)  # at this step
         self.val_loss: float | None = None  # the monitored loss, if this process has evaluated this step
         self.stop_requested = False
@@ -43,9 +58,12 @@ class TrainState:
         if config.patience is not None and self.evals_since_best >= config.patience:
             evaluations = "evaluation" if self.evals_since_best == 1 else "evaluations"
             return f"no lower {measured_splits(config)[-1]} loss in {self.evals_since_best} {evaluations}"
-        if config.max_minutes is not None and self.seconds >= 60 * config.max_minutes:
+        if config.max_minutes is not None and self.time_is_over(config.max_minutes):
             return f"max_minutes={config.max_minutes:g} is reached"
         return ""
+
+    def time_is_over(self, max_minutes: float) -> bool:
+        return self.fits[-1].total_steps <= self.step if self.fits else self.seconds >= 60 * max_minutes
 
     def finished(self, config: TrainConfig) -> bool:
         """Depends on this state and the settings alone: resumed with a larger patience, a run continues."""
@@ -107,5 +125,6 @@ class TrainState:
             "skipped": self.skipped_steps,
             "no_lower": self.evals_since_best,
             "seconds": self.elapsed(),
+            "fits": [list(fit) for fit in self.fits],
         }
         return entries if self.val_loss is None else {**entries, "val_loss": self.val_loss}

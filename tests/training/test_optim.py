@@ -13,14 +13,8 @@ from distrogpt.data.dataset import open_dataset
 from distrogpt.runtime import Runtime
 from distrogpt.settings import TrainConfig
 from distrogpt.training.batches import step_batches
-from distrogpt.training.optim import (
-    POLYNOMIALS,
-    Muon,
-    get_lr,
-    make_optimizers,
-    orthogonalize,
-    set_learning_rates,
-)
+from distrogpt.training.optim import POLYNOMIALS, Muon, make_optimizers, orthogonalize
+from distrogpt.training.schedule import get_lr, set_learning_rates
 from distrogpt.training.startup import initial_model
 from model import GPT, GPTConfig
 from train import train
