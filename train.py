@@ -30,6 +30,7 @@ from distrogpt.training import startup
 from distrogpt.training.batches import BatchLoader, MicroBatch
 from distrogpt.training.distributed import distribute
 from distrogpt.training.logger import TrainLogger
+from distrogpt.training.minutes import choose_settings
 from distrogpt.training.optim import clip_gradients, make_optimizers, restore_training
 from distrogpt.training.run_directory import RunDirectory
 from distrogpt.training.schedule import Schedule
@@ -97,6 +98,8 @@ def train(
     started = time.perf_counter() if started is None else started
     config = startup.inherit_settings(config)
     runtime = start_runtime(config.device, config.dtype, config.backend)
+    if config.minutes is not None:
+        config = choose_settings(config, runtime, training_step, started)
     startup.check_ranks(config, runtime)
     data = open_dataset(config)
     config = startup.resolve_max_iters(config, data)

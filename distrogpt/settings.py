@@ -62,9 +62,8 @@ class TrainConfig(Settings):
     """
 
     uses_ranks = True
-    most_used = (
-        "dataset out_dir init_from batch_size block_size n_layer n_embd learning_rate max_iters device"
-    )
+    most_used = """dataset minutes out_dir init_from batch_size block_size n_layer n_embd learning_rate
+        max_iters device"""
 
     # a step trains on gradient_accumulation_steps * batch_size * block_size tokens, over all ranks
     dataset: str = setting(
@@ -136,6 +135,12 @@ class TrainConfig(Settings):
 
     max_iters: int = setting(600_000, "total training steps", min=0, heading="schedule")
     max_epochs: float | None = setting(None, "passes over the training data, instead of max_iters", above=0)
+    minutes: float | None = setting(
+        None,
+        "train for N minutes; the size of the model, and all other settings that are not given, are chosen "
+        "for this machine and dataset",
+        above=0,
+    )
     max_minutes: float | None = setting(
         None,
         "end after N minutes in total, start, evaluations and resumptions included, or after max_iters; the "
@@ -234,9 +239,11 @@ class TrainConfig(Settings):
         super().__post_init__()
         if not self.out_dir or not self.dataset:
             raise ValueError("out_dir or dataset is empty; give a name")
+        if self.minutes is not None and self.max_minutes is not None:
+            raise ValueError("minutes and max_minutes both limit the time; give one of them")
 
     def idle(self) -> dict[str, str]:
-        if self.init_from != "scratch":  # the checkpoint may have what they need
+        if self.init_from != "scratch" or self.minutes is not None:  # what is not given may need them
             return {}
         needs = {
             ("hellaswag_input", "hellaswag_items"): (self.eval_hellaswag, "without eval_hellaswag=True"),

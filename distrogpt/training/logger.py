@@ -145,8 +145,10 @@ class TrainLogger:
             flag = "" if config.init_from.partition(":")[0] == "auto" else " and --init_from=resume"
             log.info(f"stopped after step {state.step}; resume with the same command{flag}")
         elif not config.eval_only:
-            reason = state.early_stop_reason(config)
-            early = f"early stop after step {state.step}: {reason}; " if reason else ""
+            reason, early = state.early_stop_reason(config), ""
+            if reason:
+                how = "early stop " if config.max_minutes is None else ""  # the end of the time is as planned
+                early = f"{how}after step {state.step}: {reason}; "
             loss = f"best {measured_splits(config)[-1]} loss {self.run.best_val_loss:.4f}"
             log.info(f"done: {early}{loss} in {state.elapsed():.0f} s; {next_command(config)}")
 

@@ -6,6 +6,7 @@ step-00002000.pt     with keep_checkpoints, the newest of some steps
 log.csv              a row for each step that is logged or evaluated
 loss.png             the plot of log.csv
 schedule.csv         with max_minutes, how the schedule was fitted to the time that was left
+config.py            the settings, as a config file
 tensorboard          a folder with the same values, with tensorboard_log
 run.lock             locked as long as a process writes here
 run.owner            that process, and the run that has written here
@@ -22,6 +23,7 @@ import socket
 import threading
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import fields
 from pathlib import Path
 from typing import IO, Any
 
@@ -38,7 +40,7 @@ from distrogpt.checkpoint import (
     newest_checkpoint,
     training_state,
 )
-from distrogpt.errors import Diverged, MachineError, UserError, why_not_written
+from distrogpt.errors import Diverged, MachineError, UserError, quote, why_not_written
 from distrogpt.plotting import LOG, PICTURE
 from distrogpt.runtime import Runtime, activity
 from distrogpt.settings import TrainConfig
@@ -49,7 +51,8 @@ from model import GPT
 log = logging.getLogger("distrogpt")
 
 TENSORBOARD, LOCK, OWNER, SCHEDULE = "tensorboard", "run.lock", "run.owner", "schedule.csv"
-FILES = (BEST, NEWEST, LOG, SCHEDULE, TENSORBOARD, PICTURE, HISTORY)  # of a run
+SETTINGS = "config.py"
+FILES = (BEST, NEWEST, LOG, SCHEDULE, SETTINGS, TENSORBOARD, PICTURE, HISTORY)  # of a run
 COLUMNS = (
     "step", "tokens", "seconds", "loss", "lr", "grad_norm", "tokens_per_second", "train_loss", "val_loss",
     "val_bits_per_byte", "hellaswag", "accuracy",
@@ -94,27 +97,21 @@ class RunDirectory:
             try:
                 self.file_lock.acquire(timeout=0)
             except Timeout:
-                log.info(f"note     waiting for {self.read_owner()[0]}, which is writing to {self.path}")
+                log.info(f"note     waiting for {read_owner(self.path)[0]}, which is writing to {self.path}")
                 self.file_lock.acquire(timeout=self.lock_timeout)
-            self.write_owner(self.read_owner()[1] if is_restart() else "")
+            self.write_owner(read_owner(self.path)[1] if is_restart() else "")
             for name in (BEST, NEWEST, LOG, HISTORY, f"{PICTURE}.*"):
                 for unfinished in self.path.glob(name + ".tmp"):  # of a run that was killed while writing
                     unfinished.unlink()
         except Timeout:
             advice = "stop it, or choose another --out_dir"
-            raise UserError(f"{self.read_owner()[0]} is writing to out_dir={self.path}; {advice}") from None
+            raise UserError(
+                f"{read_owner(self.path)[0]} is writing to out_dir={self.path}; {advice}"
+            ) from None
         except OSError as error:
             reason = f"out_dir={self.path} cannot be written ({why_not_written(error, self.path / LOCK)})"
             self.remove_if_empty()
             raise UserError(f"{reason}; choose another --out_dir") from None
-
-    def read_owner(self) -> tuple[str, str]:
-        """The process that writes here or was the last to do so, and its run, "" if that has no files yet."""
-        try:
-            process, run = (self.path / OWNER).read_text(encoding="utf-8").splitlines()
-        except (OSError, ValueError):
-            return "another process", ""
-        return process, run
 
     def write_owner(self, run: str) -> None:
         text = f"process {os.getpid()} on {socket.gethostname()}\n{run}\n"
@@ -122,10 +119,8 @@ class RunDirectory:
 
     def find_restarted_id(self) -> str | None:
         """The id of this run if torchrun has restarted its ranks after rank 0 had written here, else None."""
-        match = None
-        if self.runtime.is_main and is_restart():
-            match = re.fullmatch(f"run ([0-9a-f]{{8}}), job {re.escape(job_name())}", self.read_owner()[1])
-        number = int(self.runtime.all_reduce_sum(int(match[1], 16) if match else 0)[0])
+        run = restarted_run(self.path) if self.runtime.is_main else None
+        number = int(self.runtime.all_reduce_sum(int(run, 16) if run else 0)[0])
         return f"{number:08x}" if number else None
 
     def resume(self, checkpoint: dict[str, Any], **header: Any) -> None:
@@ -191,6 +186,8 @@ class RunDirectory:
     def take_ownership(self) -> None:
         self.owned = True
         self.write_owner(f"run {self.run_id}, job {job_name()}")
+        text = config_file(self.config)
+        atomic_write(lambda file: file.write(text.encode()), self.path / SETTINGS)
 
     def claim(self) -> None:
         """Move another run's files aside before this run writes its first, so that a mistaken start loses
@@ -369,6 +366,35 @@ def previous_name(name: str) -> str:
 
 def csv_line(row: dict[str, Any]) -> str:
     return ",".join(str(row.get(name, "")) for name in COLUMNS) + "\n"
+
+
+def config_file(config: TrainConfig) -> str:
+    """A config file with the settings that are not the defaults."""
+    values = {field.name: getattr(config, field.name) for field in fields(config)}
+    changed = [field.name for field in fields(config) if values[field.name] != field.default]
+    path = quote(str(Path(config.out_dir) / SETTINGS))
+    lines = [f"# the settings of this run; to repeat it: python train.py {path}"]
+    return "\n".join(lines + [f"{name} = {values[name]!r}" for name in changed]) + "\n"
+
+
+def read_owner(folder: Path) -> tuple[str, str]:
+    """The process that writes there or was the last to do so, and its run, "" if that has no files yet."""
+    try:
+        process, run = (folder / OWNER).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):
+        return "another process", ""
+    return process, run
+
+
+def restarted_run(folder: Path) -> str | None:
+    """The id of the run in a folder, if torchrun has restarted its ranks; else None."""
+    match = re.fullmatch(f"run ([0-9a-f]{{8}}), job {re.escape(job_name())}", read_owner(folder)[1])
+    return match[1] if match and is_restart() else None
+
+
+def restarted_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint of a run whose ranks torchrun has restarted; else None."""
+    return newest_checkpoint(folder) if restarted_run(folder) else None
 
 
 def is_restart() -> bool:

@@ -20,14 +20,14 @@ from distrogpt.checkpoint import (
     restore_model,
     run_settings,
 )
-from distrogpt.data.dataset import Dataset, samples_per_epoch
+from distrogpt.data.dataset import Dataset, parse_mixture, samples_per_epoch
 from distrogpt.data.meta import GPT2_META, tokenizers_differ
 from distrogpt.errors import UserError, quote
 from distrogpt.loading import is_here, load_pretrained
 from distrogpt.runtime import Runtime, activity
 from distrogpt.settings import OF_THIS_CALL, TrainConfig
 from distrogpt.training.pitfalls import pitfalls
-from distrogpt.training.run_directory import LOG, is_restart
+from distrogpt.training.run_directory import LOG, is_restart, restarted_checkpoint
 from distrogpt.training.state import TrainState
 from model import GPT, GPTConfig
 
@@ -45,15 +45,17 @@ def path_to_resume(config: TrainConfig) -> Path | None:
 
 def inherits(config: TrainConfig) -> bool:
     """Whether settings that are not given come from the checkpoint. A command with init_from=auto and a
-    dataset, which may also start the run, gives all of its settings."""
-    return config.given is not None and not ("dataset" in config.given and config.init_from != "resume")
+    dataset, which may also start the run, gives all of its settings, unless minutes chooses them."""
+    if config.given is None:
+        return False
+    return "minutes" in config.given or "dataset" not in config.given or config.init_from == "resume"
 
 
 def inherited_settings(config: TrainConfig, contents: dict[str, Any]) -> dict[str, Any]:
     """The settings of a checkpoint's run that the command line and config files do not give; unchecked."""
     if not inherits(config):
         return {}
-    kept = {*OF_THIS_CALL, *config.given}
+    kept = {*OF_THIS_CALL, *config.given, "max_minutes" if "minutes" in config.given else ""}
     if config.eval_only:
         kept.add("wandb_log")
     if "max_iters" in config.given:
@@ -64,7 +66,13 @@ def inherited_settings(config: TrainConfig, contents: dict[str, Any]) -> dict[st
 
 def inherit_settings(config: TrainConfig) -> TrainConfig:
     """The settings, with those that are not given from the checkpoint to resume from. Raises UserError."""
+    if config.minutes is not None:
+        config = name_run(config)
     path = path_to_resume(config)
+    if config.minutes is not None and is_restart() and not path:
+        path = restarted_checkpoint(Path(config.out_dir))
+    if path and config.minutes is not None:  # the checkpoint has what was chosen
+        config = with_changes(config, minutes=None, max_minutes=config.minutes)
     if path is None and config.init_from == "resume" and inherits(config) and "dataset" not in config.given:
         path = Path(config.out_dir) / NEWEST  # the error is that this is missing, not the default dataset
     if path is None or not inherits(config):
@@ -78,6 +86,17 @@ def inherit_settings(config: TrainConfig) -> TrainConfig:
         raise UserError(f"{path} was trained on {dataset[:200]}, which is not here; give --dataset=FOLDER")
     values = {name: check_value(TrainConfig, name, value, f"{path}: ") for name, value in inherited.items()}
     return with_changes(config, **values)
+
+
+def name_run(config: TrainConfig) -> TrainConfig:
+    """Settings with minutes, of which those are given that differ from the defaults if they were made in
+    Python; with a folder for each dataset."""
+    if config.given is None:
+        changed = {field.name for field in fields(config) if getattr(config, field.name) != field.default}
+        config.given = frozenset(changed)
+    if "out_dir" in config.given or "dataset" not in config.given:
+        return config
+    return with_changes(config, out_dir=f"out-{Path(parse_mixture(config.dataset)[0][0]).name}")
 
 
 def with_changes(config: TrainConfig, **changes: Any) -> TrainConfig:

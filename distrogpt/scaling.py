@@ -1,0 +1,100 @@
+"""How much a model of some size learns from a text: the law behind train.py --minutes, bench.py --plan and
+ablate.py --scaling. docs/minutes.md explains it; its constants, in scaling.json, are fitted to runs.
+"""
+
+import bz2
+import json
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+# floor, size, data: parts of the loss, for a million parameters or bytes; size_power, data_power: how fast
+# they fall; passes: how many further passes a text is worth at most; error: of the losses of other texts
+LAW: dict[str, float] = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))["law"]
+
+
+class Size(NamedTuple):
+    """The shape of a network."""
+
+    n_layer: int
+    n_head: int
+    n_embd: int
+
+    def parameters(self, vocab_size: int) -> int:
+        """Those that multiply each token: of the blocks and of lm_head."""
+        return 12 * self.n_layer * self.n_embd**2 + vocab_size * self.n_embd
+
+    def flops_per_token(self, vocab_size: int, block_size: int) -> int:
+        """Of a training step, those of attention included."""
+        return 6 * self.parameters(vocab_size) + 12 * self.n_layer * self.n_embd * block_size
+
+    def __str__(self) -> str:
+        return f"{self.n_layer}/{self.n_head}/{self.n_embd}"
+
+
+class Text(NamedTuple):
+    """What the law needs to know of a dataset."""
+
+    tokens: int  # of train
+    val_tokens: int
+    vocab_size: int
+    bytes_per_token: float
+    compressed: float | None  # bits per byte after compression; None if the text is not known
+
+
+def heads_of(n_embd: int) -> int:
+    """The number of heads of a width: of 32 channels, in larger networks of 64 or 128, or as near as its
+    divisors allow."""
+    channels = 32 if n_embd < 384 else 64 if n_embd < 768 else 128
+    most = max(1, n_embd // channels)
+    return next(heads for heads in range(most, 0, -1) if n_embd % heads == 0)
+
+
+# layers and width: 32 channels per layer, and 64 in larger networks, as in nanochat
+SHAPES = [(n, 32 * n) for n in (2, 3, 4, 5, 6)] + [(6, 256)]
+SHAPES += [(n, 64 * n) for n in (6, 8, 10, 12, 16, 20, 24, 28, 32)]
+SIZES = [Size(layers, heads_of(width), width) for layers, width in SHAPES]
+
+
+def compressed_bits(text: bytes) -> float:
+    """Bits per byte of a text after bzip2: how hard the text is to predict, roughly."""
+    return 8 * len(bz2.compress(text)) / max(1, len(text))
+
+
+def effective_tokens(tokens: float, unique: float) -> float:
+    """How many different tokens teach as much as these, of which only some are different: each further pass
+    over a text teaches less (Muennighoff et al., 2023, arXiv 2305.16264)."""
+    if tokens <= unique:
+        return tokens
+    repeated, worth = tokens / unique - 1, LAW["passes"]
+    return unique * (1 + worth * (1 - math.exp(-repeated / worth)))
+
+
+def relative_loss(size: Size, text: Text, tokens: float) -> float:
+    """The loss in bits per byte, divided by that of compression (Hoffmann et al., 2022, arXiv 2203.15556)."""
+    parameters = size.parameters(text.vocab_size)
+    effective_bytes = effective_tokens(tokens, text.tokens) * text.bytes_per_token
+    of_size = LAW["size"] * (parameters / 1e6) ** -LAW["size_power"]
+    of_data = LAW["data"] * (effective_bytes / 1e6) ** -LAW["data_power"]
+    return LAW["floor"] + of_size + of_data
+
+
+def recipe(size: Size, text: Text, tokens: float, ranks: int, on_gpu: bool) -> dict[str, Any]:
+    """The settings with which this size is trained on so many tokens, beside those of config/modern.py."""
+    block_size = 256 if size.n_embd < 768 else 1024
+    shorter = max(1, min(text.tokens, text.val_tokens) - 1)
+    block_size = min(block_size, 2 ** int(math.log2(shorter)))
+    tokens_per_step = 1024 * max(1.0, tokens / 20e6) ** 0.5
+    if on_gpu:
+        tokens_per_step = max(tokens_per_step, 16_384)
+    sequences = max(1, round(tokens_per_step / block_size / ranks))  # of each rank
+    passes = tokens / text.tokens
+    weight_decay = 0.0 if passes < 1 else min(2.0, 0.1 * max(1.0, passes / 6))
+    return {
+        **size._asdict(),
+        "block_size": block_size,
+        "batch_size": sequences,
+        "gradient_accumulation_steps": ranks,
+        "weight_decay": round(weight_decay, 2),
+        "sampling": "epochs",
+    }

@@ -1,0 +1,218 @@
+"""train.py --minutes=N: choose the model and its training so that this machine learns most in that time.
+
+The machine is measured: a few training steps of some sizes. The rest follows the rules of scaling.py, whose
+constants were fitted to runs of many sizes, times and texts. Settings that the user gives are kept, and the
+others are chosen around them.
+"""
+
+import logging
+import math
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from configurator import run_config_file
+from distrogpt import scaling
+from distrogpt.data.dataset import Dataset, open_dataset
+from distrogpt.data.meta import DATA
+from distrogpt.data.tokenizer import tokenizer_of
+from distrogpt.errors import UserError
+from distrogpt.runtime import Runtime, activity
+from distrogpt.scaling import Size, Text
+from distrogpt.settings import TrainConfig
+from distrogpt.training.batches import MicroBatch
+from distrogpt.training.distributed import distribute
+from distrogpt.training.optim import make_optimizers
+from distrogpt.training.schedule import END_SECONDS
+from distrogpt.training.startup import new_model_config, samples_per_step, with_changes
+from model import GPT
+
+log = logging.getLogger("distrogpt")
+
+FIRST = Size(4, 4, 128)  # the size that is measured first
+MEASURING, MIN_MEASURING = 0.005, 0.5  # of the minutes, and seconds, to measure a size
+COMPILING, COMPILED = 45.0, 1.6  # on a GPU, the seconds that torch.compile takes, and the gain in speed
+EVALUATING = 0.05  # of the minutes, for all evaluations together
+SAMPLE = 1 << 20  # tokens whose text is compressed
+
+
+def possible_sizes(given: dict[str, Any]) -> list[Size]:
+    """The sizes of scaling.py, with the layers, heads and width that are given."""
+    sizes = []
+    for size in scaling.SIZES:
+        width = given.get("n_embd", size.n_embd)
+        heads = given.get("n_head", scaling.heads_of(width))
+        sizes.append(Size(given.get("n_layer", size.n_layer), heads, width))
+    possible = [size for size in dict.fromkeys(sizes) if size.n_embd % size.n_head == 0]
+    return possible or sizes[:1]  # GPTConfig reports the mistake
+
+
+@activity("reading the text")
+def read_text(data: Dataset) -> Text:
+    """What scaling.py needs to know of a dataset: all of its tokens, and a sample of the largest part."""
+    tokens, val_tokens = (sum(len(part.streams[split]) for part in data.parts) for split in ("train", "val"))
+    stream = max(data.parts, key=lambda part: part.weight).streams["train"]
+    ids = stream.windows(np.array([0]), min(SAMPLE, len(stream)))[0]
+    bytes_per_token, compressed = 1.0, None
+    with suppress(UserError):  # GPT-2's tokenizer, if it is not here and cannot be downloaded
+        if data.meta["tokenizer"]:
+            sample = tokenizer_of(data.meta).decode_bytes(ids.tolist())
+            bytes_per_token, compressed = len(sample) / len(ids), scaling.compressed_bits(sample)
+    return Text(tokens, val_tokens, data.meta["vocab_size"], bytes_per_token, compressed)
+
+
+@dataclass
+class Chooser:
+    """Finds the size that learns most in the time that is left, given the speed of some sizes. The clock and
+    the measurements of rank 0 count, so that all ranks choose the same."""
+
+    config: TrainConfig
+    meta: dict[str, Any]
+    text: Text
+    runtime: Runtime
+    training_step: Callable[..., Any]  # train.py's
+    deadline: float  # by time.perf_counter()
+    seconds_per_token: dict[Size, float] = field(default_factory=dict)  # of the sizes that were measured
+    largest_batch: dict[Size, int] = field(default_factory=dict)  # of sizes for which memory was too small
+
+    def __post_init__(self) -> None:
+        self.given = {name: getattr(self.config, name) for name in self.config.given}
+        self.sizes = possible_sizes(self.given)
+        self.recipe = run_config_file(DATA.parent / "config" / "modern.py", asdict(self.config))
+
+    def from_rank_0(self, value: float) -> float:
+        return self.runtime.all_reduce_sum(value if self.runtime.is_main else 0.0)[0]
+
+    def settings(self, size: Size, tokens: float) -> TrainConfig:
+        """Those of the modern recipe and of scaling.py for this size, and those that are given."""
+        on_gpu, ranks = self.runtime.device.type == "cuda", self.runtime.world_size
+        chosen = self.recipe | scaling.recipe(size, self.text, tokens, ranks, on_gpu)
+        while chosen["batch_size"] > self.largest_batch.get(size, math.inf):
+            chosen["batch_size"] = math.ceil(chosen["batch_size"] / 2)
+            chosen["gradient_accumulation_steps"] *= 2
+        return with_changes(self.config, **chosen | self.given)
+
+    def speed(self, size: Size) -> float:
+        """Seconds per token, measured or interpolated. Sizes smaller or larger than all that were measured
+        are taken to reach as many FLOP/s as the nearest of these."""
+        measured = sorted(self.seconds_per_token, key=lambda s: s.parameters(0))
+        vocab_size = self.text.vocab_size
+        *known, wanted = (math.log(s.flops_per_token(vocab_size, 256)) for s in (*measured, size))
+        nearest = min(max(wanted, known[0]), known[-1])
+        seconds = np.interp(nearest, known, np.log([self.seconds_per_token[s] for s in measured]))
+        return math.exp(seconds + wanted - nearest)
+
+    def tokens(self, size: Size) -> float:
+        """How many tokens this size can train on in the time that is left."""
+        limit, speed = 60 * self.config.minutes, self.speed(size)
+        seconds = self.from_rank_0(self.deadline - time.perf_counter()) - END_SECONDS - EVALUATING * limit
+        if self.runtime.device.type == "cuda" and self.config.compile and seconds > 2 * COMPILING:
+            seconds, speed = seconds - COMPILING, speed / COMPILED
+        return max(seconds, 0.1 * limit) / speed
+
+    def best(self) -> Size:
+        """The best size. It and the next larger one have been measured, and all that seemed best before."""
+        size: Size | None = FIRST if FIRST in self.sizes else self.sizes[0]
+        self.seconds_per_step(self.settings(size, 0.0))  # the first steps in a process are slower
+        while size:
+            self.measure(size)
+            losses = [scaling.relative_loss(size, self.text, self.tokens(size)) for size in self.sizes]
+            best = losses.index(min(losses))
+            near = self.sizes[best : best + 2]
+            size = next((size for size in near if size not in self.seconds_per_token), None)
+        return self.sizes[best]
+
+    def measure(self, size: Size) -> None:
+        """Time training steps of a size, with smaller batches if memory is too small."""
+        tokens = self.tokens(size) if self.seconds_per_token else 0.0
+        while True:
+            config = self.settings(size, tokens)
+            try:
+                seconds = self.seconds_per_step(config)
+            except torch.OutOfMemoryError:
+                torch.cuda.empty_cache()
+                self.largest_batch[size] = config.batch_size // 2
+                if self.largest_batch[size] and "batch_size" not in self.given:
+                    continue
+                seconds = 1e9
+            self.seconds_per_token[size] = seconds / (samples_per_step(config) * config.block_size)
+            return
+
+    def seconds_per_step(self, config: TrainConfig) -> float:
+        """The median time of some steps on random tokens, not compiled."""
+        model = GPT(new_model_config(config, self.meta))
+        replica = distribute(model, with_changes(config, compile=False), self.runtime)
+        optimizers, scaler = make_optimizers(model, config, self.runtime), self.runtime.grad_scaler()
+        shape = (config.batch_size, config.block_size + 1)
+        ids = torch.randint(self.text.vocab_size, shape, device=self.runtime.device)
+        batch = MicroBatch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), config.seed)
+        batches = [batch] * (config.gradient_accumulation_steps // self.runtime.world_size)
+        times: list[float] = []
+        enough = max(MIN_MEASURING, MEASURING * 60 * self.config.minutes)
+        while len(times) < 4 or self.from_rank_0(sum(times)) < enough:
+            begin = time.perf_counter()
+            self.training_step(replica, optimizers, scaler, batches, config.grad_clip, self.runtime)
+            times.append(time.perf_counter() - begin)
+        return self.from_rank_0(statistics.median(times[1:]))
+
+
+def evaluations(config: TrainConfig, text: Text, steps: int, speed: float) -> dict[str, Any]:
+    """Settings of evaluations that take EVALUATING of the time: of all of val if that can be done three
+    times, else of as many batches as can be evaluated ten times. `speed` is in seconds per token."""
+    seconds = EVALUATING * 60 * config.minutes
+    whole = text.val_tokens * speed / 3  # a third of a training step, as there is no backward pass
+    batch = config.batch_size * config.block_size * speed / 3
+    batches, number = 0, int(seconds / whole)
+    if number < 3:
+        batches, number = max(1, int(seconds / 10 / batch)), 10
+    interval = math.ceil(steps / (min(number, 20) - 1))  # one is at the start
+    return {"eval_splits": "val", "eval_iters": batches, "eval_interval": max(1, interval)}
+
+
+def choose_settings(
+    config: TrainConfig, runtime: Runtime, training_step: Callable[..., Any], started: float
+) -> TrainConfig:
+    """The settings with max_minutes instead of minutes: those that are given, and the best others for this
+    text and this machine, the same on all ranks. `started` is when the minutes began, by
+    time.perf_counter(). Raises UserError."""
+    if config.init_from not in ("scratch", "auto"):
+        reason = f"minutes chooses the size of a new model, but init_from={config.init_from} has a size"
+        raise UserError(f"{reason}; give --max_minutes={config.minutes:g} instead")
+    data = open_dataset(with_changes(config, block_size=1))
+    text, deadline = read_text(data), started + 60 * config.minutes
+    chooser = Chooser(config, data.meta, text, runtime, training_step, deadline)
+    size = chooser.best()
+    tokens, speed = chooser.tokens(size), chooser.speed(size)
+    chosen = chooser.settings(size, tokens)
+    steps = max(1, round(tokens / (samples_per_step(chosen) * chosen.block_size)))
+    describe_choice(chooser, chosen, tokens)
+    changes = evaluations(chosen, text, steps, speed)
+    changes |= {"log_interval": max(1, steps // 50), "always_save_checkpoint": False}
+    limit = {"minutes": None, "max_minutes": config.minutes}
+    return with_changes(chosen, **changes | chooser.given | limit)
+
+
+def describe_choice(chooser: Chooser, config: TrainConfig, tokens: float) -> None:
+    """Log what was chosen, why, and what to expect."""
+    text, size = chooser.text, Size(config.n_layer, config.n_head, config.n_embd)
+    speeds = [f"{size} {1 / seconds:,.0f}" for size, seconds in chooser.seconds_per_token.items()]
+    log.info(f"measured tokens/s of layers/heads/width: {', '.join(speeds)}")
+    log.info(
+        f"chosen   {size}, which is expected to have the lowest loss after {chooser.config.minutes:g} minutes"
+    )
+    passes = tokens / text.tokens
+    log.info(f"reads    {tokens / 1e6:,.1f} million tokens, {passes:,.1f} times the text's {text.tokens:,}")
+    rates = f"muon_lr {config.muon_lr:g}, learning_rate {config.learning_rate:g}"
+    decay = f"weight_decay {config.weight_decay:g}, which suits {passes:,.1f} passes"
+    log.info(f"rates    {rates}, {decay}, dropout {config.dropout:g}")
+    if text.compressed:
+        bits = text.compressed * scaling.relative_loss(size, text, tokens)
+        nats, error = bits * text.bytes_per_token * math.log(2), scaling.LAW["error"]
+        span = f"{nats * (1 - error):.2f} to {nats * (1 + error):.2f}"
+        log.info(f"expects  a val loss of {nats:.2f} ({span}), {bits:.2f} bits per byte")
