@@ -147,7 +147,7 @@ class TrainLogger:
         elif not config.eval_only:
             reason, early = state.early_stop_reason(config), ""
             if reason:
-                how = "early stop " if config.max_minutes is None else ""  # the end of the time is as planned
+                how = "" if reason.startswith("max_minutes") else "early stop "
                 early = f"{how}after step {state.step}: {reason}; "
             loss = f"best {measured_splits(config)[-1]} loss {self.run.best_val_loss:.4f}"
             log.info(f"done: {early}{loss} in {state.elapsed():.0f} s; {next_command(config)}")
