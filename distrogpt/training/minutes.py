@@ -29,7 +29,7 @@ from distrogpt.settings import TrainConfig
 from distrogpt.training.batches import MicroBatch
 from distrogpt.training.distributed import distribute
 from distrogpt.training.optim import make_optimizers
-from distrogpt.training.schedule import END_SECONDS
+from distrogpt.training.schedule import end_seconds
 from distrogpt.training.startup import new_model_config, samples_per_step, with_changes
 from model import GPT
 
@@ -111,7 +111,8 @@ class Chooser:
     def tokens(self, size: Size) -> float:
         """How many tokens this size can train on in the time that is left."""
         limit, speed = 60 * self.config.minutes, self.speed(size)
-        seconds = self.from_rank_0(self.deadline - time.perf_counter()) - END_SECONDS - EVALUATING * limit
+        seconds = self.from_rank_0(self.deadline - time.perf_counter()) - EVALUATING * limit
+        seconds -= end_seconds(self.config)
         if self.runtime.device.type == "cuda" and self.config.compile and seconds > 2 * COMPILING:
             seconds, speed = seconds - COMPILING, speed / COMPILED
         return max(seconds, 0.1 * limit) / speed
