@@ -36,7 +36,7 @@ from model import GPT
 log = logging.getLogger("distrogpt")
 
 FIRST = Size(4, 4, 128)  # the size that is measured first
-MEASURING, MIN_MEASURING = 0.005, 0.5  # of the minutes, and seconds, to measure a size
+MEASURING = 0.005  # of the minutes, to measure a size; at least half a second, at most two
 COMPILING, COMPILED = 45.0, 1.6  # on a GPU, the seconds that torch.compile takes, and the gain in speed
 EVALUATING = 0.05  # of the minutes, for all evaluations together
 SAMPLE = 1 << 20  # tokens whose text is compressed
@@ -155,7 +155,7 @@ class Chooser:
         batch = MicroBatch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), config.seed)
         batches = [batch] * (config.gradient_accumulation_steps // self.runtime.world_size)
         times: list[float] = []
-        enough = max(MIN_MEASURING, MEASURING * 60 * self.config.minutes)
+        enough = min(max(0.5, MEASURING * 60 * self.config.minutes), 2.0)
         while len(times) < 4 or self.from_rank_0(sum(times)) < enough:
             begin = time.perf_counter()
             self.training_step(replica, optimizers, scaler, batches, config.grad_clip, self.runtime)

@@ -199,7 +199,8 @@ class RunDirectory:
         self.move_aside(paths, earlier)
         self.take_ownership()
         text = config_file(self.config)
-        atomic_write(lambda file: file.write(text.encode()), self.path / SETTINGS)
+        with suppress(MachineError):  # a full disk is reported for log.csv
+            atomic_write(lambda file: file.write(text.encode()), self.path / SETTINGS)
 
     def find(self, names: Iterable[str]) -> list[Path]:
         """The files of these names or patterns."""
