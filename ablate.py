@@ -41,7 +41,7 @@ FIXED = {
     "init_from": "scratch", "eval_iters": 0, "eval_splits": "val", "eval_only": False, "seed": 0,
     "out_dir": "-", "log_interval": 1000, "wandb_log": False, "wandb_project": "-", "wandb_run_name": "-",
     "tensorboard_log": False, "loss_plot": False, "eval_hellaswag": False, "eval_accuracy": False,
-    "eval_samples": 0,
+    "eval_samples": 0, "minutes": None,
 }  # fmt: skip
 Run = dict[str, float]  # seed, val (inf if it diverged), seconds
 

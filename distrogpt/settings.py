@@ -410,8 +410,8 @@ class AblateConfig(TrainConfig):
 
     Config files and most settings are those of train.py. The same command resumes an interrupted study.
 
-    With --scaling=True, train a grid of sizes and minutes on a dataset instead, and fit the rule by which
-    train.py --minutes chooses a size.
+    With --scaling=True, train a grid of sizes and minutes on a dataset instead, and fit the rule by
+    which train.py --minutes chooses a size.
     """
 
     uses_ranks = False

@@ -109,8 +109,8 @@ def scaling_study(
     data = open_dataset(with_changes(base, block_size=1))
     name = add_text(study, config, base, data)
     sizes = config.sizes_of_runs or (SIZES[5:11] if runtime.device.type == "cuda" else SIZES[:6])
-    grid = f"{len(sizes)} sizes x {len(config.minutes_of_runs)} times x {len(config.seeds_of_runs)} seeds"
-    print(f"study    {grid} on {name}; results in {path}")
+    grid = f"{len(sizes)} x {len(config.minutes_of_runs)} x {len(config.seeds_of_runs)}"
+    print(f"study    {grid} sizes, times and seeds on {name}; results in {path}")
 
     deadline = time.perf_counter() + 60 * base.minutes
     chooser = Chooser(base, data.meta, study.texts[name], runtime, training_step, deadline)
@@ -126,7 +126,9 @@ def scaling_study(
                         study.runs.append(train_once(chosen, name, minutes, train))
                         study.write(path)
                     else:
-                        print(f"{size}, {minutes:g} minutes: left out, as a step takes longer")
+                        print(
+                            f"{size}, {minutes:g} minutes: left out; a step takes longer, or memory is too small"
+                        )
     return report(study, config)
 
 
@@ -298,7 +300,7 @@ def report(study: Study, config: AblateConfig) -> dict[str, float]:
     if not runs:
         raise UserError("all runs diverged, so there is nothing to fit; lower --learning_rate and --muon_lr")
     fit, texts = fit_law(study.texts, runs), list(dict.fromkeys(run.text for run in runs))
-    legend = "* marks the best size; last lines: the size that a rule chooses, and how far it is from the best"
+    legend = "* marks the best size; last lines: the size that a rule chooses and how far it is from the best"
     print(f"\nbits per byte; {legend}")
     for name in texts:
         own = [run for run in runs if run.text == name]
