@@ -126,9 +126,7 @@ def scaling_study(
                         study.runs.append(train_once(chosen, name, minutes, train))
                         study.write(path)
                     else:
-                        print(
-                            f"{size}, {minutes:g} minutes: left out; a step takes longer, or memory is too small"
-                        )
+                        print(f"{size}, {minutes:g} minutes: left out (too little time or memory)")
     return report(study, config)
 
 

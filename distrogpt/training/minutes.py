@@ -29,7 +29,7 @@ from distrogpt.settings import TrainConfig
 from distrogpt.training.batches import MicroBatch
 from distrogpt.training.distributed import distribute
 from distrogpt.training.optim import make_optimizers
-from distrogpt.training.schedule import END_SECONDS
+from distrogpt.training.schedule import end_seconds
 from distrogpt.training.startup import new_model_config, samples_per_step, with_changes
 from model import GPT
 
@@ -111,11 +111,12 @@ class Chooser:
     def tokens(self, size: Size) -> float:
         """How many tokens this size can train on in the time that is left."""
         limit = 60 * self.config.minutes
-        seconds = self.from_rank_0(self.deadline - time.perf_counter()) - END_SECONDS - EVALUATING * limit
+        seconds = self.from_rank_0(self.deadline - time.perf_counter()) - EVALUATING * limit
+        seconds -= end_seconds(self.config)
         return self.tokens_in(max(seconds, 0.1 * limit), self.speed(size))
 
     def tokens_in(self, seconds: float, speed: float) -> float:
-        """How many tokens are trained on in these seconds, at so many seconds per token if not compiled."""
+        """How many tokens are trained on in these seconds. `speed` is in seconds per token, not compiled."""
         if self.runtime.device.type == "cuda" and self.config.compile and seconds > 2 * COMPILING:
             seconds, speed = seconds - COMPILING, speed / COMPILED
         return seconds / speed
