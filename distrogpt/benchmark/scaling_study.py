@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import fields
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -109,24 +110,23 @@ def scaling_study(
     data = open_dataset(with_changes(base, block_size=1))
     name = add_text(study, config, base, data)
     sizes = config.sizes_of_runs or (SIZES[5:11] if runtime.device.type == "cuda" else SIZES[:6])
-    grid = f"{len(sizes)} x {len(config.minutes_of_runs)} x {len(config.seeds_of_runs)}"
-    print(f"study    {grid} sizes, times and seeds on {name}; results in {path}")
+    finished = {(run.text, run.size, run.minutes, run.seed) for run in study.runs}
+    grid = list(product(config.seeds_of_runs, config.minutes_of_runs, sizes))
+    todo = [cell for cell in grid if (name, str(cell[2]), cell[1], cell[0]) not in finished]
+    duration = f"{sum(minutes for _, minutes, _ in todo):,.6g} minutes"
+    print(f"study    {name}: {len(todo)} of {len(grid)} runs to train, {duration}; results in {path}")
 
     deadline = time.perf_counter() + 60 * base.minutes
     chooser = Chooser(base, data.meta, study.texts[name], runtime, training_step, deadline)
     measure_speeds(chooser, study.seconds_per_token[name], sizes)
     study.write(path)
-    finished = {(run.text, run.size, run.minutes, run.seed) for run in study.runs}
-    for seed in config.seeds_of_runs:
-        for minutes in config.minutes_of_runs:
-            for size in sizes:
-                if (name, str(size), minutes, seed) not in finished:
-                    chosen = settings_of_run(chooser, size, minutes, seed)
-                    if chosen.max_iters:
-                        study.runs.append(train_once(chosen, name, minutes, train))
-                        study.write(path)
-                    else:
-                        print(f"{size}, {minutes:g} minutes: left out (too little time or memory)")
+    for seed, minutes, size in todo:
+        chosen = settings_of_run(chooser, size, minutes, seed)
+        if chosen.max_iters:
+            study.runs.append(train_once(chosen, name, minutes, train))
+            study.write(path)
+        else:
+            print(f"{size}, {minutes:g} minutes: left out (too little time or memory)")
     return report(study, config)
 
 
@@ -296,7 +296,8 @@ def report(study: Study, config: AblateConfig) -> dict[str, float]:
     """Print the tables and the fitted law, draw the plot, write the constants, and return them."""
     runs = [run for run in study.runs if math.isfinite(run.bits_per_byte)]
     if not runs:
-        raise UserError("all runs diverged, so there is nothing to fit; lower --learning_rate and --muon_lr")
+        advice = "give more --scaling_minutes; if runs diverged, lower --learning_rate and --muon_lr"
+        raise UserError(f"no run has a loss, so there is nothing to fit; {advice}")
     fit, texts = fit_law(study.texts, runs), list(dict.fromkeys(run.text for run in runs))
     legend = "* marks the best size; last lines: the size that a rule chooses and how far it is from the best"
     print(f"\nbits per byte; {legend}")

@@ -104,6 +104,7 @@ def test_a_study_is_printed_drawn_kept_and_resumed(dataset, folder):
     assert again["texts"] == study["texts"] and again["runs"][:2] == runs and len(again["runs"]) == 4
     for run in again["runs"]:
         assert f"{run['bits_per_byte']:.4f}" in done.stdout
+    assert "a set: 2 of 4 runs to train, 0.008 minutes" in done.stdout
     assert "rule of train.py" in done.stdout
     law = json.loads((folder / "law.json").read_text())["law"]
     assert law.keys() == LAW.keys() and all(value > 0 for value in law.values())
@@ -129,6 +130,7 @@ def test_mistakes_of_a_scaling_study(dataset, folder, capsys):
         "--constants=scaling_runs.png": ("is the name of json or plot too",),
         "--constants=no/law.json": ("no/law.json cannot be written",),
         "--dataset=nowhere": ("nowhere",),
+        "--scaling_minutes=1e-9": ("no run has a loss", "give more --scaling_minutes"),
     }.items():
         assert_user_error(run_here("ablate.py", *flags, more, cwd=folder), *says)
     for words, says in {
