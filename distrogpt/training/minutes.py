@@ -124,7 +124,7 @@ class Chooser:
     def best(self) -> Size:
         """The best size. It and the next larger one have been measured, and all that seemed best before."""
         size: Size | None = FIRST if FIRST in self.sizes else self.sizes[0]
-        self.seconds_per_step(self.settings(size, 0.0))  # the first steps in a process are slower
+        self.measure(size)  # and again: the first steps of a process are slower
         while size:
             self.measure(size)
             losses = [scaling.relative_loss(size, self.text, self.tokens(size)) for size in self.sizes]
