@@ -110,12 +110,16 @@ class Chooser:
 
     def tokens(self, size: Size) -> float:
         """How many tokens this size can train on in the time that is left."""
-        limit, speed = 60 * self.config.minutes, self.speed(size)
+        limit = 60 * self.config.minutes
         seconds = self.from_rank_0(self.deadline - time.perf_counter()) - EVALUATING * limit
         seconds -= end_seconds(self.config)
+        return self.tokens_in(max(seconds, 0.1 * limit), self.speed(size))
+
+    def tokens_in(self, seconds: float, speed: float) -> float:
+        """How many tokens are trained on in these seconds. `speed` is in seconds per token, not compiled."""
         if self.runtime.device.type == "cuda" and self.config.compile and seconds > 2 * COMPILING:
             seconds, speed = seconds - COMPILING, speed / COMPILED
-        return max(seconds, 0.1 * limit) / speed
+        return seconds / speed
 
     def best(self) -> Size:
         """The best size. It and the next larger one have been measured, and all that seemed best before."""
