@@ -93,13 +93,11 @@ def train(
     """Train as the settings say; returns the model and its losses. Raises UserError and MachineError.
 
     `on_evaluation` is called on rank 0 after each evaluation, with the losses of all evaluations so far.
-    `started` is the time.perf_counter() from which the run's seconds count; None: now.
+    `started` is the time.perf_counter() from which the seconds of the run count; None: now.
     """
-    started = time.perf_counter() if started is None else started
     config = startup.inherit_settings(config)
     runtime = start_runtime(config.device, config.dtype, config.backend)
-    if config.minutes is not None:
-        config = choose_settings(config, runtime, training_step, started)
+    config = choose_settings(config, runtime, training_step, started)
     startup.check_ranks(config, runtime)
     data = open_dataset(config)
     config = startup.resolve_max_iters(config, data)

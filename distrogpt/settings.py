@@ -63,8 +63,8 @@ class TrainConfig(Settings):
     """
 
     uses_ranks = True
-    most_used = """dataset minutes out_dir init_from batch_size block_size n_layer n_embd learning_rate
-        max_iters device"""
+    most_used = """dataset minutes out_dir init_from batch_size n_layer n_embd learning_rate max_iters
+        device"""
 
     # a step trains on gradient_accumulation_steps * batch_size * block_size tokens, over all ranks
     dataset: str = setting(

@@ -181,16 +181,18 @@ def evaluations(config: TrainConfig, text: Text, steps: int, speed: float) -> di
 
 
 def choose_settings(
-    config: TrainConfig, runtime: Runtime, training_step: Callable[..., Any], started: float
+    config: TrainConfig, runtime: Runtime, training_step: Callable[..., Any], started: float | None = None
 ) -> TrainConfig:
     """The settings with max_minutes instead of minutes: those that are given, and the best others for this
-    text and this machine, the same on all ranks. `started` is when the minutes began, by
-    time.perf_counter(). Raises UserError."""
+    text and this machine, the same on all ranks; without minutes, all as it is. `started` is when the
+    minutes began, by time.perf_counter(); None: now. Raises UserError."""
+    if config.minutes is None:
+        return config
     if config.init_from not in ("scratch", "auto"):
         reason = f"minutes chooses the size of a new model, but init_from={config.init_from} has a size"
         raise UserError(f"{reason}; give --max_minutes={config.minutes:g} instead")
     data = open_dataset(with_changes(config, block_size=1))
-    text, deadline = read_text(data), started + 60 * config.minutes
+    text, deadline = read_text(data), (started or time.perf_counter()) + 60 * config.minutes
     chooser = Chooser(config, data.meta, text, runtime, training_step, deadline)
     size = chooser.best()
     tokens, speed = chooser.tokens(size), chooser.speed(size)

@@ -81,6 +81,21 @@ def test_given_settings_are_kept(dataset, tmp_path, capsys):
     }
 
 
+def test_ranks_that_torchrun_restarts_do_not_choose_again(dataset, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
+    flags = (f"--dataset={dataset}", f"--out_dir={tmp_path}", *QUICK, "--n_embd=16", "--n_layer=1")
+    train(settings_of(*flags))
+    assert "measured tokens/s" in capsys.readouterr().out
+    config = load_checkpoint(tmp_path / "last.pt")["config"]
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    train(settings_of(*flags))
+    assert "measured tokens/s" not in (out := capsys.readouterr().out) and "resumes  after step" in out
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "another job")
+    train(settings_of(*flags))
+    assert "measured tokens/s" in capsys.readouterr().out
+    assert load_checkpoint(tmp_path / "last.pt")["config"]["n_embd"] == config["n_embd"] == 16
+
+
 def test_a_run_made_in_python_keeps_what_differs_from_the_defaults(dataset, tmp_path):
     settings = {"n_layer": 2, "eval_iters": 1, "loss_plot": False, "device": "cpu", "dtype": "float32"}
     train(TrainConfig(dataset=str(dataset), out_dir=str(tmp_path), minutes=0.05, **settings))

@@ -20,19 +20,21 @@ from distrogpt.data.tokenizer import BPETokenizer, CharTokenizer, Tokenizer, tok
 from distrogpt.errors import CLOSE_OTHERS, UserError, cli_errors, command
 from distrogpt.files import TEMPORARY, write_text
 from distrogpt.progress import show_wait
+from distrogpt.scaling import best_tokenizer
 
 BPE_SAMPLE = 50_000_000  # characters that train a tokenizer: its memory grows with the number of words
-KINDS = ("char", "byte", "gpt2", "bpe:4096")  # values of --tokenizer other than a dataset
+KINDS = ("auto", "char", "byte", "gpt2", "bpe:4096")  # values of --tokenizer other than a dataset
 MINUTES = 10  # of the training command that is printed
 
 
-def scan(corpus: Corpus, enough: int, want_chars: bool) -> tuple[list[int], str]:
-    """The lengths of the first `enough` documents, and if wanted all characters of the corpus, sorted. Raises
-    UserError if there are none."""
-    chars, sizes, size = set(), [], 0
+def scan(corpus: Corpus, enough: int, want_chars: bool) -> tuple[list[int], str, int]:
+    """The lengths of the first `enough` documents; if wanted, all characters of the corpus, sorted, and their
+    number. Raises UserError if there are no documents."""
+    chars, sizes, size, total = set(), [], 0, 0
     for piece in corpus.pieces():
         if want_chars:
             chars.update(piece.text)
+            total += len(piece.text)
         size += len(piece.text)
         if piece.ends:
             sizes.append(size)
@@ -42,7 +44,7 @@ def scan(corpus: Corpus, enough: int, want_chars: bool) -> tuple[list[int], str]
     if not sizes:
         others = f" and {len(corpus) - 1} other files" if len(corpus) > 1 else ""
         raise UserError(f"there is no text in {corpus.files[0]}{others}; give another --input")
-    return sizes[:enough], "".join(sorted(chars))
+    return sizes[:enough], "".join(sorted(chars)), total
 
 
 def hash_to_unit(number: int) -> float:
@@ -94,11 +96,12 @@ def split_at(pieces: Iterable[Piece], position: int) -> Iterator[Piece]:
 
 
 def known_tokenizer(name: str) -> Tokenizer | None:
-    """The tokenizer of that name; None for char and bpe:SIZE, which the text determines. Raises UserError."""
+    """The tokenizer of that name; None for char, bpe:SIZE and auto, which the text determines. Raises
+    UserError."""
     kind, _, size = name.partition(":")
     if kind == "bpe" and (not re.fullmatch("[0-9]{3,7}", size) or int(size) < 258):
         raise UserError(f"--tokenizer {name} needs a size from 258 to 9999999; write bpe:4096")
-    return None if kind == "bpe" or name == "char" else named_tokenizer(name, KINDS)
+    return None if kind == "bpe" or name in ("char", "auto") else named_tokenizer(name, KINDS)
 
 
 def make_tokenizer(name: str, chars: str, documents: int, train: Iterable[str]) -> Tokenizer:
@@ -123,7 +126,7 @@ def make_dataset(args: argparse.Namespace, corpus: Corpus) -> None:
     """Write the dataset of parse_options, and print the next commands. Raises UserError and MachineError."""
     enough = math.ceil(10 / args.val_fraction)
     with show_wait("reading the text,", lambda: f"{corpus.done():.0%}"):
-        sizes, chars = scan(corpus, enough, want_chars=args.tokenizer == "char")
+        sizes, chars, total = scan(corpus, enough, want_chars=args.tokenizer in ("char", "auto"))
     is_val, position = choose_validation(sizes, args.val_fraction, enough)
 
     def sample() -> Iterator[str]:
@@ -135,7 +138,11 @@ def make_dataset(args: argparse.Namespace, corpus: Corpus) -> None:
                 left -= len(piece.text)
             document += piece.ends
 
-    tokenizer = make_tokenizer(args.tokenizer, chars, len(sizes), sample())
+    name = args.tokenizer
+    if name == "auto":
+        name = best_tokenizer(total)
+        print(f"tokenizer {name}: expected to learn most from {total:,} characters in some minutes")
+    tokenizer = make_tokenizer(name, chars, len(sizes), sample())
     source = ", ".join(map(str, corpus.files[:20]))
     pieces, document = split_at(corpus.pieces(), position), 0
     with (
@@ -181,9 +188,10 @@ def parse_options(parser: argparse.ArgumentParser) -> argparse.Namespace:
     add = parser.add_argument
     add("--name", metavar="NAME", help="name of the dataset, which is written to data/NAME")
     about_tokenizer = (
-        "char, byte, gpt2, bpe:4096 (BPE with 4096 tokens, learned from the text), or the name of "
+        "char, byte, gpt2, bpe:4096 (BPE with 4096 tokens, learned from the text), auto (char or "
     )
-    about_tokenizer += "a dataset whose tokenizer to use (default: char)"
+    about_tokenizer += "bpe, by the size of the text), or the name of a dataset whose tokenizer to use "
+    about_tokenizer += "(default: char)"
     add("--tokenizer", type=os.path.expanduser, default="char", help=about_tokenizer)
     val_help = "fraction of the documents for validation; of a single one, its end (default: 0.1)"
     add("--val_fraction", type=float, default=0.1, metavar="F", help=val_help)
