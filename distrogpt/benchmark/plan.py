@@ -22,7 +22,14 @@ import torch
 import torch.nn as nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from distrogpt.benchmark.plan_minutes import choose, fit_to_time, size_of, text_of, training_seconds
+from distrogpt.benchmark.plan_minutes import (
+    choose,
+    fit_to_time,
+    size_of,
+    sizes_for,
+    text_of,
+    training_seconds,
+)
 from distrogpt.benchmark.training import TrainingStep, bench_step, recipe_line, with_gpt2_shape
 from distrogpt.data.dataset import find_parts, open_dataset
 from distrogpt.data.meta import GPT2_META
@@ -364,11 +371,12 @@ def bench_plan(config: BenchConfig, runtime: Runtime, training_step: TrainingSte
         return plan(config, runtime, *measure(config, runtime, training_step))
     hardware, text = find_hardware(config, runtime), text_of(config, find_data(config)[1])
     mfus: dict[Size, float] = {}
-    while True:  # until the size that seems best has been measured
-        chosen = choose(config, text, hardware.peak, mfus or {FIRST: MFU}, not hardware.is_cpu)
-        if size_of(chosen) in mfus:
-            return plan(chosen, runtime, mfus[size_of(chosen)], hardware.peak, text)
+    sizes, on_gpu = sizes_for(config), not hardware.is_cpu
+    chosen = choose(config, sizes, text, hardware.peak, {FIRST: MFU}, on_gpu)
+    while size_of(chosen) not in mfus:  # until the size that seems best has been measured
         mfus[size_of(chosen)], _ = measure(chosen, runtime, training_step)
+        chosen = choose(config, sizes, text, hardware.peak, mfus, on_gpu)
+    return plan(chosen, runtime, mfus[size_of(chosen)], hardware.peak, text)
 
 
 def measure(config: BenchConfig, runtime: Runtime, training_step: TrainingStep) -> tuple[float, float]:
@@ -396,10 +404,8 @@ def plan(
     mfu, source = find_mfu(config, mfu)
     if config.minutes is not None:
         text = text_of(config, has_data)
-        config = choose(config, text, hardware.peak, {FIRST: mfu}, not hardware.is_cpu)
-    config, shape, _ = planned_shape(config)
-    half = (runtime.dtype != torch.float32) if config.gpu == "here" else config.dtype != "float32"
-    counts = count(shape, config, half, not hardware.is_cpu)
+        config = choose_by_step_time(config, text, runtime, hardware, mfu)
+    config, counts = planned_counts(config, runtime, hardware)
     split, variants = best_split(config, counts, hardware)
     if config.max_minutes is not None:
         compiles = bool(config.compile) and not hardware.is_cpu
@@ -408,7 +414,8 @@ def plan(
         config = fit_to_time(config, seconds, speed)
     numbers = sorted({2**i for i in range(max(4096, config.n_gpus).bit_length())} | {config.n_gpus})
     splits = [settle(config, counts, hardware, split._replace(n=n)) for n in numbers]
-    result = {"place": hardware._asdict(), "counts": counts._asdict() | {"shape": asdict(shape)}, "mfu": mfu}
+    counted = counts._asdict() | {"shape": asdict(counts.shape)}
+    result = {"place": hardware._asdict(), "counts": counted, "mfu": mfu}
     result |= {"run": run_on(config, counts, hardware, split, mfu), "flags": flags_of(config, split)}
     result |= {"variants": variants, "checkpoint_bytes": 4 * counts.parameters + counts.averages}
     result["scaling"] = [run_on(config, counts, hardware, one, mfu) for one in splits]
@@ -423,6 +430,34 @@ def plan(
         print_run(config, result)
     print_scaling(config, result["scaling"])
     return result
+
+
+def planned_counts(config: BenchConfig, runtime: Runtime, hardware: Hardware) -> tuple[BenchConfig, Counts]:
+    """The settings of planned_shape, and the counts of its network."""
+    config, shape, _ = planned_shape(config)
+    half = (runtime.dtype != torch.float32) if config.gpu == "here" else config.dtype != "float32"
+    return config, count(shape, config, half, not hardware.is_cpu)
+
+
+def choose_by_step_time(
+    config: BenchConfig, text: Text, runtime: Runtime, hardware: Hardware, mfu: float
+) -> BenchConfig:
+    """The settings that `minutes` chooses if a step takes as long as planned, its update and communication
+    included."""
+    sizes, on_gpu, mfus = sizes_for(config), not hardware.is_cpu, {}
+    best = choose(config, sizes, text, hardware.peak, {FIRST: mfu}, on_gpu)
+    while True:  # until the best size is better than the next smaller and larger ones
+        number = sizes.index(size_of(best))
+        near = [size for size in sizes[max(0, number - 1) : number + 2] if size not in mfus]
+        if not near:
+            return best
+        for size in near:
+            chosen = choose(config, [size], text, hardware.peak, {size: mfu}, on_gpu)
+            chosen, counts = planned_counts(chosen, runtime, hardware)
+            step = step_time(counts, hardware, best_split(chosen, counts, hardware)[0], mfu)
+            flops = counts.flops_per_token * step["tokens_per_second"]
+            mfus[size] = flops / (config.n_gpus * hardware.peak)
+        best = choose(config, list(mfus), text, hardware.peak, mfus, on_gpu)
 
 
 def find_mfu(config: BenchConfig, measured: float | None) -> tuple[float, str]:

@@ -9,6 +9,8 @@ import math
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
+
 from configurator import run_config_file
 from distrogpt import scaling
 from distrogpt.data.dataset import open_dataset
@@ -43,13 +45,19 @@ def size_of(config: BenchConfig) -> Size:
     return Size(config.n_layer, config.n_head, config.n_embd)
 
 
-def choose(
-    config: BenchConfig, text: Text, peak: float, mfus: dict[Size, float], on_gpu: bool
-) -> BenchConfig:
-    """The settings that `minutes` stands for on config.n_gpus devices of `peak` FLOP/s, with max_minutes
-    instead. `mfus` has the MFU of some sizes; another size has that of the nearest. Raises UserError."""
+def sizes_for(config: BenchConfig) -> list[Size]:
+    """The sizes among which `minutes` chooses. Raises UserError."""
     if config.init_from not in ("scratch", "auto"):
         raise minutes.has_a_size(config)
+    config = name_run(config)
+    return minutes.possible_sizes({name: getattr(config, name) for name in config.given})
+
+
+def choose(
+    config: BenchConfig, sizes: list[Size], text: Text, peak: float, mfus: dict[Size, float], on_gpu: bool
+) -> BenchConfig:
+    """The settings that `minutes` stands for on config.n_gpus devices of `peak` FLOP/s, with max_minutes
+    instead. `mfus` has the MFU of some sizes, between which it is interpolated."""
     config = name_run(config)
     given = {name: getattr(config, name) for name in config.given}
     modern = run_config_file(DATA.parent / "config" / "modern.py", asdict(config)) | {"max_iters": MAX_ITERS}
@@ -59,11 +67,12 @@ def choose(
         return modern | scaling.recipe(size, text, tokens, config.n_gpus, on_gpu) | given
 
     def tokens_of(size: Size) -> float:
-        nearest = min(mfus, key=lambda other: abs(math.log(other.parameters(1) / size.parameters(1))))
+        known = sorted(mfus, key=lambda other: other.parameters(0))
+        parameters = [math.log(other.parameters(0)) for other in known]
+        mfu = np.interp(math.log(size.parameters(0)), parameters, [mfus[other] for other in known])
         flops = size.flops_per_token(text.vocab_size, settings(size, 0.0)["block_size"])
-        return seconds * config.n_gpus * peak * mfus[nearest] / flops
+        return float(seconds * config.n_gpus * peak * mfu / flops)
 
-    sizes = minutes.possible_sizes(given)
     best = min(sizes, key=lambda size: scaling.relative_loss(size, text, tokens_of(size)))
     chosen = settings(best, tokens_of(best))
     return with_changes(config, **chosen | {"minutes": None, "max_minutes": config.minutes})
