@@ -2,6 +2,8 @@
 
 Trains the recipe, the recipe without each ingredient, GPT-2, and GPT-2 with each ingredient. All other
 settings (steps, seeds, learning rates, weight decay, batch) are the recipe's. Prints a table and plots it.
+
+python ablate.py --scaling=True --dataset=NAME trains sizes instead: see distrogpt/benchmark/scaling_study.py.
 """
 
 from configurator import configure
@@ -17,19 +19,20 @@ import sys
 import tempfile
 import time
 from contextlib import redirect_stdout, suppress
-from dataclasses import fields
+from dataclasses import fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from distrogpt.benchmark.scaling_study import scaling_study
 from distrogpt.checkpoint import atomic_write
 from distrogpt.errors import Diverged, UserError, cli_errors, writable
 from distrogpt.files import locked
 from distrogpt.plotting import COLORS, new_figure, style_axes, write_figure
 from distrogpt.settings import TrainConfig
-from train import train
+from train import TrainResult, train, training_step
 
 INGREDIENTS = """norm rotary qk_norm activation n_kv_head tied logit_softcap embedding_skip zero_init
     optimizer lr_schedule sampling dropout""".split()
@@ -38,7 +41,7 @@ FIXED = {
     "init_from": "scratch", "eval_iters": 0, "eval_splits": "val", "eval_only": False, "seed": 0,
     "out_dir": "-", "log_interval": 1000, "wandb_log": False, "wandb_project": "-", "wandb_run_name": "-",
     "tensorboard_log": False, "loss_plot": False, "eval_hellaswag": False, "eval_accuracy": False,
-    "eval_samples": 0,
+    "eval_samples": 0, "minutes": None,
 }  # fmt: skip
 Run = dict[str, float]  # seed, val (inf if it diverged), seconds
 
@@ -55,16 +58,23 @@ def variants(config: AblateConfig) -> dict[str, dict[str, Any]]:
     return {"recipe": {}, **without, "GPT-2": gpt2, **added}
 
 
+def train_quietly(config: TrainConfig) -> TrainResult | None:
+    """Train in a temporary folder, without output; None if it diverged."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()  # or it would stop compiling after a few variants
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(None), suppress(Diverged):
+        result = train(replace(config, out_dir=folder))
+        if result.stopped_by:
+            sys.exit(128 + result.stopped_by)
+        return result
+    return None
+
+
 def train_once(settings: dict[str, Any], seed: int) -> Run:
-    """Train in a temporary folder; the best loss on the whole val split, and the seconds in total."""
-    torch.compiler.reset()  # or it would stop compiling after a few variants
-    begin, val = time.perf_counter(), math.inf
-    with tempfile.TemporaryDirectory() as folder:
-        with redirect_stdout(None), suppress(Diverged):
-            result = train(TrainConfig(**settings | {"seed": seed, "out_dir": folder}))
-            if result.stopped_by:
-                sys.exit(128 + result.stopped_by)
-            val = result.best_val_loss
+    """The best loss on the whole val split, and the seconds in total."""
+    begin = time.perf_counter()
+    result = train_quietly(TrainConfig(**settings | {"seed": seed}))
+    val = result.best_val_loss if result else math.inf
     return {"seed": seed, "val": val, "seconds": time.perf_counter() - begin}
 
 
@@ -120,24 +130,26 @@ def plot(runs: dict[str, list[Run]], path: Path) -> None:
     print(f"plot     {path.resolve()}")
 
 
-def ablate(config: AblateConfig) -> dict[str, list[Run]]:
-    """Train all variants with all seeds; print the results, save them in config.json, and return them. Raises
-    UserError if that file has another study."""
-    todo, advice = variants(config), "wait until it ends, or choose another --json"
-    with writable(config.json):  # before hours of training
+def ablate(config: AblateConfig) -> dict[str, Any]:
+    """Train all variants with all seeds, or sizes with scaling=True; print the results, save them in
+    config.results, and return the runs. Raises UserError if that file has another study."""
+    todo = {} if config.scaling else variants(config)
+    path, advice = config.results, "wait until it ends, or choose another --json"
+    with writable(str(path)):  # before hours of training
         pass
-    with locked(Path(f"{config.json}.lock"), f"another ablate.py is writing to {config.json}; {advice}"):
+    with locked(Path(f"{path}.lock"), f"another ablate.py is writing to {path}; {advice}"):
+        if config.scaling:
+            return scaling_study(config, train_quietly, training_step)
         return run_study(config, todo)
 
 
 def run_study(config: AblateConfig, todo: dict[str, dict[str, Any]]) -> dict[str, list[Run]]:
     """Run the study, with its file locked by ablate."""
-    path = Path(config.json)
+    path, seeds = config.results, config.seeds_of_runs
     settings = {field.name: getattr(config, field.name) for field in fields(TrainConfig)} | FIXED
     runs = read_results(path, settings)
-    seeds = range(config.seed, config.seed + config.seeds)
     length = f"{config.max_epochs:g} epochs" if config.max_epochs else f"{config.max_iters} steps"
-    print(f"study    {len(todo)} variants x {config.seeds} seeds, {length} each; results in {path}")
+    print(f"study    {len(todo)} variants x {len(seeds)} seeds, {length} each; results in {path}")
     for seed in seeds:  # in turns, so that a busy hour slows all variants alike
         for name, changes in todo.items():
             if seed in [run["seed"] for run in runs.setdefault(name, [])]:

@@ -56,27 +56,36 @@ SHAPES += [(n, 64 * n) for n in (6, 8, 10, 12, 16, 20, 24, 28, 32)]
 SIZES = [Size(layers, heads_of(width), width) for layers, width in SHAPES]
 
 
+def parse_size(text: str) -> Size:
+    """4/4/128 as a size. Raises ValueError."""
+    n_layer, n_head, n_embd = map(int, text.split("/"))
+    if min(n_layer, n_head, n_embd) < 1 or n_embd % n_head:
+        raise ValueError(text)
+    return Size(n_layer, n_head, n_embd)
+
+
 def compressed_bits(text: bytes) -> float:
     """Bits per byte of a text after bzip2: how hard the text is to predict, roughly."""
     return 8 * len(bz2.compress(text)) / max(1, len(text))
 
 
-def effective_tokens(tokens: float, unique: float) -> float:
+def effective_tokens(tokens: float, unique: float, worth: float) -> float:
     """How many different tokens teach as much as these, of which only some are different: each further pass
-    over a text teaches less (Muennighoff et al., 2023, arXiv 2305.16264)."""
+    over a text teaches less, and all of them as much as `worth` first ones (Muennighoff et al., 2023, arXiv
+    2305.16264)."""
     if tokens <= unique:
         return tokens
-    repeated, worth = tokens / unique - 1, LAW["passes"]
+    repeated = tokens / unique - 1
     return unique * (1 + worth * (1 - math.exp(-repeated / worth)))
 
 
-def relative_loss(size: Size, text: Text, tokens: float) -> float:
+def relative_loss(size: Size, text: Text, tokens: float, law: dict[str, float] = LAW) -> float:
     """The loss in bits per byte, divided by that of compression (Hoffmann et al., 2022, arXiv 2203.15556)."""
     parameters = size.parameters(text.vocab_size)
-    effective_bytes = effective_tokens(tokens, text.tokens) * text.bytes_per_token
-    of_size = LAW["size"] * (parameters / 1e6) ** -LAW["size_power"]
-    of_data = LAW["data"] * (effective_bytes / 1e6) ** -LAW["data_power"]
-    return LAW["floor"] + of_size + of_data
+    effective_bytes = effective_tokens(tokens, text.tokens, law["passes"]) * text.bytes_per_token
+    of_size = law["size"] * (parameters / 1e6) ** -law["size_power"]
+    of_data = law["data"] * (effective_bytes / 1e6) ** -law["data_power"]
+    return law["floor"] + of_size + of_data
 
 
 def expected_loss(size: Size, text: Text, tokens: float) -> tuple[float, float]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from configurator import Settings, setting
 from distrogpt.errors import UserError
 from distrogpt.gpus import GPUS
+from distrogpt.scaling import Size, parse_size
 
 ACTIVATIONS = ("gelu_tanh", "gelu", "relu2", "swiglu")  # as in model.py, which --help must not load
 NORMS = ("layernorm", "rmsnorm")
@@ -407,25 +408,81 @@ class AblateConfig(TrainConfig):
 
     usage: python ablate.py config/NAME.py [--setting=value ...]
            python ablate.py config/train_shakespeare_cpu_modern.py --max_iters=500 --seeds=1
+           python ablate.py --scaling=True --dataset=shakespeare_char
 
     Config files and most settings are those of train.py. The same command resumes an interrupted study.
+
+    With --scaling=True, train a grid of sizes and minutes on a dataset instead, and fit the rule by
+    which train.py --minutes chooses a size.
     """
 
     uses_ranks = False
-    most_used = "seeds json dataset max_iters max_epochs device"
+    most_used = "seeds scaling json dataset max_iters max_epochs device"
 
-    seeds: int = setting(3, "runs per variant, with the seeds seed, seed + 1, ...", min=1, heading="study")
-    json: str = setting("ablate.json", "file of the results", path=True)
+    seeds: int | None = setting(
+        None,
+        "runs per variant, with the seeds seed, seed + 1, ...; None: 3, or 1 with scaling",
+        min=1,
+        heading="study",
+    )
+    json: str | None = setting(
+        None, "file of the results; None: ablate.json, or scaling_runs.json with scaling", path=True
+    )
     plot: str | None = setting(None, "file of the plot; None: the name of json, with .png", path=True)
+    scaling: bool = setting(
+        False,
+        "train a grid of sizes and minutes on the dataset, and fit the rule of train.py --minutes to it",
+    )
+    scaling_minutes: str = setting("1,3,10", "scaling: train each size for each of these times")
+    sizes: str | None = setting(
+        None, "scaling: layers/heads/width, such as 4/4/128,6/6/192; None: six sizes for the device"
+    )
+    constants: str | None = setting(
+        None,
+        "scaling: also write the fitted constants to this file; train.py reads distrogpt/scaling.json",
+        path=True,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.picture == Path(self.json):
-            raise ValueError(f"json={self.json} is the name of the plot too; choose another")
+        if self.picture == self.results:
+            raise ValueError(f"json={self.results} is the name of the plot too; choose another")
+        if self.constants and Path(self.constants) in (self.results, self.picture):
+            raise ValueError(f"constants={self.constants} is the name of json or plot too; choose another")
+        for name in ("minutes_of_runs", "sizes_of_runs"):
+            getattr(self, name)  # raises ValueError
+
+    @property
+    def results(self) -> Path:
+        return Path(self.json or ("scaling_runs.json" if self.scaling else "ablate.json"))
 
     @property
     def picture(self) -> Path:
-        return Path(self.plot or Path(self.json).with_suffix(".png"))
+        return Path(self.plot or self.results.with_suffix(".png"))
+
+    @property
+    def seeds_of_runs(self) -> range:
+        return range(self.seed, self.seed + (self.seeds or (1 if self.scaling else 3)))
+
+    @property
+    def minutes_of_runs(self) -> list[float]:
+        try:
+            minutes = sorted({float(word) for word in self.scaling_minutes.split(",")})
+        except ValueError:
+            minutes = []
+        if not minutes or not 0 < minutes[0] <= minutes[-1] < 1e5:
+            example = "give minutes above 0, separated by commas, such as 1,3,10"
+            raise ValueError(f"scaling_minutes={self.scaling_minutes} is not valid; {example}")
+        return minutes
+
+    @property
+    def sizes_of_runs(self) -> list[Size]:
+        """Empty if none are given."""
+        try:
+            return sorted({parse_size(word) for word in self.sizes.split(",")}) if self.sizes else []
+        except ValueError:
+            example = "give layers/heads/width, such as 4/4/128,6/6/192; heads must divide width"
+            raise ValueError(f"sizes={self.sizes} is not valid; {example}") from None
 
     @classmethod
     def never_used(cls) -> dict[str, str]:
@@ -435,7 +492,20 @@ class AblateConfig(TrainConfig):
             sample_start sample_tokens""".split()
         reasons = dict.fromkeys(left, "a study keeps only the val losses of its runs")
         reasons |= dict.fromkeys(("eval_iters", "eval_splits"), "a study evaluates the whole val split")
+        reasons["minutes"] = "a study does not choose settings; scaling_minutes are for scaling=True"
         return reasons | dict.fromkeys(("init_from", "eval_only"), "a study trains each variant from scratch")
+
+    def unused(self) -> dict[str, str]:
+        if not self.scaling:
+            alone = ("scaling_minutes", "sizes", "constants")
+            return self.never_used() | dict.fromkeys(alone, "it needs scaling=True")
+        lengths = "max_iters max_epochs minutes max_minutes lr_decay_iters eval_interval patience".split()
+        reasons = dict.fromkeys(lengths, "the runs of a scaling study last for scaling_minutes")
+        reasons |= dict.fromkeys(
+            ("n_layer", "n_head", "n_embd"), "a scaling study trains the sizes of --sizes"
+        )
+        reasons["loss_after"] = "a scaling study compares bits per byte, which need the loss of all tokens"
+        return self.never_used() | reasons
 
 
 @dataclass

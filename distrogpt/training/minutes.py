@@ -29,14 +29,14 @@ from distrogpt.settings import TrainConfig
 from distrogpt.training.batches import MicroBatch
 from distrogpt.training.distributed import distribute
 from distrogpt.training.optim import make_optimizers
-from distrogpt.training.schedule import END_SECONDS
+from distrogpt.training.schedule import end_seconds
 from distrogpt.training.startup import new_model_config, samples_per_step, with_changes
 from model import GPT
 
 log = logging.getLogger("distrogpt")
 
 FIRST = Size(4, 4, 128)  # the size that is measured first
-MEASURING, MIN_MEASURING = 0.005, 0.5  # of the minutes, and seconds, to measure a size
+MEASURING = 0.005  # of the minutes, to measure a size; at least half a second, at most two
 COMPILING, COMPILED = 45.0, 1.6  # on a GPU, the seconds that torch.compile takes, and the gain in speed
 EVALUATING = 0.05  # of the minutes, for all evaluations together
 SAMPLE = 1 << 20  # tokens whose text is compressed
@@ -116,16 +116,21 @@ class Chooser:
 
     def tokens(self, size: Size) -> float:
         """How many tokens this size can train on in the time that is left."""
-        limit, speed = 60 * self.config.minutes, self.speed(size)
-        seconds = self.from_rank_0(self.deadline - time.perf_counter()) - END_SECONDS - EVALUATING * limit
+        limit = 60 * self.config.minutes
+        seconds = self.from_rank_0(self.deadline - time.perf_counter()) - EVALUATING * limit
+        seconds -= end_seconds(self.config)
+        return self.tokens_in(max(seconds, 0.1 * limit), self.speed(size))
+
+    def tokens_in(self, seconds: float, speed: float) -> float:
+        """How many tokens are trained on in these seconds. `speed` is in seconds per token, not compiled."""
         if self.runtime.device.type == "cuda" and self.config.compile and seconds > 2 * COMPILING:
             seconds, speed = seconds - COMPILING, speed / COMPILED
-        return max(seconds, 0.1 * limit) / speed
+        return seconds / speed
 
     def best(self) -> Size:
         """The best size. It and the next larger one have been measured, and all that seemed best before."""
         size: Size | None = FIRST if FIRST in self.sizes else self.sizes[0]
-        self.seconds_per_step(self.settings(size, 0.0))  # the first steps in a process are slower
+        self.measure(size)  # and again: the first steps of a process are slower
         while size:
             self.measure(size)
             losses = [scaling.relative_loss(size, self.text, self.tokens(size)) for size in self.sizes]
@@ -160,7 +165,7 @@ class Chooser:
         batch = MicroBatch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), config.seed)
         batches = [batch] * (config.gradient_accumulation_steps // self.runtime.world_size)
         times: list[float] = []
-        enough = max(MIN_MEASURING, MEASURING * 60 * self.config.minutes)
+        enough = min(max(0.5, MEASURING * 60 * self.config.minutes), 2.0)
         while len(times) < 4 or self.from_rank_0(sum(times)) < enough:
             begin = time.perf_counter()
             self.training_step(replica, optimizers, scaler, batches, config.grad_clip, self.runtime)

@@ -6,7 +6,7 @@ step-00002000.pt     with keep_checkpoints, the newest of some steps
 log.csv              a row for each step that is logged or evaluated
 loss.png             the plot of log.csv
 schedule.csv         with max_minutes, how the schedule was fitted to the time that was left
-config.py            the settings, as a config file
+config.py            the settings with which the run began, as a config file
 tensorboard          a folder with the same values, with tensorboard_log
 run.lock             locked as long as a process writes here
 run.owner            that process, and the run that has written here
@@ -186,8 +186,6 @@ class RunDirectory:
     def take_ownership(self) -> None:
         self.owned = True
         self.write_owner(f"run {self.run_id}, job {job_name()}")
-        text = config_file(self.config)
-        atomic_write(lambda file: file.write(text.encode()), self.path / SETTINGS)
 
     def claim(self) -> None:
         """Move another run's files aside before this run writes its first, so that a mistaken start loses
@@ -200,6 +198,9 @@ class RunDirectory:
             earlier = [path for path in earlier if path.name in names]
         self.move_aside(paths, earlier)
         self.take_ownership()
+        text = config_file(self.config)
+        with suppress(MachineError):  # a full disk is reported for log.csv
+            atomic_write(lambda file: file.write(text.encode()), self.path / SETTINGS)
 
     def find(self, names: Iterable[str]) -> list[Path]:
         """The files of these names or patterns."""
@@ -373,7 +374,7 @@ def config_file(config: TrainConfig) -> str:
     values = {field.name: getattr(config, field.name) for field in fields(config)}
     changed = [field.name for field in fields(config) if values[field.name] != field.default]
     path = quote(str(Path(config.out_dir) / SETTINGS))
-    lines = [f"# the settings of this run; to repeat it: python train.py {path}"]
+    lines = [f"# the settings of this run; to run it again: python train.py {path}"]
     return "\n".join(lines + [f"{name} = {values[name]!r}" for name in changed]) + "\n"
 
 

@@ -24,7 +24,8 @@ from distrogpt.training.state import Fit, TrainState
 
 FITS = 100  # of a run, besides the first ones
 RECENT = 5  # fits: how long a step takes is the mean since the fifth last
-END_SECONDS = 1.5  # after the last evaluation: for the last checkpoint, loss.png and the end of the process
+END_SECONDS, PLOT_SECONDS = 0.3, 1.2  # after the last evaluation: the last checkpoint and the end of the
+# process; the last loss.png
 
 
 def get_lr(step: float, config: TrainConfig) -> float:
@@ -64,6 +65,27 @@ def shortened(config: TrainConfig, total_steps: int) -> TrainConfig:
     return replace(config, max_iters=total_steps, lr_decay_iters=decay_iters, warmup_iters=warmup_iters)
 
 
+def end_seconds(config: TrainConfig) -> float:
+    """How long a run takes after its last evaluation."""
+    return END_SECONDS + (PLOT_SECONDS if config.loss_plot else 0.0)
+
+
+def steps_until(
+    seconds: float, step: int, seconds_per_step: float, evaluation_seconds: float, eval_interval: int
+) -> int:
+    """How many steps after `step` fit into some seconds, with the evaluations that are due before the last of
+    these steps: one now, if `step` is a multiple of eval_interval."""
+    if step % eval_interval == 0:
+        seconds -= evaluation_seconds
+    seconds = max(0.0, seconds)
+    first = min(seconds / seconds_per_step, eval_interval - step % eval_interval)  # up to an evaluation
+    seconds -= first * seconds_per_step
+    seconds_per_interval = evaluation_seconds + eval_interval * seconds_per_step
+    intervals, seconds = divmod(seconds, seconds_per_interval)
+    last = max(0.0, seconds - evaluation_seconds) / seconds_per_step
+    return round(first + intervals * eval_interval + last)
+
+
 class Schedule:
     """The learning rates of a run. With max_minutes, rank 0's clock decides when it ends."""
 
@@ -74,7 +96,8 @@ class Schedule:
         self.step_seconds = self.evaluation_seconds = 0.0  # of all steps of this process; of an evaluation
         self.recent = deque([(state.first_step + 1, 0.0)], RECENT)  # steps, and step_seconds after them
         self.clock = time.perf_counter()  # when the last step began or ended
-        self.reserve = END_SECONDS  # for what comes after the last step
+        self.after_training = end_seconds(config)
+        self.reserve = self.after_training  # for what comes after the last step
         self.use_newest_fit()
 
     def use_newest_fit(self) -> None:
@@ -121,11 +144,9 @@ class Schedule:
         rank_0 = self.runtime.is_main
         figures = (seconds_per_step, self.evaluation_seconds) if rank_0 else (0.0, 0.0)
         seconds_per_step, evaluation_seconds = self.runtime.all_reduce_sum(*figures)
-        self.reserve = evaluation_seconds + END_SECONDS
+        self.reserve = evaluation_seconds + self.after_training
         left = limit - state.seconds - self.reserve
-        interval = self.config.eval_interval
-        evaluations = int(step + left / seconds_per_step) // interval - step // interval
-        left -= evaluations * evaluation_seconds
-        total_steps = min(self.config.max_iters, step + max(0, round(left / seconds_per_step)))
+        more = steps_until(left, step, seconds_per_step, evaluation_seconds, self.config.eval_interval)
+        total_steps = min(self.config.max_iters, step + more)
         progress = state.fits[-1].progress_at(step) if state.fits else step / total_steps
         return Fit(step, progress, total_steps)

@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import accumulate
 from pathlib import Path
-from runpy import run_path
-from typing import Any
 
 from distrogpt.data.meta import DATA, read_meta
 from distrogpt.data.preparation import writer
@@ -25,13 +23,7 @@ from distrogpt.progress import show_wait
 
 BPE_SAMPLE = 50_000_000  # characters that train a tokenizer: its memory grows with the number of words
 KINDS = ("char", "byte", "gpt2", "bpe:4096")  # values of --tokenizer other than a dataset
-SIZE_FLAGS = ("n_layer", "n_head", "n_embd", "block_size", "batch_size", "gradient_accumulation_steps")
-SIZES = (  # bytes of train up to which these SIZE_FLAGS are good, and epochs
-    (100_000, 2, 2, 64, 128, 4, 1, 8),
-    (5_000_000, 4, 4, 128, 256, 4, 1, 4),
-    (50_000_000, 6, 6, 384, 256, 16, 1, 3),
-    (1_000_000_000, 8, 8, 512, 512, 16, 4, 2),
-)  # larger texts: train_gpt2_modern
+MINUTES = 10  # of the training command that is printed
 
 
 def scan(corpus: Corpus, enough: int, want_chars: bool) -> tuple[list[int], str]:
@@ -168,35 +160,20 @@ def make_dataset(args: argparse.Namespace, corpus: Corpus) -> None:
 
 
 def next_commands(folder: Path, name: str, tokenizer: Tokenizer) -> tuple[str, str]:
-    """The commands to train on the dataset, with settings for its size, and to sample."""
-    meta = read_meta(folder)
-    tokens, text = meta["tokens"], meta["bytes"]["train"]
-    longest = 1 << max(0, (min(tokens.values()) - 1).bit_length() - 1)  # a power of two, below both splits
-    flags: dict[str, Any] = {"dataset": name, "out_dir": f"out-{Path(name).name}"}
-    if text >= SIZES[-1][0]:
-        config = "train_gpt2_modern"
-    elif tokenizer.describe()["kind"] == "gpt2":
-        config = "finetune_own_text"
-        flags["out_dir"] += "-gpt2"  # train_own_text would write another network to the same folder
-        flags["block_size"] = min(1024, longest)
-    else:
-        config = "train_own_text"
-        _, *values, epochs = next(row for row in SIZES if text < row[0])
-        flags |= zip(SIZE_FLAGS, values, strict=True)
-        flags["block_size"] = min(flags["block_size"], longest)
-        steps = epochs * tokens["train"] / math.prod(flags[name] for name in SIZE_FLAGS[3:])
-        flags["max_iters"] = max(100, round(steps / 100) * 100)
-        flags["eval_interval"] = max(50, round(steps / 100) * 10)
-    defaults = run_path(str(DATA.parent / "config" / f"{config}.py"))
-    shown = ("dataset", "out_dir")  # even if they are the config's
-    changed = {key: value for key, value in flags.items() if key in shown or value != defaults.get(key)}
+    """The commands to train on the dataset and to sample."""
+    out_dir = f"out-{Path(name).name}"
+    train = command("train.py", dataset=name, minutes=MINUTES)  # which writes to the same folder
+    if tokenizer.describe()["kind"] == "gpt2":
+        out_dir += "-gpt2"
+        longest = 1 << max(0, (min(read_meta(folder)["tokens"].values()) - 1).bit_length() - 1)
+        flags = {"dataset": name, "out_dir": out_dir, "block_size": min(1024, longest)}
+        train = command("train.py", "config/finetune_own_text.py", **flags)
     prompt = {}
     if tokenizer.end_of_text is not None:
         prompt["start"] = ""  # a new document
     elif "\n" not in tokenizer.chars:
         prompt["start"] = tokenizer.chars[-1]
-    sample = command("sample.py", out_dir=flags["out_dir"], **prompt)
-    return command("train.py", f"config/{config}.py", **changed), sample
+    return train, command("sample.py", out_dir=out_dir, **prompt)
 
 
 def parse_options(parser: argparse.ArgumentParser) -> argparse.Namespace:
