@@ -408,8 +408,7 @@ def plan(
     config, counts = planned_counts(config, runtime, hardware)
     split, variants = best_split(config, counts, hardware)
     if config.max_minutes is not None:
-        compiles = bool(config.compile) and not hardware.is_cpu
-        seconds = training_seconds(config.max_minutes, text is not None, compiles)
+        seconds = training_seconds(config, config.max_minutes, not hardware.is_cpu)
         speed = step_time(counts, hardware, split, mfu)["tokens_per_second"]
         config = fit_to_time(config, seconds, speed)
     numbers = sorted({2**i for i in range(max(4096, config.n_gpus).bit_length())} | {config.n_gpus})

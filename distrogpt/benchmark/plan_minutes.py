@@ -18,10 +18,10 @@ from distrogpt.data.meta import DATA, GPT2_META
 from distrogpt.scaling import Size, Text
 from distrogpt.settings import BenchConfig
 from distrogpt.training import minutes
-from distrogpt.training.schedule import END_SECONDS
+from distrogpt.training.schedule import end_seconds
 from distrogpt.training.startup import name_run, samples_per_step, with_changes
 
-STARTING, SIZES_MEASURED = 10.0, 3  # seconds to load torch and the data; how many sizes train.py measures
+STARTING = 10.0  # seconds to load torch and the data, and to measure some sizes
 MAX_ITERS = 2**31 - 1
 # English web text in GPT-2's tokens; bzip2 compresses English prose to 2.0 to 2.4 bits per byte
 WEB_TEXT = Text(math.inf, 10_000_000, GPT2_META["vocab_size"], 4.5, 2.2)
@@ -32,11 +32,10 @@ def text_of(config: BenchConfig, has_data: bool) -> Text:
     return minutes.read_text(open_dataset(with_changes(config, block_size=1))) if has_data else WEB_TEXT
 
 
-def training_seconds(limit: float, measures: bool, compiles: bool) -> float:
+def training_seconds(config: BenchConfig, limit: float, on_gpu: bool) -> float:
     """The seconds of `limit` minutes in which training steps run."""
-    measuring = SIZES_MEASURED * minutes.MEASURING if measures else 0.0
-    seconds = 60 * limit * (1 - minutes.EVALUATING - measuring) - STARTING - END_SECONDS
-    if compiles and seconds > 2 * minutes.COMPILING:
+    seconds = 60 * limit * (1 - minutes.EVALUATING) - STARTING - end_seconds(config)
+    if on_gpu and config.compile and seconds > 2 * minutes.COMPILING:
         seconds -= minutes.COMPILING
     return max(seconds, 6 * limit)
 
@@ -61,7 +60,7 @@ def choose(
     config = name_run(config)
     given = {name: getattr(config, name) for name in config.given}
     modern = run_config_file(DATA.parent / "config" / "modern.py", asdict(config)) | {"max_iters": MAX_ITERS}
-    seconds = training_seconds(config.minutes, True, on_gpu and bool(config.compile))
+    seconds = training_seconds(config, config.minutes, on_gpu)
 
     def settings(size: Size, tokens: float) -> dict[str, Any]:
         return modern | scaling.recipe(size, text, tokens, config.n_gpus, on_gpu) | given

@@ -105,4 +105,4 @@ def test_wrong_settings(tmp_path):
 
 def test_web_text_is_unlimited():
     assert math.isinf(WEB_TEXT.tokens)
-    assert scaling.effective_tokens(1e15, WEB_TEXT.tokens) == 1e15
+    assert scaling.effective_tokens(1e15, WEB_TEXT.tokens, 15.0) == 1e15
