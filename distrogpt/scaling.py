@@ -35,7 +35,7 @@ class Size(NamedTuple):
 class Text(NamedTuple):
     """What the law needs to know of a dataset."""
 
-    tokens: int  # of train
+    tokens: float  # of train; inf if it does not end
     val_tokens: int
     vocab_size: int
     bytes_per_token: float
@@ -92,6 +92,12 @@ def relative_loss(size: Size, text: Text, tokens: float, law: dict[str, float] =
     of_size = law["size"] * (parameters / 1e6) ** -law["size_power"]
     of_data = law["data"] * (effective_bytes / 1e6) ** -law["data_power"]
     return law["floor"] + of_size + of_data
+
+
+def expected_loss(size: Size, text: Text, tokens: float) -> tuple[float, float]:
+    """In nats per token, as train.py's losses, and in bits per byte; of a text whose compression is known."""
+    bits = text.compressed * relative_loss(size, text, tokens)
+    return bits * text.bytes_per_token * math.log(2), bits
 
 
 def recipe(size: Size, text: Text, tokens: float, ranks: int, on_gpu: bool) -> dict[str, Any]:

@@ -271,7 +271,8 @@ TIMED = [*STEP, "bench_steps", "warmup_steps"]
 MEASUREMENTS = {
     "plan": [
         *STEP,
-        *"""bench_steps lr_decay_iters shard gpu n_gpus gpus_per_node mfu interconnect""".split(),
+        *"""bench_steps minutes max_minutes lr_decay_iters shard gpu n_gpus gpus_per_node mfu
+        interconnect""".split(),
     ],
     "find_batch": [*STEP, "n_gpus"],
     "check": TIMED,
@@ -294,6 +295,7 @@ class BenchConfig(TrainConfig):
            python bench.py config/train_shakespeare_cpu.py
            python bench.py --generate=True --against=../nanoGPT
            python bench.py config/train_gpt2.py --plan=True --gpu=h100 --n_gpus=64
+           python bench.py --plan=True --minutes=600 --gpu=h100 --n_gpus=8
 
     Choose one measurement; without one, bench.py times the training step. Config files are those of
     train.py. The groups "data" and below are settings of train.py, of the run or model to be measured.

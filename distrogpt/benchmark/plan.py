@@ -22,6 +22,14 @@ import torch
 import torch.nn as nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from distrogpt.benchmark.plan_minutes import (
+    choose,
+    fit_to_time,
+    size_of,
+    sizes_for,
+    text_of,
+    training_seconds,
+)
 from distrogpt.benchmark.training import TrainingStep, bench_step, recipe_line, with_gpt2_shape
 from distrogpt.data.dataset import find_parts, open_dataset
 from distrogpt.data.meta import GPT2_META
@@ -31,7 +39,9 @@ from distrogpt.hardware import measured_flops, peak_flops
 from distrogpt.kernels import replace_layers
 from distrogpt.kernels.cpu import causal_mask, use_cpu_kernels
 from distrogpt.runtime import Runtime
+from distrogpt.scaling import Size, Text
 from distrogpt.settings import BenchConfig
+from distrogpt.training.minutes import FIRST, choice_lines
 from distrogpt.training.optim import num_submatrices
 from distrogpt.training.startup import new_model_config, resolve_max_iters, samples_per_step
 from model import GPT, Attention, GPTConfig
@@ -122,17 +132,21 @@ def find_hardware(config: BenchConfig, runtime: Runtime, peak: float | None = No
     return Hardware(name, peak, size, bandwidth, gpu.link * 1e9, network * 1e9 / 8, per_node, is_cpu)
 
 
-def planned_shape(config: BenchConfig) -> tuple[BenchConfig, GPTConfig, bool]:
-    """The settings, with GPT-2's shape if init_from names one; the network; whether the dataset was found.
-    Without a dataset, the vocabulary is GPT-2's. Raises UserError if the shape is in a file, or if max_epochs
-    needs a dataset that was not found."""
-    config = with_gpt2_shape(config)
-    meta, has_data = GPT2_META, False
+def find_data(config: BenchConfig) -> tuple[dict[str, Any], bool]:
+    """The meta.json of the dataset, and whether that was found; otherwise, the vocabulary is GPT-2's."""
     if config.real_data:
         with suppress(UserError):
             parts = find_parts(config.dataset)
-            has_data = all(any(folder.glob("train*.bin")) for _, _, folder, _ in parts)
-            meta = parts[0][-1] if has_data else meta
+            if all(any(folder.glob("train*.bin")) for _, _, folder, _ in parts):
+                return parts[0][-1], True
+    return GPT2_META, False
+
+
+def planned_shape(config: BenchConfig) -> tuple[BenchConfig, GPTConfig, bool]:
+    """The settings, with GPT-2's shape if init_from names one; the network; whether the dataset was found.
+    Raises UserError if the shape is in a file, or if max_epochs needs a dataset that was not found."""
+    config = with_gpt2_shape(config)
+    meta, has_data = find_data(config)
     if config.max_epochs is not None:
         if not has_data:
             raise UserError("max_epochs needs the dataset, which was not found; set --max_iters instead")
@@ -342,7 +356,7 @@ def flags_of(config: BenchConfig, split: Split) -> str:
     wanted = {"batch_size": split.B, "gradient_accumulation_steps": split.n * split.micro_steps}
     for name in ("max_iters", "lr_decay_iters"):
         steps = getattr(config, name)
-        if steps is not None and not (name == "max_iters" and config.max_epochs):
+        if steps is not None and not config.max_minutes and not (name == "max_iters" and config.max_epochs):
             wanted[name] = round(steps * longer)
     wanted |= {"shard": split.shard, "activation_checkpointing": split.recompute}
     return " ".join(f"--{name}={value}" for name, value in wanted.items() if value != getattr(config, name))
@@ -352,30 +366,111 @@ def bench_plan(config: BenchConfig, runtime: Runtime, training_step: TrainingSte
     """Plan the run: for this machine from a few measured steps, otherwise from data sheets."""
     if config.gpu != "here" or config.mfu:
         return plan(config, runtime)
+    print("measure  a few training steps on this machine:")
+    if config.minutes is None:
+        return plan(config, runtime, *measure(config, runtime, training_step))
+    hardware, text = find_hardware(config, runtime), text_of(config, find_data(config)[1])
+    mfus: dict[Size, float] = {}
+    sizes, on_gpu = sizes_for(config), not hardware.is_cpu
+    chosen = choose(config, sizes, text, hardware.peak, {FIRST: MFU}, on_gpu)
+    while size_of(chosen) not in mfus:  # until the size that seems best has been measured
+        mfus[size_of(chosen)], _ = measure(chosen, runtime, training_step)
+        chosen = choose(config, sizes, text, hardware.peak, mfus, on_gpu)
+    return plan(chosen, runtime, mfus[size_of(chosen)], hardware.peak, text)
+
+
+def measure(config: BenchConfig, runtime: Runtime, training_step: TrainingStep) -> tuple[float, float]:
+    """The MFU of a few training steps on this machine, and its peak FLOP/s."""
     shape, _, has_data = planned_shape(config)
     batch_size = shape.batch_size
     if runtime.device.type != "cuda":  # a thousand tokens are enough; a full step may take an hour
         batch_size = min(batch_size, max(1, 1024 // shape.block_size))
     few = {"bench_steps": min(5, shape.bench_steps), "warmup_steps": 1, "gradient_accumulation_steps": 1}
     few |= {"batch_size": batch_size, "real_data": has_data}
-    print("measure  a few training steps on this machine:")
     step = bench_step(replace(shape, **few), runtime, training_step)
-    return plan(config, runtime, step["steps"]["ours"]["mfu"], step["peak_flops"])
+    return step["steps"]["ours"]["mfu"], step["peak_flops"]
 
 
-def plan(config: BenchConfig, runtime: Runtime, mfu: float | None = None, peak: float | None = None) -> dict:
-    """Print the plan of the run, and return it. `mfu` and `peak`: measured on this machine."""
-    hardware = find_hardware(config, runtime, peak)
-    config, shape, has_data = planned_shape(config)
+def plan(
+    config: BenchConfig,
+    runtime: Runtime,
+    mfu: float | None = None,
+    peak: float | None = None,
+    text: Text | None = None,
+) -> dict[str, Any]:
+    """Print the plan of the run, and return it. `mfu` and `peak`: measured on this machine. `text`: if the
+    settings were chosen for it."""
+    hardware, has_data = find_hardware(config, runtime, peak), find_data(config)[1]
+    mfu, source = find_mfu(config, mfu)
+    if config.minutes is not None:
+        text = text_of(config, has_data)
+        config = choose_by_step_time(config, text, runtime, hardware, mfu)
+    config, counts = planned_counts(config, runtime, hardware)
+    split, variants = best_split(config, counts, hardware)
+    if config.max_minutes is not None:
+        seconds = training_seconds(config, config.max_minutes, not hardware.is_cpu)
+        speed = step_time(counts, hardware, split, mfu)["tokens_per_second"]
+        config = fit_to_time(config, seconds, speed)
+    numbers = sorted({2**i for i in range(max(4096, config.n_gpus).bit_length())} | {config.n_gpus})
+    splits = [settle(config, counts, hardware, split._replace(n=n)) for n in numbers]
+    counted = counts._asdict() | {"shape": asdict(counts.shape)}
+    result = {"place": hardware._asdict(), "counts": counted, "mfu": mfu}
+    result |= {"run": run_on(config, counts, hardware, split, mfu), "flags": flags_of(config, split)}
+    result |= {"variants": variants, "checkpoint_bytes": 4 * counts.parameters + counts.averages}
+    result["scaling"] = [run_on(config, counts, hardware, one, mfu) for one in splits]
+    if config.real_data and not has_data:
+        print(f"data     dataset {config.dataset} not found; GPT-2's vocabulary size is used")
+    if text:
+        result["tokens"] = tokens = config.max_iters * samples_per_step(config) * config.block_size
+        print_choice(config, text, tokens)
+    print_memory(config, hardware, counts, result)
+    if result["run"]["memory"]["fits"]:
+        print(f"mfu      {mfu:.0%} of the peak FLOP/s, {source}")
+        print_run(config, result)
+    print_scaling(config, result["scaling"])
+    return result
+
+
+def planned_counts(config: BenchConfig, runtime: Runtime, hardware: Hardware) -> tuple[BenchConfig, Counts]:
+    """The settings of planned_shape, and the counts of its network."""
+    config, shape, _ = planned_shape(config)
     half = (runtime.dtype != torch.float32) if config.gpu == "here" else config.dtype != "float32"
-    counts = count(shape, config, half, not hardware.is_cpu)
-    source = "measured here"
+    return config, count(shape, config, half, not hardware.is_cpu)
+
+
+def choose_by_step_time(
+    config: BenchConfig, text: Text, runtime: Runtime, hardware: Hardware, mfu: float
+) -> BenchConfig:
+    """The settings that `minutes` chooses if a step takes as long as planned, its update and communication
+    included."""
+    sizes, on_gpu, mfus = sizes_for(config), not hardware.is_cpu, {}
+    best = choose(config, sizes, text, hardware.peak, {FIRST: mfu}, on_gpu)
+    while True:  # until the best size is better than the next smaller and larger ones
+        number = sizes.index(size_of(best))
+        near = [size for size in sizes[max(0, number - 1) : number + 2] if size not in mfus]
+        if not near:
+            return best
+        for size in near:
+            chosen = choose(config, [size], text, hardware.peak, {size: mfu}, on_gpu)
+            chosen, counts = planned_counts(chosen, runtime, hardware)
+            step = step_time(counts, hardware, best_split(chosen, counts, hardware)[0], mfu)
+            flops = counts.flops_per_token * step["tokens_per_second"]
+            mfus[size] = flops / (config.n_gpus * hardware.peak)
+        best = choose(config, list(mfus), text, hardware.peak, mfus, on_gpu)
+
+
+def find_mfu(config: BenchConfig, measured: float | None) -> tuple[float, str]:
+    """The MFU to expect, and its source."""
     if config.mfu:
-        mfu, source = config.mfu, "given"
-    elif not mfu:
-        mfu, source = MFU, "assumed; set --mfu, or measure it with --gpu=here"
-    elif config.activation_checkpointing:
-        mfu *= 4 / 3  # the hardware's, as the forward pass is computed twice
+        return config.mfu, "given"
+    if not measured:
+        return MFU, "assumed; set --mfu, or measure it with --gpu=here"
+    # the hardware's, as the forward pass is computed twice
+    return measured * (4 / 3 if config.activation_checkpointing else 1), "measured here"
+
+
+def best_split(config: BenchConfig, counts: Counts, hardware: Hardware) -> tuple[Split, dict[str, Any]]:
+    """The cheapest split that fits into memory, and the memory of a rank with and without sharding."""
     shard, recompute = config.shard, config.activation_checkpointing
     for how in ((shard, recompute), (True, recompute), (shard, True), (True, True)):  # cheapest first
         split = settle(config, counts, hardware, Split(config.n_gpus, 1, 1, *how))
@@ -385,20 +480,17 @@ def plan(config: BenchConfig, runtime: Runtime, mfu: float | None = None, peak: 
     for name in ("plain", "checkpointing", "shard", "shard, checkpointing"):
         variant = split._replace(shard="shard" in name, recompute="checkpointing" in name)
         variants[name] = memory(counts, hardware, variant)
-    numbers = sorted({2**i for i in range(max(4096, config.n_gpus).bit_length())} | {config.n_gpus})
-    splits = [settle(config, counts, hardware, split._replace(n=n)) for n in numbers]
-    result = {"place": hardware._asdict(), "counts": counts._asdict() | {"shape": asdict(shape)}, "mfu": mfu}
-    result |= {"run": run_on(config, counts, hardware, split, mfu), "flags": flags_of(config, split)}
-    result |= {"variants": variants, "checkpoint_bytes": 4 * counts.parameters + counts.averages}
-    result["scaling"] = [run_on(config, counts, hardware, one, mfu) for one in splits]
-    if config.real_data and not has_data:
-        print(f"data     dataset {config.dataset} not found; GPT-2's vocabulary size is used")
-    print_memory(config, hardware, counts, result)
-    if result["run"]["memory"]["fits"]:
-        print(f"mfu      {mfu:.0%} of the peak FLOP/s, {source}")
-        print_run(config, result)
-    print_scaling(config, result["scaling"])
-    return result
+    return split, variants
+
+
+def print_choice(config: BenchConfig, text: Text, tokens: int) -> None:
+    """Print what train.py --minutes prints, after the text that is assumed without a dataset."""
+    if math.isinf(text.tokens):
+        print(
+            f"text     assumed: unlimited English web text, {text.bytes_per_token:g} bytes per token, "
+            f"{text.compressed:g} bits per byte after bzip2"
+        )
+    print("\n".join(choice_lines(config, text, tokens, config.max_minutes)))
 
 
 def print_memory(config: BenchConfig, hardware: Hardware, counts: Counts, result: dict[str, Any]) -> None:
@@ -451,13 +543,18 @@ def print_run(config: BenchConfig, result: dict[str, Any]) -> None:
     ms = {name: f"{run[name] * 1000:,.1f}" for name in ("seconds", "compute", "update", "exchange", "waits")}
     rates = {name: f"{rate / 1e6:,.1f}" for name, rate in run["data"].items()}
     tokens = run["sequences"] * config.block_size
+    total = f"{run['max_iters'] * tokens / 1e9:,.1f} billion"
+    if run["max_iters"] * tokens < 1e9:
+        total = f"{run['max_iters'] * tokens / 1e6:,.1f} million"
+    rest = f"         the start and evaluations take the rest of the {config.max_minutes or 0:g} minutes\n"
     print(
         f"step     {ms['seconds']} ms for {tokens:,} tokens\n"
         f"         compute {ms['compute']} ms, optimizer {ms['update']} ms, "
         f"communication {ms['exchange']} ms ({ms['waits']} ms exposed)\n"
         f"speed    {run['tokens_per_second']:,.0f} tokens/s\n"
-        f"run      {run['max_iters']:,} steps, {run['max_iters'] * tokens / 1e9:,.1f} billion tokens: "
+        f"run      {run['max_iters']:,} steps, {total} tokens: "
         f"{duration(run['days'] * 86400)}, {run['gpu_hours']:,.1f} GPU-hours\n"
+        f"{rest if config.max_minutes else ''}"
         f"reads    {rates['total']} MB/s of token ids in total, {rates['node']} MB/s per node, "
         f"{rates['disk']} MB/s from its disk in {PAGE // 1024} KiB pages\n"
         f"writes   {size / 1e9:,.2f} GB per checkpoint, {size / DISK:,.1f} s at {DISK / 1e9:.0f} GB/s"

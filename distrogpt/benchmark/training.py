@@ -25,6 +25,8 @@ from distrogpt.kernels.cpu import to_device
 from distrogpt.runtime import Runtime
 from distrogpt.settings import RECIPE, BenchConfig
 from distrogpt.training.batches import BatchLoader, MicroBatch
+from distrogpt.training.distributed import steps_to_expect
+from distrogpt.training.minutes import has_a_size
 from distrogpt.training.optim import make_optimizers
 from distrogpt.training.startup import initial_model, resolve_max_iters, samples_per_step
 from model import GPT, GPTConfig
@@ -41,6 +43,8 @@ TrainingStep = Callable[..., Any]  # train.py's, passed by bench.py, as the pack
 def with_gpt2_shape(config: BenchConfig) -> BenchConfig:
     """The settings with GPT-2's shape if init_from names one. Raises UserError if the shape is in a file."""
     source = config.init_from.removeprefix("auto:")
+    if source in GPT2_SHAPES and config.minutes is not None:
+        raise has_a_size(config)
     if source in GPT2_SHAPES:
         layers, heads, width = GPT2_SHAPES[source]
         gpt2 = {name: getattr(BenchConfig, name) for name in RECIPE}
@@ -122,7 +126,7 @@ def new_model(config: BenchConfig, data: Dataset, runtime: Runtime, padded: bool
     if not padded:  # GPT-2's vocabulary
         model = GPT(replace(model.config, vocab_size=data.meta["vocab_size"]))
     model.activation_checkpointing = config.activation_checkpointing
-    steps = resolve_max_iters(config, data).max_iters
+    steps = steps_to_expect(resolve_max_iters(config, data))
     model.is_compiled = maybe_compile(model, config.compile, runtime.device, steps)
     return to_device(model, runtime.device).train()
 

@@ -20,14 +20,19 @@ log = logging.getLogger("distrogpt")
 STEPS_PER_MINUTE = 300  # a guess, before the first step, of whether compiling pays in a run of some minutes
 
 
+def steps_to_expect(config: TrainConfig) -> int:
+    """Of the whole run: resumed, it computes as before."""
+    if config.max_minutes is None:
+        return config.max_iters
+    return min(config.max_iters, round(config.max_minutes * STEPS_PER_MINUTE))
+
+
 @activity("preparing the model")
 def distribute(model: torch.nn.Module, config: TrainConfig, runtime: Runtime) -> torch.nn.Module:
     """Bring the model to its device, compile it if configured, and wrap it to train on all ranks."""
     enable_onednn_float32(runtime)
     model.activation_checkpointing = config.activation_checkpointing
-    steps = 1 if config.eval_only else config.max_iters  # of the whole run: resumed, it computes as before
-    if config.max_minutes is not None:
-        steps = min(steps, round(config.max_minutes * STEPS_PER_MINUTE))
+    steps = 1 if config.eval_only else steps_to_expect(config)
     sharded = config.shard and runtime.world_size > 1
     if not sharded:
         to_device(model, runtime.device)

@@ -42,6 +42,12 @@ EVALUATING = 0.05  # of the minutes, for all evaluations together
 SAMPLE = 1 << 20  # tokens whose text is compressed
 
 
+def has_a_size(config: TrainConfig) -> UserError:
+    """The error if init_from names a model."""
+    reason = f"minutes chooses the size of a new model, but init_from={config.init_from} has a size"
+    return UserError(f"{reason}; give --max_minutes={config.minutes:g} instead")
+
+
 def possible_sizes(given: dict[str, Any]) -> list[Size]:
     """The sizes of scaling.py, with the layers, heads and width that are given."""
     sizes = []
@@ -189,8 +195,7 @@ def choose_settings(
     if config.minutes is None:
         return config
     if config.init_from not in ("scratch", "auto"):
-        reason = f"minutes chooses the size of a new model, but init_from={config.init_from} has a size"
-        raise UserError(f"{reason}; give --max_minutes={config.minutes:g} instead")
+        raise has_a_size(config)
     data = open_dataset(with_changes(config, block_size=1))
     text, deadline = read_text(data), (started or time.perf_counter()) + 60 * config.minutes
     chooser = Chooser(config, data.meta, text, runtime, training_step, deadline)
@@ -198,28 +203,30 @@ def choose_settings(
     tokens, speed = chooser.tokens(size), chooser.speed(size)
     chosen = chooser.settings(size, tokens)
     steps = max(1, round(tokens / (samples_per_step(chosen) * chosen.block_size)))
-    describe_choice(chooser, chosen, tokens)
+    speeds = [f"{size} {1 / seconds:,.0f}" for size, seconds in chooser.seconds_per_token.items()]
+    log.info(f"measured tokens/s of layers/heads/width: {', '.join(speeds)}")
+    for line in choice_lines(chosen, text, tokens, config.minutes):
+        log.info(line)
     changes = evaluations(chosen, text, steps, speed)
     changes |= {"log_interval": max(1, steps // 50), "always_save_checkpoint": False}
     limit = {"minutes": None, "max_minutes": config.minutes}
     return with_changes(chosen, **changes | chooser.given | limit)
 
 
-def describe_choice(chooser: Chooser, config: TrainConfig, tokens: float) -> None:
-    """Log what was chosen, why, and what to expect."""
-    text, size = chooser.text, Size(config.n_layer, config.n_head, config.n_embd)
-    speeds = [f"{size} {1 / seconds:,.0f}" for size, seconds in chooser.seconds_per_token.items()]
-    log.info(f"measured tokens/s of layers/heads/width: {', '.join(speeds)}")
-    log.info(
-        f"chosen   {size}, which is expected to have the lowest loss after {chooser.config.minutes:g} minutes"
-    )
-    passes = tokens / text.tokens
-    log.info(f"reads    {tokens / 1e6:,.1f} million tokens, {passes:,.1f} times the text's {text.tokens:,}")
+def choice_lines(config: TrainConfig, text: Text, tokens: float, minutes: float) -> list[str]:
+    """Lines about the settings that were chosen: why, and what to expect."""
+    size, passes = Size(config.n_layer, config.n_head, config.n_embd), tokens / text.tokens
+    times = f"{passes:,.1f} times the text's {text.tokens:,}" if passes else "each of them once"
     rates = f"muon_lr {config.muon_lr:g}, learning_rate {config.learning_rate:g}"
     decay = f"weight_decay {config.weight_decay:g}, which suits {passes:,.1f} passes"
-    log.info(f"rates    {rates}, {decay}, dropout {config.dropout:g}")
+    lines = [
+        f"chosen   {size}, which is expected to have the lowest loss after {minutes:g} minutes",
+        f"reads    {tokens / 1e6:,.1f} million tokens, {times}",
+        f"rates    {rates}, {decay}, dropout {config.dropout:g}",
+    ]
     if text.compressed:
-        bits = text.compressed * scaling.relative_loss(size, text, tokens)
-        nats, error = bits * text.bytes_per_token * math.log(2), scaling.LAW["error"]
+        nats, bits = scaling.expected_loss(size, text, tokens)
+        error = scaling.LAW["error"]
         span = f"{nats * (1 - error):.2f} to {nats * (1 + error):.2f}"
-        log.info(f"expects  a val loss of {nats:.2f} ({span}), {bits:.2f} bits per byte")
+        lines.append(f"expects  a val loss of {nats:.2f} ({span}), {bits:.2f} bits per byte")
+    return lines
