@@ -31,7 +31,7 @@ from distrogpt.training.batches import BatchLoader, MicroBatch
 from distrogpt.training.distributed import distribute
 from distrogpt.training.logger import TrainLogger
 from distrogpt.training.minutes import choose_settings
-from distrogpt.training.optim import clip_gradients, make_optimizers, restore_training
+from distrogpt.training.optim import clip_gradients, training_optimizers
 from distrogpt.training.run_directory import RunDirectory
 from distrogpt.training.schedule import Schedule
 from distrogpt.training.state import TrainState
@@ -87,13 +87,11 @@ def training_step(
     return Step(mean_loss, grad_norm.item(), applied)
 
 
-def train(
-    config: TrainConfig, on_evaluation: Callable | None = None, started: float | None = None
-) -> TrainResult:
+def train(config: TrainConfig, on_evaluation: Callable | None = None, started: float = 0.0) -> TrainResult:
     """Train as the settings say; returns the model and its losses. Raises UserError and MachineError.
 
     `on_evaluation` is called on rank 0 after each evaluation, with the losses of all evaluations so far.
-    `started` is the time.perf_counter() from which the seconds of the run count; None: now.
+    The seconds of the run count from `started`, by time.perf_counter(); 0.0: from now on.
     """
     config = startup.inherit_settings(config)
     runtime = start_runtime(config.device, config.dtype, config.backend)
@@ -109,8 +107,7 @@ def train(
         state = TrainState(checkpoint, started)
         run.resume(checkpoint, config=asdict(config), meta=data.meta, data=startup.fingerprint(data))
         replica = distribute(model, config, runtime)
-        optimizers, scaler = make_optimizers(model, config, runtime), runtime.grad_scaler()
-        restore_training(optimizers, scaler, checkpoint, config)
+        optimizers, scaler = training_optimizers(model, config, runtime, checkpoint)
         startup.describe_resumption(config, model, checkpoint, data)
         del checkpoint  # frees the copy on the CPU
         batches = BatchLoader(data, config, runtime, state.step)
@@ -139,8 +136,7 @@ def train(
                 state.record_step(step.applied, scaler)
                 if state.diverged(config):
                     raise run.diverged_error(state.step)
-                state.sync(runtime, stop_requested=bool(signals) or batches.error is not None)
-                schedule.end_step()
+                schedule.end_step(stop_requested=bool(signals) or batches.error is not None)
                 logger.log_step(step.loss, step.grad_norm, lr, step.applied)
                 run.report_save()
             run.finish()  # while signals are still collected: none may interrupt the last save

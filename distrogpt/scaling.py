@@ -13,6 +13,9 @@ from typing import Any, NamedTuple
 LAW: dict[str, float] = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))["law"]
 
 
+CHARACTERS = 10e6  # of a text for which a byte-pair encoding is better
+
+
 class Size(NamedTuple):
     """The shape of a network."""
 
@@ -70,9 +73,9 @@ def compressed_bits(text: bytes) -> float:
 
 
 def best_tokenizer(characters: int) -> str:
-    """The tokenizer that learns most from a text of that size in some minutes: a byte-pair encoding reads more
-    of a large text in the same time, but has to read a short one more often."""
-    return next(name for most, name in TOKENIZERS if characters <= most)
+    """The tokenizer that learns most from a text of that size in some minutes: a byte-pair encoding reads
+    more of a large text in the same time, but has to read a short one more often."""
+    return "char" if characters < CHARACTERS else "bpe:1024"
 
 
 def effective_tokens(tokens: float, unique: float, worth: float) -> float:

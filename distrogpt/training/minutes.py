@@ -187,11 +187,11 @@ def evaluations(config: TrainConfig, text: Text, steps: int, speed: float) -> di
 
 
 def choose_settings(
-    config: TrainConfig, runtime: Runtime, training_step: Callable[..., Any], started: float | None = None
+    config: TrainConfig, runtime: Runtime, training_step: Callable[..., Any], started: float
 ) -> TrainConfig:
     """The settings with max_minutes instead of minutes: those that are given, and the best others for this
-    text and this machine, the same on all ranks; without minutes, all as it is. `started` is when the
-    minutes began, by time.perf_counter(); None: now. Raises UserError."""
+    text and this machine, the same on all ranks; without minutes, all as it is. The minutes count
+    from `started`, by time.perf_counter(); 0.0: from now on. Raises UserError."""
     if config.minutes is None:
         return config
     if config.init_from not in ("scratch", "auto"):

@@ -169,13 +169,16 @@ def make_optimizers(model: GPT, config: TrainConfig, runtime: Runtime) -> list[O
     return optimizers
 
 
-def restore_training(
-    optimizers: list[Optimizer], scaler: GradScaler, checkpoint: dict[str, Any], config: TrainConfig
-) -> None:
-    """Load the optimizers' averages and the scale of fp16's loss. Raises UserError if they do not fit."""
+def training_optimizers(
+    model: GPT, config: TrainConfig, runtime: Runtime, checkpoint: dict[str, Any]
+) -> tuple[list[Optimizer], GradScaler]:
+    """The optimizers and fp16's loss scaling, with the averages and the scale of a checkpoint, {} for a new
+    run. Raises UserError if they do not fit."""
+    optimizers, scaler = make_optimizers(model, config, runtime), runtime.grad_scaler()
     if "optimizer" in checkpoint and not config.eval_only:
         restore_optimizers(optimizers, checkpoint, Path(config.out_dir))
         scaler.load_state_dict(checkpoint.get("scaler") or scaler.state_dict())
+    return optimizers, scaler
 
 
 def clip_gradients(model: nn.Module, grad_clip: float) -> torch.Tensor:

@@ -113,8 +113,9 @@ class Schedule:
         step = state.fits[-1].progress_at(state.step) * self.fitted.max_iters if state.fits else state.step
         return set_learning_rates(optimizers, step, self.fitted)
 
-    def end_step(self) -> None:
-        """After each step, when the state has its seconds: fit the schedule, if that is due."""
+    def end_step(self, stop_requested: bool) -> None:
+        """Share with all ranks whether one is to stop, and the time; fit the schedule, if that is due."""
+        self.state.sync(self.runtime, stop_requested)
         state, now = self.state, time.perf_counter()
         if self.config.max_minutes is None:
             return

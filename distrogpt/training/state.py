@@ -31,9 +31,9 @@ class Fit(NamedTuple):
 class TrainState:
     """The progress of a run, the same on all ranks except for `elapsed()`."""
 
-    def __init__(self, checkpoint: dict[str, Any] | None = None, started: float | None = None) -> None:
-        """Resumes at a checkpoint's step; with None or {}, starts at step 0. `started` is the time at which
-        this process began, by time.perf_counter(); None: now."""
+    def __init__(self, checkpoint: dict[str, Any] | None = None, started: float = 0.0) -> None:
+        """Resumes at a checkpoint's step; with None or {}, starts at step 0. The seconds of this process
+        count from `started`, by time.perf_counter(); 0.0: from now on."""
         checkpoint = checkpoint or {}
         self.step = self.first_step = checkpoint.get("iter_num", 0)
         self.lowest_loss = float(checkpoint.get("best_val_loss", math.inf))  # even if it could not be saved
@@ -41,7 +41,7 @@ class TrainState:
         self.skipped_steps = checkpoint.get("skipped", 0)  # loss or gradient was not finite
         self.consecutive_skips = 0
         self.seconds = checkpoint.get("seconds", 0.0)  # by rank 0's clock, when the last step ended
-        self.start_time = (time.perf_counter() if started is None else started) - self.seconds
+        self.start_time = (started or time.perf_counter()) - self.seconds
         self.fits = [Fit(*fit) for fit in checkpoint.get("fits", ())]  # with max_minutes
         self.evaluated = bool(checkpoint) and checkpoint.get("evaluated", True)  # at this step
         self.val_loss: float | None = None  # the monitored loss, if this process has evaluated this step
