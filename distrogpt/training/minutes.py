@@ -40,6 +40,7 @@ MEASURING = 0.005  # of the minutes, to measure a size; at least half a second, 
 COMPILING, COMPILED = 45.0, 1.6  # on a GPU, the seconds that torch.compile takes, and the gain in speed
 EVALUATING = 0.05  # of the minutes, for all evaluations together
 SAMPLE = 1 << 20  # tokens whose text is compressed
+MAX_ITERS = 10**9  # the time ends a run, not its steps
 
 
 def has_a_size(config: TrainConfig) -> UserError:
@@ -190,8 +191,8 @@ def choose_settings(
     config: TrainConfig, runtime: Runtime, training_step: Callable[..., Any], started: float
 ) -> TrainConfig:
     """The settings with max_minutes instead of minutes: those that are given, and the best others for this
-    text and this machine, the same on all ranks; without minutes, all as it is. The minutes count
-    from `started`, by time.perf_counter(); 0.0: from now on. Raises UserError."""
+    text and this machine, the same on all ranks; without minutes, all as it is. The minutes count from
+    `started`, by time.perf_counter(); 0.0: from now on. Raises UserError."""
     if config.minutes is None:
         return config
     if config.init_from not in ("scratch", "auto"):
@@ -208,7 +209,7 @@ def choose_settings(
     for line in choice_lines(chosen, text, tokens, config.minutes):
         log.info(line)
     changes = evaluations(chosen, text, steps, speed)
-    changes |= {"log_interval": max(1, steps // 50), "always_save_checkpoint": False}
+    changes |= {"log_interval": max(1, steps // 50), "always_save_checkpoint": False, "max_iters": MAX_ITERS}
     limit = {"minutes": None, "max_minutes": config.minutes}
     return with_changes(chosen, **changes | chooser.given | limit)
 
@@ -218,7 +219,7 @@ def choice_lines(config: TrainConfig, text: Text, tokens: float, minutes: float)
     size, passes = Size(config.n_layer, config.n_head, config.n_embd), tokens / text.tokens
     times = f"{passes:,.1f} times the text's {text.tokens:,}" if passes else "each of them once"
     rates = f"muon_lr {config.muon_lr:g}, learning_rate {config.learning_rate:g}"
-    decay = f"weight_decay {config.weight_decay:g}, which suits {passes:,.1f} passes"
+    decay = f"weight_decay {config.weight_decay:g} for {passes:,.1f} passes"
     lines = [
         f"chosen   {size}, which is expected to have the lowest loss after {minutes:g} minutes",
         f"reads    {tokens / 1e6:,.1f} million tokens, {times}",
