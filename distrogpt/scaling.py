@@ -8,8 +8,9 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# floor, size, data: parts of the loss, for a million parameters or bytes; size_power, data_power: how fast
-# they fall; passes: how many further passes a text is worth at most; error: of the losses of other texts
+# floor: what no model goes below, held; size, data: parts of the rest, for a million parameters or bytes;
+# size_power, data_power: how fast they fall; power: of their sum; passes: how many further passes a text is
+# worth at most; error: of the losses of other texts
 LAW: dict[str, float] = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))["law"]
 
 
@@ -88,13 +89,19 @@ def effective_tokens(tokens: float, unique: float, worth: float) -> float:
     return unique * (1 + worth * (1 - math.exp(-repeated / worth)))
 
 
+def loss_by_law(millions: Any, megabytes: Any, law: dict[str, float]) -> Any:
+    """The loss, divided by that of compression, of models with these parameters after these different bytes;
+    numbers or arrays. The form of Kaplan et al. (2020, arXiv 2001.08361, equation 1.5), with a floor, as in
+    that of Hoffmann et al. (2022, arXiv 2203.15556)."""
+    of_size = law["size"] * millions ** -law["size_power"]
+    of_data = law["data"] * megabytes ** -law["data_power"]
+    return law["floor"] + (of_size + of_data) ** law["power"]
+
+
 def relative_loss(size: Size, text: Text, tokens: float, law: dict[str, float] = LAW) -> float:
-    """The loss in bits per byte, divided by that of compression (Hoffmann et al., 2022, arXiv 2203.15556)."""
-    parameters = size.parameters(text.vocab_size)
+    """The loss in bits per byte, divided by that of compression, after training on these tokens."""
     effective_bytes = effective_tokens(tokens, text.tokens, law["passes"]) * text.bytes_per_token
-    of_size = law["size"] * (parameters / 1e6) ** -law["size_power"]
-    of_data = law["data"] * (effective_bytes / 1e6) ** -law["data_power"]
-    return law["floor"] + of_size + of_data
+    return loss_by_law(size.parameters(text.vocab_size) / 1e6, effective_bytes / 1e6, law)
 
 
 def expected_loss(size: Size, text: Text, tokens: float) -> tuple[float, float]:
@@ -109,8 +116,8 @@ def recipe(size: Size, text: Text, tokens: float, ranks: int, on_gpu: bool) -> d
     shorter = max(1, min(text.tokens, text.val_tokens) - 1)
     block_size = min(block_size, 2 ** int(math.log2(shorter)))
     tokens_per_step = 1024 * max(1.0, tokens / 20e6) ** 0.5
-    if on_gpu:
-        tokens_per_step = max(tokens_per_step, 16_384)
+    if on_gpu:  # on each: smaller batches do not fill it, and each computes all of Muon's update
+        tokens_per_step = max(tokens_per_step, 16_384 * ranks)
     sequences = max(1, round(tokens_per_step / block_size / ranks))  # of each rank
     passes = tokens / text.tokens
     weight_decay = 0.0 if passes < 1 else min(2.0, 0.1 * max(1.0, passes / 6))

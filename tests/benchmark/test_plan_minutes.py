@@ -45,7 +45,7 @@ def test_the_size_is_that_which_learns_most(capsys):
         r"^text     assumed: unlimited English web text, 4.5 bytes per token",
         rf"^chosen   {size}, which is expected to have the lowest loss after 600 minutes$",
         rf"^reads    {tokens / 1e6:,.1f} million tokens, each of them once$",
-        r"^rates    muon_lr [\d.]+, learning_rate [\d.]+, weight_decay 0, ",
+        r"^rates    muon_lr [\d.]+, learning_rate [\d.]+, weight_decay 0 for 0.0 passes, ",
         rf"^expects  a val loss of {nats:.2f} \([\d.]+ to [\d.]+\), {bits:.2f} bits per byte$",
         rf"^run      {result['run']['max_iters']:,} steps, .* hours, .* GPU-hours$",
         r"^         the start and evaluations take the rest of the 600 minutes$",
