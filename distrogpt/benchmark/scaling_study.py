@@ -22,7 +22,7 @@ from distrogpt.data.dataset import Dataset, open_dataset
 from distrogpt.errors import UserError, writable
 from distrogpt.plotting import INK, RING, add_line, label_ends, new_figure, style_axes, write_figure
 from distrogpt.runtime import start_runtime
-from distrogpt.scaling import LAW, SIZES, Size, Text, parse_size, relative_loss
+from distrogpt.scaling import LAW, SIZES, Size, Text, loss_by_law, parse_size, relative_loss
 from distrogpt.settings import AblateConfig, TrainConfig
 from distrogpt.training.minutes import Chooser, read_text
 from distrogpt.training.startup import samples_per_step, with_changes
@@ -33,8 +33,19 @@ EVALUATED = 256_000  # tokens of val, if it has more than twice as many
 RECORDED = """block_size batch_size gradient_accumulation_steps weight_decay muon_lr learning_rate
     dropout""".split()  # settings of each run, in the results
 QUIET = {"eval_splits": "val", "log_interval": 1000, "loss_plot": False, "always_save_checkpoint": False}
-CONSTANTS = ("floor", "size", "size_power", "data", "data_power", "passes")  # of the law, which are fitted
+CONSTANTS = ("size", "size_power", "data", "data_power", "power", "passes")  # of the law, which are fitted
 PRIOR = 0.01  # error of a loss that weighs as much as a constant that is e times that of LAW
+
+# Published runs of nanochat on FineWeb-EDU: millions of parameters without embeddings, millions of tokens,
+# bytes per token, bits per byte. The first four sizes were the best for their FLOPs. Sources: its dev/LOG.md
+# (January 27, 2026), dev/LEADERBOARD.md (depths 24 and 26) and the model card of nanochat-d34.
+PUBLISHED = np.array([
+    (110.7, 1_241.5, 4.7, 0.8972), (167.8, 1_785, 4.7, 0.8616), (250.7, 2_642, 4.7, 0.8293),
+    (381.8, 3_807, 4.7, 0.7999), (730, 8_760, 4.7, 0.7483), (918, 7_577, 4.7, 0.7465),
+    (2_074, 88_683, 4.86, 0.7045),
+])  # fmt: skip
+WEB_COMPRESSED = 2.2  # bits per byte of web text after bzip2, assumed
+PUBLISHED_WEIGHT = 0.1  # of a published run; one of the study has 1
 
 
 class Run(NamedTuple):
@@ -209,9 +220,10 @@ class Fit(NamedTuple):
 
 
 def fit_law(texts: dict[str, Text], runs: list[Run]) -> Fit:
-    """The constants of the law with the least squares of relative errors. Each text may be easier or harder
-    than its compression says, by a factor. Constants that the runs do not determine stay near those of LAW:
-    passes, for example, if no run repeats its text."""
+    """The constants of the law with the least squares of relative errors, all but the floor, of which runs of
+    minutes say nothing. Each text may be easier or harder than its compression says, by a factor that is 1 on
+    average. Published runs, which are far larger, count a little. Constants that these do not determine stay
+    near those of LAW: passes, for example, if no run repeats its text."""
     names = list(dict.fromkeys(run.text for run in runs))
     of_text = np.array([names.index(run.text) for run in runs])
     measured = np.log([run.bits_per_byte / (texts[run.text].compressed or 1.0) for run in runs])
@@ -219,28 +231,38 @@ def fit_law(texts: dict[str, Text], runs: list[Run]) -> Fit:
     present = np.log([LAW[name] for name in CONSTANTS])
 
     def law_of(logs: np.ndarray) -> dict[str, float]:
-        return dict(zip(CONSTANTS, np.exp(logs).tolist(), strict=True))
+        return LAW | dict(zip(CONSTANTS, np.exp(logs).tolist(), strict=True))
 
     def log_scales(logs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Of each text, and how far each of its runs is from it."""
         law = law_of(logs)
         ratios = measured - np.log([relative_loss(*run, law) for run in todo])
         means = np.bincount(of_text, ratios) / np.bincount(of_text)
-        return means, ratios - means[of_text]
+        return means - means.mean(), ratios - (means - means.mean())[of_text]
 
     def residuals(logs: np.ndarray) -> np.ndarray:
-        return np.concatenate([log_scales(logs)[1], PRIOR * (logs - present)])
+        published = PUBLISHED_WEIGHT * published_errors(law_of(logs))
+        return np.concatenate([log_scales(logs)[1], published, PRIOR * (logs - present)])
 
     logs = least_squares(residuals, present)
-    scales, errors = log_scales(logs)
-    mean, law = np.exp(scales).mean(), law_of(logs)
-    law |= {name: law[name] * mean for name in ("floor", "size", "data")}
-    law["error"] = LAW["error"]
+    (scales, errors), law = log_scales(logs), law_of(logs)
     if len(names) > 1:  # 90 % of a normal distribution
-        law["error"] = 1.645 * math.sqrt(np.var(np.exp(scales) / mean, ddof=1) + np.mean(errors**2))
+        law["error"] = 1.645 * math.sqrt(np.var(np.exp(scales), ddof=1) + np.mean(errors**2))
     law = {name: float(f"{value:.4g}") for name, value in law.items()}
-    scales = dict(zip(names, (np.exp(scales) / mean).tolist(), strict=True))
-    return Fit(law, scales, {name: errors[of_text == i] for i, name in enumerate(names)})
+    factors = dict(zip(names, np.exp(scales).tolist(), strict=True))
+    return Fit(law, factors, {name: errors[of_text == i] for i, name in enumerate(names)})
+
+
+def published_errors(law: dict[str, float]) -> np.ndarray:
+    """Relative errors of published runs: of their losses beside a factor for web text, of this factor, and of
+    the gain from more parameters beside that from more data, which are equal at the best sizes."""
+    millions, tokens, bytes_per_token, bits = PUBLISHED.T
+    megabytes = tokens * bytes_per_token
+    ratios = np.log(bits / WEB_COMPRESSED / loss_by_law(millions, megabytes, law))
+    by_size = law["size_power"] * law["size"] * millions ** -law["size_power"]
+    by_data = law["data_power"] * law["data"] * megabytes ** -law["data_power"]
+    balance = np.log(by_size / by_data)[:4]
+    return np.concatenate([ratios - ratios.mean(), [ratios.mean()], balance / 2])
 
 
 def least_squares(residuals: Callable[[np.ndarray], np.ndarray], x: np.ndarray) -> np.ndarray:
