@@ -242,6 +242,8 @@ class TrainConfig(Settings):
             raise ValueError("out_dir or dataset is empty; give a name")
         if self.minutes is not None and self.max_minutes is not None:
             raise ValueError("minutes and max_minutes both limit the time; give one of them")
+        if self.minutes is not None and self.eval_only:
+            raise ValueError("minutes trains a model, eval_only trains nothing; leave out one of them")
 
     def idle(self) -> dict[str, str]:
         if self.init_from != "scratch" or self.minutes is not None:  # what is not given may need them

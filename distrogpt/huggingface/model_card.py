@@ -173,6 +173,8 @@ def loss_rows(contents: dict[str, Any], meta: dict[str, Any]) -> dict[str, Any]:
 def settings_rows(config: dict[str, Any]) -> dict[str, Any]:
     """The main settings of the training, and others that are not the defaults; not the network's."""
     others = {name: value for name, value in asdict(TrainConfig()).items() if name not in asdict(GPTConfig())}
+    if config.get("max_minutes"):  # the steps are in another row
+        config = {name: value for name, value in config.items() if name != "max_iters"}
     return {
         name: value
         for name, value in config.items()

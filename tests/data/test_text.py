@@ -20,6 +20,7 @@ from distrogpt.data.preparation.own_text import next_commands
 from distrogpt.data.token_stream import TokenStream
 from distrogpt.data.tokenizer import END_OF_TEXT, ByteTokenizer, from_description
 from distrogpt.errors import UserError
+from distrogpt.scaling import best_tokenizer
 
 SCRIPT = "data/text/prepare.py"
 STORIES = [
@@ -185,6 +186,15 @@ def test_a_large_val_is_reported_with_a_remedy(tmp_path):
     smaller = prepare(tmp_path, *words, "--val_fraction=0.05")
     assert documents_of(tmp_path / "out", "val") == ["c" * 75] and "note" not in smaller.stdout
     assert done.stderr == ""  # no bar for what is done at once
+
+
+def test_auto_chooses_the_tokenizer_by_the_size_of_the_text(tmp_path):
+    (tmp_path / "book.txt").write_text("a short text " * 20)
+    done = prepare(tmp_path, "--input", tmp_path / "book.txt", "--tokenizer=auto")
+    assert "tokenizer char: expected to learn most from 260 characters" in done.stdout
+    assert read_meta(tmp_path / "out")["tokenizer"]["kind"] == "char"
+    kinds = [best_tokenizer(10**n) for n in range(2, 12)]
+    assert kinds[0] == "char" and kinds[-1].startswith("bpe:") and kinds == sorted(kinds, reverse=True)
 
 
 def test_the_shortest_text_has_commands_that_run(tmp_path):
