@@ -35,6 +35,7 @@ RECORDED = """block_size batch_size gradient_accumulation_steps weight_decay muo
 QUIET = {"eval_splits": "val", "log_interval": 1000, "loss_plot": False, "always_save_checkpoint": False}
 CONSTANTS = ("size", "size_power", "data", "data_power", "power", "passes")  # of the law, which are fitted
 PRIOR = 0.01  # error of a loss that weighs as much as a constant that is e times that of LAW
+SLOPE = 0.02  # error of a loss that weighs as much as a text whose losses fall twice as fast as others'
 
 # Published runs of nanochat on FineWeb-EDU: millions of parameters without embeddings, millions of tokens,
 # bytes per token, bits per byte. The first four sizes were the best for their FLOPs. Sources: its dev/LOG.md
@@ -216,38 +217,48 @@ class Fit(NamedTuple):
 
     law: dict[str, float]
     scales: dict[str, float]  # of each text: its losses, relative to what the law says; 1 on average
-    errors: dict[str, np.ndarray]  # relative, of the runs of each text beside its scale
+    errors: dict[str, np.ndarray]  # relative, of the runs of each text beside its scale and slope
 
 
 def fit_law(texts: dict[str, Text], runs: list[Run]) -> Fit:
     """The constants of the law with the least squares of relative errors, all but the floor, of which runs of
     minutes say nothing. Each text may be easier or harder than its compression says, by a factor that is 1 on
-    average. Published runs, which are far larger, count a little. Constants that these do not determine stay
-    near those of LAW: passes, for example, if no run repeats its text."""
+    average, and its losses may fall faster or more slowly, which does not change its best sizes. Published
+    runs, which are far larger, count a little. Constants that these do not determine stay near those of LAW:
+    passes, for example, if no run repeats its text."""
     names = list(dict.fromkeys(run.text for run in runs))
     of_text = np.array([names.index(run.text) for run in runs])
     measured = np.log([run.bits_per_byte / (texts[run.text].compressed or 1.0) for run in runs])
     todo = [(parse_size(run.size), texts[run.text], run.tokens) for run in runs]
     present = np.log([LAW[name] for name in CONSTANTS])
 
+    def of_texts(values: np.ndarray) -> np.ndarray:
+        return np.bincount(of_text, values) / np.bincount(of_text)
+
     def law_of(logs: np.ndarray) -> dict[str, float]:
         return LAW | dict(zip(CONSTANTS, np.exp(logs).tolist(), strict=True))
 
-    def log_scales(logs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Of each text, and how far each of its runs is from it."""
-        law = law_of(logs)
-        ratios = measured - np.log([relative_loss(*run, law) for run in todo])
-        means = np.bincount(of_text, ratios) / np.bincount(of_text)
-        return means - means.mean(), ratios - (means - means.mean())[of_text]
+    def parts_of(logs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Of the texts, the logarithms of their factors, and how much faster than the law their losses fall;
+        of the runs, how far they are from the law times the factor, without and with this slope."""
+        expected = np.log([relative_loss(*run, law_of(logs)) for run in todo])
+        below = expected - of_texts(expected)[of_text]
+        scales = of_texts(measured - expected)
+        apart = measured - expected - scales[of_text]
+        covariance, variance = np.bincount(of_text, below * apart), np.bincount(of_text, below**2)
+        slopes = covariance / (variance + SLOPE**2) - covariance.sum() / (variance.sum() + SLOPE**2)
+        level = scales.mean()
+        return scales - level, slopes, apart + level, apart + level - slopes[of_text] * below
 
     def residuals(logs: np.ndarray) -> np.ndarray:
+        _, slopes, _, errors = parts_of(logs)
         published = PUBLISHED_WEIGHT * published_errors(law_of(logs))
-        return np.concatenate([log_scales(logs)[1], published, PRIOR * (logs - present)])
+        return np.concatenate([errors, SLOPE * slopes, published, PRIOR * (logs - present)])
 
     logs = least_squares(residuals, present)
-    (scales, errors), law = log_scales(logs), law_of(logs)
+    (scales, _, apart, errors), law = parts_of(logs), law_of(logs)
     if len(names) > 1:  # 90 % of a normal distribution
-        law["error"] = 1.645 * math.sqrt(np.var(np.exp(scales), ddof=1) + np.mean(errors**2))
+        law["error"] = 1.645 * math.sqrt(np.var(np.exp(scales), ddof=1) + np.mean(apart**2))
     law = {name: float(f"{value:.4g}") for name, value in law.items()}
     factors = dict(zip(names, np.exp(scales).tolist(), strict=True))
     return Fit(law, factors, {name: errors[of_text == i] for i, name in enumerate(names)})

@@ -7,7 +7,7 @@ import pytest
 from conftest import assert_user_error, prepare_here, run_here
 
 from configurator import configure
-from distrogpt.benchmark.scaling_study import PUBLISHED_WEIGHT, Run, fit_law, table
+from distrogpt.benchmark.scaling_study import PUBLISHED_WEIGHT, Run, choices_of, fit_law, table
 from distrogpt.scaling import LAW, SIZES, Text, loss_by_law, parse_size, relative_loss
 from distrogpt.settings import AblateConfig
 from distrogpt.training.minutes import Chooser
@@ -64,6 +64,25 @@ def test_the_fit_finds_the_constants_of_a_law(monkeypatch):
     assert fit.scales == pytest.approx(scales, abs=0.003)
     assert max(abs(errors).max() for errors in fit.errors.values()) < 0.002
     assert fit.law["error"] == pytest.approx(1.645 * 0.0436, rel=0.03)  # the standard deviation of the scales
+
+
+def test_a_text_whose_losses_fall_faster_changes_no_best_size():
+    runs = runs_of(LAW, dict.fromkeys(TEXTS, 1.0))
+    steep = [
+        run._replace(bits_per_byte=2.0 * (run.bits_per_byte / 2.0) ** 1.5) if run.text == "large" else run
+        for run in runs
+    ]
+    fit = fit_law(TEXTS, steep)
+    assert max(abs(errors).max() for errors in fit.errors.values()) < 0.01
+    for name, text in TEXTS.items():
+        own = [run for run in steep if run.text == name]
+        assert choices_of(fit.law, text, own) == choices_of(LAW, text, own)
+    level = relative_loss(SIZES[3], TEXTS["small"], 1e7, fit.law) / relative_loss(
+        SIZES[3], TEXTS["small"], 1e7
+    )
+    assert 0.8 < level < 1.1
+    alone = fit_law(TEXTS, [run for run in steep if run.text == "large"])
+    assert alone.scales == {"large": 1.0} and abs(alone.errors["large"]).max() < 0.02
 
 
 def test_published_runs_decide_about_large_models_alone(monkeypatch):
