@@ -24,7 +24,7 @@ from distrogpt.training.startup import name_run, samples_per_step, with_changes
 STARTING = 10.0  # seconds to load torch and the data, and to measure some sizes
 MAX_ITERS = 2**31 - 1
 # English web text in GPT-2's tokens; bzip2 compresses English prose to 2.0 to 2.4 bits per byte
-WEB_TEXT = Text(math.inf, 10_000_000, GPT2_META["vocab_size"], 4.5, 2.2)
+WEB_TEXT = Text(math.inf, 10_000_000, GPT2_META["vocab_size"], 4.5, 2.5)
 
 
 def text_of(config: BenchConfig, has_data: bool) -> Text:
@@ -63,7 +63,11 @@ def choose(
     seconds = training_seconds(config, config.minutes, on_gpu)
 
     def settings(size: Size, tokens: float) -> dict[str, Any]:
-        return modern | scaling.recipe(size, text, tokens, config.n_gpus, on_gpu) | given
+        return (
+            modern
+            | scaling.recipe(size, text, tokens, config.n_gpus, on_gpu, given.get("block_size"))
+            | given
+        )
 
     def tokens_of(size: Size) -> float:
         known = sorted(mfus, key=lambda other: other.parameters(0))

@@ -99,7 +99,8 @@ class Chooser:
     def settings(self, size: Size, tokens: float) -> TrainConfig:
         """Those of the modern recipe and of scaling.py for this size, and those that are given."""
         on_gpu, ranks = self.runtime.device.type == "cuda", self.runtime.world_size
-        chosen = self.recipe | scaling.recipe(size, self.text, tokens, ranks, on_gpu)
+        block_size = self.given.get("block_size")
+        chosen = self.recipe | scaling.recipe(size, self.text, tokens, ranks, on_gpu, block_size)
         while chosen["batch_size"] > self.largest_batch.get(size, math.inf):
             chosen["batch_size"] = math.ceil(chosen["batch_size"] / 2)
             chosen["gradient_accumulation_steps"] *= 2
