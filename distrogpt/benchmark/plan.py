@@ -488,7 +488,7 @@ def print_choice(config: BenchConfig, text: Text, tokens: int) -> None:
     if math.isinf(text.tokens):
         print(
             f"text     assumed: unlimited English web text, {text.bytes_per_token:g} bytes per token, "
-            f"{text.compressed:g} bits per byte after bzip2"
+            f"as hard to predict as {text.compressed:g} bits per byte (scaling.compressed_bits)"
         )
     print("\n".join(choice_lines(config, text, tokens, config.max_minutes)))
 

@@ -18,7 +18,7 @@ TEXTS = {
     "tokens": Text(3_000_000, 100_000, 2000, 3.1, 1.7),
 }
 TINY_STUDY = ["--scaling=True", "--device=cpu", "--dtype=float32", "--compile=False", "--block_size=16"]
-TINY_STUDY += ["--sizes=1/2/32,1/1/16", "--scaling_minutes=0.002"]
+TINY_STUDY += ["--sizes=1/2/32,1/1/16", "--scaling_minutes=0.02"]
 
 
 def runs_of(law: dict[str, float], scales: dict[str, float]) -> list[Run]:
@@ -136,13 +136,13 @@ def test_a_study_is_printed_drawn_kept_and_resumed(dataset, folder):
     assert list(speeds) == ["1/1/16", "1/2/32"] and [run["size"] for run in runs] == list(speeds)
     for run in runs:
         assert run["tokens"] == run["steps"] * run["batch"] and run["settings"]["block_size"] == 16
-        planned = 0.9 * 0.002 * 60 / speeds[run["size"]]
+        planned = 0.9 * 0.02 * 60 / speeds[run["size"]]
         assert abs(run["tokens"] - planned) <= run["batch"] and 1 < run["bits_per_byte"] < 8
 
-    flags += ["--scaling_minutes=0.002,0.004", "--constants=law.json"]
+    flags += ["--scaling_minutes=0.02,0.004", "--constants=law.json"]
     done = run_here(*flags, cwd=folder)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("0.004 minutes (") == 2 and "0.002 minutes (" not in done.stdout
+    assert done.stdout.count("0.004 minutes (") == 2 and "0.02 minutes (" not in done.stdout
     again = json.loads((folder / "scaling_runs.json").read_text())
     assert again["texts"] == study["texts"] and again["runs"][:2] == runs and len(again["runs"]) == 4
     for run in again["runs"]:
