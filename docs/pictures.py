@@ -78,6 +78,16 @@ def ladder() -> Any:
     return draw_ladder(found["rungs"], f"GPT-2 {size}, {found['device']}")
 
 
+def scaling() -> Any:
+    """As ablate.py --scaling=True draws it: the texts of which several sizes were trained."""
+    from distrogpt.benchmark.scaling_study import draw, read_study  # loads torch
+
+    study = read_study(DATA / "scaling.json")
+    sizes = {run.text: {other.size for other in study.runs if other.text == run.text} for run in study.runs}
+    texts = [text for text in sizes if len(sizes[text]) > 2]
+    return draw(study, texts, [run for run in study.runs if run.text in texts])
+
+
 def tokens_per_second() -> Any:
     """Decoding speed of GPT-2, a bar for each program."""
     with (DATA / "cpu-decoding.csv").open(encoding="utf-8", newline="") as file:
@@ -169,6 +179,7 @@ FROM_DATA: dict[str, Callable[[], Any]] = {
     "loss-over-seconds": loss_over_seconds,
     "loss-h200": loss_h200,
     "ladder": ladder,
+    "scaling": scaling,
     "tokens-per-second": tokens_per_second,
 }
 FROM_RUN: dict[str, Callable[[Path], Any]] = {

@@ -357,6 +357,12 @@ def plot(study: Study, texts: list[str], runs: list[Run], path: Path) -> None:
     if find_spec("matplotlib") is None:
         print(f"note     {path} is not drawn without matplotlib; run: pip install matplotlib")
         return
+    write_figure(draw(study, texts, runs), path, dpi=150)
+    print(f"plot     {path.resolve()}")
+
+
+def draw(study: Study, texts: list[str], runs: list[Run]) -> Any:
+    """The figure of plot."""
     columns = math.ceil(math.sqrt(len(texts)))
     rows = math.ceil(len(texts) / columns)
     figure = new_figure(6.5 * columns, 4.5 * rows, "Loss by size and training time")
@@ -368,8 +374,7 @@ def plot(study: Study, texts: list[str], runs: list[Run], path: Path) -> None:
         style_axes(axes, "minutes", "val loss (bits per byte)", subtitle)
     for axes in list(figure.axes)[len(texts) :]:
         axes.set_axis_off()
-    write_figure(figure, path, dpi=150)
-    print(f"plot     {path.resolve()}")
+    return figure
 
 
 def plot_text(axes: Any, sizes: list[str], runs: list[Run], chosen: dict[float, str]) -> None:

@@ -220,10 +220,10 @@ def choice_lines(config: TrainConfig, text: Text, tokens: float, minutes: float)
     size, passes = Size(config.n_layer, config.n_head, config.n_embd), tokens / text.tokens
     times = f"{passes:,.1f} times the text's {text.tokens:,}" if passes else "each of them once"
     rates = f"muon_lr {config.muon_lr:g}, learning_rate {config.learning_rate:g}"
-    decay = f"weight_decay {config.weight_decay:g} for {passes:,.1f} passes"
+    decay = f"weight_decay {config.weight_decay:g}" + (f" for {passes:,.1f} passes" if passes else "")
     lines = [
         f"chosen   {size}, which is expected to have the lowest loss after {minutes:g} minutes",
-        f"reads    {tokens / 1e6:,.1f} million tokens, {times}",
+        f"reads    {tokens / 1e6:,.4g} million tokens, {times}",
         f"rates    {rates}, {decay}, dropout {config.dropout:g}",
     ]
     if text.compressed:
