@@ -41,13 +41,16 @@ FIXED = {
     "init_from": "scratch", "eval_iters": 0, "eval_splits": "val", "eval_only": False, "seed": 0,
     "out_dir": "-", "log_interval": 1000, "wandb_log": False, "wandb_project": "-", "wandb_run_name": "-",
     "tensorboard_log": False, "loss_plot": False, "eval_hellaswag": False, "eval_accuracy": False,
-    "eval_samples": 0, "minutes": None,
+    "eval_samples": 0, "minutes": None, "max_minutes": None,
 }  # fmt: skip
 Run = dict[str, float]  # seed, val (inf if it diverged), seconds
 
 
 def variants(config: AblateConfig) -> dict[str, dict[str, Any]]:
     """Variants to train, by name: the settings in which each differs from the recipe. Raises UserError."""
+    if config.max_minutes is not None and config.max_iters == TrainConfig.max_iters and not config.max_epochs:
+        advice = "variants are compared after the same number of steps; set it, such as --max_iters=700"
+        raise UserError(f"the recipe is limited by max_minutes; {advice}")
     gpt2 = {name: getattr(TrainConfig, name) for name in INGREDIENTS}  # a dataclass keeps its defaults there
     recipe = {name: getattr(config, name) for name in INGREDIENTS if getattr(config, name) != gpt2[name]}
     if not recipe:

@@ -93,7 +93,7 @@ def train(config: TrainConfig, on_evaluation: Callable | None = None, started: f
     `on_evaluation` is called on rank 0 after each evaluation, with the losses of all evaluations so far.
     The seconds of the run count from `started`, by time.perf_counter(); 0.0: from now on.
     """
-    config = startup.inherit_settings(config)
+    config, started = startup.inherit_settings(config), started or time.perf_counter()
     runtime = start_runtime(config.device, config.dtype, config.backend)
     config = choose_settings(config, runtime, training_step, started)
     startup.check_ranks(config, runtime)

@@ -142,6 +142,7 @@ SCHEMA: dict[str, tuple[Any, Callable[[Any], bool]]] = {
     "evaluated": (True, lambda value: type(value) is bool),  # False: stopped before this step's evaluation
     "run_id": ("0", lambda value: isinstance(value, str) and value.isalnum()),
     "seconds": (0.0, lambda value: type(value) is float and math.isfinite(value)),
+    "evaluation_seconds": (0.0, lambda value: type(value) is float and 0 <= value < math.inf),
     "fits": ([], is_fits),  # of the schedule to the time that is left, with max_minutes
     "skipped": (0, lambda value: type(value) is int),  # steps
     "no_lower": (0, lambda value: type(value) is int),  # evaluations since the best one

@@ -116,23 +116,28 @@ def expected_loss(size: Size, text: Text, tokens: float) -> tuple[float, float]:
 
 
 def recipe(
-    size: Size, text: Text, tokens: float, ranks: int, on_gpu: bool, block_size: int | None = None
+    size: Size, text: Text, tokens: float, ranks: int, on_gpu: bool, given: dict[str, Any]
 ) -> dict[str, Any]:
-    """The settings with which this size is trained on so many tokens, beside those of config/modern.py."""
-    if block_size is None:
-        shorter = max(1, min(text.tokens, text.val_tokens) - 1)
-        block_size = min(256 if size.n_embd < 768 else 1024, 2 ** int(math.log2(shorter)))
+    """The settings with which this size is trained on that many tokens, beside those of config/modern.py, if
+    block_size, batch_size or gradient_accumulation_steps may be given."""
+    shorter = max(1, min(text.tokens, text.val_tokens) - 1)
+    block_size = min(256 if size.n_embd < 768 else 1024, 2 ** int(math.log2(shorter)))
+    block_size = given.get("block_size", block_size)
     tokens_per_step = 1024 * max(1.0, tokens / 20e6) ** 0.5
     if on_gpu:  # on each: smaller batches do not fill it, and each computes all of Muon's update
         tokens_per_step = max(tokens_per_step, 16_384 * ranks)
-    sequences = max(1, round(tokens_per_step / block_size / ranks))  # of each rank
-    passes = tokens / text.tokens
-    weight_decay = 0.0 if passes < 1 else min(2.0, 0.1 * max(1.0, passes / 6))
+    sequences = tokens_per_step / block_size / ranks  # of each rank
+    micro_steps = given.get("gradient_accumulation_steps", ranks) / ranks
+    batch_size = given.get("batch_size", max(1, round(sequences / micro_steps)))
+    micro_steps = max(1, round(sequences / batch_size)) if "batch_size" in given else micro_steps
+    # a model memorises a text if it has many parameters for each token and reads it often
+    memorised = size.parameters(text.vocab_size) / text.tokens * tokens / text.tokens
+    weight_decay = min(2.0, 0.1 * max(1.0, memorised / 8))
     return {
         **size._asdict(),
         "block_size": block_size,
-        "batch_size": sequences,
-        "gradient_accumulation_steps": ranks,
+        "batch_size": batch_size,
+        "gradient_accumulation_steps": round(micro_steps * ranks),
         "weight_decay": round(weight_decay, 2),
         "sampling": "epochs",
     }

@@ -242,6 +242,8 @@ class TrainConfig(Settings):
             raise ValueError("out_dir or dataset is empty; give a name")
         if self.minutes is not None and self.max_minutes is not None:
             raise ValueError("minutes and max_minutes both limit the time; give one of them")
+        if self.minutes is not None and self.lr_decay_iters is not None:
+            raise ValueError("with minutes, the learning rate decays until the end; leave out lr_decay_iters")
         if self.minutes is not None and self.eval_only:
             raise ValueError("minutes trains a model, eval_only trains nothing; leave out one of them")
 

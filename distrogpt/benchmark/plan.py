@@ -488,7 +488,7 @@ def print_choice(config: BenchConfig, text: Text, tokens: int) -> None:
     if math.isinf(text.tokens):
         print(
             f"text     assumed: unlimited English web text, {text.bytes_per_token:g} bytes per token, "
-            f"as hard to predict as {text.compressed:g} bits per byte (scaling.compressed_bits)"
+            f"difficulty {text.compressed:g} (docs/minutes.md)"
         )
     print("\n".join(choice_lines(config, text, tokens, config.max_minutes)))
 

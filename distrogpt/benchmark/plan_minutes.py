@@ -55,19 +55,15 @@ def sizes_for(config: BenchConfig) -> list[Size]:
 def choose(
     config: BenchConfig, sizes: list[Size], text: Text, peak: float, mfus: dict[Size, float], on_gpu: bool
 ) -> BenchConfig:
-    """The settings that `minutes` stands for on config.n_gpus devices of `peak` FLOP/s, with max_minutes
-    instead. `mfus` has the MFU of some sizes, between which it is interpolated."""
+    """The settings that train.py --minutes chooses on config.n_gpus devices of `peak` FLOP/s, with
+    max_minutes. `mfus` has the MFU of some sizes, between which it is interpolated."""
     config = name_run(config)
     given = {name: getattr(config, name) for name in config.given}
     modern = run_config_file(DATA.parent / "config" / "modern.py", asdict(config)) | {"max_iters": MAX_ITERS}
     seconds = training_seconds(config, config.minutes, on_gpu)
 
     def settings(size: Size, tokens: float) -> dict[str, Any]:
-        return (
-            modern
-            | scaling.recipe(size, text, tokens, config.n_gpus, on_gpu, given.get("block_size"))
-            | given
-        )
+        return modern | scaling.recipe(size, text, tokens, config.n_gpus, on_gpu, given) | given
 
     def tokens_of(size: Size) -> float:
         known = sorted(mfus, key=lambda other: other.parameters(0))

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,14 +30,22 @@ from distrogpt.settings import TrainConfig
 from distrogpt.training.batches import MicroBatch
 from distrogpt.training.distributed import distribute
 from distrogpt.training.optim import make_optimizers
+from distrogpt.training.run_directory import restarted_run
 from distrogpt.training.schedule import end_seconds
-from distrogpt.training.startup import new_model_config, samples_per_step, with_changes
+from distrogpt.training.startup import (
+    check_ranks,
+    inherit_settings,
+    new_model_config,
+    samples_per_step,
+    with_changes,
+)
 from model import GPT
 
 log = logging.getLogger("distrogpt")
 
 FIRST = Size(4, 4, 128)  # the size that is measured first
 MEASURING = 0.005  # of the minutes, to measure a size; at least half a second, at most two
+MEASURING_LIMIT = 0.1  # of the minutes; after them, no further size is measured
 COMPILING, COMPILED = 45.0, 1.6  # on a GPU, the seconds that torch.compile takes, and the gain in speed
 EVALUATING = 0.05  # of the minutes, for all evaluations together
 SAMPLE = 1 << 20  # tokens whose text is compressed
@@ -50,20 +59,26 @@ def has_a_size(config: TrainConfig) -> UserError:
 
 
 def possible_sizes(given: dict[str, Any]) -> list[Size]:
-    """The sizes of scaling.py, with the layers, heads and width that are given."""
+    """The sizes of scaling.py that suit what is given, with the layers, heads and width that are given."""
     sizes = []
     for size in scaling.SIZES:
         width = given.get("n_embd", size.n_embd)
         heads = given.get("n_head", scaling.heads_of(width))
         sizes.append(Size(given.get("n_layer", size.n_layer), heads, width))
-    possible = [size for size in dict.fromkeys(sizes) if size.n_embd % size.n_head == 0]
+    kv_heads = given.get("n_kv_head") or 1
+    possible = [
+        size
+        for size in dict.fromkeys(sizes)
+        if size.n_embd % (2 * size.n_head) == 0 and size.n_head % kv_heads == 0  # rotary needs pairs
+    ]
     return possible or sizes[:1]  # GPTConfig reports the mistake
 
 
 @activity("reading the text")
 def read_text(data: Dataset) -> Text:
     """What scaling.py needs to know of a dataset: all of its tokens, and a sample of the largest part."""
-    tokens, val_tokens = (sum(len(part.streams[split]) for part in data.parts) for split in ("train", "val"))
+    splits = ("train", "val" if "val" in data.parts[0].streams else "train")
+    tokens, val_tokens = (sum(len(part.streams[split]) for part in data.parts) for split in splits)
     stream = max(data.parts, key=lambda part: part.weight).streams["train"]
     ids = stream.windows(np.array([0]), min(SAMPLE, len(stream)))[0]
     bytes_per_token, compressed = 1.0, None
@@ -99,8 +114,7 @@ class Chooser:
     def settings(self, size: Size, tokens: float) -> TrainConfig:
         """Those of the modern recipe and of scaling.py for this size, and those that are given."""
         on_gpu, ranks = self.runtime.device.type == "cuda", self.runtime.world_size
-        block_size = self.given.get("block_size")
-        chosen = self.recipe | scaling.recipe(size, self.text, tokens, ranks, on_gpu, block_size)
+        chosen = self.recipe | scaling.recipe(size, self.text, tokens, ranks, on_gpu, self.given)
         while chosen["batch_size"] > self.largest_batch.get(size, math.inf):
             chosen["batch_size"] = math.ceil(chosen["batch_size"] / 2)
             chosen["gradient_accumulation_steps"] *= 2
@@ -130,15 +144,22 @@ class Chooser:
         return seconds / speed
 
     def best(self) -> Size:
-        """The best size. It and the next larger one have been measured, and all that seemed best before."""
+        """The best size. It and the next larger one have been measured, if the time was enough for that, and
+        all that seemed best before."""
         size: Size | None = FIRST if FIRST in self.sizes else self.sizes[0]
-        self.measure(size)  # and again: the first steps of a process are slower
+        begin, limit = time.perf_counter(), MEASURING_LIMIT * 60 * self.config.minutes
+        self.measure(size)
+        if self.from_rank_0(time.perf_counter() - begin) < limit / 4:
+            self.measure(size)  # again: the first steps of a process are slower
         while size:
-            self.measure(size)
             losses = [scaling.relative_loss(size, self.text, self.tokens(size)) for size in self.sizes]
-            best = losses.index(min(losses))
+            best = int(self.from_rank_0(losses.index(min(losses))))
             near = self.sizes[best : best + 2]
             size = next((size for size in near if size not in self.seconds_per_token), None)
+            if self.from_rank_0(time.perf_counter() - begin) > limit:
+                break
+            if size:
+                self.measure(size)
         return self.sizes[best]
 
     def measure(self, size: Size) -> None:
@@ -149,7 +170,9 @@ class Chooser:
             try:
                 seconds = self.seconds_per_step(config)
             except torch.OutOfMemoryError:
-                torch.cuda.empty_cache()
+                seconds = math.inf
+            if seconds == math.inf:
+                torch.cuda.empty_cache()  # not before: the exception holds the tensors
                 self.largest_batch[size] = config.batch_size // 2
                 if self.largest_batch[size] and "batch_size" not in self.given:
                     continue
@@ -168,7 +191,7 @@ class Chooser:
         batches = [batch] * (config.gradient_accumulation_steps // self.runtime.world_size)
         times: list[float] = []
         enough = min(max(0.5, MEASURING * 60 * self.config.minutes), 2.0)
-        while len(times) < 4 or self.from_rank_0(sum(times)) < enough:
+        while len(times) < 2 or self.from_rank_0(sum(times)) < enough:
             begin = time.perf_counter()
             self.training_step(replica, optimizers, scaler, batches, config.grad_clip, self.runtime)
             times.append(time.perf_counter() - begin)
@@ -188,22 +211,34 @@ def evaluations(config: TrainConfig, text: Text, steps: int, speed: float) -> di
     return {"eval_splits": "val", "eval_iters": batches, "eval_interval": max(1, interval)}
 
 
+def check_settings(config: TrainConfig, runtime: Runtime) -> None:
+    """Raises UserError if the settings cannot be chosen around those that are given."""
+    if config.init_from not in ("scratch", "auto"):
+        raise has_a_size(config)
+    given = {"gradient_accumulation_steps": runtime.world_size}  # any number that the ranks can share
+    check_ranks(config if given.keys() & config.given else with_changes(config, **given), runtime)
+
+
 def choose_settings(
     config: TrainConfig, runtime: Runtime, training_step: Callable[..., Any], started: float
 ) -> TrainConfig:
     """The settings with max_minutes instead of minutes: those that are given, and the best others for this
     text and this machine, the same on all ranks; without minutes, all as it is. The minutes count from
-    `started`, by time.perf_counter(); 0.0: from now on. Raises UserError."""
+    `started`, by time.perf_counter(). Raises UserError."""
     if config.minutes is None:
         return config
-    if config.init_from not in ("scratch", "auto"):
-        raise has_a_size(config)
-    data = open_dataset(with_changes(config, block_size=1))
-    text, deadline = read_text(data), (started or time.perf_counter()) + 60 * config.minutes
+    check_settings(config, runtime)
+    if runtime.all_reduce_sum(runtime.is_main and restarted_run(Path(config.out_dir)) is not None)[0]:
+        if (config := inherit_settings(config, is_restarted=True)).minutes is None:
+            return config
+    data = open_dataset(config if "block_size" in config.given else with_changes(config, block_size=1))
+    text, deadline = read_text(data), started + 60 * config.minutes
     chooser = Chooser(config, data.meta, text, runtime, training_step, deadline)
     size = chooser.best()
     tokens, speed = chooser.tokens(size), chooser.speed(size)
     chosen = chooser.settings(size, tokens)
+    if "max_iters" in chooser.given:
+        tokens = min(tokens, chosen.max_iters * samples_per_step(chosen) * chosen.block_size)
     steps = max(1, round(tokens / (samples_per_step(chosen) * chosen.block_size)))
     speeds = [f"{size} {1 / seconds:,.0f}" for size, seconds in chooser.seconds_per_token.items()]
     log.info(f"measured tokens/s of layers/heads/width: {', '.join(speeds)}")
@@ -223,7 +258,7 @@ def choice_lines(config: TrainConfig, text: Text, tokens: float, minutes: float)
     decay = f"weight_decay {config.weight_decay:g}" + (f" for {passes:,.1f} passes" if passes else "")
     lines = [
         f"chosen   {size}, which is expected to have the lowest loss after {minutes:g} minutes",
-        f"reads    {tokens / 1e6:,.4g} million tokens, {times}",
+        f"reads    {tokens:,.0f} tokens, {times}",
         f"rates    {rates}, {decay}, dropout {config.dropout:g}",
     ]
     if text.compressed:

@@ -100,7 +100,7 @@ class RunDirectory:
                 log.info(f"note     waiting for {read_owner(self.path)[0]}, which is writing to {self.path}")
                 self.file_lock.acquire(timeout=self.lock_timeout)
             self.write_owner(read_owner(self.path)[1] if is_restart() else "")
-            for name in (BEST, NEWEST, LOG, HISTORY, f"{PICTURE}.*"):
+            for name in (BEST, NEWEST, LOG, SCHEDULE, SETTINGS, HISTORY, f"{PICTURE}.*"):
                 for unfinished in self.path.glob(name + ".tmp"):  # of a run that was killed while writing
                     unfinished.unlink()
         except Timeout:
@@ -136,6 +136,8 @@ class RunDirectory:
         self.runtime.barrier()
         if self.writes and (checkpoint or self.restarted_id):
             self.take_ownership()
+            if not checkpoint:
+                self.write_settings()
             repeated = [path for path in self.find([HISTORY]) if int(path.stem[5:]) > step]
             self.move_aside(repeated, self.find([previous_name(HISTORY)]))
             self.cut_log(step)
@@ -174,14 +176,10 @@ class RunDirectory:
 
     def record_fit(self, fit: Fit) -> None:
         """Add a line to schedule.csv. A full disk is reported for log.csv."""
-        if not self.writes:
-            return
-        self.claim()
-        with (
-            suppress(OSError),
-            open(self.path / SCHEDULE, "a", encoding="utf-8") as file,
-        ):  # log.csv reports it
-            file.write(fit_line(fit) if file.tell() else ",".join(Fit._fields) + "\n" + fit_line(fit))
+        if self.writes:
+            self.claim()
+            with suppress(OSError), (self.path / SCHEDULE).open("a", encoding="utf-8") as file:
+                file.write(fit_line(fit) if file.tell() else ",".join(Fit._fields) + "\n" + fit_line(fit))
 
     def take_ownership(self) -> None:
         self.owned = True
@@ -198,8 +196,12 @@ class RunDirectory:
             earlier = [path for path in earlier if path.name in names]
         self.move_aside(paths, earlier)
         self.take_ownership()
+        self.write_settings()
+
+    def write_settings(self) -> None:
+        """Write config.py. A full disk is reported for log.csv."""
         text = config_file(self.config)
-        with suppress(MachineError):  # a full disk is reported for log.csv
+        with suppress(MachineError):
             atomic_write(lambda file: file.write(text.encode()), self.path / SETTINGS)
 
     def find(self, names: Iterable[str]) -> list[Path]:
@@ -370,8 +372,10 @@ def csv_line(row: dict[str, Any]) -> str:
 
 
 def config_file(config: TrainConfig) -> str:
-    """A config file with the settings that are not the defaults."""
+    """A config file with the settings that are not the defaults, for a new run."""
     values = {field.name: getattr(config, field.name) for field in fields(config)}
+    if config.init_from.partition(":")[0] == "auto":
+        values["init_from"] = config.init_from.partition(":")[2] or "scratch"
     changed = [field.name for field in fields(config) if values[field.name] != field.default]
     path = quote(str(Path(config.out_dir) / SETTINGS))
     lines = [f"# the settings of this run; to run it again: python train.py {path}"]
@@ -391,11 +395,6 @@ def restarted_run(folder: Path) -> str | None:
     """The id of the run in a folder, if torchrun has restarted its ranks; else None."""
     match = re.fullmatch(f"run ([0-9a-f]{{8}}), job {re.escape(job_name())}", read_owner(folder)[1])
     return match[1] if match and is_restart() else None
-
-
-def restarted_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint of a run whose ranks torchrun has restarted; else None."""
-    return newest_checkpoint(folder) if restarted_run(folder) else None
 
 
 def is_restart() -> bool:

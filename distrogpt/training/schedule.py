@@ -59,8 +59,10 @@ def set_learning_rates(optimizers: list[Optimizer], step: float, config: TrainCo
 def shortened(config: TrainConfig, total_steps: int) -> TrainConfig:
     """The settings with a schedule of total_steps; its warm-up takes at most a tenth of them."""
     decay_iters = config.lr_decay_iters
+    if decay_iters is not None and config.max_iters != TrainConfig.max_iters:  # else there is no share of it
+        decay_iters = math.ceil(total_steps * decay_iters / max(1, config.max_iters))
     if decay_iters is not None:
-        decay_iters = math.ceil(total_steps * min(1.0, decay_iters / max(1, config.max_iters)))
+        decay_iters = min(decay_iters, total_steps)
     warmup_iters = min(config.warmup_iters, total_steps // 10)
     return replace(config, max_iters=total_steps, lr_decay_iters=decay_iters, warmup_iters=warmup_iters)
 
@@ -93,11 +95,11 @@ class Schedule:
         self.config, self.state, self.run, self.runtime = config, state, run, runtime
         self.repeated = {fit.step: fit for fit in run.later_fits}
         self.last_repeated = max(self.repeated, default=-1)
-        self.step_seconds = self.evaluation_seconds = 0.0  # of all steps of this process; of an evaluation
+        self.step_seconds = 0.0  # of all steps of this process
         self.recent = deque([(state.first_step + 1, 0.0)], RECENT)  # steps, and step_seconds after them
         self.clock = time.perf_counter()  # when the last step began or ended
         self.after_training = end_seconds(config)
-        self.reserve = self.after_training  # for what comes after the last step
+        self.reserve = self.after_training + state.evaluation_seconds  # for what comes after the last step
         self.use_newest_fit()
 
     def use_newest_fit(self) -> None:
@@ -108,7 +110,9 @@ class Schedule:
         """Set the learning rates of the step; returns learning_rate's."""
         state, now = self.state, time.perf_counter()
         if state.val_loss is not None:
-            self.evaluation_seconds = now - self.clock
+            state.evaluation_seconds = now - self.clock
+        elif state.step > state.first_step + 1:  # for logs and checkpoints
+            self.step_seconds += now - self.clock
         self.clock = now
         step = state.fits[-1].progress_at(state.step) * self.fitted.max_iters if state.fits else state.step
         return set_learning_rates(optimizers, step, self.fitted)
@@ -143,7 +147,7 @@ class Schedule:
         self.recent.append((step, self.step_seconds))
         seconds_per_step = (self.step_seconds - earlier_seconds) / (step - earlier_step)
         rank_0 = self.runtime.is_main
-        figures = (seconds_per_step, self.evaluation_seconds) if rank_0 else (0.0, 0.0)
+        figures = (seconds_per_step, state.evaluation_seconds) if rank_0 else (0.0, 0.0)
         seconds_per_step, evaluation_seconds = self.runtime.all_reduce_sum(*figures)
         self.reserve = evaluation_seconds + self.after_training
         left = limit - state.seconds - self.reserve

@@ -27,7 +27,7 @@ from distrogpt.loading import is_here, load_pretrained
 from distrogpt.runtime import Runtime, activity
 from distrogpt.settings import OF_THIS_CALL, TrainConfig
 from distrogpt.training.pitfalls import pitfalls
-from distrogpt.training.run_directory import LOG, is_restart, restarted_checkpoint
+from distrogpt.training.run_directory import LOG, is_restart
 from distrogpt.training.state import TrainState
 from model import GPT, GPTConfig
 
@@ -64,16 +64,18 @@ def inherited_settings(config: TrainConfig, contents: dict[str, Any]) -> dict[st
     return {name: value for name, value in run_settings(contents).items() if name in names}
 
 
-def inherit_settings(config: TrainConfig) -> TrainConfig:
-    """The settings, with those that are not given from the checkpoint to resume from. Raises UserError."""
+def inherit_settings(config: TrainConfig, is_restarted: bool = False) -> TrainConfig:
+    """The settings, with those that are not given from the checkpoint to resume from: also of a run with
+    minutes whose ranks were restarted. Raises UserError."""
     if config.minutes is not None:
         config = name_run(config)
     path = path_to_resume(config)
-    if config.minutes is not None and is_restart() and not path:
-        path = restarted_checkpoint(Path(config.out_dir))
+    if is_restarted:
+        path = newest_checkpoint(Path(config.out_dir))
     if path and config.minutes is not None:  # the checkpoint has what was chosen
         config = with_changes(config, minutes=None, max_minutes=config.minutes)
-    if path is None and config.init_from == "resume" and inherits(config) and "dataset" not in config.given:
+    is_new = config.given is not None and "dataset" in config.given and config.minutes is None
+    if path is None and config.init_from == "resume" and inherits(config) and not is_new:
         path = Path(config.out_dir) / NEWEST  # the error is that this is missing, not the default dataset
     if path is None or not inherits(config):
         return config

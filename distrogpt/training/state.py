@@ -42,6 +42,7 @@ class TrainState:
         self.consecutive_skips = 0
         self.seconds = checkpoint.get("seconds", 0.0)  # by rank 0's clock, when the last step ended
         self.start_time = (started or time.perf_counter()) - self.seconds
+        self.evaluation_seconds = checkpoint.get("evaluation_seconds", 0.0)  # of the last one
         self.fits = [Fit(*fit) for fit in checkpoint.get("fits", ())]  # with max_minutes
         self.evaluated = bool(checkpoint) and checkpoint.get("evaluated", True)  # at this step
         self.val_loss: float | None = None  # the monitored loss, if this process has evaluated this step
@@ -125,6 +126,7 @@ class TrainState:
             "skipped": self.skipped_steps,
             "no_lower": self.evals_since_best,
             "seconds": self.elapsed(),
+            "evaluation_seconds": self.evaluation_seconds,
             "fits": [list(fit) for fit in self.fits],
         }
         return entries if self.val_loss is None else {**entries, "val_loss": self.val_loss}

@@ -123,6 +123,10 @@ def test_ranks_choose_the_same(dataset, tmp_path):
     [
         (["--minutes=1", "--max_minutes=1"], "minutes and max_minutes both limit the time; give one of them"),
         (["--minutes=0"], "minutes=0.0 is out of range; it must be above 0"),
+        (["--minutes=1", "--eval_only=True"], "minutes trains a model, eval_only trains nothing"),
+        (["--minutes=1", "--lr_decay_iters=9"], "decays until the end; leave out lr_decay_iters"),
+        (["--minutes=1", "--init_from=resume"], "last.pt is missing; train first"),
+        (["--minutes=1", "--block_size=100000"], "too few for block_size=100000"),
         (["--minutes=1", "--init_from=gpt2"], "init_from=gpt2 has a size; give --max_minutes=1 instead"),
     ],
 )
@@ -195,13 +199,35 @@ def test_a_size_for_which_memory_is_too_small_gets_smaller_batches_or_is_left(da
     assert config.gradient_accumulation_steps > 1
 
 
+def test_given_batches_keep_the_tokens_of_a_step():
+    for given, batch_size, micro_steps in (
+        ({}, 2, 2), ({"batch_size": 1}, 1, 4), ({"gradient_accumulation_steps": 4}, 1, 4),
+        ({"block_size": 64}, 8, 2), ({"batch_size": 64}, 64, 2),
+        ({"batch_size": 3, "gradient_accumulation_steps": 8}, 3, 8),
+    ):  # fmt: skip
+        recipe = scaling.recipe(Size(4, 4, 128), TEXT, 1e6, 2, False, given) | given
+        assert (recipe["batch_size"], recipe["gradient_accumulation_steps"]) == (batch_size, micro_steps), (
+            given
+        )
+
+
+def test_without_val_the_train_loss_counts(dataset, tmp_path):
+    train(
+        settings_of(
+            f"--dataset={dataset}", f"--out_dir={tmp_path}", *QUICK, "--eval_splits=train", "--n_layer=1"
+        )
+    )
+    assert load_checkpoint(tmp_path / "last.pt")["config"]["eval_splits"] == "train"
+
+
 def test_sizes_have_the_given_layers_heads_and_width():
     assert possible_sizes({}) == SIZES
     assert {size.n_layer for size in possible_sizes({"n_layer": 7})} == {7}
     assert possible_sizes({"n_layer": 3, "n_head": 5, "n_embd": 40}) == [Size(3, 5, 40)]
     assert all(size.n_embd % 3 == 0 for size in possible_sizes({"n_head": 3}))
+    assert all(size.n_head % 2 == 0 for size in possible_sizes({"n_kv_head": 2}))
     assert possible_sizes({"n_embd": 80})[0] == Size(2, 2, 80)
-    assert possible_sizes({"n_embd": 33})[0].n_embd % possible_sizes({"n_embd": 33})[0].n_head == 0
+    assert possible_sizes({"n_embd": 33})  # GPTConfig reports the mistake
 
 
 def test_the_law():
@@ -226,16 +252,18 @@ def test_texts_that_are_harder_to_predict_have_more_bits(text):
 
 def test_a_recipe_fits_a_short_text():
     tiny = Text(tokens=100, val_tokens=40, vocab_size=10, bytes_per_token=1.0, compressed=None)
-    recipe = scaling.recipe(Size(2, 2, 64), tiny, 1e6, ranks=4, on_gpu=False)
+    recipe = scaling.recipe(Size(2, 2, 64), tiny, 1e6, ranks=4, on_gpu=False, given={})
     assert recipe["block_size"] == 32 and recipe["gradient_accumulation_steps"] % 4 == 0
-    assert recipe["weight_decay"] > scaling.recipe(Size(2, 2, 64), TEXT, 1e6, 1, False)["weight_decay"]
-    assert math.log2(scaling.recipe(Size(2, 2, 64), TEXT, 1e6, 1, False)["block_size"]) == 8
+    assert recipe["weight_decay"] > scaling.recipe(Size(2, 2, 64), TEXT, 1e6, 1, False, {})["weight_decay"]
+    assert math.log2(scaling.recipe(Size(2, 2, 64), TEXT, 1e6, 1, False, {})["block_size"]) == 8
 
 
 def test_each_gpu_gets_tokens_enough():
     size = Size(12, 6, 768)
     for n in (1, 8):
-        recipe = scaling.recipe(size, TEXT, 1e8, n, on_gpu=True)
+        recipe = scaling.recipe(size, TEXT, 1e8, n, on_gpu=True, given={})
         assert recipe["batch_size"] * recipe["block_size"] == 16_384
         assert recipe["gradient_accumulation_steps"] == n
-    assert scaling.recipe(size, TEXT, 4e13, 8, on_gpu=True)["batch_size"] * 1024 == 181_248  # for longer runs
+    assert (
+        scaling.recipe(size, TEXT, 4e13, 8, on_gpu=True, given={})["batch_size"] * 1024 == 181_248
+    )  # for longer runs
