@@ -109,6 +109,31 @@ def test_evaluations_are_part_of_the_time(dataset, tmp_path, clock, monkeypatch)
     assert lrs_of(tmp_path)[-1] < 1e-3
 
 
+def test_a_resumed_run_knows_how_long_its_last_evaluation_will_take(dataset, tmp_path, clock, monkeypatch):
+    from distrogpt.evaluation.evaluator import Evaluator
+
+    now, evaluate = clock(lambda step: 0.25), Evaluator.evaluate
+
+    def slow(*args):
+        now[0] += 8
+        return evaluate(*args)
+
+    monkeypatch.setattr(Evaluator, "evaluate", slow)
+    flags = [
+        f"--dataset={dataset}",
+        f"--out_dir={tmp_path}",
+        *WSD,
+        "--max_minutes=1",
+        "--eval_interval=100000",
+    ]
+    train(config_of(*flags, "--save_interval=20", "--keep_checkpoints=100"))
+    (tmp_path / "step-00000060.pt").rename(tmp_path / "last.pt")
+    (tmp_path / "schedule.csv").unlink()
+    seconds, begin = load_checkpoint(tmp_path / "last.pt")["seconds"], now[0]
+    train(config_of(*flags, "--init_from=resume"))
+    assert seconds == 8 + 60 * 0.25 and 57 <= seconds + now[0] - begin <= 60
+
+
 def test_max_iters_end_a_run_before_its_time(dataset, tmp_path, clock):
     clock(lambda step: 0.25)
     flags = [f"--dataset={dataset}", *WSD, "--max_iters=40"]
