@@ -160,6 +160,9 @@ def calls_of(line: str) -> Iterator[tuple[str, list[str]]]:
 def fault_of(script: str, arguments: list[str], in_block: bool) -> str | None:
     """Why the command would be refused before it begins; None if it would not."""
     arguments = [re.sub(r"\$\w+", "1", word) for word in arguments if word != "..."]
+    arguments = [
+        word for word in arguments if not re.fullmatch(r"out\S*/config\.py", word)
+    ]  # a run writes it
     if not in_block:  # where out-X, --seed=S and --seed alone stand for others
         arguments = [word for word in arguments if not PLACEHOLDER.fullmatch(word.partition("=")[2] or word)]
         if script in COMMANDS:

@@ -365,12 +365,12 @@ def draw(study: Study, texts: list[str], runs: list[Run]) -> Any:
     """The figure of plot."""
     columns = math.ceil(math.sqrt(len(texts)))
     rows = math.ceil(len(texts) / columns)
-    figure = new_figure(6.5 * columns, 4.5 * rows, "Loss by size and training time")
+    figure = new_figure(5.5 * columns, 4.2 * rows, "Loss by size and training time")
     sizes = sorted({run.size for run in runs}, key=lambda size: parse_size(size).parameters(0))
     for name, axes in zip(texts, figure.subplots(rows, columns, squeeze=False).flat, strict=False):
         own = [run for run in runs if run.text == name]
         plot_text(axes, sizes, own, choices_of(LAW, study.texts[name], own))
-        subtitle = f"{name}; grey: the best size; rings: the size that train.py --minutes chooses"
+        subtitle = f"{name}; grey: the best size, rings: the choice of --minutes"
         style_axes(axes, "minutes", "val loss (bits per byte)", subtitle)
     for axes in list(figure.axes)[len(texts) :]:
         axes.set_axis_off()

@@ -317,6 +317,7 @@ def test_a_full_disk_is_told_and_the_run_goes_on_with_the_old_files_whole(unbrok
     assert {name: (tmp_path / name).read_bytes() for name in before} == before
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "ckpt.pt",
+        "config.py",
         "last.pt",
         "log.csv",
         "run.lock",
@@ -400,10 +401,10 @@ def test_a_new_run_renames_the_old_ones_files_and_removes_those_of_the_run_befor
             kept = name if name == "thesis.txt" else f"{stem}.previous-1.{suffix}"
             assert (tmp_path / kept).read_bytes() == content
         assert (tmp_path / "tensorboard.previous-1" / "events").read_text() == str(seed)
-    assert printed.count("is not part of this run") == 5 and printed.count("of an older run was removed") == 5
+    assert printed.count("is not part of this run") == 6 and printed.count("of an older run was removed") == 6
     names = {path.name for path in tmp_path.glob("*.previous-*")}
     files = {"ckpt.previous-1.pt", "last.previous-1.pt", "log.previous-1.csv", "tensorboard.previous-1"}
-    assert names == files | {"step-00000003.previous-1.pt", "last.previous-2.pt"}
+    assert names == files | {"step-00000003.previous-1.pt", "last.previous-2.pt", "config.previous-1.py"}
 
 
 def test_a_run_that_saved_nothing_costs_no_checkpoint_of_an_earlier_one(tmp_path, dataset):
