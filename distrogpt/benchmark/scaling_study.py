@@ -45,7 +45,7 @@ PUBLISHED = np.array([
     (381.8, 3_807, 4.7, 0.7999), (730, 8_760, 4.7, 0.7483), (918, 7_577, 4.7, 0.7465),
     (2_074, 88_683, 4.86, 0.7045),
 ])  # fmt: skip
-WEB_COMPRESSED = 2.5  # scaling.compressed_bits of web text, assumed
+WEB_COMPRESSED = 2.8  # scaling.compressed_bits of web text, assumed: between FineWeb-EDU and FineWeb
 PUBLISHED_WEIGHT = 0.1  # of a published run; one of the study has 1
 
 
