@@ -23,7 +23,7 @@ from distrogpt.training.startup import name_run, samples_per_step, with_changes
 
 STARTING = 10.0  # seconds to load torch and the data, and to measure some sizes
 MAX_ITERS = 2**31 - 1
-# English web text in GPT-2's tokens; the losses of published runs imply a difficulty of 2.7 (FineWeb-EDU) to 3.2
+# English web text in GPT-2's tokens; losses of published runs imply a difficulty of 2.7 (FineWeb-EDU) to 3.2
 WEB_TEXT = Text(math.inf, 10_000_000, GPT2_META["vocab_size"], 4.5, 2.8)
 
 
