@@ -370,7 +370,7 @@ def draw(study: Study, texts: list[str], runs: list[Run]) -> Any:
     for name, axes in zip(texts, figure.subplots(rows, columns, squeeze=False).flat, strict=False):
         own = [run for run in runs if run.text == name]
         plot_text(axes, sizes, own, choices_of(LAW, study.texts[name], own))
-        subtitle = f"{name}; grey: the best size, rings: the choice of --minutes"
+        subtitle = f"{name}; grey: the best size, rings: the choice of train.py"
         style_axes(axes, "minutes", "val loss (bits per byte)", subtitle)
     for axes in list(figure.axes)[len(texts) :]:
         axes.set_axis_off()
