@@ -1,4 +1,4 @@
-# Train a small GPT on your own text. data/text/prepare.py prints this command with settings for your text:
+# Train a small GPT on your own text, with fixed settings; --minutes chooses them instead (docs/minutes.md).
 # python data/text/prepare.py --input mybook.txt --name mybook
 # python train.py config/train_own_text.py --dataset=mybook --out_dir=out-mybook
 

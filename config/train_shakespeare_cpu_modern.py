@@ -21,4 +21,4 @@ n_layer = 4
 n_head = 4  # two heads are a tenth faster, but end with a higher loss
 n_embd = 128  # 0.8 M parameters; larger models run too few steps in three minutes
 dropout = 0.0  # five epochs are too few to memorise the text; 0.1 ends with a higher loss
-max_minutes = 3  # about 5,500 steps on a Zen 5; the schedule is fitted to the machine
+max_minutes = 3  # about 4,500 steps on a Zen 5; the schedule is fitted to the machine

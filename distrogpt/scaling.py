@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 # worth at most; error: of the losses of other texts
 LAW: dict[str, float] = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))["law"]
 
-
 CHARACTERS = 5e6  # of a text for which a byte-pair encoding is better
 
 
@@ -45,7 +44,7 @@ class Text(NamedTuple):
     val_tokens: int
     vocab_size: int
     bytes_per_token: float
-    compressed: float | None  # bits per byte after compression; None if the text is not known
+    difficulty: float | None  # see difficulty_of; None if the text is not known
 
 
 def heads_of(n_embd: int) -> int:
@@ -70,7 +69,7 @@ def parse_size(text: str) -> Size:
     return Size(n_layer, n_head, n_embd)
 
 
-def compressed_bits(text: bytes) -> float:
+def difficulty_of(text: bytes) -> float:
     """How hard a text is to predict, in bits per byte: the geometric mean of its size after bzip2 and of the
     entropy of a byte, given the two before it. The losses of models are nearer to it than to either."""
     pairs, triples = Counter(pairwise(text)), Counter(zip(text, text[1:], text[2:], strict=False))
@@ -95,31 +94,31 @@ def effective_tokens(tokens: float, unique: float, worth: float) -> float:
 
 
 def loss_by_law(millions: Any, megabytes: Any, law: dict[str, float]) -> Any:
-    """The loss, divided by that of compression, of models with these parameters after these different bytes;
-    numbers or arrays. The form of Kaplan et al. (2020, arXiv 2001.08361, equation 1.5), with a floor, as in
-    that of Hoffmann et al. (2022, arXiv 2203.15556)."""
+    """The loss, divided by the text's difficulty, of models with these parameters after these different
+    bytes; numbers or arrays. The form of Kaplan et al. (2020, arXiv 2001.08361, equation 1.5), with a floor,
+    as in that of Hoffmann et al. (2022, arXiv 2203.15556)."""
     of_size = law["size"] * millions ** -law["size_power"]
     of_data = law["data"] * megabytes ** -law["data_power"]
     return law["floor"] + (of_size + of_data) ** law["power"]
 
 
 def relative_loss(size: Size, text: Text, tokens: float, law: dict[str, float] = LAW) -> float:
-    """The loss in bits per byte, divided by that of compression, after training on these tokens."""
+    """The loss in bits per byte, divided by the text's difficulty, after training on these tokens."""
     effective_bytes = effective_tokens(tokens, text.tokens, law["passes"]) * text.bytes_per_token
     return loss_by_law(size.parameters(text.vocab_size) / 1e6, effective_bytes / 1e6, law)
 
 
 def expected_loss(size: Size, text: Text, tokens: float) -> tuple[float, float]:
-    """In nats per token, as train.py's losses, and in bits per byte; of a text whose compression is known."""
-    bits = text.compressed * relative_loss(size, text, tokens)
+    """In nats per token, as train.py's losses, and in bits per byte; of a text whose difficulty is known."""
+    bits = text.difficulty * relative_loss(size, text, tokens)
     return bits * text.bytes_per_token * math.log(2), bits
 
 
 def recipe(
     size: Size, text: Text, tokens: float, ranks: int, on_gpu: bool, given: dict[str, Any]
 ) -> dict[str, Any]:
-    """The settings with which this size is trained on that many tokens, beside those of config/modern.py, if
-    block_size, batch_size or gradient_accumulation_steps may be given."""
+    """The settings with which this size is trained on that many tokens, beside those of config/modern.py.
+    `given` may have block_size, batch_size and gradient_accumulation_steps."""
     shorter = max(1, min(text.tokens, text.val_tokens) - 1)
     block_size = min(256 if size.n_embd < 768 else 1024, 2 ** int(math.log2(shorter)))
     block_size = given.get("block_size", block_size)

@@ -25,7 +25,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from distrogpt.benchmark.plan_minutes import (
     choose,
     fit_to_time,
-    size_of,
     sizes_for,
     text_of,
     training_seconds,
@@ -41,7 +40,7 @@ from distrogpt.kernels.cpu import causal_mask, use_cpu_kernels
 from distrogpt.runtime import Runtime
 from distrogpt.scaling import Size, Text
 from distrogpt.settings import BenchConfig
-from distrogpt.training.minutes import FIRST, choice_lines
+from distrogpt.training.minutes import FIRST, choice_lines, size_of
 from distrogpt.training.optim import num_submatrices
 from distrogpt.training.startup import new_model_config, resolve_max_iters, samples_per_step
 from model import GPT, Attention, GPTConfig
@@ -488,7 +487,7 @@ def print_choice(config: BenchConfig, text: Text, tokens: int) -> None:
     if math.isinf(text.tokens):
         print(
             f"text     assumed: unlimited English web text, {text.bytes_per_token:g} bytes per token, "
-            f"difficulty {text.compressed:g} (docs/minutes.md)"
+            f"difficulty {text.difficulty:g} (docs/minutes.md)"
         )
     print("\n".join(choice_lines(config, text, tokens, config.max_minutes)))
 

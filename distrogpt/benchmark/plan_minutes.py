@@ -6,23 +6,20 @@ that training/minutes.py expects.
 """
 
 import math
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
-from configurator import run_config_file
 from distrogpt import scaling
 from distrogpt.data.dataset import open_dataset
-from distrogpt.data.meta import DATA, GPT2_META
+from distrogpt.data.meta import GPT2_META
 from distrogpt.scaling import Size, Text
 from distrogpt.settings import BenchConfig
 from distrogpt.training import minutes
 from distrogpt.training.schedule import end_seconds
-from distrogpt.training.startup import name_run, samples_per_step, with_changes
+from distrogpt.training.startup import name_run, tokens_per_step, with_changes
 
 STARTING = 10.0  # seconds to load torch and the data, and to measure some sizes
-MAX_ITERS = 2**31 - 1
 # English web text in GPT-2's tokens; losses of published runs imply a difficulty of 2.7 (FineWeb-EDU) to 3.2
 WEB_TEXT = Text(math.inf, 10_000_000, GPT2_META["vocab_size"], 4.5, 2.8)
 
@@ -40,10 +37,6 @@ def training_seconds(config: BenchConfig, limit: float, on_gpu: bool) -> float:
     return max(seconds, 6 * limit)
 
 
-def size_of(config: BenchConfig) -> Size:
-    return Size(config.n_layer, config.n_head, config.n_embd)
-
-
 def sizes_for(config: BenchConfig) -> list[Size]:
     """The sizes among which `minutes` chooses. Raises UserError."""
     if config.init_from not in ("scratch", "auto"):
@@ -59,7 +52,7 @@ def choose(
     max_minutes. `mfus` has the MFU of some sizes, between which it is interpolated."""
     config = name_run(config)
     given = {name: getattr(config, name) for name in config.given}
-    modern = run_config_file(DATA.parent / "config" / "modern.py", asdict(config)) | {"max_iters": MAX_ITERS}
+    modern = minutes.modern_recipe(config) | {"max_iters": minutes.MAX_ITERS}
     seconds = training_seconds(config, config.minutes, on_gpu)
 
     def settings(size: Size, tokens: float) -> dict[str, Any]:
@@ -79,5 +72,5 @@ def choose(
 
 def fit_to_time(config: BenchConfig, seconds: float, tokens_per_second: float) -> BenchConfig:
     """The settings with as many steps as fit into the seconds, and no more than max_iters."""
-    steps = round(seconds * tokens_per_second / (samples_per_step(config) * config.block_size))
+    steps = round(seconds * tokens_per_second / tokens_per_step(config))
     return with_changes(config, max_iters=max(1, min(config.max_iters, steps)))

@@ -24,8 +24,8 @@ from distrogpt.plotting import INK, RING, add_line, label_ends, new_figure, styl
 from distrogpt.runtime import start_runtime
 from distrogpt.scaling import LAW, SIZES, Size, Text, loss_by_law, parse_size, relative_loss
 from distrogpt.settings import AblateConfig, TrainConfig
-from distrogpt.training.minutes import Chooser, read_text
-from distrogpt.training.startup import samples_per_step, with_changes
+from distrogpt.training.minutes import Chooser, read_text, size_of
+from distrogpt.training.startup import tokens_per_step, with_changes
 
 TRAINING = 0.9  # of the minutes; train.py --minutes needs the rest to start, measure and evaluate
 EVALUATIONS = 4  # of each run, at equal distances, beside that of the first step
@@ -45,7 +45,7 @@ PUBLISHED = np.array([
     (381.8, 3_807, 4.7, 0.7999), (730, 8_760, 4.7, 0.7483), (918, 7_577, 4.7, 0.7465),
     (2_074, 88_683, 4.86, 0.7045),
 ])  # fmt: skip
-WEB_COMPRESSED = 2.8  # scaling.compressed_bits of web text, assumed: between FineWeb-EDU and FineWeb
+WEB_DIFFICULTY = 2.8  # scaling.difficulty_of of web text, assumed: between FineWeb-EDU and FineWeb
 PUBLISHED_WEIGHT = 0.1  # of a published run; one of the study has 1
 
 
@@ -155,7 +155,7 @@ def add_text(study: Study, config: AblateConfig, base: TrainConfig, data: Datase
     """Add the dataset to the study; returns its name. Raises UserError if the study has other data or other
     settings for this name, or if the bits per byte of the text are not known."""
     name, text = Path(config.dataset).name, read_text(data)
-    if text.compressed is None or not all(part.tokens_per_byte() for part in data.parts):
+    if text.difficulty is None or not all(part.tokens_per_byte() for part in data.parts):
         advice = "prepare it again with this repository"
         raise UserError(f"the bits per byte of {config.dataset} are not known from its meta.json; {advice}")
     given = {key: getattr(base, key) for key in sorted(base.given) if key not in ("dataset", "seed")}
@@ -186,7 +186,7 @@ def settings_of_run(chooser: Chooser, size: Size, minutes: float, seed: int) -> 
     """Those of train.py --minutes for this size, with the number of steps in max_iters."""
     tokens = chooser.tokens_in(TRAINING * 60 * minutes, chooser.seconds_per_token[size])
     chosen, val_tokens = chooser.settings(size, tokens), chooser.text.val_tokens
-    steps = round(tokens / (samples_per_step(chosen) * chosen.block_size))
+    steps = round(tokens / tokens_per_step(chosen))
     batches = max(1, EVALUATED // (chosen.batch_size * chosen.block_size))
     return with_changes(
         chosen,
@@ -203,8 +203,7 @@ def train_once(config: TrainConfig, name: str, minutes: float, train: Callable[[
     begin, result = time.perf_counter(), train(config)
     seconds = time.perf_counter() - begin
     bits = min(losses["bits_per_byte"] for losses in result.losses) if result else math.inf
-    size, batch = Size(config.n_layer, config.n_head, config.n_embd), samples_per_step(config)
-    batch *= config.block_size
+    size, batch = size_of(config), tokens_per_step(config)
     steps, settings = config.max_iters, {key: getattr(config, key) for key in RECORDED}
     run = f"{size}, {minutes:g} minutes ({steps:,} steps), seed {config.seed}"
     print(f"{run}: {bits:.4f} bits per byte, {seconds:.1f} s", flush=True)
@@ -228,7 +227,7 @@ def fit_law(texts: dict[str, Text], runs: list[Run]) -> Fit:
     passes, for example, if no run repeats its text."""
     names = list(dict.fromkeys(run.text for run in runs))
     of_text = np.array([names.index(run.text) for run in runs])
-    measured = np.log([run.bits_per_byte / (texts[run.text].compressed or 1.0) for run in runs])
+    measured = np.log([run.bits_per_byte / (texts[run.text].difficulty or 1.0) for run in runs])
     todo = [(parse_size(run.size), texts[run.text], run.tokens) for run in runs]
     present = np.log([LAW[name] for name in CONSTANTS])
 
@@ -269,7 +268,7 @@ def published_errors(law: dict[str, float]) -> np.ndarray:
     the gain from more parameters beside that from more data, which are equal at the best sizes."""
     millions, tokens, bytes_per_token, bits = PUBLISHED.T
     megabytes = tokens * bytes_per_token
-    ratios = np.log(bits / WEB_COMPRESSED / loss_by_law(millions, megabytes, law))
+    ratios = np.log(bits / WEB_DIFFICULTY / loss_by_law(millions, megabytes, law))
     by_size = law["size_power"] * law["size"] * millions ** -law["size_power"]
     by_data = law["data_power"] * law["data"] * megabytes ** -law["data_power"]
     balance = np.log(by_size / by_data)[:4]

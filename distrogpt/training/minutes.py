@@ -36,7 +36,7 @@ from distrogpt.training.startup import (
     check_ranks,
     inherit_settings,
     new_model_config,
-    samples_per_step,
+    tokens_per_step,
     with_changes,
 )
 from model import GPT
@@ -48,14 +48,24 @@ MEASURING = 0.005  # of the minutes, to measure a size; at least half a second, 
 MEASURING_LIMIT = 0.1  # of the minutes; after them, no further size is measured
 COMPILING, COMPILED = 45.0, 1.6  # on a GPU, the seconds that torch.compile takes, and the gain in speed
 EVALUATING = 0.05  # of the minutes, for all evaluations together
-SAMPLE = 1 << 20  # tokens whose text is compressed
+SAMPLE = 1 << 20  # tokens whose difficulty is measured
 MAX_ITERS = 10**9  # the time ends a run, not its steps
+TOO_LARGE = 1e9  # seconds of a step for which memory is too small
 
 
 def has_a_size(config: TrainConfig) -> UserError:
     """The error if init_from names a model."""
     reason = f"minutes chooses the size of a new model, but init_from={config.init_from} has a size"
     return UserError(f"{reason}; give --max_minutes={config.minutes:g} instead")
+
+
+def modern_recipe(config: TrainConfig) -> dict[str, Any]:
+    """The settings of config/modern.py."""
+    return run_config_file(DATA.parent / "config" / "modern.py", asdict(config))
+
+
+def size_of(config: TrainConfig) -> Size:
+    return Size(config.n_layer, config.n_head, config.n_embd)
 
 
 def possible_sizes(given: dict[str, Any]) -> list[Size]:
@@ -81,12 +91,12 @@ def read_text(data: Dataset) -> Text:
     tokens, val_tokens = (sum(len(part.streams[split]) for part in data.parts) for split in splits)
     stream = max(data.parts, key=lambda part: part.weight).streams["train"]
     ids = stream.windows(np.array([0]), min(SAMPLE, len(stream)))[0]
-    bytes_per_token, compressed = 1.0, None
+    bytes_per_token, difficulty = 1.0, None
     with suppress(UserError):  # GPT-2's tokenizer, if it is not here and cannot be downloaded
         if data.meta["tokenizer"]:
             sample = tokenizer_of(data.meta).decode_bytes(ids.tolist())
-            bytes_per_token, compressed = len(sample) / len(ids), scaling.compressed_bits(sample)
-    return Text(tokens, val_tokens, data.meta["vocab_size"], bytes_per_token, compressed)
+            bytes_per_token, difficulty = len(sample) / len(ids), scaling.difficulty_of(sample)
+    return Text(tokens, val_tokens, data.meta["vocab_size"], bytes_per_token, difficulty)
 
 
 @dataclass
@@ -106,7 +116,7 @@ class Chooser:
     def __post_init__(self) -> None:
         self.given = {name: getattr(self.config, name) for name in self.config.given}
         self.sizes = possible_sizes(self.given)
-        self.recipe = run_config_file(DATA.parent / "config" / "modern.py", asdict(self.config))
+        self.recipe = modern_recipe(self.config)
 
     def from_rank_0(self, value: float) -> float:
         return self.runtime.all_reduce_sum(value if self.runtime.is_main else 0.0)[0]
@@ -170,14 +180,13 @@ class Chooser:
             try:
                 seconds = self.seconds_per_step(config)
             except torch.OutOfMemoryError:
-                seconds = math.inf
-            if seconds == math.inf:
+                seconds = TOO_LARGE
+            if seconds == TOO_LARGE:
                 torch.cuda.empty_cache()  # not before: the exception holds the tensors
                 self.largest_batch[size] = config.batch_size // 2
                 if self.largest_batch[size] and "batch_size" not in self.given:
                     continue
-                seconds = 1e9
-            self.seconds_per_token[size] = seconds / (samples_per_step(config) * config.block_size)
+            self.seconds_per_token[size] = seconds / (tokens_per_step(config))
             return
 
     def seconds_per_step(self, config: TrainConfig) -> float:
@@ -238,8 +247,8 @@ def choose_settings(
     tokens, speed = chooser.tokens(size), chooser.speed(size)
     chosen = chooser.settings(size, tokens)
     if "max_iters" in chooser.given:
-        tokens = min(tokens, chosen.max_iters * samples_per_step(chosen) * chosen.block_size)
-    steps = max(1, round(tokens / (samples_per_step(chosen) * chosen.block_size)))
+        tokens = min(tokens, chosen.max_iters * tokens_per_step(chosen))
+    steps = max(1, round(tokens / tokens_per_step(chosen)))
     speeds = [f"{size} {1 / seconds:,.0f}" for size, seconds in chooser.seconds_per_token.items()]
     log.info(f"measured tokens/s of layers/heads/width: {', '.join(speeds)}")
     for line in choice_lines(chosen, text, tokens, config.minutes):
@@ -252,7 +261,7 @@ def choose_settings(
 
 def choice_lines(config: TrainConfig, text: Text, tokens: float, minutes: float) -> list[str]:
     """Lines about the settings that were chosen: why, and what to expect."""
-    size, passes = Size(config.n_layer, config.n_head, config.n_embd), tokens / text.tokens
+    size, passes = size_of(config), tokens / text.tokens
     times = f"{passes:,.1f} times the text's {text.tokens:,}" if passes else "each of them once"
     rates = f"muon_lr {config.muon_lr:g}, learning_rate {config.learning_rate:g}"
     decay = f"weight_decay {config.weight_decay:g}" + (f" for {passes:,.1f} passes" if passes else "")
@@ -261,7 +270,7 @@ def choice_lines(config: TrainConfig, text: Text, tokens: float, minutes: float)
         f"reads    {tokens:,.0f} tokens, {times}",
         f"rates    {rates}, {decay}, dropout {config.dropout:g}",
     ]
-    if text.compressed:
+    if text.difficulty:
         nats, bits = scaling.expected_loss(size, text, tokens)
         error = scaling.LAW["error"]
         span = f"{nats * (1 - error):.2f} to {nats * (1 + error):.2f}"

@@ -55,7 +55,7 @@ def inherited_settings(config: TrainConfig, contents: dict[str, Any]) -> dict[st
     """The settings of a checkpoint's run that the command line and config files do not give; unchecked."""
     if not inherits(config):
         return {}
-    kept = {*OF_THIS_CALL, *config.given, "max_minutes" if "minutes" in config.given else ""}
+    kept = {*OF_THIS_CALL, *config.given}
     if config.eval_only:
         kept.add("wandb_log")
     if "max_iters" in config.given:
@@ -74,8 +74,9 @@ def inherit_settings(config: TrainConfig, is_restarted: bool = False) -> TrainCo
         path = newest_checkpoint(Path(config.out_dir))
     if path and config.minutes is not None:  # the checkpoint has what was chosen
         config = with_changes(config, minutes=None, max_minutes=config.minutes)
-    is_new = config.given is not None and "dataset" in config.given and config.minutes is None
-    if path is None and config.init_from == "resume" and inherits(config) and not is_new:
+        config.given |= {"max_minutes"}
+    may_start = config.minutes is None and "dataset" in (config.given or ())
+    if path is None and config.init_from == "resume" and inherits(config) and not may_start:
         path = Path(config.out_dir) / NEWEST  # the error is that this is missing, not the default dataset
     if path is None or not inherits(config):
         return config
@@ -136,6 +137,11 @@ def resolve_max_iters(config: TrainConfig, data: Dataset) -> TrainConfig:
 def samples_per_step(config: TrainConfig) -> int:
     """Over all ranks."""
     return config.gradient_accumulation_steps * config.batch_size
+
+
+def tokens_per_step(config: TrainConfig) -> int:
+    """Over all ranks."""
+    return samples_per_step(config) * config.block_size
 
 
 def checkpoint_to_resume(config: TrainConfig, restarted_id: str | None) -> tuple[Path | None, dict[str, Any]]:
@@ -241,7 +247,7 @@ def describe_run(config: TrainConfig, runtime: Runtime, data: Dataset, model: GP
     log.info(f"model    {sizes}, block size {shape.block_size}: {parameters:,} parameters")
     log.info(f"machine  {runtime.describe()}")
     sizes = f"{config.gradient_accumulation_steps} x {config.batch_size} sequences of {config.block_size}"
-    log.info(f"step     {samples_per_step(config) * config.block_size:,} tokens: {sizes} tokens")
+    log.info(f"step     {tokens_per_step(config):,} tokens: {sizes} tokens")
     for pitfall in pitfalls(config, data):
         log.info(f"note     {pitfall}")
     if config.eval_only:

@@ -28,7 +28,7 @@ def runs_of(law: dict[str, float], scales: dict[str, float]) -> list[Run]:
         for size in SIZES[:6] if name in scales else ():
             for minutes in (0.3, 1.0, 3.0, 10.0, 30.0):
                 tokens = 3e12 * minutes / size.flops_per_token(65, 256)
-                bits = scales[name] * text.compressed * relative_loss(size, text, tokens, law)
+                bits = scales[name] * text.difficulty * relative_loss(size, text, tokens, law)
                 runs.append(Run(name, str(size), minutes, int(tokens), 1, 1, 1, bits, 1.0, {}))
     return runs
 

@@ -14,6 +14,7 @@ from conftest import TINY, assert_same_weights, ranks
 
 from configurator import read_settings
 from distrogpt.checkpoint import load_checkpoint
+from distrogpt.evaluation.evaluator import Evaluator
 from distrogpt.hardware import peak_flops
 from distrogpt.settings import TrainConfig
 from distrogpt.training.schedule import get_lr, shortened
@@ -60,6 +61,17 @@ def clock(monkeypatch) -> Callable:
     return set_speed
 
 
+def slow_evaluations(monkeypatch, now: list[float], seconds: float) -> None:
+    """Let each evaluation take so long on the clock."""
+    evaluate = Evaluator.evaluate
+
+    def slow(*args):
+        now[0] += seconds
+        return evaluate(*args)
+
+    monkeypatch.setattr(Evaluator, "evaluate", slow)
+
+
 @pytest.mark.parametrize(
     ("seconds", "steps"),
     [
@@ -91,15 +103,8 @@ def test_a_first_step_that_compiles_does_not_count_as_the_length_of_a_step(datas
 
 
 def test_evaluations_are_part_of_the_time(dataset, tmp_path, clock, monkeypatch):
-    from distrogpt.evaluation.evaluator import Evaluator
-
-    now, evaluate = clock(lambda step: 0.25), Evaluator.evaluate
-
-    def slow(*args):
-        now[0] += 5
-        return evaluate(*args)
-
-    monkeypatch.setattr(Evaluator, "evaluate", slow)
+    now = clock(lambda step: 0.25)
+    slow_evaluations(monkeypatch, now, 5)
     begin = now[0]
     flags = (f"--dataset={dataset}", f"--out_dir={tmp_path}", *WSD, "--max_minutes=1", "--eval_interval=50")
     result = train(config_of(*flags))
@@ -110,15 +115,8 @@ def test_evaluations_are_part_of_the_time(dataset, tmp_path, clock, monkeypatch)
 
 
 def test_a_resumed_run_knows_how_long_its_last_evaluation_will_take(dataset, tmp_path, clock, monkeypatch):
-    from distrogpt.evaluation.evaluator import Evaluator
-
-    now, evaluate = clock(lambda step: 0.25), Evaluator.evaluate
-
-    def slow(*args):
-        now[0] += 8
-        return evaluate(*args)
-
-    monkeypatch.setattr(Evaluator, "evaluate", slow)
+    now = clock(lambda step: 0.25)
+    slow_evaluations(monkeypatch, now, 8)
     flags = [
         f"--dataset={dataset}",
         f"--out_dir={tmp_path}",
