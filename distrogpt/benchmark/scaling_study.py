@@ -36,6 +36,7 @@ QUIET = {"eval_splits": "val", "log_interval": 1000, "loss_plot": False, "always
 CONSTANTS = ("size", "size_power", "data", "data_power", "power", "passes")  # of the law, which are fitted
 PRIOR = 0.01  # error of a loss that weighs as much as a constant that is e times that of LAW
 SLOPE = 0.02  # error of a loss that weighs as much as a text whose losses fall twice as fast as others'
+ODD = 0.01  # error of a loss, beyond which a run counts less: with its error, and not with the square of it
 
 # Published runs of nanochat on FineWeb-EDU: millions of parameters without embeddings, millions of tokens,
 # bytes per token, bits per byte. The first four sizes were the best for their FLOPs. Sources: its dev/LOG.md
@@ -222,17 +223,18 @@ class Fit(NamedTuple):
 def fit_law(texts: dict[str, Text], runs: list[Run]) -> Fit:
     """The constants of the law with the least squares of relative errors, all but the floor, of which runs of
     minutes say nothing. Each text may be easier or harder than its compression says, by a factor that is 1 on
-    average, and its losses may fall faster or more slowly, which does not change its best sizes. Published
-    runs, which are far larger, count a little. Constants that these do not determine stay near those of LAW:
-    passes, for example, if no run repeats its text."""
+    average, and its losses may fall faster or more slowly, which does not change its best sizes. Odd runs
+    count less (Huber's loss). Published runs, which are far larger, count a little. Constants that these do
+    not determine stay near those of LAW: passes, for example, if no run repeats its text."""
     names = list(dict.fromkeys(run.text for run in runs))
     of_text = np.array([names.index(run.text) for run in runs])
     measured = np.log([run.bits_per_byte / (texts[run.text].difficulty or 1.0) for run in runs])
     todo = [(parse_size(run.size), texts[run.text], run.tokens) for run in runs]
-    present = np.log([LAW[name] for name in CONSTANTS])
+    logs = present = np.log([LAW[name] for name in CONSTANTS])
+    weights = np.ones(len(runs))
 
     def of_texts(values: np.ndarray) -> np.ndarray:
-        return np.bincount(of_text, values) / np.bincount(of_text)
+        return np.bincount(of_text, weights * values) / np.bincount(of_text, weights)
 
     def law_of(logs: np.ndarray) -> dict[str, float]:
         return LAW | dict(zip(CONSTANTS, np.exp(logs).tolist(), strict=True))
@@ -244,7 +246,8 @@ def fit_law(texts: dict[str, Text], runs: list[Run]) -> Fit:
         below = expected - of_texts(expected)[of_text]
         scales = of_texts(measured - expected)
         apart = measured - expected - scales[of_text]
-        covariance, variance = np.bincount(of_text, below * apart), np.bincount(of_text, below**2)
+        covariance = np.bincount(of_text, weights * below * apart)
+        variance = np.bincount(of_text, weights * below**2)
         slopes = covariance / (variance + SLOPE**2) - covariance.sum() / (variance.sum() + SLOPE**2)
         level = scales.mean()
         return scales - level, slopes, apart + level, apart + level - slopes[of_text] * below
@@ -252,9 +255,11 @@ def fit_law(texts: dict[str, Text], runs: list[Run]) -> Fit:
     def residuals(logs: np.ndarray) -> np.ndarray:
         _, slopes, _, errors = parts_of(logs)
         published = PUBLISHED_WEIGHT * published_errors(law_of(logs))
-        return np.concatenate([errors, SLOPE * slopes, published, PRIOR * (logs - present)])
+        return np.concatenate([weights**0.5 * errors, SLOPE * slopes, published, PRIOR * (logs - present)])
 
-    logs = least_squares(residuals, present)
+    for _ in range(10):
+        logs = least_squares(residuals, logs)
+        weights = 1 / np.maximum(1.0, np.abs(parts_of(logs)[3]) / ODD)
     (scales, _, apart, errors), law = parts_of(logs), law_of(logs)
     if len(names) > 1:  # 90 % of a normal distribution
         law["error"] = 1.645 * math.sqrt(np.var(np.exp(scales), ddof=1) + np.mean(apart**2))

@@ -7,7 +7,7 @@ import pytest
 from conftest import assert_user_error, prepare_here, run_here
 
 from configurator import configure
-from distrogpt.benchmark.scaling_study import PUBLISHED_WEIGHT, Run, choices_of, fit_law, table
+from distrogpt.benchmark.scaling_study import CONSTANTS, PUBLISHED_WEIGHT, Run, choices_of, fit_law, table
 from distrogpt.scaling import LAW, SIZES, Text, loss_by_law, parse_size, relative_loss
 from distrogpt.settings import AblateConfig
 from distrogpt.training.minutes import Chooser
@@ -83,6 +83,19 @@ def test_a_text_whose_losses_fall_faster_changes_no_best_size():
     assert 0.8 < level < 1.1
     alone = fit_law(TEXTS, [run for run in steep if run.text == "large"])
     assert alone.scales == {"large": 1.0} and abs(alone.errors["large"]).max() < 0.02
+
+
+def test_odd_runs_hardly_change_the_fit():
+    runs = runs_of(LAW, dict.fromkeys(TEXTS, 1.0))
+    factors = [1.15 if number % 10 == 3 else 1.0 for number in range(len(runs))]
+    odd = [
+        run._replace(bits_per_byte=factor * run.bits_per_byte)
+        for factor, run in zip(factors, runs, strict=True)
+    ]
+    fit = fit_law(TEXTS, odd)  # with least squares, constants are up to 27 % off
+    assert {name: fit.law[name] for name in CONSTANTS} == pytest.approx(
+        {name: LAW[name] for name in CONSTANTS}, rel=0.05
+    )
 
 
 def test_published_runs_decide_about_large_models_alone(monkeypatch):
