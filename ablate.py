@@ -34,8 +34,8 @@ from distrogpt.plotting import COLORS, new_figure, style_axes, write_figure
 from distrogpt.settings import TrainConfig
 from train import TrainResult, train, training_step
 
-INGREDIENTS = """norm rotary qk_norm activation n_kv_head tied logit_softcap embedding_skip zero_init
-    optimizer lr_schedule sampling dropout""".split()
+INGREDIENTS = """norm rotary qk_norm activation n_kv_head tied logit_softcap embedding_skip key_offset
+    zero_init optimizer lr_schedule sampling dropout""".split()
 # the same in every study, whatever the recipe sets
 FIXED = {
     "init_from": "scratch", "eval_iters": 0, "eval_splits": "val", "eval_only": False, "seed": 0,

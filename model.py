@@ -7,8 +7,7 @@ channels, K = n_kv_head key/value heads; S positions of a KV cache.
 Sources: "Language Models are Unsupervised Multitask Learners" (Radford et al., 2019) and its weights; the
 transformer (arXiv 1706.03762); GELU (arXiv 1606.08415); the settings name their own.
 
-Once a model is built, distrogpt/kernels can replace its nn.Dropout, RMSNorm, Rotary, Attention and nn.Linear
-layers by faster ones. This file does not depend on that, and its forward pass has no branch for any device.
+distrogpt/kernels can replace the nn.Dropout, RMSNorm, Rotary, Attention and nn.Linear layers by faster ones.
 """
 
 import math
@@ -20,16 +19,17 @@ from typing import Any
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 
-def swiglu(x: torch.Tensor) -> torch.Tensor:
+def swiglu(x: Tensor) -> Tensor:
     """The first half of the channels gates the second (arXiv 2002.05202): (..., 2N) to (..., N)."""
     gate, up = x.chunk(2, dim=-1)
     return F.silu(gate) * up
 
 
-ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": partial(F.gelu, approximate="tanh"),  # GPT-2's
     "gelu": F.gelu,  # the exact one, with which nanoGPT trains
     "relu2": lambda x: F.relu(x).square(),  # arXiv 2109.08668
@@ -60,6 +60,7 @@ class GPTConfig:
     embedding_skip: bool = False  # each block reads a learned mix of the residual stream and the embeddings
     zero_init: bool = False  # projections into the residual stream, and an untied lm_head, start at zero
     qk_norm_weights: bool = False  # qk_norm with learned weights and GPT-2's scale, as Qwen3 has it
+    key_offset: bool = False  # half of each key is that of the position before (cf. arXiv 2209.11895)
 
     def __post_init__(self) -> None:
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
@@ -74,8 +75,9 @@ class GPTConfig:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; use one of {', '.join(known)}")
         if self.n_kv_head is not None and (self.n_kv_head < 1 or self.n_head % self.n_kv_head):
             raise ValueError(f"n_kv_head={self.n_kv_head} does not divide n_head={self.n_head}; change one")
-        if self.rotary and self.head_dim % 2:
-            raise ValueError(f"rotary needs an even n_embd/n_head, which is {self.head_dim}; change one")
+        if (self.rotary or self.key_offset) and self.head_dim % 2:
+            need = "rotary and key_offset need an even n_embd/n_head"
+            raise ValueError(f"{need}, which is {self.head_dim}; change one")
         if self.qk_norm_weights and not self.qk_norm:
             raise ValueError("qk_norm_weights has no effect without qk_norm; set both")
         self.logit_softcap = float(self.logit_softcap)
@@ -101,7 +103,7 @@ class GPTConfig:
 class RMSNorm(nn.Module):
     """x divided by its root mean square over the last dimension, without weights (arXiv 1910.07467)."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, (x.size(-1),), eps=EPS)
 
 
@@ -109,11 +111,10 @@ def norm_layer(config: GPTConfig) -> nn.Module:
     return RMSNorm() if config.norm == "rmsnorm" else nn.LayerNorm(config.n_embd, bias=config.bias)
 
 
-def rotary_cos_sin(positions: torch.Tensor, D: int) -> torch.Tensor:
+def rotary_cos_sin(positions: Tensor, D: int) -> Tensor:
     """cos and sin of the rotation angles at positions (B, T): (2, B, 1, T, D/2).
 
-    At position t, the i-th pair of channels is rotated by t / 10000^(2i/D).
-    """
+    At position t, the i-th pair of channels is rotated by t / 10000^(2i/D)."""
     inv_freq = 1 / 10_000.0 ** (torch.arange(0, D, 2, device=positions.device) / D)  # (D/2,)
     angles = positions[:, None, :, None] * inv_freq
     return torch.stack((angles.cos(), angles.sin()))
@@ -122,9 +123,22 @@ def rotary_cos_sin(positions: torch.Tensor, D: int) -> torch.Tensor:
 class Rotary(nn.Module):
     """Rotates each pair of neighbouring channels of x (B, heads, T, D), in fp32."""
 
-    def forward(self, x: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor, cos_sin: Tensor) -> Tensor:
         (a, b), (cos, sin) = x.float().unflatten(-1, (-1, 2)).unbind(-1), cos_sin
         return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2)
+
+
+def offset_keys(k: Tensor, mask: Tensor | None) -> Tensor:
+    """k (B, K, T, D) with half of the channels from the position before; 0 if there is none.
+
+    With these keys, one layer can find what followed a token before. With a mask (1 or B, 1, T, T), the
+    position before is the last one that is read."""
+    kept, moved = k.chunk(2, dim=-1)
+    moved = F.pad(moved, (0, 0, 1, 0))  # (B, K, 1 + T, D/2)
+    if mask is None:
+        return torch.cat((kept, moved[:, :, :-1]), dim=-1)
+    numbers = (mask == 0).tril(-1) * torch.arange(1, k.size(2) + 1, device=k.device)  # (1 or B, 1, T, T)
+    return torch.cat((kept, moved.gather(2, numbers.amax(-1)[..., None].expand_as(kept))), dim=-1)
 
 
 class Attention(nn.Module):
@@ -134,9 +148,7 @@ class Attention(nn.Module):
         super().__init__()
         self.scale, self.dropout = scale, dropout
 
-    def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         """q (B, H, T, D), k and v (B, K, S, D), mask (1 or B, 1, T, S) of 0 and -inf: to q's shape."""
         p, grouped = self.dropout if self.training else 0.0, q.size(1) != k.size(1)
         y = F.scaled_dot_product_attention(
@@ -149,31 +161,28 @@ class KVCache:
     """Keys and values of the tokens read so far, (n_layer, 2, B, K, size, D), allocated once.
 
     Queries read its first `length` positions: lower it to what is filled to save time, or leave it so that
-    shapes stay the same, as CUDA graphs need them.
-    """
+    shapes stay the same, as CUDA graphs need them. With key_offset, half of each key is stored one position
+    later, where it is read; so there is a position more."""
 
     def __init__(self, config: GPTConfig, B: int, size: int, device: Any = None, dtype: Any = None) -> None:
-        shape = (config.n_layer, 2, B, config.kv_heads, size, config.head_dim)
+        self.length, self.key_offset = size, config.key_offset
+        shape = (config.n_layer, 2, B, config.kv_heads, size + self.key_offset, config.head_dim)
         self.kv = torch.zeros(shape, device=device, dtype=dtype)
         self.layers = self.kv.unbind(0)
-        self.length = size
 
-    def update(
-        self, layer: int, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store k and v (N, K, T, D) of the first N sequences; returns the keys and values to attend to.
-
-        Without positions, they are a prompt's, from position 0 on, and attend only to each other.
-        """
+    def update(self, layer: int, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k and v (N, K, T, D) of the first N sequences at positions (1 or N, T); returns all that is
+        stored, (N, K, length, D)."""
         kv = self.layers[layer][:, : len(k)]  # (2, N, K, size, D)
-        new = torch.stack((k, v)).to(kv.dtype)  # (2, N, K, T, D)
-        if positions is None:
-            kv[:, :, :, : k.size(2)] = new
-            return k, v
-        if len(positions) == 1:
-            kv.index_copy_(3, positions[0], new)
-        else:
-            kv.scatter_(3, positions[None, :, None, :, None].expand_as(new), new)
+        parts = [(kv[0], k), (kv[1], v)]
+        if self.key_offset:
+            (kept, moved), (k, later) = kv[0].chunk(2, dim=-1), k.chunk(2, dim=-1)
+            parts[0:1] = [(kept, k), (moved[:, :, 1:], later)]
+        for stored, new in parts:
+            if len(positions) == 1:
+                stored.index_copy_(2, positions[0], new.to(kv.dtype))
+            else:
+                stored.scatter_(2, positions[:, None, :, None].expand_as(new), new.to(kv.dtype))
         return kv[:, :, :, : self.length].unbind(0)
 
 
@@ -182,7 +191,7 @@ class CausalSelfAttention(nn.Module):
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
-        self.layer, self.D = layer, config.head_dim
+        self.layer, self.D, self.key_offset = layer, config.head_dim, config.key_offset
         self.n_head, self.kv_heads = config.n_head, config.kv_heads
         self.c_attn = nn.Linear(config.n_embd, (self.n_head + 2 * self.kv_heads) * self.D, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
@@ -196,13 +205,9 @@ class CausalSelfAttention(nn.Module):
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self,
-        x: torch.Tensor,
-        positions: torch.Tensor | None = None,
-        cos_sin: torch.Tensor | None = None,
-        mask: torch.Tensor | None = None,
-        cache: KVCache | None = None,
-    ) -> torch.Tensor:
+        self, x: Tensor, at: Tensor, cos_sin: Tensor | None, mask: Tensor | None, cache: KVCache | None
+    ) -> Tensor:
+        """x (B, T, C) at positions `at` (1 or B, T) to (B, T, C)."""
         B, T, C = x.shape
         H, K = self.n_head, self.kv_heads
         heads = self.c_attn(x).view(B, T, H + 2 * K, self.D).transpose(1, 2)  # (B, H + 2K, T, D)
@@ -214,8 +219,11 @@ class CausalSelfAttention(nn.Module):
         if self.rotary is not None:
             qk = self.rotary(qk, cos_sin)
         q, k = qk.to(v.dtype).split((H, K), dim=1)
-        if cache is not None:
-            k, v = cache.update(self.layer, k, v, positions)  # (B, K, S, D)
+        stored = None if cache is None else cache.update(self.layer, k, v, at)  # each (B, K, S, D)
+        if stored is not None and mask is not None:  # without a mask, it is a prompt, which reads itself
+            k, v = stored
+        elif self.key_offset:
+            k = offset_keys(k, mask)
         y = self.attention(q, k, v, mask)  # (B, H, T, D)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))  # (B, T, C)
 
@@ -231,7 +239,7 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(width, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.dropout(self.c_proj(self.activation(self.c_fc(x))))  # (B, T, C)
 
 
@@ -246,7 +254,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.skip = nn.Parameter(torch.empty(2)) if config.embedding_skip else None
 
-    def forward(self, x: torch.Tensor, x0: torch.Tensor, *context: Any) -> torch.Tensor:
+    def forward(self, x: Tensor, x0: Tensor, *context: Any) -> Tensor:
         """x and the embeddings x0 (B, T, C) to (B, T, C); `context` is attention's other inputs."""
         if self.skip is not None:
             x = self.skip[0] * x + self.skip[1] * x0
@@ -255,11 +263,8 @@ class Block(nn.Module):
 
 
 def embedding(rows: int, columns: int) -> nn.Embedding:
-    """nn.Embedding, whose own initialisation is slow on the meta device."""
-    weight = torch.empty(rows, columns)
-    if not weight.is_meta:
-        weight.normal_()  # init_weights draws again; kept, so that a seed gives the same weights as before
-    return nn.Embedding.from_pretrained(weight, freeze=False)
+    """nn.Embedding without its initialisation, which is slow on the meta device."""
+    return nn.Embedding.from_pretrained(torch.empty(rows, columns), freeze=False)
 
 
 class GPT(nn.Module):
@@ -301,13 +306,12 @@ class GPT(nn.Module):
             self.lm_head.weight.zero_()
 
     def forward(
-        self, idx: torch.Tensor, targets: torch.Tensor | None = None, return_logits: bool = True
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        self, idx: Tensor, targets: Tensor | None = None, return_logits: bool = True
+    ) -> tuple[Tensor | None, Tensor | None]:
         """Logits and mean cross-entropy, in nats, of idx and targets (B, T); targets of -1 do not count.
 
         With targets: logits (B, T, V), or None without return_logits, and the loss. Without: logits of the
-        last position, (B, 1, V), and None.
-        """
+        last position, (B, 1, V), and None."""
         x = self.hidden_states(idx)
         if targets is None:
             return self.logits(x[:, -1:]), None
@@ -318,16 +322,15 @@ class GPT(nn.Module):
 
     def hidden_states(
         self,
-        idx: torch.Tensor,
-        positions: torch.Tensor | None = None,
-        mask: torch.Tensor | None = None,
+        idx: Tensor,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
         cache: KVCache | None = None,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """The inputs of lm_head, (B, T, C), for idx (B, T).
 
         Positions are 0..T-1 unless `positions` (1 or B, T) are given. Attention is causal, also over a cache,
-        unless a mask (1 or B, 1, T, S) is added to its scores: 0 for a key that is read, else -inf.
-        """
+        unless a mask (1 or B, 1, T, S) is added to its scores: 0 for a key that is read, else -inf."""
         T, config = idx.size(1), self.config
         if positions is None and T > config.block_size:
             raise ValueError(f"{T} tokens do not fit into block_size={config.block_size}")
@@ -344,24 +347,23 @@ class GPT(nn.Module):
         x = x0 = self.transformer.drop(x)
         for block in self.transformer.h:
             if self.activation_checkpointing and self.training:
-                x = checkpoint(block, x, x0, positions, cos_sin, mask, cache, use_reentrant=False)
+                x = checkpoint(block, x, x0, at, cos_sin, mask, cache, use_reentrant=False)
             else:
-                x = block(x, x0, positions, cos_sin, mask, cache)
+                x = block(x, x0, at, cos_sin, mask, cache)
         return self.transformer.ln_f(x)
 
-    def logits(self, x: torch.Tensor) -> torch.Tensor:
+    def logits(self, x: Tensor) -> Tensor:
         """(..., C) to (..., V)."""
         logits, cap = self.lm_head(x), self.config.logit_softcap
         return cap * torch.tanh(logits.float() / cap) if cap else logits
 
     @torch.no_grad()
     def generate(
-        self, idx: torch.Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None
-    ) -> torch.Tensor:
+        self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None
+    ) -> Tensor:
         """idx (B, T) followed by max_new_tokens sampled tokens; call eval() first. Temperature 0 is greedy.
 
-        Each token is read once. When block_size is full, the last three quarters of it are read again.
-        """
+        Each token is read once. When block_size is full, the last three quarters of it are read again."""
         size = self.config.block_size
         length = min(idx.size(1) + max_new_tokens, size)
         cache = KVCache(self.config, len(idx), length, idx.device, self.transformer.wte.weight.dtype)
@@ -388,25 +390,21 @@ class GPT(nn.Module):
     def from_pretrained(cls, model_type: str, override_args: dict[str, Any] | None = None) -> "GPT":
         """The weights of gpt2, gpt2-medium, gpt2-large or gpt2-xl, or of a folder that transformers wrote.
 
-        `override_args` may set dropout. Raises OSError or ValueError if that is not a GPT-2.
-        """
+        `override_args` may set dropout. Raises OSError or ValueError if that is not a GPT-2."""
         from transformers import GPT2LMHeadModel
 
         if set(override_args or {}) - {"dropout"}:
             raise ValueError(f"only dropout can be overridden, not {', '.join(override_args)}")
         theirs, report = GPT2LMHeadModel.from_pretrained(model_type, output_loading_info=True)
-        if report["missing_keys"]:
-            raise ValueError(f"{model_type}: {len(report['missing_keys'])} weights are missing")
-        kind = theirs.config.activation_function
-        if kind != "gelu_new":
+        if (kind := theirs.config.activation_function) != "gelu_new":
             raise ValueError(f"{model_type}: activation_function={kind} is not GPT-2's, gelu_new")
         shape = {"block_size": theirs.config.n_positions, "vocab_size": theirs.config.vocab_size}
         shape |= {name: getattr(theirs.config, name) for name in ("n_layer", "n_head", "n_embd")}
         model = cls(GPTConfig(**shape, **(override_args or {})))
         conv1d = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # stored as (in, out), not (out, in)
         weights = {name: w.t() if name.endswith(conv1d) else w for name, w in theirs.state_dict().items()}
-        if not all(w.isfinite().all() for w in weights.values()):
-            raise ValueError(f"{model_type} has weights that are NaN or infinite")
+        if report["missing_keys"] or not all(w.isfinite().all() for w in weights.values()):
+            raise ValueError(f"{model_type} has weights that are missing, NaN or infinite")
         model.load_state_dict(weights)
         return model
 

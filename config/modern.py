@@ -10,6 +10,7 @@ activation = "swiglu"  # a lower loss than relu2, which is a little faster
 tied = False  # a separate lm_head, which costs little with a small vocabulary
 logit_softcap = 15.0  # bounds the logits and so the gradients, which makes large models more stable
 embedding_skip = True  # each block reads a learned mix of the residual stream and the embeddings
+key_offset = True  # half of each key is that of the position before, which teaches to copy early
 zero_init = True  # residual projections start at zero: the first steps train the head, later ones the blocks
 
 # the optimizer

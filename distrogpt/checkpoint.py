@@ -353,8 +353,9 @@ def training_state(
         weights["lm_head.weight"] = weights["transformer.wte.weight"]
     states = [gather_to_cpu(optimizer.state_dict(), keep) for optimizer in optimizers]
     named_states, model_args = dict(zip(OPTIMIZER_KEYS, states, strict=False)), asdict(model.config)
-    if not model.config.qk_norm_weights:
-        del model_args["qk_norm_weights"]  # unknown to older versions
+    for name in ("qk_norm_weights", "key_offset"):  # unknown to older versions
+        if not model_args[name]:
+            del model_args[name]
     return {"model": weights, **named_states, "model_args": model_args, **extra}
 
 

@@ -110,6 +110,7 @@ class TrainConfig(Settings):
     embedding_skip: bool = setting(
         False, "each block reads a learned mix of the residual stream and the token embeddings"
     )
+    key_offset: bool = setting(False, "half of each key is that of the position before (partial key offset)")
     zero_init: bool = setting(False, "zero-initialise residual projections and an untied lm_head")
 
     optimizer: str = setting(
@@ -263,8 +264,8 @@ class TrainConfig(Settings):
 
 CHECKS = "machine network greedy compile fp16 resume ranks synchronize memory".split()
 # what each measurement of bench.py depends on, beside the settings of all
-RECIPE = """bias activation norm rotary qk_norm n_kv_head tied logit_softcap embedding_skip zero_init
-    optimizer""".split()  # what can differ from GPT-2 with AdamW, beside the size
+RECIPE = """bias activation norm rotary qk_norm n_kv_head tied logit_softcap embedding_skip key_offset
+    zero_init optimizer""".split()  # what can differ from GPT-2 with AdamW, beside the size
 NETWORK = ["init_from", "block_size", "n_layer", "n_head", "n_embd", *RECIPE[:-1], "seed"]
 OPTIMIZER = """optimizer learning_rate muon_lr embedding_lr head_lr weight_decay beta1 beta2 momentum
     grad_clip""".split()

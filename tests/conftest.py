@@ -42,7 +42,7 @@ TINY = (
 MODERN = (
     "--norm=rmsnorm", "--rotary=True", "--qk_norm=True", "--activation=relu2", "--n_kv_head=1",
     "--tied=False", "--logit_softcap=15", "--embedding_skip=True", "--zero_init=True", "--optimizer=muon",
-    "--embedding_lr=0.03", "--lr_schedule=wsd", "--sampling=epochs",
+    "--key_offset=True", "--embedding_lr=0.03", "--lr_schedule=wsd", "--sampling=epochs",
 )  # fmt: skip
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's client is imported

@@ -174,7 +174,10 @@ def test_mistakes_in_one_line(flag, message):
     [
         ("--n_embd=100", "n_embd=100 is not divisible by n_head=12; change one"),
         ("--n_kv_head=5", "n_kv_head=5 does not divide n_head=12; change one"),
-        ("--n_embd=36 --rotary=True", "rotary needs an even n_embd/n_head, which is 3; change one"),
+        (
+            "--n_embd=36 --rotary=True",
+            "rotary and key_offset need an even n_embd/n_head, which is 3; change one",
+        ),
     ],
 )
 def test_a_network_that_cannot_be_built_is_refused_in_one_line(flag, message, dataset, tmp_path):

@@ -37,7 +37,15 @@ from train import training_step
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
 SHAPE = {"block_size": 8, "vocab_size": len(CHARS), "n_layer": 1, "n_head": 2, "n_embd": 8}
-MODERN = {**SHAPE, "rotary": True, "norm": "rmsnorm", "n_kv_head": 1, "tied": False, "embedding_skip": True}
+MODERN = {
+    **SHAPE,
+    "rotary": True,
+    "norm": "rmsnorm",
+    "n_kv_head": 1,
+    "tied": False,
+    "embedding_skip": True,
+    "key_offset": True,
+}
 BATCH = MicroBatch(torch.arange(8)[None], torch.arange(1, 9)[None], 0)
 
 

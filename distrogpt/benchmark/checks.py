@@ -39,7 +39,8 @@ from model import GPT, GPTConfig
 
 SMALL = {"block_size": 256, "vocab_size": 1024, "n_layer": 4, "n_head": 4, "n_embd": 256}
 MODERN = {"norm": "rmsnorm", "rotary": True, "qk_norm": True, "activation": "relu2", "n_kv_head": 2}
-MODERN |= {"tied": False, "logit_softcap": 15.0, "embedding_skip": True}  # no zero_init: gradients would be 0
+MODERN |= {"tied": False, "logit_softcap": 15.0, "embedding_skip": True, "key_offset": True}
+# without zero_init: gradients would be 0
 NETWORKS = {"GPT-2": {}, "modern": MODERN}
 TRAIN = [sys.executable, str(timing.ROOT / "train.py")]
 

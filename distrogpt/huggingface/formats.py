@@ -62,7 +62,7 @@ Weights = dict[str, torch.Tensor]
 def model_type_of(config: GPTConfig) -> str:
     """The format in which this network is written: a key of ARCHITECTURES."""
     gated = config.activation == "swiglu"
-    if config.logit_softcap or config.embedding_skip:
+    if config.logit_softcap or config.embedding_skip or config.key_offset:
         return "distrogpt"
     if config.norm == "layernorm" and not (config.rotary or config.qk_norm or gated):
         return "gpt2" if config.kv_heads == config.n_head else "distrogpt"
@@ -251,7 +251,9 @@ def read_pretrained(folder: Path, dropout: float = 0.0) -> GPT:
     require(settings, quantization_config=None, pruned_heads={})
     shape_of = {"gpt2": from_gpt2_settings, "distrogpt": from_own_settings}.get(kind, from_llama_settings)
     config = make_config({**shape_of(settings), "dropout": dropout})
-    ours = ("norm", "rotary", "qk_norm", "logit_softcap", "embedding_skip")  # which the other formats imply
+    ours = (
+        "norm rotary qk_norm logit_softcap embedding_skip key_offset".split()
+    )  # the other formats imply them
     require(settings, **{name: getattr(config, name) for name in ours})
     if config.n_kv_head == config.n_head:
         config = replace(config, n_kv_head=None)
@@ -342,7 +344,7 @@ def from_own_settings(settings: dict[str, Any]) -> dict[str, Any]:
     for key, value in settings.items():
         if value and key not in (*names, *OTHER_KEYS) and not key.startswith("_"):
             raise ValueError(f"config.json has an unknown {key[:40]}={str(value)[:40]}, which may matter")
-    later = {"qk_norm_weights": False}  # not in the config.json of older versions
+    later = {"qk_norm_weights": False, "key_offset": False}  # not in the config.json of older versions
     shape = {name: settings.get(name, later.get(name)) for name in names}
     return shape | {"tied": settings.get("tie_word_embeddings", True)}
 

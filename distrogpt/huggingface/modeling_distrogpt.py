@@ -36,6 +36,7 @@ DEFAULTS: dict[str, Any] = {
     "n_kv_head": None,  # None: n_head
     "logit_softcap": 0.0,  # 0 is off
     "embedding_skip": False,  # each block reads a learned mix of the residual stream and the embeddings
+    "key_offset": False,  # half of each key is that of the position before
     "initializer_range": 0.02,
     "use_cache": True,
 }
@@ -90,8 +91,19 @@ def norm_layer(config: DistroGPTConfig) -> nn.Module:
     return nn.LayerNorm(config.n_embd, bias=config.bias)
 
 
-# inputs of all blocks: cos_sin, cache, new positions, attention_mask, and masks made of it, by number of keys
-Context = tuple[Tensor | None, Cache | None, Tensor, Tensor | None, dict[int, Tensor]]
+def offset_keys(k: Tensor, numbers: Tensor | None) -> Tensor:
+    """k (B, K, S, D) with half of the channels from the position before; 0 if there is none. `numbers`, (1 or
+    B, 1, S, 1), are 1 + the position before, or 0; None: of consecutive positions."""
+    kept, moved = k.chunk(2, dim=-1)
+    moved = F.pad(moved, (0, 0, 1, 0))  # (B, K, 1 + S, D/2)
+    if numbers is None:
+        return torch.cat((kept, moved[:, :, :-1]), dim=-1)
+    return torch.cat((kept, moved.gather(2, numbers.expand_as(kept))), dim=-1)
+
+
+# inputs of all blocks: cos_sin, cache, new positions, attention_mask, and what is made of it, by number of
+# keys: the mask, and the numbers of offset_keys
+Context = tuple[Tensor | None, Cache | None, Tensor, Tensor | None, dict[int, tuple[Tensor, Tensor | None]]]
 
 
 class Attention(nn.Module):
@@ -99,7 +111,8 @@ class Attention(nn.Module):
 
     def __init__(self, config: DistroGPTConfig, layer: int) -> None:
         super().__init__()
-        self.layer, self.dropout, self.qk_norm = layer, config.dropout, config.qk_norm
+        self.layer, self.dropout = layer, config.dropout
+        self.qk_norm, self.key_offset = config.qk_norm, config.key_offset
         self.H, self.K, self.D = config.n_head, config.n_kv_head, config.n_embd // config.n_head
         learned = config.qk_norm_weights
         self.q_weight, self.k_weight = (nn.Parameter(torch.ones(self.D)) if learned else None for _ in "qk")
@@ -123,12 +136,16 @@ class Attention(nn.Module):
         if cache is not None:
             written_at = [{"cache_position": new}] if CACHE_TAKES_POSITIONS else []
             k, v = cache.update(k, v, self.layer, *written_at)  # (B, K, S, D)
-        if H != K:
-            k, v = (heads.repeat_interleave(H // K, dim=1) for heads in (k, v))  # (B, H, S, D)
         S, p = k.size(2), self.dropout if self.training else 0.0
         if S not in masks:
-            masks[S] = make_mask(attention_mask, new, S)
-        y = F.scaled_dot_product_attention(q, k, v, masks[S], p, scale=self.scale)  # (B, H, T, D)
+            numbers = positions_before(attention_mask, T, S) if self.key_offset else None
+            masks[S] = make_mask(attention_mask, new, S), numbers
+        mask, numbers = masks[S]
+        if self.key_offset:
+            k = offset_keys(k, numbers)
+        if H != K:
+            k, v = (heads.repeat_interleave(H // K, dim=1) for heads in (k, v))  # (B, H, S, D)
+        y = F.scaled_dot_product_attention(q, k, v, mask, p, scale=self.scale)  # (B, H, T, D)
         y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))
         return F.dropout(y, self.dropout, self.training)
 
@@ -313,3 +330,20 @@ def make_mask(attention_mask: Tensor | None, new: Tensor, S: int) -> Tensor:
         is_text = F.pad(attention_mask.bool(), (0, S - attention_mask.size(1)))  # (B, S)
         mask = mask & (is_text[:, None, None] | (keys == new[:, None]))
     return mask
+
+
+def positions_before(attention_mask: Tensor | None, T: int, S: int) -> Tensor | None:
+    """1 + the position before each of S keys, padding left out, or 0: (B, 1, S, 1); None without padding. A
+    mask of 4 dimensions may hide texts that are packed into one row from each other, if all S are new."""
+    if attention_mask is None:
+        return None
+    counted = torch.arange(1, S + 1, device=attention_mask.device)
+    if attention_mask.ndim == 4:
+        reads = attention_mask if attention_mask.dtype == torch.bool else attention_mask == 0  # (B, H, T, S)
+        if T == S:
+            return (reads[:, :1].tril(-1) * counted).amax(-1)[..., None]
+        is_text = reads[:, 0, -1]  # (B, S)
+    else:
+        is_text = F.pad(attention_mask.bool(), (0, S - attention_mask.size(1)))
+    latest = (is_text * counted).cummax(dim=-1).values
+    return F.pad(latest[:, :-1], (1, 0))[:, None, :, None]

@@ -87,7 +87,7 @@ class DecodingBatch:
         last = len(self.lengths) - 1
         length = min(int(self.lengths[last]), self.block_size)
         if row < last:
-            self.cache.kv[:, :, row, :, :length] = self.cache.kv[:, :, last, :, :length]
+            self.cache.kv[:, :, row, :, : length + 1] = self.cache.kv[:, :, last, :, : length + 1]
         for rows in (self.text, self.last_tokens, self.lengths):
             rows[row] = rows[last]
         self.last_tokens, self.lengths, self.positions = self.last_tokens[:last], self.lengths[:last], None
@@ -141,7 +141,7 @@ class DecodingBatch:
         cache = self.new_cache(len(lengths), width)
         last = torch.from_numpy(lengths - 1).to(self.device)
         logits = prefill(self.model, self.text[index[::n], :width], last, cache)
-        self.cache.kv[:, :, index, :, :width] = cache.kv.repeat_interleave(n, dim=2)
+        self.cache.kv[:, :, index, :, : cache.kv.size(4)] = cache.kv.repeat_interleave(n, dim=2)
         return logits.repeat_interleave(n, 0)
 
     def last_positions(self) -> torch.Tensor:

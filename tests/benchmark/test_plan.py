@@ -44,7 +44,7 @@ GPT2 = ("config/train_gpt2.py", "--plan=True", "--real_data=False")
 SMALL = "--n_layer=3 --n_head=2 --n_embd=32 --block_size=64 --batch_size=2".split()
 MODERN = (
     "--rotary=True --qk_norm=True --norm=rmsnorm --activation=swiglu --n_kv_head=1 --tied=False "
-    "--logit_softcap=15 --embedding_skip=True --dropout=0.1"
+    "--logit_softcap=15 --embedding_skip=True --key_offset=True --dropout=0.1"
 ).split()
 
 

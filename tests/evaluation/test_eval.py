@@ -45,7 +45,7 @@ LONGER = ("--block_size=24", "--max_iters=60", "--eval_interval=30")
 CPU = Runtime(torch.device("cpu"), torch.float32)
 MODERN_SHAPE = {
     "norm": "rmsnorm", "rotary": True, "qk_norm": True, "n_kv_head": 1, "tied": False, "logit_softcap": 15.0,
-    "embedding_skip": True, "activation": "relu2",
+    "embedding_skip": True, "key_offset": True, "activation": "relu2",
 }  # fmt: skip
 
 

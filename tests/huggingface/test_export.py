@@ -37,6 +37,7 @@ LETTERS = CharTokenizer("".join(map(chr, range(32, 127))) + "\n", ends=True)  # 
 NEW = {"norm": "rmsnorm", "rotary": True}
 GATED = {**NEW, "activation": "swiglu", "n_kv_head": 2}
 EVERYTHING = {"qk_norm": True, "n_kv_head": 1, "tied": False, "logit_softcap": 15.0, "embedding_skip": True}
+EVERYTHING |= {"key_offset": True}
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "GPT-2": ("GPT2LMHeadModel", {}),
     "GPT-2 without biases": ("GPT2LMHeadModel", {"bias": False}),
@@ -505,6 +506,7 @@ OTHER_NETWORKS = [
     ("Qwen3", {"layer_types": ["full_attention", "sliding_attention"]}),
     ("GPT-2", {"pruned_heads": {"0": [1]}}),
     ("GPT-2", {"embedding_skip": True}),
+    ("GPT-2", {"key_offset": True}),
 ]
 
 

@@ -39,6 +39,7 @@ VALUES = {
     "tied": (True, False),
     "logit_softcap": (0.0, 3.0),
     "embedding_skip": (False, True),
+    "key_offset": (False, True),
     "zero_init": (False, True),
 }
 ALL = [dict(zip(VALUES, values, strict=True)) for values in itertools.product(*VALUES.values())]
@@ -88,6 +89,13 @@ def reference(model: GPT, idx: torch.Tensor) -> torch.Tensor:
                     x[:, t, i + 1] = a * math.sin(angle) + b * math.cos(angle)
         return x
 
+    def key(x):
+        x = head(x)
+        if c.key_offset:
+            before = torch.cat((torch.zeros_like(x[:, :1]), x[:, :-1]), dim=1)
+            x = torch.where(torch.arange(D) < D // 2, x, before)
+        return x
+
     x = w["transformer.wte.weight"][idx]
     if not c.rotary:
         x = x + w["transformer.wpe.weight"][:T]
@@ -101,7 +109,7 @@ def reference(model: GPT, idx: torch.Tensor) -> torch.Tensor:
         heads = []
         for h in range(c.n_head):
             kv = h // (c.n_head // K)
-            q, k, v = head(parts[h]), head(parts[c.n_head + kv]), parts[c.n_head + K + kv]
+            q, k, v = head(parts[h]), key(parts[c.n_head + kv]), parts[c.n_head + K + kv]
             scores = q @ k.mT * (12 / D if c.qk_norm else 1 / math.sqrt(D))
             heads.append(scores.masked_fill(later, -math.inf).softmax(-1) @ v)
         x = x + linear(torch.cat(heads, -1), f"{block}.attn.c_proj")
@@ -122,7 +130,7 @@ COMBINATIONS = random.Random(0).sample(ALL, 200)  # every triple of values
 
 
 def test_combinations_include_each_triple_of_values():
-    assert len(ALL) == 2**8 * 9
+    assert len(ALL) == 2**9 * 9
     for names in itertools.combinations(VALUES, 3):
         expected = set(itertools.product(*(VALUES[name] for name in names)))
         assert {tuple(values[name] for name in names) for values in COMBINATIONS} == expected, names
@@ -235,7 +243,7 @@ def test_zero_init_starts_with_uniform_probabilities():
     assert model(ids(2, 7), ids(2, 7))[1].item() == pytest.approx(math.log(24), rel=1e-6)
     transformer = GPT(GPTConfig(**SMALL, zero_init=True)).transformer
     x = torch.randn(1, 3, 24)
-    assert torch.equal(transformer.h[0](x, x), x)
+    assert torch.equal(transformer.h[0](x, x, None, None, None, None), x)
 
 
 def test_parameters_of_embeddings_are_not_counted():

@@ -422,7 +422,13 @@ def test_an_overflow_in_fp16_lets_no_optimizer_step():
 def test_the_network_is_what_the_settings_say(tmp_path, dataset):
     shape = {"block_size": 12, "n_layer": 3, "n_head": 4, "n_embd": 24, "dropout": 0.1, "bias": False}
     shape |= {"activation": "swiglu", "norm": "rmsnorm", "rotary": True, "qk_norm": True, "n_kv_head": 2}
-    shape |= {"tied": False, "logit_softcap": 9.0, "embedding_skip": True, "zero_init": True}
+    shape |= {
+        "tied": False,
+        "logit_softcap": 9.0,
+        "embedding_skip": True,
+        "key_offset": True,
+        "zero_init": True,
+    }
     flags = [f"--{name}={value}" for name, value in shape.items()]
     result = train(config_of(f"--dataset={dataset}", f"--out_dir={tmp_path}", "--max_iters=1", *flags))
     made = dict(vars(result.model.config))
