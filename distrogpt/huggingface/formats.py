@@ -251,10 +251,8 @@ def read_pretrained(folder: Path, dropout: float = 0.0) -> GPT:
     require(settings, quantization_config=None, pruned_heads={})
     shape_of = {"gpt2": from_gpt2_settings, "distrogpt": from_own_settings}.get(kind, from_llama_settings)
     config = make_config({**shape_of(settings), "dropout": dropout})
-    ours = (
-        "norm rotary qk_norm logit_softcap embedding_skip key_offset".split()
-    )  # the other formats imply them
-    require(settings, **{name: getattr(config, name) for name in ours})
+    implied = "norm rotary qk_norm logit_softcap embedding_skip key_offset".split()  # by the other formats
+    require(settings, **{name: getattr(config, name) for name in implied})
     if config.n_kv_head == config.n_head:
         config = replace(config, n_kv_head=None)
     weights = without_wrappers(read_weights(folder), ("_orig_mod", "module"))
