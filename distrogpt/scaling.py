@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 # worth at most; error: of the losses of other texts
 LAW: dict[str, float] = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))["law"]
 
+# difficulty_of English web text, assumed: losses of published runs imply 2.3 (FineWeb-EDU) to 3.0 (FineWeb)
+WEB_DIFFICULTY = 2.6
 CHARACTERS = 5e6  # of a text for which a byte-pair encoding is better
 
 

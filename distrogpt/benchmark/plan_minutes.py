@@ -20,8 +20,9 @@ from distrogpt.training.schedule import end_seconds
 from distrogpt.training.startup import name_run, tokens_per_step, with_changes
 
 STARTING = 10.0  # seconds to load torch and the data, and to measure some sizes
-# English web text in GPT-2's tokens; losses of published runs imply a difficulty of 2.7 (FineWeb-EDU) to 3.2
-WEB_TEXT = Text(math.inf, 10_000_000, GPT2_META["vocab_size"], 4.5, 2.8)
+WEB_TEXT = Text(
+    math.inf, 10_000_000, GPT2_META["vocab_size"], 4.5, scaling.WEB_DIFFICULTY
+)  # in GPT-2's tokens
 
 
 def text_of(config: BenchConfig, has_data: bool) -> Text:

@@ -22,7 +22,16 @@ from distrogpt.data.dataset import Dataset, open_dataset
 from distrogpt.errors import UserError, writable
 from distrogpt.plotting import INK, RING, add_line, label_ends, new_figure, style_axes, write_figure
 from distrogpt.runtime import start_runtime
-from distrogpt.scaling import LAW, SIZES, Size, Text, loss_by_law, parse_size, relative_loss
+from distrogpt.scaling import (
+    LAW,
+    SIZES,
+    WEB_DIFFICULTY,
+    Size,
+    Text,
+    loss_by_law,
+    parse_size,
+    relative_loss,
+)
 from distrogpt.settings import AblateConfig, TrainConfig
 from distrogpt.training.minutes import Chooser, read_text, size_of
 from distrogpt.training.startup import tokens_per_step, with_changes
@@ -46,7 +55,6 @@ PUBLISHED = np.array([
     (381.8, 3_807, 4.7, 0.7999), (730, 8_760, 4.7, 0.7483), (918, 7_577, 4.7, 0.7465),
     (2_074, 88_683, 4.86, 0.7045),
 ])  # fmt: skip
-WEB_DIFFICULTY = 2.8  # scaling.difficulty_of of web text, assumed: between FineWeb-EDU and FineWeb
 PUBLISHED_WEIGHT = 0.1  # of a published run; one of the study has 1
 
 

@@ -111,7 +111,7 @@ def test_published_runs_decide_about_large_models_alone(monkeypatch):
         best[weight] = millions[losses.argmin()]
         assert abs(fit.errors["small"]).max() < 0.01
     assert 300 < best[PUBLISHED_WEIGHT] < 480  # nanochat: 382
-    assert best[0.0] > 1.3 * best[PUBLISHED_WEIGHT]
+    assert not 300 < best[0.0] < 480
 
 
 def test_constants_that_the_runs_do_not_determine_stay_as_they_are():
