@@ -20,9 +20,8 @@ from distrogpt.training.schedule import end_seconds
 from distrogpt.training.startup import name_run, tokens_per_step, with_changes
 
 STARTING = 10.0  # seconds to load torch and the data, and to measure some sizes
-WEB_TEXT = Text(
-    math.inf, 10_000_000, GPT2_META["vocab_size"], 4.5, scaling.WEB_DIFFICULTY
-)  # in GPT-2's tokens
+# English web text in GPT-2's tokens
+WEB_TEXT = Text(math.inf, 10_000_000, GPT2_META["vocab_size"], 4.5, scaling.WEB_DIFFICULTY)
 
 
 def text_of(config: BenchConfig, has_data: bool) -> Text:
