@@ -115,6 +115,20 @@ def test_arguments_that_contradict_each_other_are_refused(theirs):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("additive", [False, True])
+def test_texts_packed_into_one_row_are_read_as_if_alone(additive, pair):
+    model, theirs = pair
+    first, second = random_ids(1, 5), random_ids(1, 4)
+    mask = torch.block_diag(torch.ones(5, 5), torch.ones(4, 4)).tril().bool()[None, None]
+    if additive:
+        mask = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
+    packed, positions = torch.cat((first, second), dim=1), torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3]])
+    logits = theirs(packed, attention_mask=mask, position_ids=positions, use_cache=False).logits
+    expected = [model(text, text)[0] for text in (first, second)]
+    assert_close(logits, torch.cat(expected, dim=1)[..., : logits.size(-1)])  # the vocabulary is not padded
+
+
+@torch.no_grad()
 def test_hidden_states_and_tuples_are_returned_if_requested(theirs):
     ids = random_ids(2, 4)
     plain, output = theirs(ids), theirs(ids, output_hidden_states=True)

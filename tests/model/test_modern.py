@@ -267,3 +267,23 @@ def test_crop_block_size_of_a_rotary_model_keeps_its_logits():
         model.crop_block_size(8)
         after, _ = model(ids(2, 8), ids(2, 8))
     assert torch.equal(before, after) and model.config.block_size == 8
+
+
+@pytest.mark.parametrize("cpu_kernels", [False, True])
+def test_a_branch_under_a_mask_gives_what_it_gives_alone(cpu_kernels):
+    """Two continuations of a context in one row, as eval.py has the endings of a question."""
+    model, context, first, second = (
+        random_model(cpu_kernels, **MODERN),
+        ids(1, 5),
+        ids(1, 3),
+        ids(1, 9)[:, 5:],
+    )
+    row = torch.cat((context, first, second), dim=1)
+    positions = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 7, 5, 6, 7, 8]])
+    mask = torch.full((12, 12), -math.inf).triu(1)
+    mask[8:, 5:8] = -math.inf
+    with torch.no_grad():
+        x = model.hidden_states(row, positions, mask[None, None])
+        torch.testing.assert_close(x[:, :8], model.hidden_states(row[:, :8]), atol=1e-4, rtol=1e-4)
+        alone = model.hidden_states(torch.cat((context, second), dim=1))
+    torch.testing.assert_close(x[:, 8:], alone[:, 5:], atol=1e-4, rtol=1e-4)
