@@ -11,9 +11,11 @@ import numpy as np
 import torch
 import torch.nn as nn
 
+from distrogpt.errors import warn
 from distrogpt.inference.sampling import SamplingParams, sample_token
 from distrogpt.kernels.compile import cuda_graph
 from distrogpt.kernels.cpu import to_device
+from distrogpt.kernels.native import NativeDecoder, build_error, supports
 from distrogpt.kernels.quantized import pack_linear
 from model import GPT, KVCache
 
@@ -22,12 +24,14 @@ def prefill(model: GPT, idx: torch.Tensor, last: torch.Tensor, cache: KVCache) -
     """Fill the cache with prompts idx (N, T) from position 0 on; the logits (N, V) at the positions `last`
     (N,). Later tokens have no effect."""
     x = model.hidden_states(idx, cache=cache)
-    return model.logits(x[torch.arange(len(x), device=x.device), last])
+    x = x[torch.arange(len(x), device=x.device), last]  # (N, C)
+    rows = x.expand(2, -1) if len(x) == 1 else x  # torch sums one row alone in another order
+    return model.logits(rows)[: len(x)].float()
 
 
 def decode(model: GPT, ids: torch.Tensor, positions: torch.Tensor, cache: KVCache) -> torch.Tensor:
     """One decoding step: the next logits (B, V) after ids (B, 1) at positions (1 or B, 1)."""
-    return model.logits(model.hidden_states(ids, positions, cache=cache)[:, -1])
+    return model.logits(model.hidden_states(ids, positions, cache=cache)[:, -1]).float()
 
 
 class DecodingBatch:
@@ -51,10 +55,11 @@ class DecodingBatch:
         `record_graph` replaces cuda_graph, on any device."""
         weight = model.transformer.wte.weight
         self.model, self.device, self.block_size = model, weight.device, model.config.block_size
-        self.decode = getattr(model, "decode", partial(decode, model))  # compiled if compile=True
+        self.decode = getattr(model, "decode", partial(decode, model))  # see optimize_for_inference
         size = min(size or self.block_size, self.block_size)
         size += -size % 16  # attention sums of other lengths round differently
-        self.cache_dtype = weight.dtype if weight.is_cuda else torch.float32  # attention is slow in bf16
+        dtype = weight.dtype if weight.is_cuda else torch.float32  # torch's attention is slow in bf16 on CPUs
+        self.cache_dtype = getattr(self.decode, "cache_dtype", dtype)
         self.cache = self.new_cache(rows, size)
         self.text = torch.zeros(rows, size + 1, dtype=torch.long, device=self.device)
         self.last_tokens = self.text[:0, :1]  # (B, 1), not read yet
@@ -203,16 +208,22 @@ def stream(
 def optimize_for_inference(
     model: nn.Module, dtype: torch.dtype, int8: bool = False, compile: bool = False
 ) -> nn.Module:
-    """Change the model in place for fast decoding: its weights are converted to `dtype`, or to 8 bits, and on
-    a CPU packed into a fast layout.
+    """Change the model in place for fast decoding: its weights are converted to `dtype`, or to 8 bits.
 
-    With `compile`, the decoding step is compiled, without the layout, which torch.compile does not support.
-    On CPUs, compiling is faster with 8-bit weights or in fp32, and slower in bf16.
+    On CPUs that multiply bf16, the decoding step is that of kernels/decode.cpp; on others, weights are packed
+    into a fast layout. With `compile`, torch.compile compiles the decoding step instead, without the layout,
+    which it does not support.
     """
     device = model.transformer.wte.weight.device
     to_device(model.eval().to(dtype), device)
-    if int8 or (device.type == "cpu" and not compile):
+    native = device.type == "cpu" and not compile and supports(model, dtype)
+    if native and (error := build_error()):
+        warn(f"note     {error}")
+        native = False
+    if int8 or (device.type == "cpu" and not compile and not native):
         pack_linear(model, dtype, int8)
+    if native:
+        model.decode = NativeDecoder(model)
     if compile:
         model.decode = torch.compile(partial(decode, model))
     return model

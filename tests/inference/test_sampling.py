@@ -41,7 +41,7 @@ def sampler_of(tokenizer: Tokenizer, dtype: str = "float32", **more) -> Sampler:
 def logits_sizes(sampler: Sampler) -> Iterator[list[int]]:
     """Collects the batch size of each computation of logits: prefills have a row for each prompt."""
     sizes = []
-    hook = sampler.model.lm_head.register_forward_hook(lambda layer, x, logits: sizes.append(len(logits)))
+    hook = sampler.model.transformer.wte.register_forward_hook(lambda layer, ids, x: sizes.append(len(x)))
     try:
         yield sizes
     finally:

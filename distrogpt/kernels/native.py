@@ -1,0 +1,163 @@
+"""decode.cpp, the decoding step in C++: compiled at its first use, called through ctypes.
+
+Compared with torch, it saves the time between hundreds of small operations, and reads the weights at nearly
+the full speed of the memory.
+"""
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from ctypes import c_float, c_int64, c_void_p
+from functools import cache
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from distrogpt.kernels.quantized import Int8Linear
+from model import GPT, KVCache, rotary_cos_sin
+
+SOURCE = Path(__file__).with_name("decode.cpp")
+FOLDER = Path("~/.cache/distrogpt").expanduser()  # of the compiled file
+# these instructions and not -march=native, as machines of different kinds may share a home directory
+FLAGS = "-O3 -std=c++17 -mavx512bf16 -mavx512bw -mavx512dq -mavx512vl -mfma -fopenmp -shared -fPIC".split()
+ACTIVATIONS = ("gelu_tanh", "gelu", "relu2", "swiglu")  # by the numbers that decode.cpp gives them
+HEAD_DIMS = (32, 64, 128)
+
+
+def struct(name: str, **fields: str) -> type[ctypes.Structure]:
+    """The struct of that name in decode.cpp; `fields` are the names of its members by their types."""
+    members = [(member, TYPES[kind]) for kind, names in fields.items() for member in names.split()]
+    TYPES[name] = type(name, (ctypes.Structure,), {"_fields_": members})
+    return TYPES[name]
+
+
+TYPES: dict[str, type] = {"pointer": c_void_p, "integer": c_int64, "number": c_float}
+Linear = struct("Linear", pointer="weight scale bias", integer="rows columns")
+NORMS = "ln_1_weight ln_1_bias ln_2_weight ln_2_bias"
+Layer = struct("Layer", pointer=f"{NORMS} q_weight k_weight skip", Linear="c_attn attn_proj c_fc mlp_proj")
+SHAPE = "n_layer C H K D width rmsnorm qk_norm key_offset activation"
+POINTERS = "layers ln_f_weight ln_f_bias rotary"
+Model = struct("Model", pointer=POINTERS, Linear="lm_head", integer=SHAPE, number="scale softcap")
+Cache = struct("Cache", pointer="kv", integer="rows size")
+
+
+def supports(model: GPT, dtype: torch.dtype) -> bool:
+    """Whether decode.cpp computes this network, on this CPU, with these activations."""
+    config = model.config
+    return (
+        sys.platform == "linux"
+        and dtype == torch.bfloat16
+        and torch.cpu._is_avx512_bf16_supported()
+        and config.n_embd % 32 == 0
+        and config.head_dim in HEAD_DIMS
+    )
+
+
+@cache
+def build_error() -> str:
+    """Why decode.cpp cannot be used here, "" if it can. Compiles it, in a few seconds, if it has changed."""
+    try:
+        library()
+    except (OSError, subprocess.SubprocessError) as error:
+        output = (getattr(error, "stderr", None) or "").strip().splitlines()
+        return f"decoding is slower than it could be: {output[0] if output else error}"
+    return ""
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The compiled file. Raises OSError or subprocess.SubprocessError."""
+    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "c++"))), None)
+    if compiler is None:
+        raise OSError("g++ is missing; install it, for instance with: apt install g++")
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
+    key = hashlib.sha256(b"\n".join([SOURCE.read_bytes(), " ".join(FLAGS).encode(), version])).hexdigest()
+    compiled = FOLDER / f"decode-{key[:16]}.so"
+    if not compiled.is_file():
+        FOLDER.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=FOLDER) as folder:  # another process may compile it as well
+            command = [compiler, *FLAGS, str(SOURCE), "-o", f"{folder}/decode.so"]
+            subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+            os.replace(f"{folder}/decode.so", compiled)
+    return ctypes.CDLL(str(compiled))
+
+
+class NativeDecoder:
+    """The decoding step of a model whose weights are bf16, or 8-bit integers in Int8Linear layers, which it
+    shares. Attention reads a KV cache in bf16."""
+
+    cache_dtype = torch.bfloat16
+
+    def __init__(self, model: GPT) -> None:
+        """Raises as library() does."""
+        self.function, self.model, self.tensors = library().decode, model, []  # to which the structs point
+        config, blocks = model.config, model.transformer.h
+        self.layers = (Layer * config.n_layer)(*map(self.layer, blocks))
+        rotary = None
+        if config.rotary:
+            cos_sin = rotary_cos_sin(torch.arange(config.block_size)[None], config.head_dim)[:, 0, 0]
+            rotary = self.floats(cos_sin.permute(1, 2, 0))  # (block_size, D/2, 2)
+        self.struct = Model(
+            ctypes.cast(self.layers, c_void_p),
+            *self.norm(model.transformer.ln_f),
+            rotary,
+            self.linear(model.lm_head),
+            *(config.n_layer, config.n_embd, config.n_head, config.kv_heads, config.head_dim),
+            *(config.mlp_width, config.norm == "rmsnorm", config.qk_norm, config.key_offset),
+            ACTIVATIONS.index(config.activation),
+            blocks[0].attn.attention.scale,
+            config.logit_softcap,
+        )
+
+    def layer(self, block: nn.Module) -> ctypes.Structure:
+        attn, mlp = block.attn, block.mlp
+        matrices = map(self.linear, (attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj))
+        vectors = map(self.floats, (attn.q_weight, attn.k_weight, block.skip))
+        return Layer(*self.norm(block.ln_1), *self.norm(block.ln_2), *vectors, *matrices)
+
+    def pointer(self, tensor: Tensor) -> int:
+        self.tensors.append(tensor)
+        return tensor.data_ptr()
+
+    def floats(self, tensor: Tensor | None) -> int | None:
+        return None if tensor is None else self.pointer(tensor.detach().float().contiguous())
+
+    def norm(self, layer: nn.Module) -> tuple[int | None, int | None]:
+        return self.floats(getattr(layer, "weight", None)), self.floats(getattr(layer, "bias", None))
+
+    def linear(self, layer: nn.Linear | Int8Linear) -> Linear:
+        weight = layer.weight.detach().contiguous()
+        if padding := -weight.size(1) % 32:
+            weight = F.pad(weight, (0, padding))
+        scale = self.floats(getattr(layer, "scale", None))
+        return Linear(self.pointer(weight), scale, self.floats(layer.bias), *weight.shape)
+
+    def __call__(self, ids: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
+        """The next logits (B, V), fp32, after ids (B, 1) at positions (1 or B, 1). Raises IndexError if they
+        are not within the cache."""
+        B, transformer = len(ids), self.model.transformer
+        positions = positions.expand(B, 1).contiguous()
+        _, _, rows, _, size, _ = cache.kv.shape
+        if B > rows or int(positions.max()) >= size - cache.key_offset or int(positions.min()) < 0:
+            raise IndexError(f"{B} sequences up to position {int(positions.max())} are not in the cache")
+        x = transformer.wte(ids)[:, 0].float()  # (B, C)
+        if not self.model.config.rotary:
+            x = x + transformer.wpe(positions)[:, 0].float()
+        logits = torch.empty(B, self.struct.lm_head.rows)
+        self.function(
+            ctypes.byref(self.struct),
+            ctypes.byref(Cache(cache.kv.data_ptr(), rows, size)),
+            c_void_p(x.data_ptr()),
+            c_void_p(positions.data_ptr()),
+            c_int64(B),
+            c_int64(torch.get_num_threads()),
+            c_void_p(logits.data_ptr()),
+        )
+        return logits
