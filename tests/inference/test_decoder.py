@@ -24,10 +24,14 @@ def exact():
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="plain products depend on the batch")
 @pytest.mark.parametrize("graph", [False, True], ids=["", "with the rows of CUDA graphs"])
-def test_sequences_that_join_and_leave_continue_as_they_would_alone(exact, graph):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sequences_that_join_and_leave_continue_as_they_would_alone(exact, graph, dtype):
+    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("this CPU has no bf16 instructions")
     torch.manual_seed(1)
     shape = {"block_size": 32, "vocab_size": 50, "n_layer": 2, "n_head": 4, "n_embd": 128, "n_kv_head": 2}
-    model = optimize_for_inference(GPT(GPTConfig(**shape, rotary=True)), torch.float32)
+    model = GPT(GPTConfig(**shape, rotary=True, key_offset=True))
+    model = optimize_for_inference(model, dtype)
     record_graph = (lambda function, *inputs: function) if graph else None
     rng, batch = random.Random(1), DecodingBatch(model, 6, record_graph=record_graph)
     running, finished = [], []  # the prompt of each row, and its logits so far
