@@ -44,7 +44,7 @@ def network(name: str) -> GPT:
 
 
 def decode_all(decoder: NativeDecoder, idx: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
-    """Logits (B, T, V) for idx (B, T), read token by token, at positions that begin at `starts` (B,); keys and
+    """Logits (B, T, V) for idx (B, T), read token by token, at positions that begin at `starts` (B,). Keys and
     values of positions before are zero."""
     cache = KVCache(decoder.model.config, len(idx), 48, dtype=decoder.cache_dtype)
     steps = [decoder(idx[:, t : t + 1], starts[:, None] + t, cache) for t in range(idx.size(1))]
