@@ -603,7 +603,7 @@ class SampleConfig(Settings):
     device: str = DEVICE
     dtype: str = DTYPE
     batch_size: int = setting(64, "sequences per batch; does not change the text on CPUs", min=1)
-    compile: bool = setting(False, "use torch.compile; on a CPU, only useful with int8")
+    compile: bool = setting(False, "use torch.compile; slower on CPUs with bf16 instructions")
     int8: bool = INT8
 
     def __post_init__(self) -> None:

@@ -1,7 +1,7 @@
 """Losses of a trained model with fewer bits: python docs/quantized_losses.py out-stdlib-char data/stdlib_char
 
-Reads windows of the val split token by token, as sample.py does: with fp32 weights by torch, in bf16 and with 8-bit
-weights by the decoding step in C++, and in bf16 with weights rounded to 4 bits in groups of 32.
+Reads windows of the val split token by token, as sample.py does: in fp32 by torch; in bf16 and with 8-bit
+weights as sample.py would; and in bf16 with weights rounded to 4 bits in groups of 32.
 """
 
 import copy

@@ -250,43 +250,45 @@ void activate(const Model& m, const float* h, bf16* y, int64_t N) {
 
 }  // namespace
 
-// Logits (N, V) of the next tokens, after tokens with embeddings x (N, C) at positions (N,). x is overwritten.
+// Logits (N, V) of the next tokens, after tokens with embeddings x (N, C) at positions (N,). x is overwritten; logits
+// have room for 16 more.
 extern "C" void decode(const Model* model, const Cache* cache, float* x, const int64_t* positions, int64_t N,
                        int64_t threads, float* logits) {
     const Model& m = *model;
     auto attention_of_D = m.D == 32 ? attention<32> : m.D == 64 ? attention<64> : attention<128>;
     int64_t widest = std::max(m.layers[0].c_fc.rows, m.layers[0].c_attn.rows), room = cache->size + 2 * W;
     std::vector<float> x0(x, x + N * m.C), h(N * widest), scores(threads * room);
-    std::vector<bf16> y(N * std::max(m.layers[0].mlp_proj.columns, m.C)), normed(threads * N * m.C);
+    std::vector<bf16> y(N * std::max(m.layers[0].mlp_proj.columns, m.C)), normed(N * m.C);
 #pragma omp parallel num_threads(threads)
     {
-        int64_t me = omp_get_thread_num();
-        bf16* mine = normed.data() + me * N * m.C;
-        auto normalise = [&](const float* weight, const float* bias) {  // each thread all of it, without a barrier
-            for (int64_t n = 0; n < N; n++) norm(m, x + n * m.C, weight, bias, mine + n * m.C);
-        };
-        auto mix = [&](float a, float b, const float* more) {  // x = a x + b more
+        // normed = norm(x) after x += h, which is zero at first, and x = skip[0] x + skip[1] x0
+        auto add_and_norm = [&](const float* skip, const float* weight, const float* bias) {
 #pragma omp for schedule(static)
-            for (int64_t i = 0; i < N * m.C; i += W) store(x + i, a * load(x + i) + b * load(more + i));
+            for (int64_t n = 0; n < N; n++) {
+                for (int64_t i = n * m.C; i < (n + 1) * m.C; i += W) {
+                    Vector sum = load(x + i) + load(&h[i]);
+                    store(x + i, skip ? skip[0] * sum + skip[1] * load(&x0[i]) : sum);
+                }
+                norm(m, x + n * m.C, weight, bias, &normed[n * m.C]);
+            }
         };
         for (int64_t number = 0; number < m.n_layer; number++) {
             const Layer& layer = m.layers[number];
-            if (layer.skip) mix(layer.skip[0], layer.skip[1], x0.data());
-            normalise(layer.ln_1_weight, layer.ln_1_bias);
-            linear(layer.c_attn, mine, h.data(), N);
-            attention_of_D(m, *cache, number, h.data(), positions, N, scores.data() + me * room, y.data());
+            add_and_norm(layer.skip, layer.ln_1_weight, layer.ln_1_bias);
+            linear(layer.c_attn, normed.data(), h.data(), N);
+            attention_of_D(m, *cache, number, h.data(), positions, N, &scores[omp_get_thread_num() * room], y.data());
             linear(layer.attn_proj, y.data(), h.data(), N);
-            mix(1, 1, h.data());
-            normalise(layer.ln_2_weight, layer.ln_2_bias);
-            linear(layer.c_fc, mine, h.data(), N);
+            add_and_norm(nullptr, layer.ln_2_weight, layer.ln_2_bias);
+            linear(layer.c_fc, normed.data(), h.data(), N);
             activate(m, h.data(), y.data(), N);
             linear(layer.mlp_proj, y.data(), h.data(), N);
-            mix(1, 1, h.data());
         }
-        normalise(m.ln_f_weight, m.ln_f_bias);
-        linear(m.lm_head, mine, logits, N);
+        add_and_norm(nullptr, m.ln_f_weight, m.ln_f_bias);
+        linear(m.lm_head, normed.data(), logits, N);
+        if (m.softcap) {
 #pragma omp for schedule(static)
-        for (int64_t i = 0; i < N * m.lm_head.rows; i++)
-            if (m.softcap) logits[i] = m.softcap * std::tanh(logits[i] / m.softcap);
+            for (int64_t i = 0; i < N * m.lm_head.rows; i += W)  // softcap * tanh(logits / softcap)
+                store(logits + i, m.softcap * (2.f * sigmoid(load(logits + i) * (2 / m.softcap)) - 1.f));
+        }
     }
 }

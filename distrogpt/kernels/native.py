@@ -24,7 +24,7 @@ from distrogpt.kernels.quantized import Int8Linear
 from model import GPT, KVCache, rotary_cos_sin
 
 SOURCE = Path(__file__).with_name("decode.cpp")
-FOLDER = Path("~/.cache/distrogpt").expanduser()  # of the compiled file
+FOLDER = Path(os.path.expanduser("~/.cache/distrogpt"))  # of the compiled file
 # these instructions and not -march=native, as machines of different kinds may share a home directory
 FLAGS = "-O3 -std=c++17 -mavx512bf16 -mavx512bw -mavx512dq -mavx512vl -mfma -fopenmp -shared -fPIC".split()
 ACTIVATIONS = ("gelu_tanh", "gelu", "relu2", "swiglu")  # by the numbers that decode.cpp gives them
@@ -84,7 +84,7 @@ def library() -> ctypes.CDLL:
         FOLDER.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=FOLDER) as folder:  # another process may compile it as well
             command = [compiler, *FLAGS, str(SOURCE), "-o", f"{folder}/decode.so"]
-            subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+            subprocess.run(command, capture_output=True, check=True, timeout=120, errors="replace")
             os.replace(f"{folder}/decode.so", compiled)
     return ctypes.CDLL(str(compiled))
 
@@ -150,7 +150,8 @@ class NativeDecoder:
         x = transformer.wte(ids)[:, 0].float()  # (B, C)
         if not self.model.config.rotary:
             x = x + transformer.wpe(positions)[:, 0].float()
-        logits = torch.empty(B, self.struct.lm_head.rows)
+        V = self.struct.lm_head.rows
+        logits = torch.empty(B * V + 16)
         self.function(
             ctypes.byref(self.struct),
             ctypes.byref(Cache(cache.kv.data_ptr(), rows, size)),
@@ -160,4 +161,4 @@ class NativeDecoder:
             c_int64(torch.get_num_threads()),
             c_void_p(logits.data_ptr()),
         )
-        return logits
+        return logits[: B * V].view(B, V)
