@@ -13,9 +13,10 @@ import torch.nn as nn
 
 from distrogpt.errors import warn
 from distrogpt.inference.sampling import SamplingParams, sample_token
+from distrogpt.kernels.build import build_error
 from distrogpt.kernels.compile import cuda_graph
 from distrogpt.kernels.cpu import to_device
-from distrogpt.kernels.native import NativeDecoder, build_error, supports
+from distrogpt.kernels.native import NativeDecoder, supports
 from distrogpt.kernels.quantized import pack_linear
 from model import GPT, KVCache
 
@@ -216,9 +217,9 @@ def optimize_for_inference(
     """
     device = model.transformer.wte.weight.device
     to_device(model.eval().to(dtype), device)
-    native = device.type == "cpu" and not compile and supports(model, dtype)
-    if native and (error := build_error()):
-        warn(f"note     {error}")
+    native = device.type == "cpu" and not compile and supports(model.config, dtype)
+    if native and (error := build_error("decode")):
+        warn(f"note     decoding is slower than it could be: {error}")
         native = False
     if int8 or (device.type == "cpu" and not compile and not native):
         pack_linear(model, dtype, int8)

@@ -1,32 +1,21 @@
-"""decode.cpp, the decoding step in C++: compiled at its first use, called through ctypes.
+"""decode.cpp, the decoding step in C++, called through ctypes.
 
 Compared with torch, it saves the time between hundreds of small operations, and reads the weights at nearly
 the full speed of the memory.
 """
 
 import ctypes
-import hashlib
-import os
-import shutil
-import subprocess
-import sys
-import tempfile
 from ctypes import c_float, c_int64, c_void_p
-from functools import cache
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from distrogpt.kernels.build import has_bf16, library
 from distrogpt.kernels.quantized import Int8Linear
-from model import GPT, KVCache, rotary_cos_sin
+from model import GPT, GPTConfig, KVCache, rotary_cos_sin
 
-SOURCE = Path(__file__).with_name("decode.cpp")
-FOLDER = Path(os.path.expanduser("~/.cache/distrogpt"))  # of the compiled file
-# these instructions and not -march=native, as machines of different kinds may share a home directory
-FLAGS = "-O3 -std=c++17 -mavx512bf16 -mavx512bw -mavx512dq -mavx512vl -mfma -fopenmp -shared -fPIC".split()
 ACTIVATIONS = ("gelu_tanh", "gelu", "relu2", "swiglu")  # by the numbers that decode.cpp gives them
 HEAD_DIMS = (32, 64, 128)
 
@@ -48,45 +37,9 @@ Model = struct("Model", pointer=POINTERS, Linear="lm_head", integer=SHAPE, numbe
 Cache = struct("Cache", pointer="kv", integer="rows size")
 
 
-def supports(model: GPT, dtype: torch.dtype) -> bool:
-    """Whether decode.cpp computes this network, on this CPU, with these activations."""
-    config = model.config
-    return (
-        sys.platform == "linux"
-        and dtype == torch.bfloat16
-        and torch.cpu._is_avx512_bf16_supported()
-        and config.n_embd % 32 == 0
-        and config.head_dim in HEAD_DIMS
-    )
-
-
-@cache
-def build_error() -> str:
-    """Why decode.cpp cannot be used here, "" if it can. Compiles it, in a few seconds, if it has changed."""
-    try:
-        library()
-    except (OSError, subprocess.SubprocessError) as error:
-        output = (getattr(error, "stderr", None) or "").strip().splitlines()
-        return f"decoding is slower than it could be: {output[0] if output else error}"
-    return ""
-
-
-@cache
-def library() -> ctypes.CDLL:
-    """The compiled file. Raises OSError or subprocess.SubprocessError."""
-    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "c++"))), None)
-    if compiler is None:
-        raise OSError("g++ is missing; install it, for instance with: apt install g++")
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
-    key = hashlib.sha256(b"\n".join([SOURCE.read_bytes(), " ".join(FLAGS).encode(), version])).hexdigest()
-    compiled = FOLDER / f"decode-{key[:16]}.so"
-    if not compiled.is_file():
-        FOLDER.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=FOLDER) as folder:  # another process may compile it as well
-            command = [compiler, *FLAGS, str(SOURCE), "-o", f"{folder}/decode.so"]
-            subprocess.run(command, capture_output=True, check=True, timeout=120, errors="replace")
-            os.replace(f"{folder}/decode.so", compiled)
-    return ctypes.CDLL(str(compiled))
+def supports(config: GPTConfig, dtype: torch.dtype) -> bool:
+    """Whether decode.cpp computes this network, in this dtype, on this CPU."""
+    return has_bf16() and dtype == torch.bfloat16 and config.n_embd % 32 == 0 and config.head_dim in HEAD_DIMS
 
 
 class NativeDecoder:
@@ -96,8 +49,12 @@ class NativeDecoder:
     cache_dtype = torch.bfloat16
 
     def __init__(self, model: GPT) -> None:
-        """Raises as library() does."""
-        self.function, self.model, self.tensors = library().decode, model, []  # to which the structs point
+        """Raises OSError or subprocess.SubprocessError if decode.cpp cannot be compiled: see build_error."""
+        self.function, self.model, self.tensors = (
+            library("decode").decode,
+            model,
+            [],
+        )  # to which the structs point
         config, blocks = model.config, model.transformer.h
         self.layers = (Layer * config.n_layer)(*map(self.layer, blocks))
         rotary = None

@@ -10,7 +10,8 @@ import torch
 from conftest import ENVIRONMENT, REPO
 
 from distrogpt.inference.decoder import DecodingBatch, optimize_for_inference
-from distrogpt.kernels.native import NativeDecoder, build_error, supports
+from distrogpt.kernels.build import build_error, has_bf16
+from distrogpt.kernels.native import NativeDecoder, supports
 from distrogpt.kernels.quantized import Int8Linear
 from model import GPT, GPTConfig, KVCache
 
@@ -28,8 +29,9 @@ NETWORKS = {
     "heads of 128": {"n_embd": 256, "n_head": 2, "rotary": True},
     "key_offset in GPT-2": {"key_offset": True, "n_embd": 96, "n_head": 3},
 }
-SUPPORTED = sys.platform == "linux" and torch.cpu._is_avx512_bf16_supported()
-needs_native = pytest.mark.skipif(not SUPPORTED or bool(build_error()), reason="no AVX512_BF16, or no g++")
+needs_native = pytest.mark.skipif(
+    not has_bf16() or bool(build_error("decode")), reason="no AVX512_BF16, or no g++"
+)
 
 
 def network(name: str) -> GPT:
@@ -151,11 +153,11 @@ def test_other_networks_and_dtypes_decode_with_torch():
     shape = {"block_size": 32, "vocab_size": 96, "n_layer": 1}
     for n_head, n_embd in ((4, 64), (1, 48), (2, 96)):  # heads of 16 and 48 channels
         model = GPT(GPTConfig(**shape, n_head=n_head, n_embd=n_embd))
-        assert not supports(model, torch.bfloat16)
+        assert not supports(model.config, torch.bfloat16)
         batch = DecodingBatch(optimize_for_inference(model, torch.bfloat16), 1)
         assert batch.cache.kv.dtype == torch.float32
     model = GPT(GPTConfig(**shape, n_head=2, n_embd=64))
-    assert not supports(model, torch.float32)
+    assert not supports(model.config, torch.float32)
     assert not hasattr(optimize_for_inference(model, torch.float32), "decode")
 
 
@@ -189,7 +191,7 @@ def test_it_is_compiled_once(tmp_path):
     assert modified[0] == modified[1]
 
 
-@pytest.mark.skipif(not SUPPORTED, reason="no AVX512_BF16")
+@pytest.mark.skipif(not has_bf16(), reason="no AVX512_BF16")
 @pytest.mark.parametrize("fault", ["no compiler", "a compiler that fails", "a folder that cannot be made"])
 def test_without_a_compiler_torch_decodes_and_a_note_says_why(fault, tmp_path):
     home, path = tmp_path / "home", tmp_path / "bin"
