@@ -1,5 +1,5 @@
-"""Compiles the C++ files of this folder at their first use, for CPUs with bf16 instructions (AVX512_BF16), and loads
-them."""
+"""Compiles the C++ files of this folder at their first use, and loads them: for Linux on CPUs with bf16
+instructions (AVX512_BF16)."""
 
 import ctypes
 import hashlib

@@ -6,7 +6,7 @@
 // numbers alone and in a batch.
 //
 // Shapes: N sequences, C channels, H query heads and K key/value heads of D channels. C and D are multiples of 32.
-// native.py compiles this file, for CPUs with bf16 products (AVX512_BF16), and fills the structs.
+// build.py compiles this file, for CPUs with AVX512_BF16; native.py fills the structs.
 
 #include <immintrin.h>
 #include <omp.h>
