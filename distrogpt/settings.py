@@ -300,6 +300,7 @@ class BenchConfig(TrainConfig):
     usage: python bench.py [config/NAME.py ...] [--setting=value ...]
            python bench.py config/train_shakespeare_cpu.py
            python bench.py --generate=True --against=../nanoGPT
+           python bench.py --generate=True --against=llama.cpp
            python bench.py config/train_gpt2.py --plan=True --gpu=h100 --n_gpus=64
            python bench.py --plan=True --minutes=600 --gpu=h100 --n_gpus=8
 
@@ -333,7 +334,7 @@ class BenchConfig(TrainConfig):
     against: str | None = setting(
         None,
         "training step, generate, report: another implementation to time too, the folder of a nanoGPT "
-        "checkout or transformers",
+        "checkout or transformers; generate on a CPU: llama.cpp",
         path=True,
     )
     rounds: int = setting(3, "generate, checkpoint, questions, serve: repetitions of each timing", min=1)
@@ -372,8 +373,11 @@ class BenchConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.against not in (None, "transformers") and not (Path(self.against) / "model.py").is_file():
-            advice = "give the folder of a nanoGPT checkout, or transformers"
+        if self.against == "llama.cpp" and not self.generate:
+            raise ValueError("against=llama.cpp only generates text; add --generate=True")
+        names = (None, "transformers", "llama.cpp")
+        if self.against not in names and not (Path(self.against) / "model.py").is_file():
+            advice = "give the folder of a nanoGPT checkout, transformers or llama.cpp"
             raise ValueError(f"against={self.against} has no model.py; {advice}")
 
     @property

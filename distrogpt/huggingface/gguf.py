@@ -65,7 +65,7 @@ def check_network(shape: GPTConfig) -> None:
     if needed := obstacles(shape):
         has = ", ".join(f"{name}={getattr(shape, name)}" for name in needed)
         flags = " ".join(f"--{name}={value}" for name, value in needed.items())
-        raise UserError(f"llama.cpp has no network with {has}; train one with {flags} (docs/export.md)")
+        raise UserError(f"llama.cpp has no network with {has}; it has one with {flags} (docs/export.md)")
 
 
 def check_file(to: Path, shown: str, overwrite: bool) -> None:
