@@ -6,6 +6,7 @@ llama and arcee rotate neighbouring channels, as ours does.
 """
 
 import os
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -188,7 +189,7 @@ def check_range(name: str, w: torch.Tensor, kind: str) -> None:
     stored = {"f32": w, "bf16": w.bfloat16(), "f16": w.half(), "q8_0": (w / 127).half()}[kind]
     if not stored.isfinite().all():
         larger = "f32" if kind == "bf16" else "bf16"
-        raise UserError(f"{name} has weights that are not finite in {kind}; set --gguf={larger}")
+        raise UserError(f"{name} has weights that are not finite in {kind}; choose {larger} instead")
 
 
 def write_gguf(
@@ -234,28 +235,25 @@ def write_gguf(
 
 def how_to_run(shown: str, shape: GPTConfig, tokenizer: Tokenizer, types: dict[str, str]) -> list[str]:
     """Lines that say what the file has, Python that runs it in llama.cpp, and its limits."""
-    kinds = {kind: list(types.values()).count(kind) for kind in FILE_TYPES}
-    counts = ", ".join(f"{count} in {kind}" for kind, count in kinds.items() if count)
-    size = os.path.getsize(shown) / 1e6
-    sampling = f"temperature={SampleConfig.temperature}, top_k={SampleConfig.top_k}, top_p=1, min_p=0"
-    sampling += f", logit_bias={{{tokenizer.vocab_size}: -100}}" if is_padded(tokenizer) else ""
-    length = min(100, shape.block_size // 2)
+    counts = Counter(types.values())
+    weights = ", ".join(f"{counts[kind]} in {kind}" for kind in FILE_TYPES if counts[kind])
     lines = [
-        f"{shown}: {model_type_of(shape)}, {size:,.1f} MB, weights: {counts}",
+        f"{shown}: {model_type_of(shape)}, {os.path.getsize(shown) / 1e6:,.1f} MB, weights: {weights}",
         "from llama_cpp import Llama   # pip install llama-cpp-python",
         f"llm = Llama({shown!r}, n_ctx=0, verbose=False)",
     ]
+    temperature, top_k, length = SampleConfig.temperature, SampleConfig.top_k, min(100, shape.block_size // 2)
     if isinstance(tokenizer, IdTokenizer):
-        sampling = sampling.replace("temperature", "temp")
-        lines.append(f"ids = llm.generate([0], {sampling})")
+        lines.append(f"ids = llm.generate([0], temp={temperature}, top_k={top_k}, top_p=1, min_p=0)")
         lines.append(f"print([next(ids) for _ in range({length})])")
     else:
         prompt = example_prompt(tokenizer)
-        lines.append(f'print(llm({prompt!r}, max_tokens={length}, {sampling})["choices"][0]["text"])')
-        flags = (
-            f"-p {quote(prompt)} -n {length} --temp {SampleConfig.temperature} --top-k {SampleConfig.top_k}"
-        )
-        lines.append(f"# llama-completion -m {quote(shown)} -no-cnv {flags} --top-p 1 --min-p 0")
+        sampling = f"temperature={temperature}, top_k={top_k}, top_p=1, min_p=0"
+        sampling += f", logit_bias={{{tokenizer.vocab_size}: -100}}" if is_padded(tokenizer) else ""
+        lines.append(f'text = llm({prompt!r}, max_tokens={length}, {sampling})["choices"][0]["text"]')
+        lines.append("print(text)")
+        flags = f"-no-cnv -n {length} --temp {temperature} --top-k {top_k} --top-p 1 --min-p 0"
+        lines.append(f"# llama-completion -m {quote(shown)} -p {quote(prompt)} {flags}")
     return [*lines, *limits_of(shape, tokenizer)]
 
 

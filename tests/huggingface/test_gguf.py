@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import assert_user_error, run_here
-from test_export import GATED, KINDS, LETTERS, NEW, ODD, make_run, our_greedy, random_model
+from test_export import GATED, KINDS, LETTERS, NEW, ODD, export_model, make_run, our_greedy, random_model
 
 from configurator import configure
 from distrogpt.data.tokenizer import (
@@ -219,6 +219,19 @@ def test_a_model_without_a_tokenizer(tmp_path):
     assert "It has no tokenizer: inputs and outputs are token ids." in lines
 
 
+def test_a_folder_becomes_the_same_file(tmp_path):
+    """The command of its model card."""
+    model = random_model(**QWEN3)
+    to, _ = export_file(tmp_path, model, kind="q8_0")
+    (tmp_path / "folder").mkdir()
+    folder = export_model(tmp_path / "folder", model)
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    (line,) = [line for line in card.splitlines() if "--gguf" in line]
+    _, *words = line.split("   #")[0].removeprefix("# python ").split()
+    assert run_here("export.py", *words, cwd=folder.parent).returncode == 0
+    assert (folder.parent / "exported.gguf").read_bytes() == to.read_bytes()
+
+
 # mistakes
 
 
@@ -284,7 +297,7 @@ def test_weights_too_large_for_a_type_are_reported(tmp_path):
     out_dir, to = make_run(tmp_path / "out", model, LETTERS), tmp_path / "to.gguf"
     for kind in ("f16", "q8_0"):
         wrong = run_here("export.py", f"--out_dir={out_dir}", f"--to={to}", f"--gguf={kind}")
-        assert_user_error(wrong, f"token_embd.weight has weights that are not finite in {kind}", "--gguf=")
+        assert_user_error(wrong, f"token_embd.weight has weights that are not finite in {kind}; choose bf16")
         assert not to.exists()
     assert run_here("export.py", f"--out_dir={out_dir}", f"--to={to}", "--gguf=bf16").returncode == 0
 
@@ -405,15 +418,15 @@ def test_the_printed_lines_run(kind, tmp_path, text):
     pytest.importorskip("llama_cpp", reason="optional: pip install llama-cpp-python (minutes)")
     model = random_model(**QWEN3, vocab_size=tokenizer.vocab_size, block_size=256)
     _, lines = export_file(tmp_path, model, tokenizer, "q8_0")
-    code = [line for line in lines if line.startswith(("from ", "llm = ", "ids = ", "print("))]
-    assert len(code) == (4 if isinstance(tokenizer, IdTokenizer) else 3)
+    code = [line for line in lines if line.startswith(("from ", "llm = ", "ids = ", "text = ", "print("))]
+    assert len(code) == 4
     printed, names = io.StringIO(), {}
     with contextlib.redirect_stdout(printed):
         exec("\n".join(code), names)
     names["llm"].close()
     assert len(printed.getvalue()) > 100
     # the token that ours lacks is never sampled
-    assert (f"logit_bias={{{tokenizer.vocab_size}: -100}}" in code[-1]) == (kind == "characters")
+    assert (f"logit_bias={{{tokenizer.vocab_size}: -100}}" in code[2]) == (kind == "characters")
 
 
 def test_a_window_is_as_long_as_ours(tmp_path):
