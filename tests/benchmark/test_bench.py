@@ -24,7 +24,7 @@ from distrogpt.benchmark.batch_size import (
     search,
     step_with,
 )
-from distrogpt.benchmark.llama_cpp import check_llama_cpp
+from distrogpt.benchmark.llama_cpp import check_llama_cpp, decoding_rate
 from distrogpt.benchmark.studies import ladder_rungs, rung_step
 from distrogpt.benchmark.timing import alternate, float32_precision, open_data, ratio
 from distrogpt.benchmark.training import Trainer, bench_step, with_gpt2_shape
@@ -326,6 +326,14 @@ def test_llama_cpp_decodes_the_same_number_of_tokens_in_turns(monkeypatch):
             assert sampling == {"top_k": 200, "temp": 0.8, "top_p": 1.0, "min_p": 0.0, "repeat_penalty": 1.0}
     ((*prompt,),) = prompts  # the same for both
     assert len(prompt) == 16
+
+
+def test_the_rate_of_llama_cpp_has_neither_the_prompt_nor_the_second_token(monkeypatch, tmp_path):
+    (tmp_path / "f32.gguf").touch()
+    llama = FakeLlama(str(tmp_path / "f32.gguf"))
+    seconds = [0, 100, 110, *range(111, 120)]  # after each token
+    monkeypatch.setattr("distrogpt.benchmark.llama_cpp.time.perf_counter", lambda: seconds[llama.count])
+    assert decoding_rate(llama, torch.zeros(1, 16, dtype=torch.long), 8) == 1.0
 
 
 def test_llama_cpp_is_timed_beside_ours(tmp_path):

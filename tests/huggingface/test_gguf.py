@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ QWEN3 = {**GATED, "bias": False, "qk_norm": True}
 NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
     "GPT-2": ("gpt2", {}),
     "GPT-2 without biases, untied": ("gpt2", {"bias": False, "tied": False}),
-    "GPT-2, exact GELU": ("gpt2", {"activation": "gelu"}),
+    "GPT-2, exact GELU": ("gpt2", {"activation": "gelu", "n_kv_head": 4}),
     "Llama": ("llama", GATED),
     "Llama without biases, untied": ("llama", {**GATED, "bias": False, "tied": False}),
     "Qwen3": ("qwen3", QWEN3),
@@ -300,6 +301,25 @@ def test_weights_too_large_for_a_type_are_reported(tmp_path):
         assert_user_error(wrong, f"token_embd.weight has weights that are not finite in {kind}; choose bf16")
         assert not to.exists()
     assert run_here("export.py", f"--out_dir={out_dir}", f"--to={to}", "--gguf=bf16").returncode == 0
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limits of files")
+def test_a_full_disk_leaves_what_was_there(tmp_path):
+    import resource
+
+    to, _ = export_file(tmp_path, random_model())
+    flags = ("export.py", f"--out_dir={tmp_path / 'out-f32'}", f"--to={to}", "--gguf=f32", "--overwrite=True")
+    before = to.read_bytes()
+    handler, limits = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        full = run_here(*flags)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert full.returncode == 1 and "cannot be written" in full.stderr and len(full.stderr.splitlines()) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["f32.gguf", "out-f32"]
+    assert to.read_bytes() == before
 
 
 def test_surrogates_in_the_vocabulary_are_reported(tmp_path):
