@@ -755,8 +755,8 @@ class EvalConfig(Settings):
 
 @dataclass
 class ExportConfig(Settings):
-    """Export a trained GPT to a folder in Hugging Face's format, for transformers, vLLM and others, or to a
-    GGUF file for llama.cpp.
+    """Export a trained GPT to a folder in Hugging Face's format, for transformers, vLLM and others, or
+    to a GGUF file for llama.cpp.
 
     usage: python export.py --out_dir=out-shakespeare-char --to=my-model
            python export.py --init_from=gpt2 --to=gpt2-bf16 --dtype=bfloat16

@@ -360,14 +360,17 @@ def test_mistakes_of_llama_cpp(monkeypatch, tmp_path):
     assert_user_error(wrong, "against=llama.cpp only generates text; add --generate=True")
     with pytest.raises(UserError, match=r"on CPUs only; add --device=cpu"):
         check_llama_cpp(GPTConfig(), Runtime(torch.device("cuda"), torch.bfloat16))
-    for module, package in (("llama_cpp", "llama-cpp-python"), ("gguf", "gguf")):
-        monkeypatch.setitem(sys.modules, module, None)
-        wrong = run_here("bench.py", *LLAMA)
-        assert_user_error(wrong, f"against=llama.cpp needs {package}; run: pip install {package}")
-        assert "decode" not in wrong.stdout
+    packages = {"llama_cpp": "llama-cpp-python", "gguf": "gguf"}
+    for module in packages:
         fake = ModuleType(module)
         fake.__spec__ = object()
         monkeypatch.setitem(sys.modules, module, fake)
+    for module, package in packages.items():
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, module, None)
+            wrong = run_here("bench.py", *LLAMA)
+        assert_user_error(wrong, f"against=llama.cpp needs {package}; run: pip install {package}")
+        assert "decode" not in wrong.stdout
     wrong = run_here("bench.py", *LLAMA, "--activation=relu2", "--logit_softcap=15")
     assert_user_error(
         wrong, "has no network with activation=relu2, logit_softcap=15.0", "--logit_softcap=0.0"
