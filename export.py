@@ -21,7 +21,7 @@ import torch
 from distrogpt.data.tokenizer import Tokenizer
 from distrogpt.errors import CLOSE_OTHERS, UserError, cli_errors
 from distrogpt.huggingface import gguf
-from distrogpt.huggingface.export import check_target, text_files, write_folder
+from distrogpt.huggingface.export import check_name, check_target, text_files, write_folder
 from distrogpt.huggingface.formats import ARCHITECTURES, Weights, model_type_of, to_weights
 from distrogpt.huggingface.model_card import how_to_load, limits_of
 from distrogpt.loading import find_tokenizer, load_trained
@@ -32,6 +32,7 @@ def export(config: ExportConfig) -> Path:
     """Write the folder or file, and print how to load it. Raises UserError, or MachineError if the disk
     fails."""
     to = Path(os.path.realpath(config.to))  # a link stays; what it points to is replaced
+    check_name(to, config.to)
     check = gguf.check_file if config.gguf else check_target
     check(to, config.to, config.overwrite)
     for package in ("gguf",) if config.gguf else ("safetensors", "tokenizers"):

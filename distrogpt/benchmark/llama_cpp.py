@@ -27,7 +27,7 @@ def check_llama_cpp(shape: GPTConfig, runtime: Runtime) -> None:
     for module, package in {"gguf": "gguf", "llama_cpp": "llama-cpp-python"}.items():
         if find_spec(module) is None:
             raise UserError(f"against={NAME} needs {package}; run: pip install {package}")
-    check_network(shape)
+    check_network(shape, "time one")
 
 
 @contextmanager

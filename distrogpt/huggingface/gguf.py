@@ -52,21 +52,19 @@ def obstacles(shape: GPTConfig) -> dict[str, Any]:
     network. Empty if it has this network."""
     if shape.kv_heads == shape.n_head:
         shape = replace(shape, n_kv_head=None)
-    if (
-        shape.activation == "gelu"
-    ):  # it is as near to llama.cpp's, which reads a table in f16, as gelu_tanh is
+    if shape.activation == "gelu":  # as near as gelu_tanh to llama.cpp's, which reads a table in f16
         shape = replace(shape, activation="gelu_tanh")
     required = [{**settings, **OFF} for settings in ARCHITECTURES.values()]
     differing = [{k: v for k, v in settings.items() if getattr(shape, k) != v} for settings in required]
     return min(differing, key=len)
 
 
-def check_network(shape: GPTConfig) -> None:
-    """Raises UserError if llama.cpp has no such network."""
+def check_network(shape: GPTConfig, action: str = "train one") -> None:
+    """Raises UserError if llama.cpp has no such network; `action` is what to do with another one."""
     if needed := obstacles(shape):
         has = ", ".join(f"{name}={getattr(shape, name)}" for name in needed)
         flags = " ".join(f"--{name}={value}" for name, value in needed.items())
-        raise UserError(f"llama.cpp has no network with {has}; it has one with {flags} (docs/export.md)")
+        raise UserError(f"llama.cpp cannot run a network with {has}; {action} with {flags} (docs/export.md)")
 
 
 def check_file(to: Path, shown: str, overwrite: bool) -> None:
@@ -273,7 +271,5 @@ def limits_of(shape: GPTConfig, tokenizer: Tokenizer) -> list[str]:
         others = "are an error" if are_bytes(pieces_of(tokenizer)) else "are left out by llama.cpp"
         limits.append(f"Its vocabulary is {len(tokenizer.chars)} characters; all others {others}.")
     if is_padded(tokenizer):
-        limits.append(
-            f"llama.cpp needs a token that ends texts: it is {tokenizer.vocab_size}, never trained."
-        )
+        limits.append(f"llama.cpp needs a token that ends texts: {tokenizer.vocab_size}, never trained.")
     return limits

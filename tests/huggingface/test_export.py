@@ -694,7 +694,7 @@ def test_a_file_added_to_the_old_export_while_writing_is_kept(small, tmp_path, m
 
 @pytest.mark.parametrize("to", ["/", "two\nlines", "two\u2028lines", "bell\a"])
 def test_an_unprintable_name_is_refused(to, small, tmp_path):
-    assert_user_error(export_run(small, to, cwd=tmp_path), "is not a valid folder name")
+    assert_user_error(export_run(small, to, cwd=tmp_path), "is not a valid name")
     assert not list(tmp_path.iterdir())
 
 

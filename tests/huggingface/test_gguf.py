@@ -249,7 +249,9 @@ def test_a_network_that_llama_cpp_lacks_is_refused(network, has, flags, tmp_path
     out_dir = make_run(tmp_path / "out", random_model(**KINDS[network][1]), LETTERS)
     to = tmp_path / "to.gguf"
     wrong = run_here("export.py", f"--out_dir={out_dir}", f"--to={to}", "--gguf=bf16")
-    assert_user_error(wrong, "llama.cpp has no network with", has, flags, "docs/export.md")
+    assert_user_error(
+        wrong, "llama.cpp cannot run a network with", has, "; train one with --", flags, "docs/export.md"
+    )
     assert not to.exists() and [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -268,6 +270,7 @@ def test_mistakes(tmp_path, monkeypatch, capsys):
         return run_here("export.py", f"--out_dir={out_dir}", *flags)
 
     assert_user_error(export(f"--to={to}"), "names a GGUF file", "--gguf=q8_0")
+    assert_user_error(export("--to=two\nlines.gguf", "--gguf=q8_0"), "is not a valid name")
     assert_user_error(export(f"--to={tmp_path / 'to'}", "--gguf=q8_0"), "does not end in .gguf")
     assert_user_error(export(f"--to={to}", "--gguf=q4"), "gguf=q4", "f32, bf16, f16, q8_0")
     with pytest.raises(SystemExit):
