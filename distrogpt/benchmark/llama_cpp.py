@@ -39,6 +39,7 @@ def llama_cpp_rates(model: GPT, n_tokens: int, runtime: Runtime) -> Iterator[dic
     threads = torch.get_num_threads()
     options = {"n_threads": threads, "n_threads_batch": threads, "n_gpu_layers": 0, "seed": 0}
     options |= {"n_ctx": model.config.block_size, "n_batch": 64, "verbose": False}
+    options["flash_attn"] = True  # as in llama.cpp's own programs; without it, decoding is a tenth slower
     with TemporaryDirectory() as folder, ExitStack() as stack:
         rates: dict[str, Rate] = {}
         for file_type in (FILE_TYPES[runtime.dtype], "q8_0"):

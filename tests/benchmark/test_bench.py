@@ -320,6 +320,7 @@ def test_llama_cpp_decodes_the_same_number_of_tokens_in_turns(monkeypatch):
         assert llama.magic == b"GGUF" and llama.count == 3 * 8  # two rounds, and one that is not counted
         assert llama.options["n_threads"] == llama.options["n_threads_batch"] == torch.get_num_threads()
         assert llama.options["n_gpu_layers"] == 0 and llama.options["n_ctx"] == 64
+        assert llama.options["flash_attn"]
         assert [call for call in llama.calls if isinstance(call, str)] == [*["reset"] * 3, "close"]
         for ids, sampling in (call for call in llama.calls if not isinstance(call, str)):
             prompts.add(tuple(ids))
