@@ -15,6 +15,7 @@ NORMS = ("layernorm", "rmsnorm")
 OF_THIS_CALL = ("out_dir", "init_from", "eval_only", "device", "compile", "backend")
 EVAL_TASKS = ("loss", "hellaswag", "choice", "accuracy", "next")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+GGUF_TYPES = ("f32", "bf16", "f16", "q8_0")
 
 MIXTURE = r"\A|,\s*"  # what stands before the name of a dataset
 
@@ -299,6 +300,7 @@ class BenchConfig(TrainConfig):
     usage: python bench.py [config/NAME.py ...] [--setting=value ...]
            python bench.py config/train_shakespeare_cpu.py
            python bench.py --generate=True --against=../nanoGPT
+           python bench.py --generate=True --against=llama.cpp
            python bench.py config/train_gpt2.py --plan=True --gpu=h100 --n_gpus=64
            python bench.py --plan=True --minutes=600 --gpu=h100 --n_gpus=8
 
@@ -332,7 +334,7 @@ class BenchConfig(TrainConfig):
     against: str | None = setting(
         None,
         "training step, generate, report: another implementation to time too, the folder of a nanoGPT "
-        "checkout or transformers",
+        "checkout or transformers; generate on a CPU: llama.cpp",
         path=True,
     )
     rounds: int = setting(3, "generate, checkpoint, questions, serve: repetitions of each timing", min=1)
@@ -371,8 +373,11 @@ class BenchConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.against not in (None, "transformers") and not (Path(self.against) / "model.py").is_file():
-            advice = "give the folder of a nanoGPT checkout, or transformers"
+        if self.against == "llama.cpp" and not self.generate:
+            raise ValueError("against=llama.cpp only generates text; add --generate=True")
+        names = (None, "transformers", "llama.cpp")
+        if self.against not in names and not (Path(self.against) / "model.py").is_file():
+            advice = "give the folder of a nanoGPT checkout, transformers or llama.cpp"
             raise ValueError(f"against={self.against} has no model.py; {advice}")
 
     @property
@@ -750,21 +755,36 @@ class EvalConfig(Settings):
 
 @dataclass
 class ExportConfig(Settings):
-    """Export a trained GPT to a folder in Hugging Face's format, for transformers, vLLM and others.
+    """Export a trained GPT to a folder in Hugging Face's format, for transformers, vLLM and others, or
+    to a GGUF file for llama.cpp.
 
     usage: python export.py --out_dir=out-shakespeare-char --to=my-model
            python export.py --init_from=gpt2 --to=gpt2-bf16 --dtype=bfloat16
+           python export.py --init_from=gpt2 --to=gpt2.gguf --gguf=q8_0
     """
 
     init_from: str = INIT_FROM
     out_dir: str = OUT_DIR
     dataset: str | None = DATASET
 
-    to: str = setting("", "folder to write (required)", path=True, heading="output")
-    dtype: str = setting("float32", "dtype of the weights", choices=DTYPES[1:])
+    to: str = setting("", "folder to write; with gguf, the file (required)", path=True, heading="output")
+    dtype: str = setting("float32", "dtype of the weights in a folder", choices=DTYPES[1:])
+    gguf: str | None = setting(
+        None,
+        "write a GGUF file for llama.cpp, with weights of this type (q8_0: 8 bits); None: a folder",
+        choices=(*GGUF_TYPES, None),
+    )
     overwrite: bool = setting(False, "replace an export that is already there")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.to:
             raise ValueError("to is empty; give the folder to write: --to=FOLDER")
+        is_file = self.to.lower().endswith(".gguf")
+        if self.gguf and not is_file:
+            raise ValueError(f"to={self.to} does not end in .gguf; give the file to write: --to=NAME.gguf")
+        if is_file and not self.gguf:
+            raise ValueError(f"to={self.to} names a GGUF file; add its type, such as --gguf=q8_0")
+
+    def unused(self) -> dict[str, str]:
+        return {"dtype": f"gguf={self.gguf} sets the type of the weights"} if self.gguf else {}

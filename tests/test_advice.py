@@ -31,6 +31,7 @@ NOT_SAID = {  # why a command that lacks a setting does not say it; or it is no 
     "distrogpt.benchmark.checks.check_ranks": "the arguments of torchrun",
     "distrogpt.benchmark.checks.training_flags": "the arguments of train.py",
     "distrogpt.benchmark.checks.check_resume": "the arguments of train.py",
+    "distrogpt.huggingface.gguf.how_to_run": "the arguments of llama-completion",
     "distrogpt.huggingface.model_card.how_to_load --include_path": "the arguments of lm_eval",
     "distrogpt.data.preparation.hub.prepare_shards --dataset": "only of the script that has it",
     "configurator.find_config --out_dir": "only commands that have it",

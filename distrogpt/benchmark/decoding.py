@@ -4,10 +4,15 @@ import copy
 import statistics
 import time
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import product
 from typing import Any
 
 import torch
 
+from distrogpt.benchmark import llama_cpp
+from distrogpt.benchmark.llama_cpp import Rate
 from distrogpt.benchmark.timing import (
     dtype_name,
     open_data,
@@ -34,6 +39,8 @@ from distrogpt.settings import BenchConfig
 from model import GPT
 
 PROMPT = 16  # tokens before the timed ones
+OURS, INT8 = "ours", "ours, int8"
+Rates = dict[str, dict[tuple[str, int], list[float]]]  # tokens/s of each round, by name and batch size
 
 
 def time_stream(model: GPT, idx: torch.Tensor, n_tokens: int, B: int, runtime: Runtime) -> tuple[float, ...]:
@@ -61,51 +68,96 @@ def num_new_tokens(config: BenchConfig) -> int:
     return n
 
 
-@torch.no_grad()
-def bench_generate(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
-    """Measure tokens per second of prefill and decoding with random weights, and of the baseline if given."""
-    n_tokens = num_new_tokens(config)
-    model = new_weights(config, open_data(config))
+def decoders(config: BenchConfig, model: GPT, runtime: Runtime) -> tuple[dict[str, GPT], bool]:
+    """The model in the compute dtype and with 8-bit weights, by name, and whether they are compiled."""
     compiled = config.compile is True
     if compiled and (error := compile_error(runtime.device)):
         print(f"note     {error}")
         compiled = False
     models = {}
-    for name, int8 in {"ours": False, "ours, int8": True}.items():
+    for name, int8 in {OURS: False, INT8: True}.items():
         replica = copy.deepcopy(model).to(runtime.device)
         models[name] = optimize_for_inference(replica, runtime.dtype, int8, compiled)
-    vocab_size, half = model.config.vocab_size, config.block_size // 2
-    if config.against:
-        baseline, their_runtime = baseline_generate(config, n_tokens, vocab_size, runtime)
-    prompt = torch.randint(vocab_size, (1, half), device=runtime.device)
-    short = prompt[:, :PROMPT]
-    runs = [(name, B) for name in models for B in sorted({1, config.num_samples})]
-    decode, prefill = defaultdict(list), defaultdict(list)  # tokens/s, by run
-    total = {"ours": [], "other": []}  # tokens/s of one sequence, prompt included
-    bandwidths = []
-    for _ in range(config.rounds + 1):
-        for name, B in runs:
+    return models, compiled
+
+
+@contextmanager
+def baselines(config: BenchConfig, model: GPT, n_tokens: int, runtime: Runtime) -> Iterator[dict[str, Rate]]:
+    """The rates of the baseline, by the names of our models that they are compared with; prints what it is.
+    llama.cpp's are of decoding alone; others include the prompt."""
+    if config.against == llama_cpp.NAME:
+        with llama_cpp.llama_cpp_rates(model, n_tokens, runtime) as rates:
+            yield dict(zip((OURS, INT8), rates.values(), strict=True))
+    elif config.against:
+        generate, theirs = baseline_generate(config, n_tokens, model.config.vocab_size, runtime)
+        print_other_side(config, theirs, None)
+        yield {OURS: lambda prompt: n_tokens / seconds_of(generate, prompt, runtime=runtime)}
+    else:
+        yield {}
+
+
+def time_rounds(
+    config: BenchConfig, models: dict[str, GPT], others: dict[str, Rate], runtime: Runtime
+) -> tuple[Rates, float]:
+    """Tokens per second in each round but the first, a warm-up, by what was timed: prefill, decode, both
+    (total), or the baseline beside one sequence (other). And the median of the memory bandwidth."""
+    n_tokens, half = num_new_tokens(config), config.block_size // 2
+    prompt = torch.randint(models[OURS].config.vocab_size, (1, half), device=runtime.device)
+    short, bandwidths = prompt[:, :PROMPT], []
+    rates: Rates = {what: defaultdict(list) for what in ("prefill", "decode", "total", "other")}
+    for number in range(config.rounds + 1):
+        for name, B in product(models, sorted({1, config.num_samples})):
             first, _, _ = time_stream(models[name], prompt, 1, 1, runtime)
             _, rest, seconds = time_stream(models[name], short, n_tokens, B, runtime)
-            prefill[name, B].append(half / first)
-            decode[name, B].append(B * (n_tokens - 2) / rest)
-            if (name, B) == ("ours", 1):
-                total["ours"].append(n_tokens / seconds)
-        if config.against:
-            total["other"].append(n_tokens / seconds_of(baseline, short, runtime=runtime))
+            other = others[name](short) if B == 1 and name in others else None
+            if number:
+                rates["prefill"][name, B].append(half / first)
+                rates["decode"][name, B].append(B * (n_tokens - 2) / rest)
+                rates["total"][name, B].append(B * n_tokens / seconds)
+                rates["other"][name, B].append(other)
         bandwidths.append(measured_bandwidth(runtime.device))
-    bandwidth = statistics.median(bandwidths)
+    return rates, statistics.median(bandwidths)
+
+
+def compare(config: BenchConfig, rates: Rates, runtime: Runtime) -> dict[str, Any]:
+    """Print our rates for one sequence beside the baseline's. Returns them and their ratios."""
+    name = baseline_name(config)
+    if config.against != llama_cpp.NAME:
+        ours, other = rates["total"][OURS, 1], rates["other"][OURS, 1]
+        whole, gain = {"ours": spread(ours), "other": spread(other)}, ratio(ours, other)  # of rates
+        shown = f"ours {whole['ours']['median']:.1f} tokens/s, {name} {whole['other']['median']:.1f} tokens/s"
+        print(f"total    {shown}, including the prompt")
+        print(f"ratio    {gain['median']:.1f} times {name}'s speed {quartiles(gain, 1)}")
+        return {"whole": whole, "ratio": gain}
+    result = {}
+    for model, file_type in {OURS: llama_cpp.FILE_TYPES[runtime.dtype], INT8: "q8_0"}.items():
+        ours, other = rates["decode"][model, 1], rates["other"][model, 1]
+        sides, gain = {"ours": spread(ours), "other": spread(other)}, ratio(ours, other)
+        shown = " and ".join(f"{rate['median']:.1f} {quartiles(rate, 1)}" for rate in sides.values())
+        print(f"ratio    {gain['median']:.2f} times {name}'s speed in {file_type} {quartiles(gain)}: {shown}")
+        result[file_type] = {**sides, "ratio": gain}
+    return {name: result}
+
+
+@torch.no_grad()
+def bench_generate(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
+    """Measure tokens per second of prefill and decoding with random weights, and of the baseline if given."""
+    n_tokens = num_new_tokens(config)
+    model = new_weights(config, open_data(config))
+    if config.against == llama_cpp.NAME:
+        llama_cpp.check_llama_cpp(model.config, runtime)
+    models, compiled = decoders(config, model, runtime)
     what = f"{describe_network(config)}; {dtype_name(runtime.dtype)}{'; compiled' if compiled else ''}"
     print(f"model    {model.get_num_params(False):,} parameters, random weights: {what}")
-    if config.against:
-        print_other_side(config, their_runtime, None)
+    with baselines(config, model, n_tokens, runtime) as others:
+        rates, bandwidth = time_rounds(config, models, others, runtime)
     print(f"text     a prompt of {PROMPT} tokens, then {n_tokens} new tokens")
     print(f"memory   {bandwidth / 1e9:,.0f} GB/s read bandwidth, measured")
     n_weights = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, torch.nn.Linear))
     result: dict[str, Any] = {"bandwidth": bandwidth, "runs": []}
-    for name, B in runs:  # [1:] below: the first round was a warm-up
-        rate, prefill_rate = spread(decode[name, B][1:]), statistics.median(prefill[name, B][1:])
-        itemsize = 1 if "int8" in name else runtime.dtype.itemsize
+    for (name, B), values in rates["decode"].items():
+        rate, prefill_rate = spread(values), statistics.median(rates["prefill"][name, B])
+        itemsize = 1 if name == INT8 else runtime.dtype.itemsize
         fraction = rate["median"] / B * n_weights * itemsize / bandwidth  # if weights are read once per token
         run = {"name": name, "batch": B, "decode": rate, "share": fraction, "prefill": prefill_rate}
         result["runs"].append(run)
@@ -113,11 +165,4 @@ def bench_generate(config: BenchConfig, runtime: Runtime) -> dict[str, Any]:
             f"{name + ',':11} batch {B:2}: decode {rate['median']:7.1f} tokens/s {quartiles(rate, 1)}, "
             f"{fraction:.0%} of the bandwidth limit; prefill {prefill_rate:,.0f} tokens/s"
         )
-    if config.against:
-        result["whole"] = {name: spread(rates[1:]) for name, rates in total.items()}
-        result["ratio"] = gain = ratio(total["ours"][1:], total["other"][1:])  # of rates, not of seconds
-        ours, other = (rates["median"] for rates in result["whole"].values())
-        name = baseline_name(config)
-        print(f"total    ours {ours:.1f} tokens/s, {name} {other:.1f} tokens/s, including the prompt")
-        print(f"ratio    {gain['median']:.1f} times {name}'s speed {quartiles(gain, 1)}")
-    return result
+    return result | (compare(config, rates, runtime) if config.against else {})

@@ -63,10 +63,14 @@ def to_json(value: Any) -> str:
     return json.dumps(value, indent=1) + "\n"
 
 
-def check_target(to: Path, shown: str, overwrite: bool) -> None:
-    """Raises UserError if `to`, called `shown` by the user, is not a name, or exists and is not an export."""
+def check_name(to: Path, shown: str) -> None:
+    """Raises UserError if `to`, called `shown` by the user, is not a name, or cannot be printed."""
     if not to.name or any(category(char) in ("Cc", "Zl", "Zp") for char in shown):
-        raise UserError(f"to={shown} is not a valid folder name; choose another")
+        raise UserError(f"to={shown} is not a valid name; choose another")
+
+
+def check_target(to: Path, shown: str, overwrite: bool) -> None:
+    """Raises UserError if `to`, called `shown` by the user, exists and is not an export."""
     if not os.path.lexists(to):
         return
     try:

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from distrogpt.data.meta import GPT2_META
-from distrogpt.data.tokenizer import CharTokenizer, GPT2Tokenizer, IdTokenizer, Tokenizer, start_token
+from distrogpt.data.tokenizer import CharTokenizer, IdTokenizer, Tokenizer, start_token
 from distrogpt.errors import quote
 from distrogpt.huggingface.formats import ARCHITECTURES, model_type_of
+from distrogpt.huggingface.gguf import obstacles
 from distrogpt.settings import TrainConfig
 from model import GPTConfig
 
@@ -39,22 +40,22 @@ def public_meta(meta: dict[str, Any] | None, tokenizer: Tokenizer) -> dict[str, 
     return meta
 
 
-def unsupported_by(shape: GPTConfig, tokenizer: Tokenizer) -> dict[str, str]:
+def unsupported_by(shape: GPTConfig) -> dict[str, str]:
     """Why vLLM and llama.cpp cannot run this network; "" if they can."""
     kind, activation = model_type_of(shape), shape.activation
+    unknown, lacks = "does not support this network", ", ".join(obstacles(shape))
     if kind == "distrogpt":
-        return dict.fromkeys(("vLLM", "llama.cpp"), "does not support this network")
-    fixed = {"gpt2": "gelu_tanh", "arcee": "relu2"}.get(kind, activation)  # the only one that they compute
+        return {"vLLM": unknown, "llama.cpp": f"{unknown} (because of {lacks})"}
+    fixed = {"arcee": "relu2"}.get(kind, activation)  # the only one that vLLM computes
     other = "" if activation == fixed else f"would compute another activation than {activation}"
-    unknown = "" if isinstance(tokenizer, GPT2Tokenizer) else "does not support this tokenizer"
-    return {"vLLM": "" if kind == "gpt2" else other, "llama.cpp": other or unknown}
+    return {"vLLM": other, "llama.cpp": f"{unknown} (because of {lacks})" if lacks else ""}
 
 
 def how_to_load(folder: str, shape: GPTConfig, tokenizer: Tokenizer) -> list[str]:
     """Lines of Python that load the export, and a command for each program that can."""
     own_code = model_type_of(shape) == "distrogpt"
     trust = ", trust_remote_code=True" if own_code else ""
-    unsupported, quoted, name = unsupported_by(shape, tokenizer), repr(folder), quote(folder)
+    unsupported, quoted, name = unsupported_by(shape), repr(folder), quote(folder)
     args: dict[str, Any] = {"pretrained": folder} | ({"trust_remote_code": True} if own_code else {})
     if tokenizer.end_of_text is None:  # comes before a text without context
         args["prefix_token_id"] = start_token(tokenizer)
@@ -76,7 +77,8 @@ def how_to_load(folder: str, shape: GPTConfig, tokenizer: Tokenizer) -> list[str
     if not unsupported["vLLM"]:
         lines.append(f"# vllm serve {name}" + ("" if has_tokenizer else " --skip-tokenizer-init"))
     if not unsupported["llama.cpp"]:
-        lines.append(f"# python convert_hf_to_gguf.py {name}   # in llama.cpp")
+        to = quote(f"{folder}.gguf")
+        lines.append(f"# python export.py --init_from={name} --to={to} --gguf=q8_0   # a file for llama.cpp")
     return [*lines, f"# python sample.py --init_from={name}   # in distroGPT"]
 
 
@@ -96,7 +98,7 @@ def model_card(
     """The text of README.md, for `count` weights of type `dtype`; `contents` is their checkpoint, or {}."""
     kind, config = model_type_of(shape), contents.get("config", {})
     meta = public_meta(contents.get("meta"), tokenizer)
-    reasons = unsupported_by(shape, tokenizer).items()
+    reasons = unsupported_by(shape).items()
     loading = ["\n".join(["```python", *how_to_load(name, shape, tokenizer), "```"])]
     if kind == "distrogpt":
         loading.append(TRUST)

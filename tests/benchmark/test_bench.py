@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 from itertools import pairwise
+from types import ModuleType
 
 import pytest
 import torch
@@ -23,12 +24,14 @@ from distrogpt.benchmark.batch_size import (
     search,
     step_with,
 )
+from distrogpt.benchmark.llama_cpp import check_llama_cpp, decoding_rate
 from distrogpt.benchmark.studies import ladder_rungs, rung_step
 from distrogpt.benchmark.timing import alternate, float32_precision, open_data, ratio
 from distrogpt.benchmark.training import Trainer, bench_step, with_gpt2_shape
 from distrogpt.errors import UserError, is_out_of_memory
 from distrogpt.runtime import Runtime
 from distrogpt.settings import BenchConfig
+from model import GPTConfig
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
 
@@ -272,6 +275,106 @@ def test_generate_tells_prefill_decode_and_the_bandwidths_share(against, tmp_pat
         limit = found["bandwidth"] / (weights * nbytes)
         assert one["share"] == pytest.approx(one["decode"]["median"] / one["batch"] / limit)
     assert ("ratio" in found) == (against is not None)
+
+
+LLAMA = "--generate=True --real_data=False --n_layer=1 --n_head=2 --n_embd=32 --block_size=64".split()
+LLAMA += ["--against=llama.cpp", "--device=cpu"]
+
+
+class FakeLlama:
+    """llama-cpp-python's Llama, which records what it is asked for."""
+
+    made: list["FakeLlama"] = []
+
+    def __init__(self, path: str, **options: object) -> None:
+        with open(path, "rb") as file:
+            self.magic = file.read(4)
+        self.name, self.options, self.calls, self.count = os.path.basename(path), options, [], 0
+        self.made.append(self)
+
+    def generate(self, ids: list[int], **sampling: object):
+        self.calls.append((ids, sampling))
+        while True:
+            self.count += 1
+            yield 1
+
+    def reset(self) -> None:
+        self.calls.append("reset")
+
+    def close(self) -> None:
+        self.calls.append("close")
+
+
+def test_llama_cpp_decodes_the_same_number_of_tokens_in_turns(monkeypatch):
+    pytest.importorskip("gguf", reason="optional: pip install gguf")
+    fake = ModuleType("llama_cpp")
+    fake.Llama, fake.__version__, fake.__spec__ = FakeLlama, "1.2.3", object()
+    monkeypatch.setattr(FakeLlama, "made", [])
+    monkeypatch.setitem(sys.modules, "llama_cpp", fake)
+    done = run_here("bench.py", *LLAMA, "--dtype=float32", "--rounds=2", "--max_new_tokens=8")
+    assert done.returncode == 0, done.stderr
+    assert "llama.cpp f32 and q8_0, 1 threads, llama-cpp-python 1.2.3\n" in done.stdout
+    assert [llama.name for llama in FakeLlama.made] == ["f32.gguf", "q8_0.gguf"]
+    prompts = set()
+    for llama in FakeLlama.made:
+        assert llama.magic == b"GGUF" and llama.count == 3 * 8  # two rounds, and one that is not counted
+        assert llama.options["n_threads"] == llama.options["n_threads_batch"] == torch.get_num_threads()
+        assert llama.options["n_gpu_layers"] == 0 and llama.options["n_ctx"] == 64
+        assert llama.options["flash_attn"]
+        assert [call for call in llama.calls if isinstance(call, str)] == [*["reset"] * 3, "close"]
+        for ids, sampling in (call for call in llama.calls if not isinstance(call, str)):
+            prompts.add(tuple(ids))
+            assert sampling == {"top_k": 200, "temp": 0.8, "top_p": 1.0, "min_p": 0.0, "repeat_penalty": 1.0}
+    ((*prompt,),) = prompts  # the same for both
+    assert len(prompt) == 16
+
+
+def test_the_rate_of_llama_cpp_has_neither_the_prompt_nor_the_second_token(monkeypatch, tmp_path):
+    (tmp_path / "f32.gguf").touch()
+    llama = FakeLlama(str(tmp_path / "f32.gguf"))
+    seconds = [0, 100, 110, *range(111, 120)]  # after each token
+    monkeypatch.setattr("distrogpt.benchmark.llama_cpp.time.perf_counter", lambda: seconds[llama.count])
+    assert decoding_rate(llama, torch.zeros(1, 16, dtype=torch.long), 8) == 1.0
+
+
+def test_llama_cpp_is_timed_beside_ours(tmp_path):
+    pytest.importorskip("gguf", reason="optional: pip install gguf")
+    pytest.importorskip("llama_cpp", reason="optional: pip install llama-cpp-python (takes minutes)")
+    flags = ("--rounds=2", "--num_samples=1", f"--json={tmp_path / 'found.json'}")
+    done = run_here("bench.py", *LLAMA, *flags)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    dtype = "bf16" if "bfloat16" in found["device"] else "f32"
+    assert list(found["llama.cpp"]) == [dtype, "q8_0"]
+    for run, (kind, both) in zip(found["runs"], found["llama.cpp"].items(), strict=True):
+        assert both["ours"] == run["decode"] and both["other"]["low"] > 0
+        low, high = (
+            both["ours"][end] / both["other"][other] for end, other in (("low", "high"), ("high", "low"))
+        )
+        assert low * 0.5 < both["ratio"]["median"] < high * 2  # of neighbouring rounds
+        line = f"ratio    {both['ratio']['median']:.2f} times llama.cpp's speed in {kind} ("
+        assert f"{line}{both['ratio']['low']:.2f} to {both['ratio']['high']:.2f}): " in done.stdout
+
+
+def test_mistakes_of_llama_cpp(monkeypatch, tmp_path):
+    wrong = run_here("bench.py", "--against=llama.cpp", "--real_data=False")
+    assert_user_error(wrong, "against=llama.cpp only generates text; add --generate=True")
+    with pytest.raises(UserError, match=r"on CPUs only; add --device=cpu"):
+        check_llama_cpp(GPTConfig(), Runtime(torch.device("cuda"), torch.bfloat16))
+    packages = {"llama_cpp": "llama-cpp-python", "gguf": "gguf"}
+    for module in packages:
+        fake = ModuleType(module)
+        fake.__spec__ = object()
+        monkeypatch.setitem(sys.modules, module, fake)
+    for module, package in packages.items():
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, module, None)
+            wrong = run_here("bench.py", *LLAMA)
+        assert_user_error(wrong, f"against=llama.cpp needs {package}; run: pip install {package}")
+        assert "decode" not in wrong.stdout
+    wrong = run_here("bench.py", *LLAMA, "--activation=relu2", "--logit_softcap=15")
+    assert_user_error(wrong, "a network with activation=relu2, logit_softcap=15.0; time one with --")
+    assert "decode" not in wrong.stdout
 
 
 def test_what_a_checkpoint_costs(dataset, tmp_path):

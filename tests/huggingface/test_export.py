@@ -694,7 +694,7 @@ def test_a_file_added_to_the_old_export_while_writing_is_kept(small, tmp_path, m
 
 @pytest.mark.parametrize("to", ["/", "two\nlines", "two\u2028lines", "bell\a"])
 def test_an_unprintable_name_is_refused(to, small, tmp_path):
-    assert_user_error(export_run(small, to, cwd=tmp_path), "is not a valid folder name")
+    assert_user_error(export_run(small, to, cwd=tmp_path), "is not a valid name")
     assert not list(tmp_path.iterdir())
 
 
@@ -787,7 +787,10 @@ def test_the_model_card_reports_where_the_model_comes_from(tmp_path):
         "| optimizer | muon |", "| learning_rate | 0.001 |", "| logit\\_softcap | 15.0 |",
     ):  # fmt: skip
         assert row.replace("\\_", "_") in card.text.replace("\\_", "_"), row
-    assert "trust_remote_code=True" in card.text and "vLLM does not support this network" in card.text
+    assert "trust_remote_code=True" in card.text and "vLLM does not support this network." in card.text
+    reasons = "activation, logit_softcap, embedding_skip, key_offset"
+    assert f"llama.cpp does not support this network (because of {reasons})." in card.text
+    assert "--gguf" not in card.text
     for path in folder.iterdir():
         assert str(tmp_path).encode() not in path.read_bytes(), path  # no path of this machine
     assert load_pretrained(str(folder))[1]["meta"]["vocab_size"] == 97  # those that it has tokens for
@@ -800,7 +803,8 @@ def test_the_model_card_reports_where_the_model_comes_from(tmp_path):
 def test_a_card_without_own_code_needs_no_trust(qwen):
     card = (qwen / "README.md").read_text()
     assert "trust_remote_code" not in card and "vllm serve exported" in card
-    assert "llama.cpp does not support this tokenizer" in card and "convert_hf" not in card
+    assert "export.py --init_from=exported --to=exported.gguf --gguf=q8_0   # a file for llama.cpp" in card
+    assert "llama.cpp does not" not in card
     assert "Its vocabulary is 96" in card and "prefix_token_id" not in card and "no end-of-text" not in card
 
 
