@@ -1,9 +1,8 @@
 // One decoding step of model.py's GPT on CPUs, all of it in one call and one parallel region.
 //
 // Decoding reads every weight for each token, so memory limits it. Weights are bf16, or 8-bit integers with a scale for
-// each row. The inputs of products, and the cached keys and values, are bf16; sums, norms and the residual stream are
-// fp32. Each sum is added in the same order for any number of sequences and threads, so a sequence gets the same
-// numbers alone and in a batch.
+// each row; inputs of products, keys and values are bf16; sums, norms and the residual stream are fp32. Sums are added
+// in the same order for any number of sequences and threads: a sequence gets the same numbers alone and in a batch.
 //
 // Shapes: N sequences, C channels, H query heads and K key/value heads of D channels. C and D are multiples of 32.
 // build.py compiles this file, for CPUs with AVX512_BF16; native.py fills the structs.
@@ -71,10 +70,7 @@ inline __m128 totals(const Vector* v) {
     s += _mm512_permute_ps(s, 0xB1);
     return __m128{s[0], s[4], s[8], s[12]};
 }
-inline float total(Vector v) {
-    Vector same[4] = {v, v, v, v};
-    return totals(same)[0];
-}
+inline float total(Vector v) { return _mm512_reduce_add_ps(v); }
 
 // e^x to 1e-7, and at least 1e-38: 2^n times a polynomial of the rest
 inline Vector exp(Vector x) {
@@ -92,48 +88,58 @@ inline Vector erf(Vector x) {  // to 2e-7: Abramowitz and Stegun, 7.1.26
     return x < 0.f ? -y : y;
 }
 
-// The products of R rows of weights with N inputs; all sums stay in registers.
+// The products of R rows of weights, from `row` on, with N inputs; all sums stay in registers.
 template <class T, int R, int N>
-void products(const Linear& f, int64_t row, const bf16* x, float* y) {
-    const T* w = (const T*)f.weight + row * f.columns;
+void products(const T* w, const Linear& f, int64_t row, const bf16* x, float* y, bool fetch) {
     Vector sums[N][4] = {};
     for (int64_t i = 0; i < f.columns; i += 2 * W) {
         Pairs rows[R];
-        for (int r = 0; r < R; r++) {
-            rows[r] = load(w + r * f.columns + i);
-            __builtin_prefetch((const char*)(w + r * f.columns + i) + AHEAD);
-        }
+        for (int r = 0; r < R; r++) rows[r] = load(w + r * f.columns + i);
+        for (int r = 0; fetch && r < R; r++) __builtin_prefetch((const char*)(w + r * f.columns + i) + AHEAD);
         for (int n = 0; n < N; n++)
             for (int r = 0; r < R; r++) dot(sums[n][r], rows[r], load(x + n * f.columns + i));
     }
     for (int n = 0; n < N; n++) {
         __m128 sum = totals(sums[n]);
-        for (int r = 0; r < R; r++) {
-            float value = f.scale ? sum[r] * f.scale[row + r] : sum[r];
-            y[n * f.rows + row + r] = f.bias ? value + f.bias[row + r] : value;
+        for (int64_t r = row; r < row + R; r++)
+            y[n * f.rows + r] = sum[r - row] * (f.scale ? f.scale[r] : 1) + (f.bias ? f.bias[r] : 0);
+    }
+}
+
+// Rows begin to end - 1 with all inputs. One input: memory is the limit, which is read fastest one row after the other.
+// More: arithmetic is, so four rows at once, and the inputs in groups of six or less.
+template <class T>
+void block(const T* w, const Linear& f, int64_t begin, int64_t end, const bf16* x, float* y, int64_t N, bool fetch) {
+    constexpr decltype(&products<T, 4, 1>) four[] = {products<T, 4, 1>, products<T, 4, 2>, products<T, 4, 3>,
+                                                     products<T, 4, 4>, products<T, 4, 5>, products<T, 4, 6>};
+    for (int64_t n = 0, size, groups = (N + 5) / 6; n < N; groups--, n += size) {
+        size = (N - n) / groups;
+        for (int64_t row = begin, step; row < end; row += step) {
+            step = N == 1 || row + 4 > end ? 1 : 4;
+            for (int64_t i = n; step == 1 && i < n + size; i++)
+                products<T, 1, 1>(w + (row - begin) * f.columns, f, row, x + i * f.columns, y + i * f.rows, fetch);
+            if (step == 4)
+                four[size - 1](w + (row - begin) * f.columns, f, row, x + n * f.columns, y + n * f.rows, fetch);
         }
     }
 }
 
-// y (N, rows) of x (N, columns); the threads share the rows. One input: memory is the limit, which is read fastest one
-// row after the other. More: arithmetic is, so four rows at once, and the inputs in groups of six or less.
-template <class T>
-void linear_of(const Linear& f, const bf16* x, float* y, int64_t N) {
-    constexpr decltype(&products<T, 4, 1>) four[] = {products<T, 4, 1>, products<T, 4, 2>, products<T, 4, 3>,
-                                                     products<T, 4, 4>, products<T, 4, 5>, products<T, 4, 6>};
-#pragma omp for schedule(static)
-    for (int64_t row = 0; row < f.rows; row += 4) {
-        bool single = N == 1 || row + 4 > f.rows;
-        for (int64_t n = 0, size, groups = single ? N : (N + 5) / 6; n < N; groups--, n += size) {
-            size = (N - n) / groups;
-            for (int64_t r = row; single && r < std::min(row + 4, f.rows); r++)
-                products<T, 1, 1>(f, r, x + n * f.columns, y + n * f.rows);
-            if (!single) four[size - 1](f, row, x + n * f.columns, y + n * f.rows);
-        }
-    }
-}
+// y (N, rows) of x (N, columns); the threads share the rows. For many inputs, 8-bit weights are converted only once.
 void linear(const Linear& f, const bf16* x, float* y, int64_t N) {
-    f.scale ? linear_of<int8_t>(f, x, y, N) : linear_of<bf16>(f, x, y, N);
+    int64_t step = f.scale ? 8 : 4;
+    bf16 converted[f.scale && N > 6 ? step * f.columns : 1];
+#pragma omp for schedule(static)
+    for (int64_t begin = 0; begin < f.rows; begin += step) {
+        int64_t end = std::min(begin + step, f.rows), first = begin * f.columns;
+        const int8_t* small = (const int8_t*)f.weight + first;
+        for (int64_t i = 0; f.scale && N > 6 && i < (end - begin) * f.columns; i += 2 * W) {
+            __builtin_prefetch(small + i + AHEAD);
+            _mm512_storeu_si512(&converted[i], (__m512i)load(small + i));
+        }
+        if (!f.scale) block((const bf16*)f.weight + first, f, begin, end, x, y, N, true);
+        else if (N > 6) block(converted, f, begin, end, x, y, N, false);
+        else block(small, f, begin, end, x, y, N, true);
+    }
 }
 
 // LayerNorm or RMSNorm of x (C,)
@@ -144,8 +150,7 @@ void norm(const Model& m, const float* x, const float* weight, const float* bias
     for (int64_t i = 0; i < m.C; i += W) squares += (load(x + i) - mean) * (load(x + i) - mean);
     float scale = 1 / std::sqrt(total(squares) / m.C + (m.rmsnorm ? 1e-6f : 1e-5f));
     auto part = [&](int64_t i) {
-        Vector v = (load(x + i) - mean) * scale;
-        if (weight) v *= load(weight + i);
+        Vector v = (load(x + i) - mean) * scale * (weight ? load(weight + i) : Vector{} + 1.f);
         return bias ? v + load(bias + i) : v;
     };
     for (int64_t i = 0; i < m.C; i += 2 * W) store(y + i, part(i), part(i + W));
@@ -197,9 +202,9 @@ void attend(float scale, const bf16* q, const bf16* k, const bf16* v, int64_t le
                 evens[u][i] += scores[s + u] * even(load(value));
                 odds[u][i] += scores[s + u] * odd(load(value));
             }
-    auto rounded = [](Vector v) { return (Pairs)v + 0x7FFF + ((Pairs)v >> 16 & 1); };  // to bf16, in the upper halves
+    auto round = [](Vector v) { return (Pairs)v + 0x7FFF + ((Pairs)v >> 16 & 1); };  // to bf16, in the upper halves
     for (int i = 0; i < PARTS; i++) {
-        Pairs a = rounded((evens[0][i] + evens[1][i]) / total(sum)), b = rounded((odds[0][i] + odds[1][i]) / total(sum));
+        Pairs a = round((evens[0][i] + evens[1][i]) / total(sum)), b = round((odds[0][i] + odds[1][i]) / total(sum));
         _mm512_storeu_si512(y + i * 2 * W, (__m512i)(a >> 16 | (b & 0xFFFF0000u)));
     }
 }
