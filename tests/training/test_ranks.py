@@ -88,7 +88,10 @@ def assert_same_run(one, other, atol=2e-4) -> None:
     assert_same_weights(one / "last.pt", other / "last.pt", atol)
     ours, theirs = (losses_of(folder)[1:] for folder in (one, other))
     numbers = [np.array([[float(v or "nan") for v in row] for row in rows]) for rows in (ours, theirs)]
-    np.testing.assert_allclose(*numbers, atol=5e-4, rtol=1e-3)
+    # of one of the 50 questions, two endings may be nearly as likely
+    questions = losses_of(one)[0].index("hellaswag")
+    np.testing.assert_allclose(*(array[:, questions] for array in numbers), atol=0.0201)
+    np.testing.assert_allclose(*(np.delete(array, questions, 1) for array in numbers), atol=5e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize(
