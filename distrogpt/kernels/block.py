@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from distrogpt.kernels.native import load
 from model import Block, KVCache
 
-LONGEST = 512  # positions; for more, torch's products in bf16 are faster than block.cpp's in fp32
+LONGEST = 1024  # positions; for more, torch's products in bf16 are faster than those of block.cpp in fp32
 ARGUMENTS = {  # of the functions of block.cpp: P pointer, L long, I int, F float, S uint64_t
     "add_norm": "LLPPPPPPPSF",
     "cast": "LLPPSF",
