@@ -75,7 +75,7 @@ def training_step(
         loss_sum.add_(loss.detach(), alpha=weight)
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
-    grad_norm = clip_gradients(model, grad_clip)
+    grad_norm = clip_gradients(optimizers, grad_clip)
     mean_loss = loss_sum.item() / len(batches)  # waits for the device
     mean_loss = runtime.all_reduce_sum(mean_loss)[0] / runtime.world_size
     applied = math.isfinite(mean_loss) and math.isfinite(grad_norm.item())

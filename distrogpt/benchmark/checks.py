@@ -321,7 +321,7 @@ def check_synchronize(config: BenchConfig, runtime: Runtime, training_step: Trai
             with runtime.autocast():
                 _, loss = trainer.model(x, y, return_logits=False)
             loss.backward()
-            clip_gradients(trainer.model, config.grad_clip)
+            clip_gradients(trainer.optimizers, config.grad_clip)
             for optimizer in trainer.optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)

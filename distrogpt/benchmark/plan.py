@@ -36,6 +36,7 @@ from distrogpt.errors import UserError
 from distrogpt.gpus import GPU, GPUS, find_gpu
 from distrogpt.hardware import measured_flops, peak_flops
 from distrogpt.kernels import replace_layers
+from distrogpt.kernels.block import CPUBlock, unfuse
 from distrogpt.kernels.cpu import causal_mask, use_cpu_kernels
 from distrogpt.runtime import Runtime
 from distrogpt.scaling import Size, Text
@@ -163,8 +164,8 @@ class MaskedDropout(nn.Dropout):
 def as_trained(model: GPT, on_gpu: bool) -> GPT:
     """The model with the layers of its device. On GPUs, attention recomputes its dropout in the backward
     pass."""
-    if not on_gpu:
-        return use_cpu_kernels(model)
+    if not on_gpu:  # fused blocks, which are no operations of torch, need less memory than their layers
+        return replace_layers(use_cpu_kernels(model), {CPUBlock: unfuse})
     layers = {nn.Dropout: lambda layer: MaskedDropout(layer.p)}
     return replace_layers(model, {**layers, Attention: lambda layer: Attention(layer.scale, 0.0)})
 

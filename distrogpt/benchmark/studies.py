@@ -34,6 +34,7 @@ from distrogpt.data.dataset import Dataset
 from distrogpt.data.meta import GPT2_META
 from distrogpt.evaluation.multiple_choice import Question, answer_multiple_choice
 from distrogpt.kernels import replace_layers
+from distrogpt.kernels.block import CPUBlock, unfuse
 from distrogpt.kernels.cpu import CPUAttention, CPUDropout, to_device
 from distrogpt.plotting import COLORS, INK, new_figure, style_axes, write_figure
 from distrogpt.runtime import Runtime, start_runtime
@@ -64,7 +65,10 @@ def ladder_rungs(config: BenchConfig, data: Dataset, runtime: Runtime) -> dict[s
         rungs["padded vocabulary"] = {"padded": True}
     rungs["fused AdamW"] = {"fused": True}
     rungs |= {f"{name}={value}": {name: value} for name, value in recipe_of(config).items()}
-    if new_model(config, data, runtime).is_compiled:
+    model = new_model(config, data, runtime)
+    if isinstance(model.transformer.h[0], CPUBlock) and runtime.dtype == torch.bfloat16:
+        rungs["fused blocks"] = {"blocks": True}
+    if model.is_compiled:
         rungs["compile"] = {"compile": True}
     return rungs
 
@@ -90,6 +94,8 @@ def rung_step(
         plain[CPUDropout] = lambda layer: nn.Dropout(layer.p)
     if not on.get("attention"):
         plain[Attention] = plain[CPUAttention] = lambda layer: PlainAttention(layer.scale, layer.dropout)
+    if not on.get("blocks"):
+        plain[CPUBlock] = unfuse
     trainer = Trainer(training_step, config, data, runtime, replace_layers(model, plain))
     if not on.get("fused"):  # one kernel for each parameter and operation
         keys, betas = ("params", "weight_decay"), (config.beta1, config.beta2)

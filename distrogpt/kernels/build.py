@@ -14,7 +14,9 @@ from pathlib import Path
 import torch
 
 # these instructions and not -march=native, as machines of different kinds may share a home directory
-FLAGS = "-std=c++17 -O3 -mavx512bf16 -mavx512bw -mavx512dq -mavx512vl -mfma -fopenmp -shared -fPIC".split()
+FLAGS = "-mavx512bf16 -mavx512bw -mavx512dq -mavx512vl -mfma -mprefer-vector-width=512".split()
+# -ffast-math would change how the whole process rounds; -fno-math-errno leaves infinities and NaN as they are
+FLAGS += "-std=gnu++17 -O3 -fno-math-errno -fopenmp -shared -fPIC".split()
 
 
 def has_bf16() -> bool:

