@@ -126,7 +126,14 @@ def test_it_learns(tmp_path, dataset):
 
 
 @pytest.mark.parametrize(
-    "more", [(), ("--dropout=0.2", "--gradient_accumulation_steps=2"), MODERN, ("--optimizer=sgd",)]
+    "more",
+    [
+        (),
+        ("--dropout=0.2", "--gradient_accumulation_steps=2"),
+        ("--dropout=0.2", "--gradient_accumulation_steps=2", "--dtype=bfloat16", "--n_embd=32"),  # block.cpp
+        MODERN,
+        ("--optimizer=sgd",),
+    ],
 )
 def test_resumed_run_ends_bit_for_bit_as_the_unbroken_one(more, tmp_path, dataset):
     flags = (f"--dataset={dataset}", "--max_iters=20", "--lr_decay_iters=20", *more)
