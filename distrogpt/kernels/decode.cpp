@@ -9,14 +9,12 @@
 
 #include <immintrin.h>
 #include <omp.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <vector>
 
 namespace {
-
 typedef uint16_t bf16;
 typedef __m512 Vector;  // 16 numbers
 typedef uint32_t Pairs __attribute__((vector_size(64)));  // 32 bf16 numbers
@@ -99,10 +97,12 @@ void products(const T* w, const Linear& f, int64_t row, const bf16* x, float* y,
         for (int n = 0; n < N; n++)
             for (int r = 0; r < R; r++) dot(sums[n][r], rows[r], load(x + n * f.columns + i));
     }
+    __m128 scale = {1, 1, 1, 1}, bias = {};
+    for (int r = 0; f.scale && r < R; r++) scale[r] = f.scale[row + r];
+    for (int r = 0; f.bias && r < R; r++) bias[r] = f.bias[row + r];
     for (int n = 0; n < N; n++) {
-        __m128 sum = totals(sums[n]);
-        for (int64_t r = row; r < row + R; r++)
-            y[n * f.rows + r] = sum[r - row] * (f.scale ? f.scale[r] : 1) + (f.bias ? f.bias[r] : 0);
+        __m128 sum = totals(sums[n]) * scale + bias;
+        std::copy_n((const float*)&sum, R, y + n * f.rows + row);
     }
 }
 
