@@ -209,7 +209,8 @@ def stream(
 def optimize_for_inference(
     model: nn.Module, dtype: torch.dtype, int8: bool = False, compile: bool = False
 ) -> nn.Module:
-    """Change the model in place for fast decoding: its weights are converted to `dtype`, or to 8 bits.
+    """Change the model in place for fast decoding: its weights are converted to `dtype`, or to 8 bits. Call
+    it again if they change.
 
     On CPUs that multiply bf16, the decoding step is that of kernels/decode.cpp; on others, weights are packed
     into a fast layout. With `compile`, torch.compile compiles the decoding step instead, without the layout,

@@ -164,20 +164,23 @@ class BlockFunction(torch.autograd.Function):
 
 
 class CPUBlock(Block):
-    """A Block that trains by BlockFunction if it can."""
+    """A Block that trains by BlockFunction if it can: then without calling its layers, nor their hooks."""
 
     def forward(self, x: Tensor, x0: Tensor, at: Tensor, cos_sin: Tensor | None, *cached: Any) -> Tensor:
-        if not self.is_covered(x, *cached):
-            return super().forward(x, x0, at, cos_sin, *cached)
         attn, mlp = self.attn, self.mlp
+        layers = (self.ln_1, attn.c_attn, attn.c_proj, self.ln_2, mlp.c_fc, mlp.c_proj)
+        parameters = [p for layer in layers for p in (layer.weight, layer.bias)]
+        if not self.is_covered(x, parameters, *cached):
+            return super().forward(x, x0, at, cos_sin, *cached)
         heads, p = (attn.n_head, attn.kv_heads, attn.D), attn.attention.dropout
         seeds = torch.empty(3, dtype=torch.int64).random_().tolist() if p else [0, 0, 0]
         shape = Shape(*x.shape, *heads, attn.attention.scale, is_tanh(mlp.activation), p, seeds)
-        layers = (self.ln_1, attn.c_attn, attn.c_proj, self.ln_2, mlp.c_fc, mlp.c_proj)
-        return BlockFunction.apply(shape, x, *(p for layer in layers for p in (layer.weight, layer.bias)))
+        return BlockFunction.apply(shape, x, *parameters)
 
-    def is_covered(self, x: Tensor, mask: Tensor | None, cache: KVCache | None) -> bool:
-        """Whether this call is a step of training in bf16 with weights that are not sharded."""
+    def is_covered(
+        self, x: Tensor, parameters: list[Tensor | None], mask: Tensor | None, cache: KVCache | None
+    ) -> bool:
+        """Whether this call is a step of training in bf16 with fp32 weights that are not sharded."""
         if not (self.training and torch.is_grad_enabled() and mask is None and cache is None):
             return False
         if torch.compiler.is_compiling() or type(x) is not Tensor or not x.is_cpu:
@@ -185,7 +188,9 @@ class CPUBlock(Block):
         if x.dtype != torch.float32 or x.size(1) > LONGEST:
             return False
         in_bf16 = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
-        return in_bf16 and type(self.attn.c_attn.weight) is nn.Parameter and kernels() is not None
+        given = [p for p in parameters if p is not None]
+        plain = all(type(p) is nn.Parameter and p.dtype == torch.float32 for p in given)
+        return in_bf16 and plain and kernels() is not None
 
 
 def is_tanh(activation: Callable) -> bool | None:

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -30,8 +31,8 @@ def build_error(name: str) -> str:
     try:
         library(name)
     except (OSError, subprocess.SubprocessError) as error:
-        output = (getattr(error, "stderr", None) or "").strip().splitlines()
-        return output[0] if output else str(error)
+        lines = (getattr(error, "stderr", None) or "").strip().splitlines() or [str(error)]
+        return next((line for line in lines if "error" in line), lines[0])
     return ""
 
 
@@ -43,13 +44,21 @@ def library(name: str) -> ctypes.CDLL:
     if compiler is None:
         raise OSError("g++ is missing; install it, for instance with: apt install g++")
     source = Path(__file__).with_name(f"{name}.cpp")
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
-    key = hashlib.sha256(b"\n".join([source.read_bytes(), " ".join(FLAGS).encode(), version])).hexdigest()
+    version = run([compiler, "--version"])
+    key = hashlib.sha256("\n".join([source.read_text(), *FLAGS, version]).encode()).hexdigest()
     compiled = Path(os.path.expanduser("~/.cache/distrogpt")) / f"{name}-{key[:16]}.so"
-    if not compiled.is_file():
-        compiled.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=compiled.parent) as folder:  # others may compile it as well
-            command = [compiler, *FLAGS, str(source), "-o", f"{folder}/{name}.so"]
-            subprocess.run(command, capture_output=True, check=True, timeout=120, errors="replace")
-            os.replace(f"{folder}/{name}.so", compiled)
+    if not compiled.is_absolute():
+        raise OSError("there is no home folder for the compiled file; set HOME")
+    with suppress(OSError):  # not compiled yet, or damaged
+        return ctypes.CDLL(str(compiled))
+    compiled.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=compiled.parent) as folder:  # others may compile it as well
+        run([compiler, *FLAGS, str(source), "-o", f"{folder}/{name}.so"])
+        os.replace(f"{folder}/{name}.so", compiled)
     return ctypes.CDLL(str(compiled))
+
+
+def run(command: list[str]) -> str:
+    """The output of a command. Raises OSError or subprocess.SubprocessError."""
+    options = {"capture_output": True, "check": True, "timeout": 120, "errors": "replace"}
+    return subprocess.run(command, **options).stdout

@@ -72,7 +72,7 @@ inline float total(Vector v) { return _mm512_reduce_add_ps(v); }
 
 // e^x to 1e-7, and at least 1e-38: 2^n times a polynomial of the rest
 inline Vector exp(Vector x) {
-    x = _mm512_max_ps(x, Vector{} - 87.f);
+    x = _mm512_max_ps(Vector{} - 87.f, x);  // in this order, NaN stays NaN
     Vector n = _mm512_roundscale_ps(x * 1.44269504f, 0), r = x - n * 0.693359375f + n * 2.12194440e-4f;
     Vector y = Vector{} + 1.9875691e-4f;
     for (float c : {1.3981999e-3f, 8.3334519e-3f, 4.1665795e-2f, 1.6666665e-1f, 5.0000001e-1f, 1.f, 1.f}) y = y * r + c;

@@ -43,18 +43,21 @@ def supports(config: GPTConfig, dtype: torch.dtype) -> bool:
 
 
 class NativeDecoder:
-    """The decoding step of a model whose weights are bf16, or 8-bit integers in Int8Linear layers, which it
-    shares. Attention reads a KV cache in bf16."""
+    """The decoding step of a model whose weights are bf16, or 8-bit integers in Int8Linear layers.
+
+    It shares the matrices, except those whose number of columns is no multiple of 32, and copies the vectors:
+    make it again if they change. Attention reads a KV cache in bf16."""
 
     cache_dtype = torch.bfloat16
 
     def __init__(self, model: GPT) -> None:
         """Raises OSError or subprocess.SubprocessError if decode.cpp cannot be compiled: see build_error."""
-        self.function, self.model, self.tensors = (
-            library("decode").decode,
-            model,
-            [],
-        )  # to which the structs point
+        self.function = library("decode").decode
+        self.tensors: list[Tensor] = []  # to which the structs point
+        # not the model, whose attribute this is: a cycle of references would keep its memory
+        self.config, self.wte, self.wpe = model.config, model.transformer.wte, None
+        if not model.config.rotary:
+            self.wpe = model.transformer.wpe
         config, blocks = model.config, model.transformer.h
         self.layers = (Layer * config.n_layer)(*map(self.layer, blocks))
         rotary = None
@@ -98,15 +101,17 @@ class NativeDecoder:
 
     def __call__(self, ids: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
         """The next logits (B, V), fp32, after ids (B, 1) at positions (1 or B, 1). Raises IndexError if they
-        are not within the cache."""
-        B, transformer = len(ids), self.model.transformer
-        positions = positions.expand(B, 1).contiguous()
+        are not within block_size and the cache, ValueError if the cache is not in bf16."""
+        B, positions = len(ids), positions.expand(len(ids), 1).contiguous()
         _, _, rows, _, size, _ = cache.kv.shape
-        if B > rows or int(positions.max()) >= size - cache.key_offset or int(positions.min()) < 0:
+        end = min(size - cache.key_offset, self.config.block_size)
+        if B > rows or int(positions.max()) >= end or int(positions.min()) < 0:
             raise IndexError(f"{B} sequences up to position {int(positions.max())} are not in the cache")
-        x = transformer.wte(ids)[:, 0].float()  # (B, C)
-        if not self.model.config.rotary:
-            x = x + transformer.wpe(positions)[:, 0].float()
+        if cache.kv.dtype != self.cache_dtype or not cache.kv.is_contiguous():
+            raise ValueError(f"the cache has to be contiguous, in {self.cache_dtype}")
+        x = self.wte(ids)[:, 0].float()  # (B, C)
+        if self.wpe is not None:
+            x = x + self.wpe(positions)[:, 0].float()
         V = self.struct.lm_head.rows
         logits = torch.empty(B * V + 16)
         self.function(

@@ -243,6 +243,13 @@ def test_only_training_in_bf16_is_fused(monkeypatch):
         assert not is_fused(model_of(**other)), other
     monkeypatch.setattr(block, "LONGEST", 39)
     assert not is_fused(model_of())
+    sixteen = model_of()
+    sixteen.transformer.h[0].mlp.c_proj.bfloat16()
+    monkeypatch.undo()
+    layer, x = use_cpu_kernels(sixteen).transformer.h[0], torch.randn(1, 8, 64)
+    with torch.autocast("cpu", BF16):
+        y = layer(x, x, torch.arange(8)[None], None, None, None)
+    assert "BlockFunction" not in str(y.grad_fn)
 
 
 @needs_compiler

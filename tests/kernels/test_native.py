@@ -1,9 +1,11 @@
 """The decoding step in C++, against model.py in fp32 with the same weights; machines without a compiler."""
 
 import copy
+import gc
 import os
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -48,7 +50,7 @@ def network(name: str) -> GPT:
 def decode_all(decoder: NativeDecoder, idx: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
     """Logits (B, T, V) for idx (B, T), read token by token, at positions from `starts` (B,) on. Keys and
     values of the positions before are zero."""
-    cache = KVCache(decoder.model.config, len(idx), 48, dtype=decoder.cache_dtype)
+    cache = KVCache(decoder.config, len(idx), 48, dtype=decoder.cache_dtype)
     steps = [decoder(idx[:, t : t + 1], starts[:, None] + t, cache) for t in range(idx.size(1))]
     return torch.stack(steps, dim=1)
 
@@ -136,6 +138,34 @@ def test_positions_outside_of_the_cache_are_refused():
     for rows, position in ((2, 32), (2, -1), (3, 0)):
         with pytest.raises(IndexError):
             ready.decode(ids[:1].expand(rows, 1), torch.tensor([[position]]), cache)
+    ready.config.block_size = 20
+    with pytest.raises(IndexError):
+        ready.decode(ids, torch.tensor([[20]]), cache)
+    with pytest.raises(ValueError, match="bfloat16"):
+        ready.decode(ids, torch.tensor([[1]]), KVCache(ready.config, 2, 32))
+
+
+@needs_native
+@torch.no_grad()
+def test_nan_reaches_the_logits():
+    for name in ("gpt2", "modern", "exact gelu, no biases"):
+        model = network(name)
+        model.transformer.h[1].attn.c_attn.weight.fill_(torch.nan)
+        ready = optimize_for_inference(model, torch.bfloat16)
+        zeros = torch.zeros(1, 3, dtype=torch.long)
+        assert decode_all(ready.decode, zeros, zeros[:, 0]).isnan().all()
+
+
+@needs_native
+def test_a_model_that_is_dropped_is_freed_at_once():
+    gc.disable()
+    try:
+        model = optimize_for_inference(network("gpt2"), torch.bfloat16)
+        alive = weakref.ref(model)
+        del model
+        assert alive() is None
+    finally:
+        gc.enable()
 
 
 @needs_native
@@ -189,6 +219,8 @@ def test_it_is_compiled_once(tmp_path):
         (compiled,) = (tmp_path / ".cache" / "distrogpt").iterdir()
         modified.append(compiled.stat().st_mtime_ns)
     assert modified[0] == modified[1]
+    compiled.write_bytes(b"damaged")  # compiled again
+    assert run_script(HOME=str(tmp_path)).stdout == "5 NativeDecoder\n"
 
 
 @pytest.mark.skipif(not has_bf16(), reason="no AVX512_BF16")
