@@ -262,9 +262,11 @@ def write_lines(path: Path, entries: list[dict[str, Any]]) -> None:
 def questions_file(tmp_path_factory: pytest.TempPathFactory, text: str) -> Path:
     """Questions about a text: what stands there, or what stands elsewhere."""
     rng, entries = random.Random(1), []
-    for _ in range(50):
+    while len(entries) < 50:
         begin = rng.randrange(len(text) - 100)
         endings = [text[at : at + rng.randint(4, 9)] for at in (begin + 6, *rng.sample(range(len(text)), 3))]
+        if len(set(endings)) < 4:  # equal ones would be equally likely
+            continue
         label = rng.randrange(4)
         endings[0], endings[label] = endings[label], endings[0]
         entries.append({"ctx": text[begin : begin + 6], "endings": endings, "label": label, "ind": 7})
