@@ -305,8 +305,8 @@ def test_without_a_compiler_the_layers_train(fresh_compiler, monkeypatch, caplog
     monkeypatch.setattr(logging.getLogger("distrogpt"), "propagate", True)
     with caplog.at_level(logging.INFO, "distrogpt"):
         assert not is_fused(model_of())
-    notes = [record.message for record in caplog.records if "training" in record.message]
-    assert len(notes) == 1 and notes[0].startswith("note     training is slower than it could be: ")
+    (note,) = {record.message for record in caplog.records if "training" in record.message}
+    assert note.startswith("note     training is slower than it could be: ")
 
 
 def test_names_of_weights_stay_and_copies_train():
