@@ -45,7 +45,9 @@ def library(name: str) -> ctypes.CDLL:
         raise OSError("g++ is missing; install it, for instance with: apt install g++")
     source = Path(__file__).with_name(f"{name}.cpp")
     version = run([compiler, "--version"])
-    key = hashlib.sha256("\n".join([source.read_text(), *FLAGS, version]).encode()).hexdigest()
+    key = hashlib.sha256(
+        "\n".join([source.read_text(encoding="utf-8"), *FLAGS, version]).encode()
+    ).hexdigest()
     compiled = Path(os.path.expanduser("~/.cache/distrogpt")) / f"{name}-{key[:16]}.so"
     if not compiled.is_absolute():
         raise OSError("there is no home folder for the compiled file; set HOME")
