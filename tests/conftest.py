@@ -148,6 +148,18 @@ def run_here(
     return subprocess.CompletedProcess(flags, status or 0, out.getvalue(), err.getvalue())
 
 
+def run_limited(size: int, *command: object) -> subprocess.CompletedProcess:
+    """run_here where no file can become larger than `size` bytes, as on a full disk. Not on Windows."""
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))  # Python ignores the signal
+    try:
+        return run_here(*command)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 def sample_here(*flags: object, terminal: bool = False) -> subprocess.CompletedProcess:
     """Run sample.py within this process."""
     return run_here("sample.py", *flags, terminal=terminal)

@@ -104,9 +104,9 @@ class NativeDecoder:
         are not within block_size and the cache, ValueError if the cache is not in bf16."""
         B, positions = len(ids), positions.expand(len(ids), 1).contiguous()
         _, _, rows, _, size, _ = cache.kv.shape
-        end = min(size - cache.key_offset, self.config.block_size)
-        if B > rows or int(positions.max()) >= end or int(positions.min()) < 0:
-            raise IndexError(f"{B} sequences up to position {int(positions.max())} are not in the cache")
+        end, numbers = min(size - cache.key_offset, self.config.block_size), positions[:, 0].tolist()
+        if B > rows or max(numbers) >= end or min(numbers) < 0:
+            raise IndexError(f"{B} sequences up to position {max(numbers)} are not in the cache")
         if cache.kv.dtype != self.cache_dtype or not cache.kv.is_contiguous():
             raise ValueError(f"the cache has to be contiguous, in {self.cache_dtype}")
         x = self.wte(ids)[:, 0].float()  # (B, C)

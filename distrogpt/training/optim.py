@@ -186,10 +186,9 @@ def clip_gradients(optimizers: list[Optimizer], grad_clip: float) -> torch.Tenso
     before, still on the device."""
     # model.parameters() takes longer than the norm of a small model
     parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = full_tensor(nn.utils.get_total_norm(gradients))
-    if grad_clip:
-        factor = (grad_clip / (norm + 1e-6)).clamp(max=1.0)
-        if norm.device.type != "cpu" or factor < 1:  # a GPU would have to be waited for
-            torch._foreach_mul_([local(gradient) for gradient in gradients], factor)
-    return norm
+    parameters = [p for p in parameters if p.grad is not None]
+    norm = nn.utils.get_total_norm([p.grad for p in parameters])
+    whole = full_tensor(norm)
+    if grad_clip and (whole.device.type != "cpu" or whole >= grad_clip):  # a GPU would have to be waited for
+        nn.utils.clip_grads_with_norm_(parameters, grad_clip, norm)
+    return whole

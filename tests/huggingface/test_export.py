@@ -5,7 +5,6 @@ import json
 import math
 import shlex
 import shutil
-import signal
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +13,16 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import REPO, TINY, assert_user_error, run_here, sample_here, train_here, write_lines
+from conftest import (
+    REPO,
+    TINY,
+    assert_user_error,
+    run_here,
+    run_limited,
+    sample_here,
+    train_here,
+    write_lines,
+)
 
 from distrogpt.checkpoint import atomic_write, load_checkpoint, restore_model, training_state
 from distrogpt.data.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer, train_bpe
@@ -749,19 +757,11 @@ def test_a_model_of_characters_reports_its_limits_and_drops_none(small, tmp_path
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limits of files")
 def test_a_full_disk_leaves_what_was_there(tmp_path):
-    import resource
-
     out_dir, to = make_run(tmp_path / "out", random_model(), LETTERS), tmp_path / "to"
     flags = ("export.py", f"--out_dir={out_dir}", f"--to={to}", "--overwrite=True")
     assert run_here(*flags).returncode == 0
     before = {path.name: path.read_bytes() for path in to.iterdir()}
-    handler, limits = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
-    try:
-        full = run_here(*flags)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
+    full = run_limited(100_000, *flags)
     assert full.returncode == 1 and "cannot be written" in full.stderr and "Traceback" not in full.stderr
     assert len(full.stderr.splitlines()) == 1 and sorted(p.name for p in tmp_path.iterdir()) == ["out", "to"]
     assert {path.name: path.read_bytes() for path in to.iterdir()} == before

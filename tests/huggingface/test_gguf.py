@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import assert_user_error, run_here
+from conftest import assert_user_error, run_here, run_limited
 from test_export import GATED, KINDS, LETTERS, NEW, ODD, export_model, make_run, our_greedy, random_model
 
 from configurator import configure
@@ -308,18 +307,10 @@ def test_weights_too_large_for_a_type_are_reported(tmp_path):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limits of files")
 def test_a_full_disk_leaves_what_was_there(tmp_path):
-    import resource
-
     to, _ = export_file(tmp_path, random_model())
     flags = ("export.py", f"--out_dir={tmp_path / 'out-f32'}", f"--to={to}", "--gguf=f32", "--overwrite=True")
     before = to.read_bytes()
-    handler, limits = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
-    try:
-        full = run_here(*flags)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
+    full = run_limited(100_000, *flags)
     assert full.returncode == 1 and "cannot be written" in full.stderr and len(full.stderr.splitlines()) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["f32.gguf", "out-f32"]
     assert to.read_bytes() == before

@@ -21,6 +21,7 @@ from conftest import (
     assert_user_error,
     losses_of,
     run_here,
+    run_limited,
     run_warm,
     sample_here,
     start_warm,
@@ -293,15 +294,7 @@ def test_a_second_ctrl_c_ends_a_save_too_and_leaves_no_half_of_it(
 
 
 def limited(size: int, *flags: object) -> subprocess.CompletedProcess:
-    """Runs train.py where no file can become larger than `size` bytes, as on a full disk."""
-    import resource
-
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))  # Python ignores the signal
-    try:
-        return run_here("train.py", *LONG, *flags)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    return run_limited(size, "train.py", *LONG, *flags)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limits of files")
